@@ -1,0 +1,124 @@
+"""Which linear layers get an adapter. Training, storage and forecasts all ask `select`."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeGuard
+
+from torch import nn
+
+from qlora.errors import ModelError
+from qlora.nf4 import is_nf4
+
+# The projections of attention as the architectures call them. The names of the second set are also used for
+# other things (BERT's `output.dense`, T5's `wo`), so count only inside a module named attention.
+# fmt: off
+ATTENTION = frozenset([
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "Wqkv", "wqkv",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "c_attn", "q_attn", "to_q", "to_k", "to_v",
+])
+INSIDE_ATTENTION = frozenset([
+    "out_proj", "dense", "proj", "c_proj", "to_out", "wq", "wk", "wv", "wo", "q", "k", "v", "o",
+    "query", "key", "value", "qkv",
+])
+# fmt: on
+
+SAME_PRODUCT = frozenset(["FalconLinear"])
+"""Subclasses of `nn.Linear` whose own forward is the plain product all the same."""
+
+HEADS = frozenset(["lm_head", "embed_out"])
+"""Output heads of models that do not say which module it is."""
+
+
+def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers (`nn.Linear`, `Linear4bit`) of `model` that `targets` means, in its order.
+
+    targets: "attention": the query, key, value and output projections; "all-linear": every linear layer but
+        the output head and the routers of a mixture of experts; a list: each entry is a name, or the last
+        parts of one (`mlp.up_proj`), or else a regular expression that matches a whole name.
+
+    Raises ModelError if nothing matches, or one entry of a list does not; it lists what could have matched.
+    """
+    linears = linear_names(model)
+    if isinstance(targets, str) and targets not in ("attention", "all-linear"):
+        targets = [targets]
+    if targets == "attention":
+        chosen = {name for name in linears if _is_attention(name)}
+    elif targets == "all-linear":
+        chosen = set(linears) - _heads_and_routers(model)
+    else:
+        if not targets:
+            raise ModelError("targets: the list is empty")
+        chosen = set()
+        for entry in targets:
+            chosen |= _match(model, linears, entry)
+    if not chosen:
+        kind = type(model).__name__
+        raise ModelError(f'targets: "{targets}" matches no layer of {kind}. {_offer(linears)}')
+    return [name for name in linears if name in chosen]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of all layers that can be adapted: linears whose forward is used, and is the plain product."""
+    bypassed = {  # torch's attention reads this weight and never calls the layer
+        module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and is_linear(module) and module not in bypassed
+    ]
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` computes x W^T + bias and no more; a subclass with a forward of its own may not."""
+    kind = type(module)
+    plain = kind.forward is nn.Linear.forward or kind.__name__ in SAME_PRODUCT
+    return (isinstance(module, nn.Linear) and plain) or is_nf4(module)
+
+
+def _is_attention(name: str) -> bool:
+    *parents, leaf = name.split(".")
+    if leaf.isdigit() and parents:  # diffusers: `attn.to_out.0`
+        leaf = parents.pop()
+    inside = any("attn" in parent or "attention" in parent for parent in map(str.lower, parents))
+    return leaf in ATTENTION or (inside and leaf in INSIDE_ATTENTION)
+
+
+def _heads_and_routers(model: nn.Module) -> set[str]:
+    modules = dict(model.named_modules())
+    heads = {m.get_output_embeddings() for m in modules.values() if hasattr(m, "get_output_embeddings")}
+    found = set()
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        routes = hasattr(modules.get(parent), "experts") and ("gate" in leaf or "router" in leaf)
+        if module in heads or leaf in HEADS or routes:
+            found.add(name)
+    return found
+
+
+def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
+    """The linears that one entry of a list names."""
+    try:
+        pattern = re.compile(entry)
+    except re.error as error:
+        raise ModelError(f'targets: "{entry}" is no name and no regular expression ({error})') from error
+
+    def fits(name: str) -> bool:
+        return name == entry or name.endswith("." + entry) or pattern.fullmatch(name) is not None
+
+    found = {name for name in linears if fits(name)}
+    if not found:
+        others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
+        why = f"matches {kinds}, but no linear layer" if others else "matches nothing"
+        raise ModelError(f'targets: "{entry}" {why} in {type(model).__name__}. {_offer(linears)}')
+    return found
+
+
+def _offer(linears: Sequence[str]) -> str:
+    """What could have matched: the last parts of the names, and how many layers each stands for."""
+    if not linears:
+        return "It has no linear layer at all (Conv1D, as in GPT-2, is none)."
+    leaves = Counter(name.rpartition(".")[2] for name in linears)
+    return "Its linear layers: " + ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items()) + "."

@@ -1,0 +1,307 @@
+"""The base: a causal language model whose linear layers are NF4, and its tokenizer.
+
+    pretrained   weights from the hub or a folder, quantized tensor by tensor as transformers reads them, so the
+                 full-precision model never stands in memory; checkpoints that are bitsandbytes NF4 load as they are
+    synthetic    the architecture of a config.json with random NF4 weights made directly on the device: for
+                 questions of memory and speed, without a download
+    random       the architecture freshly initialised: for training from scratch
+
+Whatever is not a quantized linear (embeddings, norms, the output head) is held in the compute dtype.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils import logging as transformers_logging
+
+from qlora import bundled, nf4
+from qlora.adapter.targets import select
+from qlora.errors import ModelError
+from qlora.recipe import Base
+
+# Hub ids whose architecture the package knows, so that `init: synthetic` needs no network for a shipped recipe.
+KNOWN_ARCHITECTURES = {
+    "huggyllama/llama-7b": "llama-7b",
+    "huggyllama/llama-13b": "llama-13b",
+    "huggyllama/llama-30b": "llama-33b",  # the hub's name for the paper's 33B
+    "huggyllama/llama-65b": "llama-65b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+}
+
+
+def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
+    """The dtype of activations, norms and embeddings on `device`.
+
+    `auto` is bfloat16 wherever the device multiplies bfloat16 in hardware. A CPU without such instructions
+    emulates them 8 to 100 times slower than float32, so there `auto` is float32.
+    """
+    if base.compute_dtype != "auto":
+        return getattr(torch, base.compute_dtype)  # type: ignore[no-any-return]
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def locate(base: Base) -> str:
+    """Where transformers finds the model: a hub id, a local folder, or a config file of the package."""
+    name = base.model
+    if name.startswith("bundled/"):
+        return str(bundled.path(name))
+    if base.init != "pretrained" and name in KNOWN_ARCHITECTURES and not Path(name).exists():
+        return str(bundled.path(f"bundled/configs/{KNOWN_ARCHITECTURES[name]}.json"))
+    if Path(name).exists():
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"base.model: there is no folder {name!r}. Give a local folder, a hub id or bundled/base"
+        )
+    return name
+
+
+def load_config(base: Base) -> Any:
+    """The architecture's transformers configuration. Raises ModelError if there is none or it is unknown."""
+    location = locate(base)
+    folder = Path(location)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"base.model: the folder {location!r} has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            location, revision=_revision(base), trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_load_problem(base, error)) from error
+    return config
+
+
+def load_tokenizer(base: Base) -> Tokenizer:
+    """The model's tokenizer.
+
+    A synthetic or random base whose folder has none borrows the bundled one: its text means nothing anyway.
+    """
+    location = locate(base)
+    if (
+        base.init != "pretrained"
+        and not (Path(location) / "tokenizer.json").is_file()
+        and Path(location).exists()
+    ):
+        location = str(bundled.path("bundled/base"))
+    try:
+        return AutoTokenizer.from_pretrained(
+            location, revision=_revision(base), trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"base.model: no tokenizer in {base.model!r}: {_first_line(error)}") from error
+
+
+def load_base(base: Base, device: torch.device | str = "cpu", *, seed: int = 0) -> PreTrainedModel:
+    """The model on `device`, in training mode, nothing of it trainable unless it is unquantized.
+
+    Args:
+        base: the recipe's `base` section.
+        device: where every parameter will live.
+        seed: of the weights of `init: random` and `synthetic`.
+
+    Raises:
+        ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
+    """
+    device = torch.device(device)
+    config = load_config(base)
+    torch.manual_seed(seed)
+    build = {"pretrained": _pretrained, "synthetic": _synthetic, "random": _random}[base.init]
+    with _quiet():
+        model = build(base, config, device)
+    nf4.protect(model)
+    model.config.use_cache = False
+    return model.train()
+
+
+def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
+    kwargs: dict[str, Any] = {}
+    prequantized = getattr(config, "quantization_config", None)
+    if prequantized is not None:
+        _require_nf4(base, prequantized)
+    elif base.quantization == "nf4":
+        kwargs["quantization_config"] = _BlockSizedNF4Config(
+            block_size=base.block_size,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=base.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype(base, device),
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            locate(base),
+            revision=_revision(base),
+            trust_remote_code=base.trust_remote_code,
+            dtype=compute_dtype(base, device),
+            device_map={"": device},
+            attn_implementation="sdpa",
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_load_problem(base, error)) from error
+
+
+def _random(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
+    dtype = compute_dtype(base, device)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=base.trust_remote_code
+        )
+    if base.quantization == "nf4":
+        _replace_linears(
+            model,
+            lambda linear: nf4.quantize(
+                linear.weight.data, block_size=base.block_size, double_quant=base.double_quant
+            ),
+        )
+    return model
+
+
+def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
+    dtype = compute_dtype(base, device)
+    # Parameters without storage, but real buffers: rotary frequencies are computed, not loaded.
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=base.trust_remote_code
+        )
+    generator = torch.Generator(device).manual_seed(torch.initial_seed())
+    std = getattr(config.get_text_config(), "initializer_range", None) or 0.02
+    if base.quantization == "nf4":
+        _replace_linears(
+            model,
+            lambda linear: nf4.synthetic_weight(
+                linear.out_features,
+                linear.in_features,
+                block_size=base.block_size,
+                double_quant=base.double_quant,
+                device=device,
+                generator=generator,
+                std=std,
+            ),
+            device=device,
+        )
+    _materialise(model, device, dtype, generator, std)
+    model.tie_weights()
+    return model.to(device)
+
+
+def _replace_linears(model: nn.Module, quantized: Any, device: torch.device | None = None) -> None:
+    """Every linear but the output head becomes an NF4 linear, one at a time."""
+    for name in select(model, "all-linear"):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        bias = None if linear.bias is None else linear.bias.data
+        if bias is not None and bias.is_meta:
+            bias = torch.zeros(bias.shape, dtype=bias.dtype, device=device)
+        model.set_submodule(
+            name, nf4.NF4Linear.from_weight(quantized(linear), linear.in_features, linear.out_features, bias)
+        )
+
+
+def _materialise(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, generator: torch.Generator, std: float
+) -> None:
+    """Real values for the parameters that still have none: norms one, biases zero, matrices normal."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if parameter.ndim > 1:
+                value.normal_(0.0, std, generator=generator)
+            else:
+                value.fill_(0.0 if "bias" in name else 1.0)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+class _BlockSizedNF4Config(BitsAndBytesConfig):  # type: ignore[misc]
+    """bitsandbytes' configuration with the block size, which transformers leaves at bitsandbytes' default of 64."""
+
+    def __init__(self, block_size: int = 64, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+
+class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """transformers' 4-bit loader, except that each weight is told its block size before it is quantized."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        block_size = getattr(self.quantization_config, "block_size", 64)
+        for module in model.modules():
+            if nf4.is_nf4(module):
+                module.weight.blocksize = block_size
+
+
+AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _BlockSizedNF4Quantizer
+
+
+def _require_nf4(base: Base, config: Any) -> None:
+    settings = config if isinstance(config, dict) else config.to_dict()
+    method = settings.get("quant_method", "unknown")
+    kind = settings.get("bnb_4bit_quant_type")
+    if not (str(method).endswith("bitsandbytes") and settings.get("load_in_4bit") and kind == "nf4"):
+        raise ModelError(
+            f"base.model: {base.model!r} is already quantized by {method} ({kind or 'not NF4'}). "
+            "Use its 16-bit version, or one quantized to NF4 by bitsandbytes"
+        )
+    if base.quantization != "nf4":
+        raise ModelError(f"base.model: {base.model!r} is an NF4 checkpoint: set base.quantization=nf4")
+
+
+def _revision(base: Base) -> str:
+    return base.revision or "main"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load_problem(base: Base, error: BaseException) -> str:
+    """One line that names the model and what to do."""
+    text = _first_line(error)
+    if not Path(base.model).exists() and not base.model.startswith("bundled/"):
+        if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in text.lower() or "couldn't" in text.lower():
+            text = "the hub cannot be reached and the model is not in the local cache; download it on a machine with network, or give a local folder"
+        elif "gated" in text.lower() or "401" in text or "403" in text:
+            text = "the hub refuses access: accept the model's licence there and log in with `hf auth login`"
+    elif isinstance(error, KeyError | ValueError) and "architecture" in text:
+        text = f"transformers does not know this architecture ({_model_type(base)})"
+    return f"base.model: cannot load {base.model!r}: {text}"
+
+
+def _model_type(base: Base) -> str:
+    try:
+        return str(json.loads((Path(locate(base)) / "config.json").read_text()).get("model_type"))
+    except (OSError, ValueError):
+        return "unknown"
+
+
+class _quiet:
+    """transformers' own progress bars and load reports, silenced: qlora prints its own."""
+
+    def __enter__(self) -> None:
+        self._level = transformers_logging.get_verbosity()
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        transformers_logging.set_verbosity(self._level)
+        self._warnings.__exit__(*exc)  # type: ignore[arg-type]

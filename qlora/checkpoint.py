@@ -1,0 +1,377 @@
+"""Checkpoints that are there whole or not at all, and that prove it when they are read.
+
+    runs/<name>/checkpoints/step-000100/   any files, then manifest.json: run, step, sizes and SHA-256 of them
+
+Written beside its place under a `.tmp-` name: files, fsync, manifest, fsync, rename, fsync of the parent. The
+rename is the commit; what a kill or a power cut leaves behind has no manifest that fits and is never loaded.
+safetensors knows neither checksum nor fsync; the manifest and this order supply both. Nothing is pickled:
+tensors are safetensors, the rest is JSON.
+
+One process writes a run's folder at a time; `lock` makes sure of it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from qlora.errors import ModelError, SaveError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""version of the manifest's layout"""
+
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+
+_warn = logging.getLogger("qlora").warning
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; made if it is missing.
+
+    The lock is the kernel's (flock on `<run>/.lock`): it goes with the process, however that ends.
+
+    Raises:
+        ModelError: another process holds it.
+        SaveError: the folder cannot be written.
+    """
+    with _save_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ModelError(
+                f"{run} is in use by process {holder}. Wait for it to end, or choose another output=..."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
+    """Commit whatever the body writes into the folder it is given, as the checkpoint of `step`.
+
+        with writing(run, 100, run_id) as folder:
+            save_tensors(folder / "optimizer.safetensors", optimizer.state())
+
+    The body may make subfolders. When it raises, nothing of it remains. A whole checkpoint of the same step
+    and run is kept as it is; a damaged one is replaced.
+
+    Raises:
+        SaveError: a file cannot be written; names the path and the system's reason.
+    """
+    checkpoints = run / "checkpoints"
+    final = checkpoints / f"step-{step:06d}"
+    with _save_errors(checkpoints):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(checkpoints)
+        with _temporary(checkpoints, final.name) as folder:
+            yield folder
+            _write_manifest(folder, step, run_id)
+            _fsync_tree(folder)
+            if not (final.exists() and not verify(final, run_id=run_id)):
+                _commit(folder, final)
+        _fsync(run)  # `checkpoints` itself may be new
+
+
+@contextmanager
+def replacing(run: Path, name: str) -> Iterator[Path]:
+    """Put whatever the body writes in place of the folder `<run>/<name>`, whole or not at all.
+
+    Raises:
+        SaveError: a file cannot be written; the old folder stays.
+    """
+    with _save_errors(run / name):
+        _remove_leftovers(run)
+        with _temporary(run, name) as folder:
+            yield folder
+            _fsync_tree(folder)
+            _commit(folder, run / name)
+
+
+def newest(run: Path, *, run_id: str | None = None, report: Callable[[str], object] = _warn) -> Path | None:
+    """The newest checkpoint whose manifest fits its files; None where there are none.
+
+    Args:
+        run: the run's folder.
+        run_id: only checkpoints of this run count, when given.
+        report: called with a line for every newer checkpoint that had to be passed over.
+
+    Raises:
+        ModelError: there are checkpoints, but none is whole. Never a silent start from step 0.
+    """
+    rejected: list[str] = []
+    for folder in reversed(_folders(run)):
+        problems = verify(folder, run_id=run_id)
+        if not problems:
+            for line in rejected:
+                report(f"checkpoint passed over: {line}; going on from {folder.name}")
+            return folder
+        rejected.append(f"{folder}: {'; '.join(problems)}")
+    if rejected:
+        raise ModelError(
+            "every checkpoint of this run is damaged:\n  " + "\n  ".join(rejected) + "\n"
+            "Restore one from a copy, or start again with --fresh"
+        )
+    return None
+
+
+def verify(folder: Path, *, run_id: str | None = None, checksums: bool = True) -> list[str]:
+    """What is wrong with a checkpoint; an empty list when it is exactly as it was written.
+
+    `checksums=False` compares sizes only, which finds everything but changed bytes without reading the files.
+    Files the manifest does not name are no problem: nothing reads them.
+    """
+    try:
+        manifest = _read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return [f"file {MANIFEST}: {getattr(error, 'strerror', None) or error}"]
+    problems = []
+    if manifest["step"] != _step(folder):
+        problems.append(f"file {MANIFEST}: belongs to step {manifest['step']}")
+    if run_id is not None and manifest["run_id"] != run_id:
+        problems.append(f"file {MANIFEST}: belongs to run {manifest['run_id']}, not {run_id}")
+    for name, expected in manifest["files"].items():
+        problems += _file_problems(folder / name, name, expected, checksums=checksums)
+    return problems
+
+
+def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
+    """Remove the oldest checkpoints of this run so that `keep` whole ones remain; returns the removed.
+
+    Call it after a commit only. Folders of other runs and damaged ones are neither removed nor counted.
+
+    Raises:
+        SaveError: a folder cannot be removed.
+    """
+    assert keep >= 1
+    own = [folder for folder in _folders(run) if not verify(folder, run_id=run_id, checksums=False)]
+    for folder in own[:-keep]:
+        with _save_errors(folder):
+            _discard(folder)
+    return own[:-keep]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Write named tensors of any device to a safetensors file."""
+    from safetensors.torch import save_file
+
+    with _save_errors(path):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """The named tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ModelError: missing or not a safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write counters and other plain values to `<folder>/state.json`."""
+    with _save_errors(folder / "state.json"):
+        (folder / "state.json").write_text(_dump(state))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        ModelError: missing or not a JSON object.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'state.json'}: cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ModelError(f"{folder / 'state.json'}: not a JSON object")
+    return state
+
+
+def _folders(run: Path) -> list[Path]:
+    """Committed checkpoints, whole or not, oldest first."""
+    return sorted(
+        (f for f in (run / "checkpoints").glob("step-*") if f.is_dir() and _step(f) >= 0), key=_step
+    )
+
+
+def _step(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 for a name that is none of ours."""
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _write_manifest(folder: Path, step: int, run_id: str) -> None:
+    """Describe every file under `folder`, and the description itself, so that no bit can change unnoticed."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {"format": FORMAT, "run_id": run_id, "step": step, "files": files}
+    manifest["sha256"] = _self_checksum(manifest)
+    (folder / MANIFEST).write_text(_dump(manifest))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; OSError when it cannot be read, ValueError when it is not exactly what was written."""
+    text = (folder / MANIFEST).read_bytes().decode()
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _self_checksum(manifest):
+        raise ValueError("checksum differs")
+    if text != _dump(manifest):
+        raise ValueError("bytes differ")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"format {manifest.get('format')}, this version of qlora reads {FORMAT}")
+    return manifest
+
+
+def _self_checksum(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(_dump(rest).encode()).hexdigest()
+
+
+def _file_problems(file: Path, name: str, expected: Mapping[str, Any], *, checksums: bool) -> list[str]:
+    """How one file differs from its entry in the manifest."""
+    try:
+        found = file.stat().st_size
+        if found != expected["bytes"]:
+            return [f"file {name}: expected {expected['bytes']} bytes, found {found}"]
+        if checksums and _sha256(file) != expected["sha256"]:
+            return [f"file {name}: checksum differs"]
+    except FileNotFoundError:
+        return [f"file {name}: missing"]
+    except OSError as error:
+        return [f"file {name}: {error.strerror}"]
+    return []
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _temporary(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder beside its later place; gone when the body raises."""
+    folder = parent / f"{_TEMPORARY}{name}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _commit(folder: Path, final: Path) -> None:
+    """Give a finished folder its name, setting aside what has it now."""
+    aside = final.with_name(f"{_TRASH}{final.name}")
+    replaces = final.exists() or final.is_symlink()
+    if replaces:
+        final.rename(aside)
+    try:
+        folder.rename(final)
+    except OSError:
+        if replaces:
+            aside.rename(final)
+        raise
+    _fsync(final.parent)
+    if replaces:
+        _remove(aside)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name."""
+    trash = folder.rename(folder.with_name(f"{_TRASH}{folder.name}"))
+    _fsync(trash.parent)
+    _remove(trash)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what a killed process left; the caller holds the run's lock, so nobody is writing there."""
+    for prefix in (_TEMPORARY, _TRASH):
+        for path in parent.glob(f"{prefix}*"):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with _naming(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _fsync_tree(folder: Path) -> None:
+    """Make a folder and all in it survive a power cut."""
+    for path in folder.rglob("*"):
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    with _naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path into errors of calls that know a descriptor or a bare name only."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _save_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about a failed write into a SaveError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        reason = error.strerror or str(error)
+        raise SaveError(f"cannot write {where}: {reason}{_free_space(path, error.errno)}") from error
+    except SafetensorError as error:  # its writer reports a full disk in its own way
+        raise SaveError(f"cannot write {path}: {error}{_free_space(path, errno.ENOSPC)}") from error
+
+
+def _free_space(path: Path, reason: int | None) -> str:
+    """The free space, where the lack of it may be the reason."""
+    if reason not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    existing = next(parent for parent in (path, *path.parents, Path()) if parent.exists())
+    return f" ({shutil.disk_usage(existing).free / 2**30:.2f} GiB free there)"

@@ -1,0 +1,40 @@
+"""The command line: one file a command. Nothing heavy is imported before a command needs it."""
+
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from qlora.cli import check, data, evaluate, generate, recipes, train
+from qlora.errors import QloraError
+
+app = typer.Typer(
+    help="Fine-tune 7B-65B language models on one GPU from a recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("check")(check.check)
+app.command("data")(data.data)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """The `qlora` program. Errors meant for the user are one message on standard error and their exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except QloraError as error:
+        print(f"qlora: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

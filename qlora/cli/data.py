@@ -1,0 +1,173 @@
+"""`qlora data`: a few rows as the model sees them, and what became of all of them."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora.cli.arguments import Json, Overrides, RecipeArgument
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from qlora.data import Batches, Counts, Example
+    from qlora.recipe import Recipe
+
+
+def data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows to show.")] = 3,
+    json_output: Json = False,
+) -> None:
+    """Show the first rows that a recipe trains on, token by token, and count all of them.
+
+    Tokens are parted by |. What is trained stands in [[ ]] and in green.
+
+    [bold]qlora data quickstart --rows 1[/bold]
+    """
+    from qlora.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    from qlora.base import load_tokenizer
+    from qlora.data import Batches, load_dataset
+
+    tokenizer = load_tokenizer(loaded.base)
+    dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed)
+    batches = Batches(
+        dataset.train,
+        micro_batch_size=loaded.training.micro_batch_size,
+        global_batch_size=loaded.training.global_batch_size,
+        max_length=loaded.data.max_length,
+        packing=loaded.data.packing,
+        pad_id=dataset.pad_id,
+        seed=loaded.training.seed,
+    )
+    seen = list(_first_rows(batches, tokenizer, rows))
+    if json_output:
+        print(json.dumps({"rows": [asdict(row) for row in seen], "counts": asdict(dataset.counts)}))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for number, row in enumerate(seen, 1):
+        console.print(_shown(row, f"row {number}"), soft_wrap=True)
+    console.print(_summary(dataset.counts, batches, loaded), soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as a person can read it."""
+
+    id: int
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a row."""
+
+    origin: str
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stands in one row of a batch."""
+
+    documents: list[Document]
+
+
+def _first_rows(batches: "Batches", tokenizer: Any, count: int) -> Iterator[Row]:
+    """The first rows of the first epoch, in the order of the steps."""
+    for step in range(batches.steps_per_epoch):
+        for micro_batch in batches.step_rows(step):
+            for row in micro_batch:
+                if count == 0:
+                    return
+                count -= 1
+                examples = [batches.examples[index] for index in batches.rows[row]]
+                yield Row([Document(example.origin, _tokens(example, tokenizer)) for example in examples])
+
+
+def _tokens(example: "Example", tokenizer: Any) -> list[Token]:
+    ids = example.input_ids.tolist()
+    trained = (example.labels == example.input_ids).tolist()
+    return [Token(*token) for token in zip(ids, _pieces(ids, tokenizer), trained, strict=True)]
+
+
+def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; the token's own name where it is only a part of a character."""
+    pieces = []
+    before: list[int] = []
+    for token_id in ids:
+        # decoded after its neighbour, as tokenizers drop the space that begins a text
+        piece = tokenizer.decode([*before, token_id]).removeprefix(tokenizer.decode(before))
+        if not piece or "\ufffd" in piece:
+            piece = tokenizer.convert_ids_to_tokens(token_id)
+        pieces.append(piece)
+        before = [token_id]
+    return pieces
+
+
+def _shown(row: Row, title: str) -> "Text":
+    """A row for the terminal: a mark in the text says all that a colour says."""
+    from rich.text import Text
+
+    everything = [token for document in row.documents for token in document.tokens]
+    trained = sum(token.trained for token in everything)
+    text = Text()
+    text.append(f"{title}: {len(everything)} tokens, {trained} trained\n", style="bold")
+    for number, document in enumerate(row.documents, 1):
+        text.append(f"-- document {number}: {document.origin}\n", style="cyan")
+        within = False
+        for position, token in enumerate(document.tokens):
+            if token.trained != within:
+                text.append("[[" if token.trained else "]]", style="bold green")
+                within = token.trained
+            elif position:
+                text.append("|", style="dim")
+            text.append(_printable(token.text), style="green" if token.trained else "")
+        text.append("]]\n" if within else "\n", style="bold green")
+    return text
+
+
+def _printable(text: str) -> str:
+    """Line breaks visible and still breaking; nothing that could command the terminal."""
+    return "".join(
+        "\\n\n" if letter == "\n" else letter if letter.isprintable() else repr(letter)[1:-1]
+        for letter in text
+    )
+
+
+def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
+    lengths = sorted(len(example.input_ids) for example in batches.examples)
+    lines = [
+        f"rows     {counts.read} read: {counts.train} to train on, {counts.held_out} held out, "
+        f"{counts.bad} bad, {counts.dropped} too long and dropped, "
+        f"{counts.unsupervised} with nothing to learn",
+        f"tokens   {counts.tokens} to train on, {counts.supervised} of them trained "
+        f"({counts.supervised / counts.tokens:.0%})",
+        f"length   {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most, "
+        f"{recipe.data.max_length} allowed; {counts.truncated} were cut",
+    ]
+    if counts.packing_efficiency is not None:
+        lines.append(
+            f"packing  {len(batches.rows)} rows, {counts.packing_efficiency:.1%} of their tokens real"
+        )
+    lines.append(f"steps    {batches.steps_per_epoch} an epoch")
+    remarks = {
+        "held-out rows are also training rows, word for word": counts.held_out_seen,
+        'rows spell a control token, as "</s>", in their text: it is ordinary text there': (
+            counts.spelled_controls
+        ),
+        "answers are not trained: the template renders what is before them in another way later": (
+            counts.untrained_answers
+        ),
+    }
+    lines += [f"note     {count} {remark}" for remark, count in remarks.items() if count]
+    lines += [f"bad      {count} {reason}" for reason, count in counts.reasons.items()]
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""`qlora generate`: ask a fine-tuned model."""
+
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    adapter: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's folder.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; `-` reads standard input.")],
+    base_only: Annotated[bool, typer.Option("--base", help="Ask the base without the adapter.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Answer a prompt with base + adapter.
+
+    [bold]qlora generate runs/quickstart --prompt "Send two red lamps to Anna."[/bold]
+    """
+    import sys
+
+    from qlora.data import encode_prompt
+    from qlora.generate import answer
+    from qlora.trained import load_trained
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    trained = load_trained(adapter, device=device, with_adapter=not base_only)
+    ids = encode_prompt(text, trained.recipe.data, trained.tokenizer)
+    print(answer(trained.model, trained.tokenizer, ids, max_new_tokens))

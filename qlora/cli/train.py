@@ -1,0 +1,68 @@
+"""`qlora train`: run a recipe."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora.cli.arguments import Json, Overrides, RecipeArgument
+
+if TYPE_CHECKING:
+    from qlora.train import Outcome
+
+GiB = 2**30
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove an existing run in the folder first.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Fine-tune as a recipe says.
+
+    [bold]qlora train quickstart[/bold]
+    [bold]qlora train my.yaml optimizer.lr=1e-4 training.max_steps=100[/bold]
+    """
+    if resume and fresh:
+        raise typer.BadParameter("--resume and --fresh exclude each other")
+    from qlora.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])  # before torch is imported: a wrong recipe is said at once
+    from qlora.train import train as run
+
+    outcome = run(loaded, resume=resume, fresh=fresh, terminal=not json_output)
+    if json_output:
+        from qlora.train import as_json
+
+        print(json.dumps(as_json(outcome)))
+    else:
+        print(report(outcome))
+    if outcome.stopped_by:
+        sys.exit(128 + outcome.stopped_by)
+
+
+def report(outcome: "Outcome") -> str:
+    """What a user wants to know at the end: did it learn, what did it take, where is it."""
+    lines = []
+    if outcome.loss_before is not None and outcome.loss_after is not None:
+        lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after")
+    memory = outcome.memory
+    if memory.allocated_bytes is not None and memory.reserved_bytes is not None:
+        lines.append(
+            f"memory         {memory.allocated_bytes / GiB:.2f} GiB peak allocated on the device, "
+            f"{memory.reserved_bytes / GiB:.2f} GiB peak reserved"
+        )
+    lines.append(f"host memory    {memory.resident_bytes / GiB:.2f} GiB peak resident, libraries included")
+    lines.append(f"time           {outcome.seconds:.0f} s for {outcome.steps} of {outcome.total_steps} steps")
+    lines.append(f"run            {outcome.run}  (metrics.jsonl, recipe.yaml)")
+    if outcome.result is not None:
+        lines.append(f"result         {outcome.result}")
+        lines.append(f'\nTry it:  qlora generate {outcome.run} --prompt "..."')
+    else:
+        lines.append(f"stopped early; a checkpoint of step {outcome.steps} is saved. Go on with --resume")
+    return "\n".join(lines)

@@ -1,0 +1,17 @@
+"""Rows -> conversations -> token ids and labels -> batches. The order is a pure function of (seed, epoch)."""
+
+from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
+from qlora.data.dataset import Counts, Dataset, Prompt, encode_prompt, held_out_batches, load_dataset
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Batches",
+    "Counts",
+    "Dataset",
+    "Example",
+    "Prompt",
+    "encode_prompt",
+    "held_out_batches",
+    "load_dataset",
+]

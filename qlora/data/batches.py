@@ -1,0 +1,166 @@
+"""Examples -> batches: which rows an optimizer step sees, and how they are laid out in tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qlora.data.order import permutation
+from qlora.data.packing import best_fit
+
+IGNORE_INDEX = -100
+
+
+class Example(NamedTuple):
+    """One document, ready to train on."""
+
+    input_ids: NDArray[np.int32]  # [T]
+    labels: NDArray[
+        np.int32
+    ]  # [T], aligned with input_ids; IGNORE_INDEX where nothing is learned, always at 0
+    origin: str
+    """where it was read, as file:line"""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch. B rows, T tokens in the longest; shorter rows are padded on the right."""
+
+    input_ids: Tensor  # int64 [B, T]
+    labels: Tensor  # int64 [B, T], aligned with input_ids (the loss shifts them)
+    position_ids: (
+        Tensor | None
+    )  # int64 [B, T] when packed: restart at 0 with every document and with the padding
+    tokens: int
+    """tokens that are not padding"""
+    supervised: int
+    """labels that the loss sees: not IGNORE_INDEX, and not the first of a document, which nothing predicts"""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device; the host does not wait for the copy."""
+        positions = self.position_ids
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            None if positions is None else positions.to(device, non_blocking=True),
+            self.tokens,
+            self.supervised,
+        )
+
+
+class Batches:
+    """All optimizer steps over a list of examples.
+
+    A row is one example or, with `packing`, several. Every row comes exactly once an epoch. Step i is a pure
+    function of (examples, arguments, i): any step can be asked for, in any order.
+
+    Args:
+        examples: each with 1..max_length tokens and at least one supervised.
+        micro_batch_size: rows of one forward and backward pass.
+        global_batch_size: rows of one optimizer step, a multiple of micro_batch_size. The last step of an
+            epoch has what is left.
+        max_length: tokens of the longest row.
+        packing: put examples together into rows; they are packed once, the same way in every epoch.
+        pad_id: the token that fills rows up; never trained on, whatever else it means.
+        seed: of the order.
+
+    Example:
+        >>> batches = Batches(dataset.train, micro_batch_size=4, global_batch_size=16, max_length=512,
+        ...                   packing=True, pad_id=dataset.pad_id, seed=0)
+        >>> for step in range(batches.steps_per_epoch):
+        ...     for batch in batches.step(step): ...
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        max_length: int,
+        packing: bool,
+        pad_id: int,
+        seed: int,
+    ) -> None:
+        assert global_batch_size % micro_batch_size == 0
+        self.examples = examples
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.packing = packing
+        self.pad_id = pad_id
+        self.seed = seed
+        lengths = [len(example.input_ids) for example in examples]
+        self.rows = best_fit(lengths, max_length) if packing else [[index] for index in range(len(examples))]
+        """indices of the examples in each row"""
+        self._row_lengths = [sum(lengths[index] for index in row) for row in self.rows]
+        # Only a cache: the permutation is a function of the epoch.
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: permutation(len(self.rows), self.seed, epoch).tolist()
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every row comes once."""
+        return -(-len(self.rows) // self.global_batch_size)
+
+    def step(self, i: int) -> list[Batch]:
+        """The micro-batches of optimizer step i (0-based, counted over all epochs), longest rows first.
+
+        Rows of similar length share a micro-batch, so there is little padding, and a step that does not fit
+        into memory fails at its beginning. The sum over the step does not depend on that order.
+        """
+        return [self._collate(rows) for rows in self.step_rows(i)]
+
+    def step_rows(self, i: int) -> list[list[int]]:
+        """The row numbers of each micro-batch of optimizer step i: indices into `rows`."""
+        epoch, within = divmod(i, self.steps_per_epoch)
+        start = within * self.global_batch_size
+        chosen = self._order(epoch)[start : start + self.global_batch_size]
+        return self._split(sorted(chosen, key=lambda row: (-self._row_lengths[row], row)))
+
+    def evaluation(self) -> list[Batch]:
+        """Micro-batches over all rows, each once, in order."""
+        return [self._collate(rows) for rows in self._split(range(len(self.rows)))]
+
+    def _split(self, rows: Sequence[int]) -> list[list[int]]:
+        size = self.micro_batch_size
+        return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def _collate(self, rows: Sequence[int]) -> Batch:
+        documents = [[self.examples[index] for index in self.rows[row]] for row in rows]
+        return collate(documents, pad_id=self.pad_id, packed=self.packing)
+
+
+def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool) -> Batch:
+    """Lay rows of documents out as one batch, as wide as its longest row.
+
+    Without `packed` every row holds one document and needs no positions: counting from 0 is what models do.
+    """
+    assert packed or all(len(row) == 1 for row in rows)
+    width = max(sum(len(document.input_ids) for document in row) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)  # [B, T]
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)  # [B, T]
+    positions = np.empty((len(rows), width), dtype=np.int64)  # [B, T]
+    tokens = 0
+    for number, row in enumerate(rows):
+        end = 0
+        for document in row:
+            start, end = end, end + len(document.input_ids)
+            input_ids[number, start:end] = document.input_ids
+            labels[number, start:end] = document.labels
+            labels[number, start] = IGNORE_INDEX  # nothing within the document predicts its first token
+            positions[number, start:end] = np.arange(end - start)
+        positions[number, end:] = np.arange(width - end)  # padding is a document of its own
+        tokens += end
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(positions) if packed else None,
+        tokens=tokens,
+        supervised=int((labels != IGNORE_INDEX).sum()),
+    )

@@ -1,0 +1,213 @@
+"""A recipe's `data` section -> examples to train on, examples held out, and counts of what was left out."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
+from qlora.data.encoding import Encoder
+from qlora.data.layout import Layout
+from qlora.data.order import SPLIT, permutation
+from qlora.data.packing import best_fit
+from qlora.data.reading import Kept, Reading, read_examples
+from qlora.errors import DataError
+from qlora.recipe import Data, Recipe
+
+
+class Prompt(NamedTuple):
+    """A held-out row as generation poses it."""
+
+    input_ids: list[int]
+    text: str
+    """what was asked, without the template around it"""
+    reference: str
+    """the data's own answer"""
+    origin: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows: read = bad + dropped + unsupervised + train + held_out."""
+
+    read: int
+    bad: int
+    """could not be used and were skipped (`on_bad_row: skip`)"""
+    dropped: int
+    """longer than max_length and left out (`too_long: drop`)"""
+    truncated: int
+    """longer than max_length and cut (`too_long: truncate`); counted once more by where they ended up"""
+    unsupervised: int
+    """left out because no trained token is in them, mostly as the prompt alone fills max_length"""
+    train: int
+    held_out: int
+    held_out_seen: int
+    """held-out rows whose very tokens are also those of a training row"""
+    untrained_answers: int
+    """answers within kept rows that are context only (see `Renderer.document`)"""
+    spelled_controls: int
+    """kept rows whose text spells a control token, as "</s>"; it is ordinary text there"""
+    tokens: int
+    """of the training rows"""
+    supervised: int
+    """trained tokens of the training rows"""
+    packing_efficiency: float | None
+    """share of real tokens in the training rows, packed and padded to max_length; None without packing"""
+    reasons: dict[str, int]
+    """the bad rows by reason"""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run learns from and what it is judged by. The two share no row."""
+
+    train: list[Example]
+    held_out: list[Example]
+    prompts: list[Prompt]
+    """one for every held-out row"""
+    counts: Counts
+    fingerprint: str
+    """SHA-256 over all token ids and labels in order: equal exactly if a run would see the same"""
+    pad_id: int
+    """fills rows up; never trained on, whatever else it means"""
+
+
+def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
+    """Read, lay out, encode and split the rows of a recipe's `data` section.
+
+    Args:
+        section: `recipe.data`.
+        tokenizer: a fast tokenizer; it is not changed.
+        seed: of the split.
+
+    Raises:
+        DataError: the source cannot be read, a row is bad (with `on_bad_row: error`; the first ten are shown
+            as file:line: reason) or too long (with `too_long: error`), or nothing is left to train on.
+
+    Example:
+        >>> dataset = load_dataset(recipe.data, load_tokenizer(recipe.base), recipe.training.seed)
+        >>> dataset.train[0].input_ids, dataset.counts.supervised
+    """
+    encoder = Encoder(tokenizer)
+    layout = Layout(section, tokenizer, encoder)
+    readings = [read_examples(section, section.source, layout, encoder, section.limit)]
+    if isinstance(section.held_out, str):
+        readings.append(read_examples(section, section.held_out, layout, encoder))
+    for reading in readings:
+        if not reading.kept:
+            raise DataError(_nothing_left(reading))
+    if isinstance(section.held_out, str):
+        train, held_out = (reading.kept for reading in readings)
+    else:
+        train, held_out = _split(readings[0].kept, section.held_out, seed)
+    return Dataset(
+        train=[row.example for row in train],
+        held_out=[row.example for row in held_out],
+        prompts=_prompts(held_out, layout, encoder),
+        counts=_counts(readings, train, held_out, section),
+        fingerprint=_fingerprint(train, held_out),
+        pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
+    )
+
+
+def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids that ask a model trained on this `data` section to answer `text`, posed as its rows were.
+
+    Raises:
+        DataError: the template cannot be used, or the text holds a NUL character.
+    """
+    if "\0" in text:
+        raise DataError("the prompt holds a NUL character")
+    encoder = Encoder(tokenizer)
+    (encoded,) = encoder.encode([Layout(section, tokenizer, encoder).prompt(text)])
+    return [int(token) for token in encoded.input_ids]
+
+
+def held_out_batches(dataset: Dataset, recipe: Recipe) -> list[Batch]:
+    """All held-out rows once, in micro-batches as the recipe sizes them."""
+    return Batches(
+        dataset.held_out,
+        micro_batch_size=recipe.training.micro_batch_size,
+        global_batch_size=recipe.training.micro_batch_size,
+        max_length=recipe.data.max_length,
+        packing=recipe.data.packing,
+        pad_id=dataset.pad_id,
+        seed=recipe.training.seed,
+    ).evaluation()
+
+
+def _split(rows: Sequence[Kept], held_out: int | float, seed: int) -> tuple[list[Kept], list[Kept]]:
+    """(train, held out), each in the data's order. A share is rounded; both get a row."""
+    if isinstance(held_out, int):
+        if held_out >= len(rows):
+            raise DataError(
+                f"data.held_out: {held_out} rows are to be held out, but only {len(rows)} can be used and "
+                "some must be left to train on; hold out fewer"
+            )
+        wanted = held_out
+    else:
+        wanted = min(max(1, round(len(rows) * held_out)), len(rows) - 1)
+    chosen = set(permutation(len(rows), seed, SPLIT)[:wanted].tolist())
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def _prompts(rows: Sequence[Kept], layout: Layout, encoder: Encoder) -> list[Prompt]:
+    questions = [layout.question(row.content) for row in rows]
+    encoded = encoder.encode([question.document for question in questions])
+    return [
+        Prompt(tokens.input_ids.tolist(), question.text, question.reference, row.example.origin)
+        for row, question, tokens in zip(rows, questions, encoded, strict=True)
+    ]
+
+
+def _counts(
+    readings: Sequence[Reading], train: Sequence[Kept], held_out: Sequence[Kept], section: Data
+) -> Counts:
+    lengths = [len(row.example.input_ids) for row in train]
+    packed_rows = len(best_fit(lengths, section.max_length)) if section.packing else 0
+    seen = {row.example.input_ids.tobytes() for row in train}
+    reasons: Counter[str] = sum((reading.reasons for reading in readings), Counter())
+    return Counts(
+        read=sum(reading.read for reading in readings),
+        bad=reasons.total(),
+        dropped=sum(reading.dropped for reading in readings),
+        truncated=sum(reading.truncated for reading in readings),
+        unsupervised=sum(reading.unsupervised for reading in readings),
+        train=len(train),
+        held_out=len(held_out),
+        held_out_seen=sum(row.example.input_ids.tobytes() in seen for row in held_out),
+        untrained_answers=sum(reading.untrained_answers for reading in readings),
+        spelled_controls=sum(reading.spelled_controls for reading in readings),
+        tokens=sum(lengths),
+        supervised=sum(int((row.example.labels != IGNORE_INDEX).sum()) for row in train),
+        packing_efficiency=sum(lengths) / (packed_rows * section.max_length) if packed_rows else None,
+        reasons=dict(reasons.most_common()),
+    )
+
+
+def _fingerprint(train: Sequence[Kept], held_out: Sequence[Kept]) -> str:
+    digest = hashlib.sha256()
+    for rows in (train, held_out):
+        digest.update(len(rows).to_bytes(8, "little"))
+        for row in rows:
+            # the length first, so that no two lists run together; little-endian, whatever the machine
+            digest.update(len(row.example.input_ids).to_bytes(8, "little"))
+            digest.update(np.concatenate(row.example[:2]).astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _nothing_left(reading: Reading) -> str:
+    fates = {
+        "bad": len(reading.bad),
+        "longer than data.max_length": reading.dropped,
+        "without a trained token": reading.unsupervised,
+    }
+    found = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+    if not reading.read:
+        return f"{reading.source}: there are no rows in it"
+    return f"{reading.source}: of {reading.read} rows none can be used: {found}"

@@ -1,0 +1,87 @@
+"""How a recipe lays its rows out: which format they are read as and which template they are written with."""
+
+import re
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from qlora.data.encoding import Document, Encoder
+from qlora.data.formats import Completion, Conversation, Row, parser
+from qlora.data.templates import RawText, Renderer, template_text
+from qlora.recipe import Data
+
+
+class Question(NamedTuple):
+    """A prompt to answer and the answer that the data has."""
+
+    document: Document
+    text: str
+    """what a person asked, without the template around it"""
+    reference: str
+
+
+class Layout:
+    """Row -> document, as a recipe's `data` section says.
+
+    alpaca, messages and sharegpt rows are conversations. They are written with `data.template`, or else with
+    the tokenizer's chat template; alpaca rows have the Stanford Alpaca prompt where there is neither.
+    prompt-completion rows stay raw unless `data.template` is set. completion rows always stay raw.
+
+    Raises:
+        DataError: see `parser`, `template_text` and `Renderer`.
+    """
+
+    def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
+        self._parse = parser(section.format, section.columns)
+        self._everything = section.loss_on == "all"
+        self._raw = RawText(encoder)
+        self._renderer = _renderer(section, tokenizer, encoder)
+
+    def read(self, row: Row) -> Conversation | Completion:
+        """The row's content, in the shape that this layout writes. Raises BadRow."""
+        content = self._parse(row)
+        if self._renderer and isinstance(content, Completion):
+            question = {"role": "user", "content": content.prompt}
+            return Conversation((question, {"role": "assistant", "content": content.completion}))
+        return content
+
+    def document(self, content: Conversation | Completion) -> Document:
+        """The whole row, as it is trained on. Raises BadRow if the chat template refuses it."""
+        if isinstance(content, Completion):
+            return self._raw.document(content, everything=self._everything)
+        assert self._renderer is not None
+        return self._renderer.document(content, everything=self._everything)
+
+    def question(self, content: Conversation | Completion) -> Question:
+        """The row up to its last answer, and that answer. Of a plain text, its beginning and the rest."""
+        if isinstance(content, Conversation):
+            assert self._renderer is not None
+            *before, answer = content.messages
+            return Question(self._renderer.prompt(before), before[-1]["content"], answer["content"])
+        prompt, reference = content.prompt, content.completion
+        if not prompt:
+            prompt, reference = _beginning(reference)
+        return Question(self._raw.prompt(prompt), prompt, reference)
+
+    def prompt(self, text: str) -> Document:
+        """What somebody types, posed as the rows of the data are posed."""
+        if self._renderer is None:
+            return self._raw.prompt(text)
+        return self._renderer.prompt([{"role": "user", "content": text}])
+
+
+def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> Renderer | None:
+    name = section.template
+    if section.format == "completion" or (section.format == "prompt-completion" and name is None):
+        return None
+    if section.format == "alpaca" and name is None and not tokenizer.chat_template:
+        name = "alpaca"
+    return Renderer(tokenizer, encoder, None if name is None else template_text(name))
+
+
+def _beginning(text: str) -> tuple[str, str]:
+    """A text cut in two where a word ends, after its first quarter but at most 200 characters."""
+    longest = min(200, max(1, len(text) // 4))
+    ends = [match.start() for match in re.finditer(r"\s+\S", text[: longest + 1])]
+    end = ends[-1] if ends and ends[-1] else longest
+    return text[:end], text[end:]

@@ -1,0 +1,267 @@
+"""Where rows come from: a local file, a file of this package, or the hub. A row knows its file and line."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from qlora.data.formats import BadRow, Row
+from qlora.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Files that can be read; all but Parquet also gzipped."""
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row as it was read, or why it could not be."""
+
+    origin: str
+    """file:line, or "file:row N" and "id[split]:row N" where there are no lines. Counted from 1."""
+    row: Row | BadRow
+
+
+def read(source: str, split: str = "train", limit: int | None = None) -> Iterator[Record]:
+    """The first `limit` rows of a data set, in order.
+
+    Args:
+        source: a local JSON, JSONL, CSV, TSV or Parquet file, `bundled/...`, or a data set's id on the hub.
+        split: of a data set on the hub.
+        limit: rows to read; None is all.
+
+    Raises:
+        DataError: the source as a whole cannot be read. A single bad row is a Record with a BadRow.
+    """
+    path = Path(source).expanduser()
+    if source.startswith("bundled/"):
+        from qlora import bundled
+
+        records = _file(bundled.path(source), source)
+    elif path.exists() or not _may_be_id(source):
+        records = _file(path, source)
+    else:
+        records = _hub(source, split)
+    return islice(records, limit)
+
+
+def _may_be_id(source: str) -> bool:
+    """Whether what is no file may be a hub id (`name` or `owner/name`) rather than a mistyped path."""
+    named_as_file = source.lower().removesuffix(".gz").endswith((*SUFFIXES, ".txt"))
+    return not named_as_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None
+
+
+def _file(path: Path, name: str) -> Iterator[Record]:
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"{name!r}: {reason}{_neighbours(path.parent)}") from None
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{name!r} is a folder, one file is needed{_neighbours(path)}")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{name!r} is not a regular file; save what it delivers as one")
+    readers: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+        ".json": _json,
+        ".jsonl": _json,
+        ".ndjson": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+    }
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in readers:
+        raise DataError(f"{name!r}: files that can be read are {', '.join(SUFFIXES)}, gzipped or not")
+    return readers[suffix](path, name)
+
+
+def _neighbours(folder: Path) -> str:
+    """Which data files there are, to end an error message with."""
+    if not folder.is_dir():
+        return ""
+    names = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".gz").endswith(SUFFIXES))
+    return f"; in {folder} there are {', '.join(names[:8])}" if names else ""
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed where its first bytes say gzip, whatever it is called."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            with io.BufferedReader(gzip.GzipFile(fileobj=file)) if zipped else file as stream:
+                yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: the gzip file is damaged ({error}); fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def _json(path: Path, name: str) -> Iterator[Record]:
+    """JSON lines, or one JSON list: told apart by the first character, as both are called .json."""
+    with _opened(path, name) as stream:
+        first = next((line for line in stream if line.removeprefix(_BOM).strip()), b"")
+    listed = first.removeprefix(_BOM).lstrip().startswith(b"[")
+    return (_json_list if listed else _json_lines)(path, name)
+
+
+def _json_lines(path: Path, name: str) -> Iterator[Record]:
+    with _opened(path, name) as stream:
+        for number, line in enumerate(stream, 1):
+            text = (line.removeprefix(_BOM) if number == 1 else line).rstrip(b"\r\n")
+            if text.strip():
+                yield Record(f"{name}:{number}", _json_row(text))
+
+
+def _json_row(line: bytes) -> Row | BadRow:
+    try:
+        return _object(_DECODER.decode(line.decode()))
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"byte {error.start + 1} of the line")
+    except BadRow as error:
+        return error
+    except json.JSONDecodeError as error:
+        return BadRow("broken JSON", f"{error.msg} at column {error.colno}")
+    except RecursionError:
+        return BadRow("broken JSON", "nested too deeply")
+    except ValueError as error:  # an integer of more than 4300 digits
+        return BadRow("broken JSON", str(error))
+
+
+def _json_list(path: Path, name: str) -> Iterator[Record]:
+    with _opened(path, name) as stream:
+        try:
+            text = stream.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: not UTF-8 at byte {error.start + 1}") from None
+    position, line, line_start, counted = _skip(text, text.index("[") + 1), 1, 0, 0
+    while not text.startswith("]", position):
+        breaks = text.count("\n", counted, position)
+        if breaks:
+            line, line_start = line + breaks, text.rindex("\n", counted, position) + 1
+        # Where rows share a line, the column says which of them is meant.
+        column = f":{position - line_start + 1}" if counted and not breaks else ""
+        origin, counted = f"{name}:{line}{column}", position
+        try:
+            row, position = _list_item(text, position)
+            position = _skip(text, position)
+            if not text.startswith((",", "]"), position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        except (ValueError, RecursionError) as error:
+            # Nobody can say where the next row of a broken list begins, so skipping this one is no way out.
+            raise DataError(f"{origin}: broken JSON, the list cannot be read beyond it: {error}") from None
+        yield Record(origin, row)
+        if text.startswith(",", position):
+            position = _skip(text, position + 1)
+    if text[position + 1 :].strip():
+        raise DataError(f"{name}: more text follows after the list's closing bracket")
+
+
+_SPACE = re.compile(r"\s*")
+
+
+def _skip(text: str, position: int) -> int:
+    """The first character from `position` on that is no white space."""
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _list_item(text: str, start: int) -> tuple[Row | BadRow, int]:
+    """The row that starts here, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+        return _object(value), end
+    except BadRow as error:
+        return error, json.JSONDecoder().raw_decode(text, start)[1]
+
+
+def _object(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise BadRow("not an object", "a row is written {...}")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise BadRow("not a number", f"{name} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow("duplicate key", repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique)
+
+
+def _csv(path: Path, name: str) -> Iterator[Record]:
+    csv.field_size_limit(2**30)  # the module's own limit of 128 KiB is shorter than some documents
+    with _opened(path, name) as stream:
+        # Bytes that are not UTF-8 become lone surrogates, which `formats` reports, row by row.
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise DataError(f"{name}:1: two columns have the same name: {', '.join(header)}")
+        while True:
+            origin = f"{name}:{reader.line_num + 1}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield Record(origin, BadRow("broken CSV", str(error)))
+                continue
+            if cells is None:
+                break
+            if cells:  # a blank line has none
+                yield Record(origin, _csv_row(header, cells))
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row | BadRow:
+    if len(cells) != len(header):
+        return BadRow("wrong number of columns", f"{len(cells)}, the header has {len(header)}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet(path: Path, name: str) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{name}:row {number}", row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _hub(source: str, split: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{source!r} is no file here, and as a data set of the hub (split {split!r}) it cannot be "
+            f"loaded: {reason}\nCheck its spelling and the network. Without a network, bring a file of it "
+            "here and give its path as data.source"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield Record(f"{source}[{split}]:row {number}", row)

@@ -1,0 +1,36 @@
+"""Stopping in good order: a signal asks, the loop answers at the next step boundary.
+
+The handler only sets a flag (saving inside a handler is how other trainers corrupt checkpoints). A second
+Ctrl-C stops at once; checkpoints written before stay whole, since they are committed by a rename.
+"""
+
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM are noted in `signal_number` instead of ending the process.
+
+    with StopRequest() as stop:
+        while not stop.signal_number: ...
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number

@@ -1,0 +1,139 @@
+"""The output head and its loss in one: the logits [tokens, vocabulary] never stand in memory as a whole.
+
+For a 128K vocabulary they are the largest thing of a training step. Here the trained tokens go through the
+head `chunk` at a time, and since a chunk's loss has all that its gradient needs, that is formed in the
+forward too (as Liger does, Hsu et al. 2024): two products with a frozen head, and none of them repeated.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+"""Label of a token that is not trained."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk: int = 1024,
+    supervised: int | None = None,
+) -> Tensor:
+    """Sum (not mean) of the cross-entropies of the tokens whose label is not IGNORE_INDEX: fp32 scalar, nats.
+
+    `hidden` [N, H] belongs to `labels` [N] (shifted by the caller); `weight` is [V, H], `bias` [V]. Logits
+    are `logit_scale * (hidden W^T + bias)`, then `softcap * tanh(logits / softcap)` where a model caps them
+    (Gemma 2). Ignored tokens never reach the head. `supervised`, the number of labels that are not ignored,
+    spares a device synchronisation where the caller knows it, and must be given under FakeTensorMode.
+    `hidden`, `weight` and `bias` get gradients if they require them, summed in fp32.
+    """
+    trained = labels != IGNORE_INDEX
+    count = int(trained.sum()) if supervised is None else supervised
+    index = torch.nonzero_static(trained, size=count).squeeze(1)
+    grad = torch.is_grad_enabled()  # always False inside the function
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, index, softcap, logit_scale, chunk, grad
+    )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        index: Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        chunk: int,
+        grad: bool,
+    ) -> Tensor:
+        wants = [grad and needed for needed in ctx.needs_input_grad[:3]]
+        head = weight.to(hidden.dtype)
+        d_hidden = torch.zeros_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight)) if wants[1] else None
+        d_bias = None
+        loss = torch.zeros((), dtype=_at_least_fp32(hidden), device=hidden.device)
+        for part in index.split(chunk):
+            rows, targets = hidden.index_select(0, part), labels.index_select(0, part)
+            logits = _logits(rows, head)
+            loss_part, gradient = _loss_and_gradient(logits, bias, targets, softcap, logit_scale, any(wants))
+            loss += loss_part
+            if gradient is None:
+                continue
+            if wants[2]:
+                d_bias = gradient.sum(0) if d_bias is None else d_bias + gradient.sum(0)
+            gradient = gradient.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden.index_copy_(0, part, gradient @ head)
+            if d_weight is not None:
+                d_weight += gradient.T @ rows
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if saved is None else (saved * grad).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *gradients, None, None, None, None, None, None
+
+
+def _at_least_fp32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _logits(rows: Tensor, head: Tensor) -> Tensor:
+    """rows [n, H] times head [V, H]: [n, V], in fp32 at least."""
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        # Tensor cores sum in fp32: take the sums before they are rounded to 16 bits
+        return torch.mm(rows, head.T, out_dtype=torch.float32)
+    return (rows @ head.T).to(_at_least_fp32(rows))
+
+
+def _loss_and_gradient(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of the raw products `logits` [n, V], and its gradient if wanted; overwrites `logits`."""
+    if bias is not None:
+        logits += bias
+    if logit_scale != 1.0:
+        logits *= logit_scale
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if wanted else None
+        logits *= softcap
+    targets = targets[:, None]
+    # log-sum-exp by hand: torch's makes a copy of the logits
+    highest = logits.amax(1, keepdim=True)
+    target = logits.gather(1, targets)
+    exponentials = logits.sub_(highest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    loss = (highest + total.log() - target).sum()
+    if not wanted:
+        return loss, None
+    gradient = exponentials.div_(total)  # softmax
+    gradient.scatter_add_(1, targets, torch.full_like(target, -1.0))
+    if slope is not None:
+        gradient *= slope
+    if logit_scale != 1.0:
+        gradient *= logit_scale
+    return loss, gradient

@@ -1,0 +1,125 @@
+"""Parameters end to end in one tensor, with their gradients and optimizer states in others."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qlora.optim import paged
+from qlora.optim.methods import Method, Update, kernel
+
+BLOCK_SIZE = 256
+"""Every parameter starts on a multiple of this. It is the block of bitsandbytes' 8-bit states, so no two
+parameters share a scale, and it keeps the alignment of torch's own allocator (512 bytes)."""
+
+CHUNK_SIZE = 2**24
+"""Elements updated at once: the fp32 copy of bf16 gradients takes 64 MiB however large the adapter is, and
+bitsandbytes' kernels, which count in int32, never see more."""
+
+
+class FlatGroup:
+    """Parameters of one device, dtype and weight decay.
+
+    value, gradient: [n] in the parameters' dtype, n the sum of their sizes, each rounded up to BLOCK_SIZE.
+    states: `master` [n] fp32 for parameters not in fp32, `moment1`, `moment2` [n] fp32 or uint8, `absmax1`,
+    `absmax2` [n / BLOCK_SIZE] fp32. The padding has zero gradients: it stays zero and adds nothing to a norm.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], method: Method, weight_decay: float) -> None:
+        self.parameters = dict(parameters)
+        self.method = method
+        self.weight_decay = weight_decay
+        first = next(iter(self.parameters.values()))
+        self.device = first.device
+        self.offsets: dict[str, int] = {}
+        self.size = 0
+        for name, parameter in self.parameters.items():
+            self.offsets[name] = self.size
+            self.size += -(-parameter.numel() // BLOCK_SIZE) * BLOCK_SIZE
+
+        self.value = torch.zeros(self.size, dtype=first.dtype, device=self.device)
+        self.gradient = torch.zeros_like(self.value)
+        self._gradient_views: list[Tensor] = []
+        for name, parameter in self.parameters.items():
+            view = self._view(self.value, name)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = self._view(self.gradient, name)
+            self._gradient_views.append(parameter.grad)
+
+        self.states = self._zero_states(has_master=first.dtype != torch.float32)
+        if "master" in self.states:
+            self.states["master"].copy_(self.value)
+
+    def step(self, update: Update, scale: Tensor) -> None:
+        """Update the parameters with the gradients times `scale` [1] fp32, one chunk after the other."""
+        self.check_gradients()
+        step_in_place = kernel(self.method, self.device)
+        scale = scale.to(self.device)
+        for start in range(0, self.size, CHUNK_SIZE):
+            stop = min(start + CHUNK_SIZE, self.size)
+            states = {kind: self._part(tensor, start, stop) for kind, tensor in self.states.items()}
+            for kind, part in states.items():
+                if paged.is_paged(self.states[kind]):
+                    paged.prefetch(part)
+            value = self.value[start:stop]
+            gradient = self.gradient[start:stop] * scale  # fp32, whatever the dtype of the gradient
+            master = states.get("master", value)
+            step_in_place(self.method, master, gradient, states, update)
+            if master is not value:
+                value.copy_(master)
+
+    def check_gradients(self) -> None:
+        """Refuse to lose gradients without a sign: a `.grad` set to None is replaced by autograd."""
+        pairs = zip(self.parameters.values(), self._gradient_views, strict=True)
+        assert all(parameter.grad is view for parameter, view in pairs), (
+            ".grad was replaced: clear gradients with Optimizer.zero_grad() only"
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Views of all states: `<parameter>.<kind>` -> tensor."""
+        return {
+            f"{name}.{kind}": self._view(tensor, name)
+            for name in self.parameters
+            for kind, tensor in self.states.items()
+        }
+
+    def round_master(self) -> None:
+        """Round the master copy, where there is one, into the parameters."""
+        if "master" in self.states:
+            self.value.copy_(self.states["master"])
+
+    def _zero_states(self, has_master: bool) -> dict[str, Tensor]:
+        """State tensors; in managed memory when the optimizer is paged, on a GPU, and they are large."""
+        is_paged = self.method.paged and self.device.type == "cuda" and self.size >= paged.MIN_SIZE
+        states: dict[str, Tensor] = {}
+
+        def add(kind: str, dtype: torch.dtype) -> None:
+            zeros = paged.paged_zeros if is_paged else torch.zeros
+            states[kind] = zeros(self.size, dtype=dtype, device=self.device)
+
+        if has_master:
+            add("master", torch.float32)
+        for i in self.method.moments:
+            add(f"moment{i}", torch.uint8 if self.method.bits == 8 else torch.float32)
+            if self.method.bits == 8:
+                states[f"absmax{i}"] = torch.zeros(self.size // BLOCK_SIZE, device=self.device)
+        return states
+
+    def _part(self, flat: Tensor, start: int, stop: int) -> Tensor:
+        """What a flat tensor, with one entry an element or a block, holds for the elements start..stop."""
+        elements = self.size // flat.numel()
+        return flat[start // elements : stop // elements]
+
+    def _view(self, flat: Tensor, name: str) -> Tensor:
+        """What a flat tensor holds of a parameter: fp32 in its shape, scales [blocks], codes [blocks, 256].
+
+        Codes come in whole blocks, since those of the padding count in a block's next scale.
+        """
+        parameter, start = self.parameters[name], self.offsets[name]
+        blocks = -(-parameter.numel() // BLOCK_SIZE)
+        if flat.dtype == torch.uint8:
+            return flat[start : start + blocks * BLOCK_SIZE].view(blocks, BLOCK_SIZE)
+        if flat.numel() != self.size:
+            return flat[start // BLOCK_SIZE :][:blocks]
+        return flat[start : start + parameter.numel()].view(parameter.shape)

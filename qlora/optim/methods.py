@@ -1,0 +1,142 @@
+"""What an optimizer's name stands for, and the kernels that do one update in place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+@dataclass(frozen=True)
+class Method:
+    """The update rule, the width of its states in bits, and whether they are paged on a GPU."""
+
+    rule: Literal["adam", "lion"]
+    bits: Literal[8, 32]
+    paged: bool = False
+
+    @property
+    def moments(self) -> tuple[int, ...]:
+        """Numbers of the moments the rule keeps: Adam two, Lion one."""
+        return (1, 2) if self.rule == "adam" else (1,)
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method("adam", 32),
+    "adamw_8bit": Method("adam", 8),
+    "paged_adamw_32bit": Method("adam", 32, paged=True),
+    "paged_adamw_8bit": Method("adam", 8, paged=True),
+    "lion": Method("lion", 32),
+    "lion_8bit": Method("lion", 8),
+    "paged_lion_32bit": Method("lion", 32, paged=True),
+    "paged_lion_8bit": Method("lion", 8, paged=True),
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """The numbers of one update, the same for every element."""
+
+    lr: float
+    step: int
+    """1 for the first update"""
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    """decoupled from the gradient, for Lion too"""
+
+
+Kernel = Callable[[Method, Tensor, Tensor, Mapping[str, Tensor], Update], None]
+"""(method, value [n] fp32, gradient [n] fp32, states, update): steps the value and the states in place"""
+
+
+def kernel(method: Method, device: torch.device) -> Kernel:
+    """torch's fused AdamW where it can serve (on a CPU it is the faster one), else bitsandbytes' kernels."""
+    if method.bits == 8:
+        return _bitsandbytes_8bit
+    if method.rule == "adam" and (device.type == "cpu" or not method.paged):
+        return _torch_adamw
+    return _bitsandbytes_32bit
+
+
+def _torch_adamw(
+    method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
+) -> None:
+    """AdamW with fp32 states."""
+    adamw(
+        [value],
+        [gradient],
+        [states["moment1"]],
+        [states["moment2"]],
+        [],
+        [torch.full((), update.step - 1.0, device=value.device)],  # the kernel adds one
+        fused=True,
+        amsgrad=False,
+        beta1=update.betas[0],
+        beta2=update.betas[1],
+        lr=update.lr,
+        weight_decay=update.weight_decay,
+        eps=update.eps,
+        maximize=False,
+    )
+
+
+def _bitsandbytes_32bit(
+    method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
+) -> None:
+    """AdamW or Lion with fp32 states."""
+    import bitsandbytes.functional as bnb
+
+    bnb.optimizer_update_32bit(
+        method.rule,
+        gradient,
+        value,
+        states["moment1"],
+        update.betas[0],
+        update.eps,
+        update.step,
+        update.lr,
+        state2=states.get("moment2"),
+        beta2=update.betas[1],
+        weight_decay=update.weight_decay,
+    )
+
+
+def _bitsandbytes_8bit(
+    method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
+) -> None:
+    """AdamW or Lion with states of 8-bit codes, one fp32 scale a block of 256."""
+    import bitsandbytes.functional as bnb
+
+    signed, unsigned = _code_books(value.device)
+    bnb.optimizer_update_8bit_blockwise(
+        method.rule,
+        gradient,
+        value,
+        states["moment1"],
+        states.get("moment2"),
+        beta1=update.betas[0],
+        beta2=update.betas[1],
+        beta3=0.0,
+        alpha=0.0,
+        eps=update.eps,
+        step=update.step,
+        lr=update.lr,
+        qmap1=signed,
+        qmap2=unsigned if "moment2" in states else None,
+        absmax1=states["absmax1"],
+        absmax2=states.get("absmax2"),
+        weight_decay=update.weight_decay,
+    )
+
+
+@cache
+def _code_books(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 values of bitsandbytes' dynamic data type: signed for moment1, unsigned for moment2."""
+    import bitsandbytes.functional as bnb
+
+    signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+    return signed, unsigned

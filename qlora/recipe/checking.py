@@ -1,0 +1,101 @@
+"""A document of settings -> a recipe, or one error that names everything wrong with it."""
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora.errors import RecipeError
+from qlora.recipe.messages import explain
+from qlora.recipe.overrides import COMMAND_LINE
+from qlora.recipe.problems import UNUSABLE, Document, Problem, dotted
+from qlora.recipe.rules import conflicts, flatten, idle
+from qlora.recipe.schema import Recipe, Section
+
+
+def check(document: Document, name: str) -> Recipe:
+    """The recipe called `name` that a document states; raises `RecipeError` with one line a problem."""
+    if not isinstance(document.value, dict):
+        if document.value is not UNUSABLE:
+            text = "a recipe is a mapping of sections, such as base: and data:"
+            document.problems.append(Problem(document.place(()), (), text))
+        raise _error(document.problems)
+    if document.value.get("output") is None:
+        document.value["output"] = f"runs/{name}"
+    problems = [*document.problems, *_misfits(document)]
+    unusable = {dotted(problem.path[:end]) for problem in problems for end in range(1, len(problem.path) + 1)}
+    given = {key: value for key, value in flatten(document.value).items() if key not in unusable}
+    settings = {key: value for key, value in DEFAULTS.items() if key not in unusable} | given
+    for path in _overruled(document, settings, given):
+        del given[dotted(path)]
+        _remove(document.value, path)
+    for key, text in conflicts(settings, given):
+        path = tuple(key.split("."))
+        problems.append(Problem(document.place(path), path, text))
+    if problems:
+        raise _error(problems)
+    return Recipe.model_validate(document.value)
+
+
+def _misfits(document: Document) -> list[Problem]:
+    """What does not fit the schema."""
+    try:
+        Recipe.model_validate(document.value)
+    except ValidationError as error:
+        return explain(error.errors(include_url=False), document, _schema())
+    return []
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Recipe.json_schema()
+
+
+def _overruled(
+    document: Document, settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> list[tuple[str, ...]]:
+    """Keys of the file that something on the command line leaves without effect: they fall away.
+
+    Written in one place, a setting and another that makes it idle are a mistake; but
+    `qlora train llama-7b adapter.method=full base.quantization=none` is how one tries a recipe another way.
+    """
+
+    def overridden(key: str) -> bool:
+        return document.place(tuple(key.split("."))).source == COMMAND_LINE
+
+    return [
+        tuple(key.split("."))
+        for key, reason in idle(settings).items()
+        if key in given and overridden(reason) and not overridden(key)
+    ]
+
+
+def _remove(settings: dict[str, Any], path: tuple[str, ...]) -> None:
+    for name in path[:-1]:
+        settings = settings[name]
+    del settings[path[-1]]
+
+
+def _error(problems: Iterable[Problem]) -> RecipeError:
+    """All problems, in the order of the file and then of the command line."""
+
+    def position(problem: Problem) -> tuple[bool, int, int]:
+        return not problem.place.line, problem.place.line, problem.place.column
+
+    return RecipeError("\n".join(str(problem) for problem in sorted(problems, key=position)))
+
+
+def _defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:
+    """The flat default settings of a section; required ones are absent."""
+    flat: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            flat |= _defaults(kind, f"{prefix}{name}.")
+        elif not field.is_required():
+            flat[prefix + name] = field.default
+    return flat
+
+
+DEFAULTS = _defaults(Recipe)

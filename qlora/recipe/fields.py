@@ -1,0 +1,51 @@
+"""Finding a setting in the JSON schema of recipes, from which the messages take their words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora.recipe.problems import KeyPath
+
+Schema = Mapping[str, Any]
+
+
+def at(path: KeyPath, schema: Schema) -> Schema:
+    """The part of the schema that a setting must fit."""
+    node = schema
+    for part in path:
+        node = _child(resolved(node, schema), part)
+    return node
+
+
+def _child(node: Schema, part: str | int) -> Schema:
+    child: Schema
+    if isinstance(part, str) and "properties" in node:
+        child = node["properties"][part]
+        return child
+    kind = "object" if isinstance(part, str) else "array"
+    [collection] = [option for option in (node, *node.get("anyOf", ())) if option.get("type") == kind]
+    if isinstance(part, str):
+        child = collection["additionalProperties"]
+    else:
+        child = collection["items"] if "items" in collection else collection["prefixItems"][part]
+    return child
+
+
+def resolved(node: Schema, schema: Schema) -> Schema:
+    """The definition that a part of the schema refers to, or the part itself."""
+    if "$ref" not in node:
+        return node
+    definition: Schema = schema["$defs"][node["$ref"].removeprefix("#/$defs/")]
+    return definition
+
+
+def names(schema: Schema) -> list[str]:
+    """The dotted names of all sections and settings."""
+    found: list[str] = []
+
+    def collect(node: Schema, prefix: str) -> None:
+        for name, child in resolved(node, schema).get("properties", {}).items():
+            found.append(prefix + name)
+            collect(child, f"{prefix}{name}.")
+
+    collect(schema, "")
+    return found

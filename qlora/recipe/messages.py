@@ -1,0 +1,126 @@
+"""What is said about a setting that does not fit the schema: what is allowed, and what was written.
+
+pydantic finds what is wrong and where; the words come from the recipe's JSON schema, so that the limits of a
+setting are stated once.
+"""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from qlora.recipe.fields import Schema, at, resolved
+from qlora.recipe.problems import UNUSABLE, Document, KeyPath, Place, Problem, shorten
+from qlora.recipe.reading import MAX_PROBLEMS
+from qlora.recipe.scalars import scalar
+from qlora.recipe.unknown import unknown
+
+LIMITS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "of at most",
+    "exclusiveMaximum": "below",
+}
+YES = {"on", "yes", "y"}  # booleans to YAML 1.1
+NO = {"off", "no", "n"}
+
+
+def explain(errors: Iterable[ErrorDetails], document: Document, schema: Schema) -> list[Problem]:
+    """pydantic's errors about a document as problems with places, one a setting, the first so many."""
+    # an error of the whole recipe (no location) is a rule between settings, which the caller checks itself
+    located = [(_path(error, document.value), error) for error in errors if error["loc"]]
+    # a union reports every alternative it tried: keep the innermost setting, and each setting once
+    outer = {path[:end] for path, _ in located for end in range(len(path))}
+    innermost: dict[KeyPath, ErrorDetails] = {}
+    for path, error in located:
+        if path not in outer:
+            innermost.setdefault(path, error)
+    usable = [(path, error) for path, error in innermost.items() if error["input"] is not UNUSABLE]
+    problems = [
+        Problem(place, path, _text(error, path, place, schema))
+        for path, error in usable[:MAX_PROBLEMS]
+        for place in [document.place(path)]
+    ]
+    if len(usable) > MAX_PROBLEMS:
+        problems.append(Problem(Place(document.source), (), f"and {len(usable) - MAX_PROBLEMS} more"))
+    return problems
+
+
+def _path(error: ErrorDetails, value: Any) -> KeyPath:
+    """The setting an error is about: its location without the names of a union's alternatives."""
+    path: list[str | int] = []
+    for part in error["loc"]:
+        inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if part in inside:
+            path.append(part)
+            value = value[part]
+    return (*path, error["loc"][-1]) if _lacks_key(error) else tuple(path)
+
+
+def _lacks_key(error: ErrorDetails) -> bool:
+    # a list that is too short lacks an index: that is a wrong value of the list
+    return error["type"] == "missing" and isinstance(error["loc"][-1], str)
+
+
+def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema) -> str:
+    if error["type"] == "extra_forbidden":
+        return unknown(path, schema)
+    node = at(path, schema)
+    if _lacks_key(error):
+        return f"is required: {node['description']}"
+    value = error["input"]
+    written = place.written or ("nothing" if value is None else shorten(str(value)))
+    if "properties" in resolved(node, schema):
+        if value is None:
+            return "is empty; indent its keys below it, or leave it out"
+        return f"is a section with keys of its own (you wrote {written})"
+    return f"must be {_any_of(_allowed(node))} (you wrote {written}){_hint(value, _allowed(node))}"
+
+
+def _any_of(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _allowed(node: Schema) -> list[str]:
+    """What fits a part of the schema, in words: `an integer of at least 1`, `null`."""
+    if "anyOf" in node:
+        return [words for option in node["anyOf"] for words in _allowed(option)]
+    if "enum" in node:
+        return [str(value) for value in node["enum"]]
+    match node["type"]:
+        case "integer" | "number" as kind:
+            limits = [f"{words} {node[limit]:g}" for limit, words in LIMITS.items() if limit in node]
+            return [" ".join([f"{'an' if kind == 'integer' else 'a'} {kind}", " and ".join(limits)]).strip()]
+        case "boolean":
+            return ["true", "false"]
+        case "string":
+            return ["text"]
+        case "array":
+            length = {0: "", 1: " of one or more", 2: " of two"}[node.get("minItems", 0)]
+            item = node["items"] if "items" in node else node["prefixItems"][0]
+            return [f"a list{length}, each item {_any_of(_allowed(item))}"]
+        case "object":
+            return [f"a mapping from names, each to {_any_of(_allowed(node['additionalProperties']))}"]
+        case kind:
+            return [str(kind)]
+
+
+def _hint(value: Any, allowed: list[str]) -> str:
+    """How to write what was probably meant, for the mistakes that YAML invites."""
+    number = any(words.startswith(("an integer", "a number")) for words in allowed)
+    if isinstance(value, float) and number:
+        return f"; write {int(value)}" if value.is_integer() and abs(value) < 1e15 else ""
+    if not isinstance(value, str):
+        return "; put it in quotes" if "text" in allowed and isinstance(value, bool | int | float) else ""
+    if "true" in allowed and value.lower() in YES | NO:
+        return f"; write {'true' if value.lower() in YES else 'false'}"
+    if number:
+        plain = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", value.replace("_", ""))
+        meant = scalar(plain)
+        if isinstance(meant, int | float) and not isinstance(meant, bool):
+            return f"; write {plain}" if plain != value else "; leave the quotes out"
+    if near := get_close_matches(value, [words for words in allowed if " " not in words], n=1):
+        return f"; did you mean {near[0]}?"
+    return f"; write [{shorten(value)}]" if allowed[-1].startswith("a list") else ""

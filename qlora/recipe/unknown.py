@@ -1,0 +1,86 @@
+"""What a key that does not exist was meant to be."""
+
+import re
+from difflib import get_close_matches
+
+from qlora.recipe.fields import Schema, at, names, resolved
+from qlora.recipe.problems import KeyPath, dotted
+
+# What other frameworks call it -> what it is called here
+ELSEWHERE = {
+    "base_model": "base.model",
+    "model_name_or_path": "base.model",
+    "load_in_4bit": "base.quantization",
+    "bnb_4bit_quant_type": "base.quantization",
+    "bnb_4bit_compute_dtype": "base.compute_dtype",
+    "dtype": "base.compute_dtype",
+    "bf16": "base.compute_dtype",
+    "bnb_4bit_use_double_quant": "base.double_quant",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "lora_modules": "adapter.targets",
+    "use_rslora": "adapter.scaling",
+    "dataset": "data.source",
+    "datasets": "data.source",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "train_on_inputs": "data.loss_on",
+    "val_set_size": "data.held_out",
+    "chat_template": "data.template",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "batch_size": "training.global_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "eval_steps": "training.eval_every",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.keep_checkpoints",
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule",
+    "optim": "optimizer.name",
+    "report_to": "tracking.wandb.mode",
+    "wandb_project": "tracking.wandb.project",
+    "output_dir": "output",
+}
+CREDENTIAL = re.compile(r"key|.*(token|secret|password|api_?key)", re.IGNORECASE | re.DOTALL)
+
+
+def unknown(path: KeyPath, schema: Schema) -> str:
+    """What to say about a key that does not exist: the one that was meant, or all there are."""
+    name = str(path[-1])
+    section = dotted(path[:-1])
+    siblings = list(resolved(at(path[:-1], schema), schema)["properties"])
+    # `sample_token` is a typo
+    if CREDENTIAL.fullmatch(name) and not get_close_matches(name, siblings, cutoff=0.9):
+        return (
+            "unknown key; a recipe would store credentials with its run, so keep them in the environment "
+            "(HF_TOKEN, WANDB_API_KEY)"
+        )
+    if meant := _meant(name, siblings, names(schema)):
+        # within the same section its bare name is enough
+        choices = [repr(key.removeprefix(f"{section}.")) for key in meant]
+        return f"unknown key; did you mean {' or '.join(choices)}?"
+    return f"unknown key; {section or 'a recipe'} has {', '.join(siblings)}"
+
+
+def _meant(name: str, siblings: list[str], everywhere: list[str]) -> list[str]:
+    """The keys that may have been meant: known by another name, of another section, or misspelt."""
+    if name in ELSEWHERE:
+        return [ELSEWHERE[name]]
+    sections: dict[str, list[str]] = {}
+    for key in everywhere:
+        sections.setdefault(key.rpartition(".")[2], []).append(key)
+    if name in sections:
+        return sections[name]
+    if near := get_close_matches(name, siblings, n=1):
+        return near
+    return [key for near in get_close_matches(name, sections, n=1, cutoff=0.75) for key in sections[near]]

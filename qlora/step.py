@@ -1,0 +1,181 @@
+"""One training step on one batch: token ids in, loss and gradients out.
+
+The only `backward()` of the package. Training and evaluation call it with real tensors; a memory forecast can
+run it under FakeTensorMode, so what is forecast is what will happen. It knows models, not files or recipes.
+
+The loss of an optimizer step is the sum of the token losses divided by the supervised tokens of the whole
+step, over all its micro-batches: K micro-batches equal one batch, whatever their lengths. (Averaging the
+micro-batches' means instead weighs tokens of short answers more: huggingface/transformers#34191.)
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora.data import Batch
+from qlora.errors import ModelError
+from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a causal language model: logits = softcap(logit_scale · (hidden Wᵀ + bias))."""
+
+    weight: Tensor  # [vocabulary, hidden]
+    bias: Tensor | None  # [vocabulary]
+    logit_scale: float
+    softcap: float | None
+
+
+def head_of(model: nn.Module) -> Head:
+    """The model's output head, with the scalings that some architectures apply to their logits.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 and 3 cap with
+    `final_logit_softcapping`. `check_head` proves that nothing else is done to them.
+    """
+    embeddings = model.get_output_embeddings()  # type: ignore[operator]
+    if embeddings is None or not hasattr(embeddings, "weight"):
+        raise ModelError(f"{type(model).__name__} has no output head: qlora trains causal language models")
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", 0) or 1.0
+    )
+    return Head(
+        weight=embeddings.weight,
+        bias=getattr(embeddings, "bias", None),
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The decoder's last hidden states [B, T, H].
+
+    No attention mask is ever passed: padding stands on the right, where a causal model cannot look, and
+    position ids that restart at 0 make transformers keep the documents of a packed row apart.
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return decoder(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """The summed cross-entropy (nats, fp32 scalar) of the batch's supervised tokens.
+
+    Hidden states of tokens that nothing is learned from never reach the head.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids)  # [B, T, H]
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]: what each position predicts
+    head = head_of(model)
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        head.weight,
+        targets.flatten(),
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        supervised=batch.supervised,  # known on the host, so that a GPU is not made to wait
+    )
+
+
+def fold_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, so that randomness is a function and not a state to save."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def accumulate(
+    model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int, rank: int = 0, processes: int = 1
+) -> Tensor:
+    """Add the gradients of one optimizer step to the parameters' `.grad`.
+
+    `batches` are all micro-batches of the step; process `rank` of `processes` works on every `processes`-th of
+    them, so the sum over the processes is the step. Dropout of a micro-batch depends on (seed, step,
+    micro-batch) alone.
+
+    Returns:
+        this process's share of the mean loss per supervised token (nats, fp32 scalar, on the device).
+    """
+    supervised = sum(batch.supervised for batch in batches)
+    assert supervised > 0, "a step without a supervised token; the data package must not make one"
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for index, batch in list(enumerate(batches))[rank::processes]:
+        torch.manual_seed(fold_seed(seed, step, index))
+        loss = loss_sum(model, batch) / supervised
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Sequence[Batch], *, rank: int = 0, processes: int = 1
+) -> tuple[Tensor, int]:
+    """The summed loss (nats, fp32 scalar) over this process's share of `batches`, and the supervised tokens of all.
+
+    Gradients and the training mode are left as they were.
+    """
+    total = torch.zeros((), device=next(model.parameters()).device)
+    with evaluation_mode(model):
+        for batch in batches[rank::processes]:
+            total += loss_sum(model, batch)
+    return total, sum(batch.supervised for batch in batches)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while: no dropout, no checkpointing."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def checkpoint_layers(model: nn.Module, layers: int | None = None) -> int:
+    """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
+
+    Non-reentrant, so frozen embeddings need no artificial gradient, and with the random state kept, so dropout
+    draws the same mask twice. Returns how many layers are checkpointed.
+    """
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false"
+        )
+    count = len(found) if layers is None else min(layers, len(found))
+    for index, layer in enumerate(found):
+        layer.gradient_checkpointing = index < count
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return count
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Prove on eight tokens that our loss is the loss of the model's own logits.
+
+    Guards against architectures that do something to their logits that `head_of` does not know.
+    """
+    vocabulary = head_of(model).weight.shape[0]
+    ids = torch.arange(8)[None] * 7 % vocabulary  # [1, 8]
+    batch = Batch(input_ids=ids, labels=ids.clone(), position_ids=None, tokens=8, supervised=7)
+    with evaluation_mode(model):
+        ours = loss_sum(model, batch).item()
+        device = next(model.parameters()).device
+        logits = model(input_ids=ids.to(device), use_cache=False).logits.float()  # [1, 8, V]
+        theirs = F.cross_entropy(logits[0, :-1], ids[0, 1:].to(device), reduction="sum").item()
+    if abs(ours - theirs) > 0.02 * abs(theirs) + 0.02:
+        raise ModelError(
+            f"{type(model).__name__} changes its logits in a way qlora does not know "
+            f"(loss {ours:.4f}, by its own forward {theirs:.4f}). Please report the architecture."
+        )

@@ -1,0 +1,102 @@
+"""Where a run's numbers go: the record, the terminal, Weights & Biases."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qlora.tracking.record import Record
+from qlora.tracking.sink import Metrics, Sample, Sink
+from qlora.tracking.wandb import Section, Wandb
+
+__all__ = ["Sample", "Tracker"]
+
+
+class Tracker:
+    """Hands what happens in a run to all that want to know: the record first, then those who show it.
+
+    Args:
+        run: the run's folder; the record is its metrics.jsonl.
+        config: the resolved recipe, shown beside the numbers at W&B.
+        wandb: the recipe's section `tracking.wandb`.
+        total_steps: steps of the whole run.
+        resume_step: the step a resumed run goes on from, 0 for a new one.
+        terminal: show progress on standard error; without it, notes go to the log `qlora`.
+        main: False in all processes of a distributed run but the first: those record and show nothing.
+
+    As a context manager it also ends well when an exception ends the run.
+
+    >>> with Tracker(run, config=recipe.to_dict(), wandb=recipe.tracking.wandb, total_steps=100) as tracker:
+    ...     tracker.step({"step": 1, "loss": 2.5, "lr": 2e-4, "tokens_per_second": 900.0})  # doctest: +SKIP
+    ...     tracker.finish({"loss_after": 1.9})
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        config: Mapping[str, Any],
+        wandb: Section,
+        total_steps: int,
+        resume_step: int = 0,
+        terminal: bool = True,
+        main: bool = True,
+    ) -> None:
+        self._sinks: list[Sink] = []
+        if not main:
+            return
+        self._sinks.append(Record(run / "metrics.jsonl", resume_step))
+        self._sinks.append(_terminal(total_steps, resume_step) if terminal else _Log())
+        if wandb.mode != "disabled":
+            self._sinks.append(Wandb(run, config, wandb, note=self.note))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close({}, failed=error is not None)
+
+    def step(self, record: Metrics) -> None:
+        """One optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
+        for sink in self._sinks:
+            sink.step(record)
+
+    def evaluation(self, record: Metrics) -> None:
+        """One evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
+        for sink in self._sinks:
+            sink.evaluation(record)
+
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        """What the model answers to held-out prompts after `step` steps."""
+        for sink in self._sinks:
+            sink.samples(samples, step)
+
+    def note(self, text: str) -> None:
+        """A line the user should see."""
+        for sink in self._sinks:
+            sink.note(text)
+
+    def finish(self, summary: Metrics) -> None:
+        """The end of a run that came to its end. Raises SaveError when the record is incomplete."""
+        self._close(summary, failed=False)
+
+    def _close(self, summary: Metrics, *, failed: bool) -> None:
+        """Ends the sinks once, the record last; those still open hear what the others have to say."""
+        while self._sinks:
+            self._sinks.pop().finish(summary, failed=failed)
+
+
+class _Log(Sink):
+    """Without a terminal, only notes are worth a word."""
+
+    def note(self, text: str) -> None:
+        logging.getLogger("qlora").warning(text)
+
+
+def _terminal(total_steps: int, first_step: int) -> Sink:
+    from qlora.tracking.terminal import open_terminal
+
+    return open_terminal(total_steps, first_step)

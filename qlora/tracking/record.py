@@ -1,0 +1,105 @@
+"""metrics.jsonl: the record of a run, one JSON object a line. Whatever else is shown is a copy of it."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import SaveError
+from qlora.tracking.sink import Metrics, Sample, Sink
+
+
+class Record(Sink):
+    """Appends to `path` line by line; every line is in the file, whole, before the call returns.
+
+    `resume_step` is the step a resumed run goes on from: lines of later steps, and what a kill left of a last
+    line, are removed first, so that every step stands in the file once. 0 begins an empty file.
+
+    A line that cannot be written (a full disk) is kept and tried again with the next one; training goes on.
+    `finish` raises SaveError if lines are still missing then.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        kept = _lines_until(path, resume_step) if resume_step else []
+        try:
+            _replace(path, b"".join(kept))
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise SaveError(f"cannot write {path}: {error.strerror}") from error
+        self._pending: list[bytes] = []
+        self._problem: OSError | None = None
+
+    def step(self, record: Metrics) -> None:
+        """Appends the record."""
+        self._append(record)
+
+    def evaluation(self, record: Metrics) -> None:
+        """Appends the record and makes the file survive a power cut."""
+        self._append(record)
+        os.fsync(self._file.fileno())
+
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Appends one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`."""
+        if samples:
+            self._append({"step": step, "samples": [asdict(sample) for sample in samples]})
+
+    def finish(self, summary: Metrics, *, failed: bool = False) -> None:
+        """Closes the file. Raises SaveError when lines could not be written."""
+        self._flush()
+        self._file.close()
+        if self._problem is not None and not failed:
+            raise SaveError(f"cannot write {self.path}: {self._problem.strerror}")
+
+    def _append(self, record: Metrics) -> None:
+        line = json.dumps({key: _plain(value) for key, value in record.items()})
+        self._pending.append(line.encode() + b"\n")
+        self._flush()
+
+    def _flush(self) -> None:
+        """Writes what is pending, all or nothing."""
+        data = b"".join(self._pending)
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._file.truncate(size)
+            self._problem = error
+        else:
+            self._pending.clear()
+            self._problem = None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as "nan" and "inf", which float() reads."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines_until(path: Path, last_step: int) -> list[bytes]:
+    """The whole lines of steps up to `last_step`."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if 0 <= _step(line) <= last_step]
+
+
+def _step(line: bytes) -> int:
+    """The step a line is about; -1 when it is no whole record."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return -1
+    return step if isinstance(step, int) and line.endswith(b"\n") else -1
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,170 @@
+"""What a person sees of a run: a progress line on a terminal, a plain line now and then in a log file."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import IO, Any, cast
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from qlora.tracking.sink import Metrics, Sample, Sink
+
+LINE_SECONDS = 5.0
+"""a log file gets a line of progress at most this often"""
+
+MAX_TEXT = 240
+"""characters shown of a prompt or an answer"""
+
+
+def open_terminal(total_steps: int, first_step: int = 0) -> Sink:
+    """Progress on standard error: a bar on a terminal, else lines. Standard output stays free for results."""
+    console = Console(file=cast(IO[str], Unbreakable(sys.stderr)), highlight=False)
+    kind = Bar if console.is_terminal else Lines
+    return kind(console, Pace(total_steps, first_step))
+
+
+class Pace:
+    """How far a run is, and how long the rest takes at the pace so far, evaluations and saves included."""
+
+    def __init__(
+        self, total_steps: int, first_step: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total_steps, self.first_step, self.clock = total_steps, first_step, clock
+        self._first: tuple[int, float] | None = None
+
+    def time_left(self, step: int) -> str:
+        """As `4:05 left`; empty at the first step, which says nothing yet about the others."""
+        now = self.clock()
+        if self._first is None:
+            self._first = step, now
+            return ""
+        first_step, began = self._first
+        return f"{_duration((now - began) / (step - first_step) * (self.total_steps - step))} left"
+
+
+class _Printing(Sink):
+    """What bar and lines share: evaluations, samples and notes as printed text."""
+
+    def __init__(self, console: Console, pace: Pace) -> None:
+        self.console, self.pace = console, pace
+        self._first_loss: tuple[int, float] | None = None
+
+    def evaluation(self, record: Metrics) -> None:
+        """The held-out loss beside the first one."""
+        step, loss = record["step"], record["eval_loss"]
+        text = Text.assemble((f"step {step}", "bold"), f"  held-out loss {loss:.4f}")
+        if self._first_loss is None:
+            self._first_loss = step, loss
+        else:
+            text.append(f"  ({self._first_loss[1]:.4f} at step {self._first_loss[0]})", "dim")
+        self._print(text)
+
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Prompt, expected answer and answer, one below the other; a tick where the two are the same."""
+        for sample in samples:
+            same = sample.answer.strip() == sample.reference.strip()
+            rows = Table.grid(padding=(0, 2))
+            rows.add_row(Text("prompt", "dim"), one_line(sample.prompt))
+            if sample.reference:
+                rows.add_row(Text("expected", "dim"), one_line(sample.reference))
+            rows.add_row(
+                Text("answer ✓" if same else "answer", "green" if same else "dim"), one_line(sample.answer)
+            )
+            self._print(Padding(rows, (0, 0, 1, 2), expand=False))
+
+    def note(self, text: str) -> None:
+        """One line, set apart by its first word."""
+        self._print(Text.assemble(("note", "yellow"), f"  {text}"))
+
+    def _print(self, what: RenderableType) -> None:
+        """Prints; lines of a log stay lines, whatever their width."""
+        self.console.print(what, soft_wrap=isinstance(what, Text) and not self.console.is_terminal)
+
+
+class Lines(_Printing):
+    """For a file or a pipe: a line at most every LINE_SECONDS, and at the last step."""
+
+    _printed = float("-inf")
+
+    def step(self, record: Metrics) -> None:
+        """Prints a line when it is time for one."""
+        step, now, left = record["step"], self.pace.clock(), self.pace.time_left(record["step"])
+        if now - self._printed < LINE_SECONDS and step < self.pace.total_steps:
+            return
+        self._printed = now
+        line = "  ".join(filter(None, [f"step {step}/{self.pace.total_steps}", _numbers(record), left]))
+        self._print(Text(line))
+
+
+class Bar(_Printing):
+    """For a terminal: one line that moves, everything else above it."""
+
+    def __init__(self, console: Console, pace: Pace) -> None:
+        super().__init__(console, pace)
+        fixed = Column(no_wrap=True)
+        self.progress = Progress(
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+            TextColumn("[bold]{task.completed}[/]/{task.total}", table_column=fixed),
+            TextColumn("{task.fields[numbers]}", table_column=fixed),
+            TextColumn("{task.fields[left]}", style="cyan", table_column=fixed),
+            console=console,
+            expand=True,
+        )
+        self.task = self.progress.add_task(
+            "", total=pace.total_steps, completed=pace.first_step, numbers="starting", left=""
+        )
+        self.progress.start()
+
+    def step(self, record: Metrics) -> None:
+        """Moves the bar; it is drawn ten times a second at most, whatever the speed of the steps."""
+        left = self.pace.time_left(record["step"])
+        self.progress.update(self.task, completed=record["step"], numbers=_numbers(record), left=left)
+
+    def finish(self, summary: Metrics, *, failed: bool = False) -> None:
+        """Leaves the line as it is and gives the terminal back."""
+        self.progress.update(self.task, left="")
+        self.progress.stop()
+
+
+class Unbreakable:
+    """A text file whose reader may go away (`| head`, a closed terminal) without ending the training."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """Writes if that is possible."""
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes if that is possible."""
+        with suppress(OSError):
+            self._file.flush()
+
+
+def one_line(text: str) -> Text:
+    """Text from data or a model, safe to print: no markup, no control codes or line breaks, not too long."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    half = MAX_TEXT // 2
+    return Text(line if len(line) <= MAX_TEXT else f"{line[:half]} … {line[-half:]}")
+
+
+def _numbers(record: Metrics) -> str:
+    return f"loss {record['loss']:.4f}  lr {record['lr']:.1e}  {record['tokens_per_second']:,.0f} tok/s"
+
+
+def _duration(seconds: float) -> str:
+    """4:05 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,426 @@
+"""Fine-tuning, top to bottom: recipe, data, base, adapter, optimizer, steps, save.
+
+The order of the rows is a function of (seed, epoch) and the dropout of a micro-batch one of (seed, step,
+micro-batch), so a checkpoint holds tensors and counters only, and a run that was killed and resumed takes the
+very steps of one that was not.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from qlora import checkpoint
+from qlora.adapter.lora import adapt, trainable_parameters
+from qlora.adapter.store import load_adapter, save_adapter
+from qlora.base import load_base, load_tokenizer
+from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset
+from qlora.errors import DivergedError, ModelError, OutOfMemoryError, SaveError
+from qlora.generate import answer
+from qlora.interrupt import StopRequest
+from qlora.memory import measure
+from qlora.optim import Optimizer, learning_rate
+from qlora.recipe import Recipe
+from qlora.run import RunFolder, check_output, claim
+from qlora.step import accumulate, check_head, checkpoint_layers, evaluate
+from qlora.tracking import Sample, Tracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. Losses are nats per supervised held-out token."""
+
+    run: Path
+    result: Path | None
+    """the trained adapter (or model) folder; None when the run was stopped before its end"""
+    steps: int
+    total_steps: int
+    loss_before: float | None
+    loss_after: float | None
+    memory: measure.Peak
+    seconds: float
+    stopped_by: int | None = None
+    """the signal that stopped the run early"""
+
+
+def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> Outcome:
+    """Run a recipe to its end and return what came of it.
+
+    Args:
+        recipe: what to do; `Recipe.load("quickstart")`.
+        resume: go on from the newest checkpoint of an existing run (or start, if there is none yet).
+        fresh: remove an existing run first.
+        terminal: show progress.
+
+    Raises:
+        QloraError: with the exit code and a message for the user; see `qlora.errors`.
+
+    Example:
+        >>> outcome = train(Recipe.load("quickstart", ["training.max_steps=20"]))
+        >>> outcome.loss_before, outcome.loss_after
+    """
+    accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
+    if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
+        raise ModelError(
+            "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
+        )
+    path = Path(recipe.output)
+    check_output(path, resume=resume, fresh=fresh)
+    with checkpoint.lock(path) if accelerator.is_main_process else _nothing():
+        run = _claim_together(recipe, path, accelerator, resume=resume, fresh=fresh)
+        if run.result is not None:
+            return _finished(run)
+        with _out_of_memory_explained(recipe):
+            session = Session.prepare(recipe, run, accelerator)
+            return session.fit(terminal=terminal)
+
+
+@dataclass
+class Session:
+    """Everything a run works with, ready for its first step."""
+
+    recipe: Recipe
+    run: RunFolder
+    accelerator: Accelerator
+    tokenizer: Any
+    dataset: Dataset
+    batches: Batches
+    model: nn.Module
+    optimizer: Optimizer
+    first_step: int = 0
+    loss_before: float | None = None
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, run: RunFolder, accelerator: Accelerator) -> "Session":
+        """Data, base, adapter, optimizer; then the newest checkpoint, if there is one."""
+        training = recipe.training
+        tokenizer = load_tokenizer(recipe.base)
+        dataset = load_dataset(recipe.data, tokenizer, training.seed)
+        batches = Batches(
+            dataset.train,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            max_length=recipe.data.max_length,
+            packing=recipe.data.packing,
+            pad_id=dataset.pad_id,
+            seed=training.seed,
+        )
+
+        model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
+        _check_vocabulary(model, tokenizer, recipe)
+        check_head(model)
+        if recipe.adapter.method == "lora":
+            adapt_as(model, recipe)
+        if training.gradient_checkpointing:
+            checkpoint_layers(model)
+
+        optimizer = Optimizer(
+            trainable_parameters(model),
+            name=recipe.optimizer.name,
+            betas=recipe.optimizer.betas,
+            eps=recipe.optimizer.eps,
+            weight_decay=recipe.optimizer.weight_decay,
+        )
+        session = cls(recipe, run, accelerator, tokenizer, dataset, batches, model, optimizer)
+        session.restore()
+        return session
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; `max_steps` outranks `epochs`."""
+        training = self.recipe.training
+        return training.max_steps or training.epochs * self.batches.steps_per_epoch
+
+    def fit(self, *, terminal: bool = True) -> Outcome:
+        """The loop: steps, evaluations, checkpoints, until the end or a signal."""
+        recipe, training = self.recipe, self.recipe.training
+        tracker = self._tracker(terminal)
+        began = time.monotonic()
+        with StopRequest() as stop:
+            loss = self.loss_before
+            if self.first_step == 0:
+                loss = self.loss_before = self.evaluate(tracker, step=0)
+            step = self.first_step
+            while step < self.total_steps and stop.signal_number is None:
+                started = time.perf_counter()
+                micro_batches = self.batches.step(step)
+                lr = learning_rate(
+                    recipe.optimizer.schedule,
+                    recipe.optimizer.lr,
+                    step,
+                    self.total_steps,
+                    recipe.optimizer.warmup_steps,
+                )
+                step_loss, grad_norm = self.update(micro_batches, step, lr)
+                step += 1
+                tracker.step(
+                    _record(step, step_loss, grad_norm, lr, micro_batches, time.perf_counter() - started)
+                )
+
+                last = step == self.total_steps
+                if last or (training.eval_every and step % training.eval_every == 0):
+                    loss = self.evaluate(tracker, step)
+                if not last and training.save_every and step % training.save_every == 0:
+                    self.save(step, tracker)
+            if step < self.total_steps:
+                self.save(step, tracker)
+
+        result = self.finish() if step == self.total_steps else None
+        outcome = Outcome(
+            run=self.run.path,
+            result=result,
+            steps=step,
+            total_steps=self.total_steps,
+            loss_before=self.loss_before,
+            loss_after=loss,
+            memory=measure.peak(self.accelerator.device),
+            seconds=time.monotonic() - began,
+            stopped_by=stop.signal_number,
+        )
+        if result is not None and self.accelerator.is_main_process:
+            self.run.write_result(as_json(outcome))
+        tracker.finish(as_json(outcome))
+        return outcome
+
+    def update(self, micro_batches: list[Batch], step: int, lr: float) -> tuple[float, float]:
+        """One optimizer step. Returns the loss (nats per supervised token) and the gradient's norm before clipping.
+
+        Raises:
+            DivergedError: either is not finite; nothing has been updated then.
+        """
+        self.optimizer.zero_grad()
+        loss = accumulate(
+            self.model,
+            micro_batches,
+            seed=self.recipe.training.seed,
+            step=step,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        if self.accelerator.num_processes > 1:
+            # Each process holds a share of the sum, so adding is all there is to do.
+            for gradient in self.optimizer.gradients():
+                torch.distributed.all_reduce(gradient)
+            torch.distributed.all_reduce(loss)
+        norm = self.optimizer.clip(self.recipe.training.max_grad_norm)
+        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # one wait for the device a step
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise DivergedError(
+                f"step {step + 1}: the loss is {loss_value}, the gradient norm {norm_value}. Nothing was updated; "
+                f"the newest checkpoint in {self.run.path / 'checkpoints'} is intact. Try a lower optimizer.lr, "
+                "or look at the rows of this step with `qlora data`"
+            )
+        self.optimizer.step(lr)
+        return loss_value, norm_value
+
+    def evaluate(self, tracker: Tracker, step: int) -> float | None:
+        """Held-out loss and sample answers. None without held-out rows."""
+        if not self.dataset.held_out:
+            return None
+        total, tokens = evaluate(
+            self.model,
+            held_out_batches(self.dataset, self.recipe),
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        loss = total.item() / tokens
+        if self.accelerator.is_main_process:
+            tracker.evaluation({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+            tracker.samples(self.answers(), step)
+        return loss
+
+    def answers(self) -> list[Sample]:
+        """The first few held-out prompts, answered by the model as it is now."""
+        training = self.recipe.training
+        return [
+            Sample(
+                prompt=prompt.text,
+                reference=prompt.reference,
+                answer=answer(self.model, self.tokenizer, prompt.input_ids, training.sample_tokens),
+            )
+            for prompt in self.dataset.prompts[: training.samples]
+        ]
+
+    def save(self, step: int, tracker: Tracker) -> None:
+        """Commit a checkpoint of the state after `step` steps. A full disk is noted, not fatal: the next may fit."""
+        if not self.accelerator.is_main_process:
+            return
+        training = self.recipe.training
+        try:
+            with checkpoint.writing(self.run.path, step, self.run.run_id) as folder:
+                self.write_weights(folder)
+                checkpoint.save_tensors(folder / "optimizer.safetensors", self.optimizer.state())
+                checkpoint.write_state(
+                    folder,
+                    {"step": step, "loss_before": self.loss_before, "data": self.dataset.fingerprint},
+                )
+            checkpoint.rotate(self.run.path, training.keep_checkpoints, self.run.run_id)
+        except SaveError as error:
+            tracker.note(f"checkpoint of step {step} not saved: {error}")
+
+    def write_weights(self, folder: Path) -> Path:
+        """The adapter (or the whole model, if all of it trains) under `folder`. Returns where."""
+        if self.recipe.adapter.method == "lora":
+            target = folder / "adapter"
+            save_adapter(
+                self.model, target, base_model=self.recipe.base.model, revision=self.recipe.base.revision
+            )
+        else:
+            target = folder / "model"
+            self.model.save_pretrained(target, max_shard_size="4GB")  # type: ignore[operator]
+            self.tokenizer.save_pretrained(target)
+        # An adapter folder alone says what it was trained on.
+        (target / "recipe.yaml").write_text(self.recipe.to_yaml())
+        return target
+
+    def restore(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        folder = checkpoint.newest(self.run.path, run_id=self.run.run_id)
+        if folder is None:
+            return
+        state = checkpoint.read_state(folder)
+        if state["data"] != self.dataset.fingerprint:
+            raise ModelError(
+                f"{folder}: the data set has changed since this checkpoint (its rows, tokenizer or template), so the "
+                "run cannot go on exactly. Put it back, or start again with --fresh"
+            )
+        if self.recipe.adapter.method == "lora":
+            load_adapter(self.model, folder / "adapter")
+        else:
+            tensors = checkpoint.load_tensors(folder / "model" / "model.safetensors")
+            self.model.load_state_dict(tensors, strict=False)
+        self.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
+        self.first_step, self.loss_before = state["step"], state["loss_before"]
+
+    def finish(self) -> Path | None:
+        """Write the result where users look for it: <run>/adapter or <run>/model."""
+        if not self.accelerator.is_main_process:
+            return None
+        with checkpoint.replacing(
+            self.run.path, "adapter" if self.recipe.adapter.method == "lora" else "model"
+        ) as folder:
+            self.write_weights(folder)
+        return self.run.path / ("adapter" if self.recipe.adapter.method == "lora" else "model")
+
+    def _tracker(self, terminal: bool) -> Tracker:
+        main = self.accelerator.is_main_process
+        return Tracker(
+            self.run.path,
+            config=self.recipe.to_dict(),
+            wandb=self.recipe.tracking.wandb,
+            total_steps=self.total_steps,
+            resume_step=self.first_step,
+            terminal=terminal and main,
+        )
+
+
+def adapt_as(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Give `model` the LoRA modules that the recipe's `adapter` section describes."""
+    adapter = recipe.adapter
+    return adapt(
+        model,
+        rank=adapter.rank,
+        alpha=adapter.resolved_alpha,
+        dropout=adapter.dropout,
+        scaling=adapter.scaling,
+        init=adapter.init,
+        targets=adapter.targets,
+        rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+        seed=recipe.training.seed,
+    )
+
+
+def _record(
+    step: int, loss: float, grad_norm: float, lr: float, batches: list[Batch], seconds: float
+) -> dict[str, float | int]:
+    tokens = sum(batch.tokens for batch in batches)
+    return {
+        "step": step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_second": tokens / seconds,
+        "tokens": tokens,
+        "supervised_tokens": sum(batch.supervised for batch in batches),
+    }
+
+
+def _claim_together(
+    recipe: Recipe, path: Path, accelerator: Accelerator, *, resume: bool, fresh: bool
+) -> RunFolder:
+    """The main process claims the folder; the others learn of it, or of the error."""
+    if accelerator.num_processes == 1:
+        return claim(recipe, path, resume=resume, fresh=fresh)
+    from accelerate.utils import broadcast_object_list
+
+    news: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            news = [claim(recipe, path, resume=resume, fresh=fresh)]
+        except ValueError as error:
+            news = [error]
+    broadcast_object_list(news)
+    if isinstance(news[0], Exception):
+        raise news[0]
+    return news[0]  # type: ignore[no-any-return]
+
+
+def _finished(run: RunFolder) -> Outcome:
+    """The outcome of a run that had already come to its end."""
+    summary = dict(run.result or {})
+    summary["run"], summary["result"] = Path(summary["run"]), Path(summary["result"])
+    summary["memory"] = measure.Peak(**summary["memory"])
+    return Outcome(**summary)
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    summary = asdict(outcome)
+    return {
+        **summary,
+        "run": str(outcome.run),
+        "result": None if outcome.result is None else str(outcome.result),
+    }
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, recipe: Recipe) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"base.model: the tokenizer of {recipe.base.model!r} has {len(tokenizer)} tokens, its embedding only {rows} "
+            "rows. The tokenizer belongs to another model"
+        )
+
+
+@contextmanager
+def _out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        training = recipe.training
+        advice = [
+            f"training.micro_batch_size={training.micro_batch_size // 2}"
+            if training.micro_batch_size > 1
+            else "",
+            "" if training.gradient_checkpointing else "training.gradient_checkpointing=true",
+            f"data.max_length={recipe.data.max_length // 2}",
+        ]
+        raise OutOfMemoryError(
+            f"the device is out of memory ({str(error).splitlines()[0]}). Try "
+            + " or ".join(filter(None, advice))
+        ) from error
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,60 @@
+"""A fine-tuned model, found again: from a run's or an adapter's folder to base, adapter and tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.adapter.store import load_adapter
+from qlora.base import load_base, load_tokenizer
+from qlora.data import held_out_batches, load_dataset
+from qlora.errors import ModelError
+from qlora.recipe import Recipe
+from qlora.step import evaluate
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base with its adapter, and the recipe that made it."""
+
+    recipe: Recipe
+    model: nn.Module
+    tokenizer: Any
+
+
+def load_trained(folder: str | Path, *, device: str = "auto", with_adapter: bool = True) -> Trained:
+    """The model that the run or adapter in `folder` stands for, on `device`, in evaluation mode.
+
+    `with_adapter=False` loads its base alone. Raises ModelError if there is no such result.
+    """
+    folder = Path(folder)
+    adapter = next(
+        (place for place in (folder, folder / "adapter", folder / "model") if (place / "recipe.yaml").is_file()
+         and ((place / "adapter_config.json").is_file() or (place / "config.json").is_file())), None
+    )  # fmt: skip
+    if adapter is None:
+        hint = "the run has not finished; go on with --resume" if (folder / "recipe.yaml").is_file() else (
+            "give a run's folder, or the adapter/ folder in it"
+        )  # fmt: skip
+        raise ModelError(f"{folder}: no trained adapter here ({hint})")
+    recipe = Recipe.load(adapter / "recipe.yaml")
+    where = torch.device(
+        "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    )
+    base = recipe.base
+    if recipe.adapter.method == "full":
+        base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
+    model: nn.Module = load_base(base, where, seed=recipe.training.seed)
+    if with_adapter and recipe.adapter.method == "lora":
+        load_adapter(model, adapter)
+    return Trained(recipe, model.eval(), load_tokenizer(recipe.base))
+
+
+def held_out_loss(trained: Trained) -> tuple[float, int]:
+    """Mean loss (nats) per supervised token over the recipe's held-out rows, and how many tokens those are."""
+    dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
+    batches = held_out_batches(dataset, trained.recipe)
+    total, tokens = evaluate(trained.model, batches)
+    return total.item() / tokens, tokens

@@ -1,0 +1,87 @@
+"""Shared fixtures: a tiny real model on disk, deterministic seeds, no network.
+
+The tiers: `pytest` (seconds to minutes, no GPU), `pytest -m slow`, `pytest -m gpu`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Decided before any library reads them: nothing here may reach for a network or a W&B account.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.pop("WANDB_API_KEY", None)
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora import bundled
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 2-layer Llama (hidden 64, fp32) and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in bundled.path("bundled/base").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
+    """Writes a small recipe over the tiny model and the bundled tickets; keyword sections are merged in."""
+
+    def write(**sections: Any) -> Path:
+        import json
+
+        recipe: dict[str, Any] = {
+            "base": {"model": str(tiny_llama)},
+            "adapter": {"rank": 4, "targets": "all-linear"},
+            "data": {
+                "source": "bundled/tickets/train.jsonl",
+                "format": "messages",
+                "max_length": 128,
+                "limit": 24,
+                "held_out": 4,
+            },
+            "training": {
+                "max_steps": 4,
+                "micro_batch_size": 2,
+                "global_batch_size": 4,
+                "samples": 0,
+                "eval_every": None,
+                "save_every": None,
+                "device": "cpu",
+            },
+            "tracking": {"wandb": {"mode": "disabled"}},
+            "output": str(tmp_path / "run"),
+        }
+        for name, section in sections.items():
+            recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
+        file = tmp_path / "recipe.yaml"
+        file.write_text(json.dumps(recipe))  # JSON is YAML
+        return file
+
+    return write

@@ -1,0 +1,301 @@
+"""Adapter folders: written whole, read strictly, never unpickled; a refusal names the file and the reason."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qlora.adapter import LoRALinear, adapt, load_adapter, lora_layers, save_adapter
+from qlora.errors import ModelError, SaveError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def network() -> nn.Module:
+    """Two blocks of two linears, and a head; always the same numbers."""
+    torch.manual_seed(1)
+    blocks = [nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2)]
+    return nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(8, 3)})
+
+
+def trained(**settings: Any) -> nn.Module:
+    """An adapted network whose B are not zero."""
+    model = adapt(network(), **{"targets": ["up", "down"], "rank": 2, "alpha": 6, **settings})
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    return model
+
+
+def contents(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (
+            layer.rank,
+            layer.alpha,
+            layer.scaling,
+            layer.dropout,
+            layer.lora_a.tolist(),
+            layer.lora_b.tolist(),
+        )
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+
+
+def test_the_layout_is_that_of_peft(tmp_path: Path) -> None:
+    model = trained(dropout=0.1)
+    assert (
+        save_adapter(model, tmp_path / "new" / "adapter", base_model="some/base", revision="abc")
+        == tmp_path / "new" / "adapter"
+    )
+    folder = tmp_path / "new" / "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS]
+    text = (folder / CONFIG).read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
+    expected = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "lora_dropout": 0.1,
+        "target_modules": ["down", "up"],
+        "base_model_name_or_path": "some/base",
+        "revision": "abc",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "task_type": None,
+    }
+    assert {key: config[key] for key in expected} == expected
+    with safe_open(folder / TENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        keys = set(file.keys())
+    assert keys == {f"base_model.model.{name}.lora_{x}.weight" for name in lora_layers(model) for x in "AB"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dtype": torch.float32, "dropout": 0.25, "scaling": "alpha/sqrt(rank)"},
+        {"targets": ["blocks.0.up"]},
+        {"rank_pattern": {r"blocks\.1\..*": 5}, "alpha_pattern": {"down": 0.5, "blocks.1.up": 3}},
+        {"targets": "all-linear", "rank": 1, "alpha": None},
+    ],
+)
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = trained(**settings)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(network(), tmp_path)
+    assert contents(loaded) == contents(model)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert {name: p.dtype for name, p in loaded.named_parameters()} == dtypes
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n in dtypes if "lora_" in n}
+
+
+def test_a_layer_whose_name_ends_another_s_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    """Suffixes match, so `up` alone would mean `inner.up` too, in targets as in patterns."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"up": nn.Linear(4, 4), "inner": nn.ModuleDict({"up": nn.Linear(4, 4)})})
+
+    only = adapt(make(), targets=["^up"], rank=2)
+    save_adapter(only, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "up", (
+        "a pattern for the whole name"
+    )
+    assert contents(load_adapter(make(), tmp_path)) == contents(only)
+    both = adapt(make(), targets=["up"], rank=2, rank_pattern={"^up": 3})
+    save_adapter(both, tmp_path)
+    assert contents(load_adapter(make(), tmp_path)) == contents(both)
+
+
+def test_an_adapted_model_is_switched(tmp_path: Path) -> None:
+    first, second = trained(dropout=0.1), trained(alpha=1, seed=7)
+    save_adapter(first, tmp_path / "first")
+    save_adapter(second, tmp_path / "second")
+    parameters = dict(first.named_parameters())
+    load_adapter(first, tmp_path / "second")
+    assert contents(first) == contents(second)
+    assert all(parameters[name] is parameter for name, parameter in first.named_parameters())
+    with pytest.raises(ModelError, match=r"blocks.0.up has rank 2, and 3 in the model"):
+        load_adapter(trained(rank=3), tmp_path / "second")
+    with pytest.raises(ModelError, match=r"2 layers are not targets, such as blocks.0.down"):
+        load_adapter(trained(targets=["up"]), tmp_path / "second")
+
+
+def test_parameters_that_are_views_of_one_tensor_are_saved(tmp_path: Path) -> None:
+    model = trained()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    save_adapter(model, tmp_path)
+    assert contents(load_adapter(network(), tmp_path)) == contents(model)
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (
+        lambda f: [(f / x).unlink() for x in (CONFIG, TENSORS)],
+        "there is no adapter: .* is missing",
+    ),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), "adapter_model.safetensors is missing"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
+    "no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), 'peft_type must be "LORA"'),
+    "another method": (lambda f: edit(f, peft_type="IA3"), 'peft_type must be "LORA"'),
+    "dora": (lambda f: edit(f, use_dora=True), "use_dora = true is not supported"),
+    "bias": (lambda f: edit(f, bias="all"), 'bias = "all" is not supported'),
+    "pissa": (lambda f: edit(f, init_lora_weights="pissa"), 'init_lora_weights = "pissa" is not supported'),
+    "saved modules": (lambda f: edit(f, modules_to_save=["head"]), r'modules_to_save = \["head"\]'),
+    "unknown field": (lambda f: edit(f, tomorrow=1), "tomorrow = 1 is not supported"),
+    "rank": (lambda f: edit(f, r="2"), "r of blocks.0.up must be a whole number of at least 1, not '2'"),
+    "other rank": (
+        lambda f: edit(f, r=3),
+        r"up.lora_A.weight is \[2, 8\], the model wants \[3, 8\]|up has rank 3, and 2 in the model",
+    ),
+    "alpha": (lambda f: edit(f, lora_alpha=0), "lora_alpha of blocks.0.up must be a number above 0, not 0"),
+    "dropout": (lambda f: edit(f, lora_dropout=1.0), "lora_dropout must be at least 0 and below 1, not 1.0"),
+    "pattern": (lambda f: edit(f, rank_pattern=[1]), "rank_pattern and alpha_pattern must be objects"),
+    "targets": (
+        lambda f: edit(f, target_modules=[1]),
+        "target_modules must be a string or a list of strings",
+    ),
+    "other targets": (
+        lambda f: edit(f, target_modules=["query"]),
+        'does not fit this model: .*"query" matches nothing',
+    ),
+    "fewer targets": (lambda f: edit(f, target_modules=["up"]), "2 layers are not targets"),
+    "more targets": (
+        lambda f: edit(f, target_modules="all-linear"),
+        "no tensors for 1 of the targeted layers, such as head",
+    ),
+    "truncated": (
+        lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-9]),
+        "damaged, or no safetensors",
+    ),
+    "half a pair": (
+        lambda f: rewrite(f, lambda t: t.pop("base_model.model.blocks.0.up.lora_B.weight")),
+        "blocks.0.up.lora_B.weight is missing",
+    ),
+    "another tensor": (
+        lambda f: rewrite(f, lambda t: t.update({"base_model.model.head.weight": torch.ones(3, 8)})),
+        "unexpected tensor base_model.model.head.weight",
+    ),
+    "not finite": (
+        lambda f: rewrite(f, lambda t: t["base_model.model.blocks.1.up.lora_A.weight"].fill_(torch.nan)),
+        "blocks.1.up.lora_A.weight holds numbers that are not finite",
+    ),
+}
+
+
+# A model that is switched has its layers already: the config's targets are not asked
+CASES = [
+    (damage, adapted)
+    for damage in DAMAGED
+    for adapted in (False, True)
+    if not (adapted and "targets" in damage)
+]
+
+
+@pytest.mark.parametrize(("damage", "adapted"), CASES)
+def test_a_damaged_folder_is_refused_and_changes_nothing(tmp_path: Path, damage: str, adapted: bool) -> None:
+    save_adapter(trained(seed=3), tmp_path)
+    change, message = DAMAGED[damage]
+    change(tmp_path)
+    model = trained() if adapted else network()
+    before, names = contents(model), dict(model.named_modules()).keys()
+    with pytest.raises(ModelError, match=message) as error:
+        load_adapter(model, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert contents(model) == before
+    assert dict(model.named_modules()).keys() == names
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("something was unpickled",)
+
+
+def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    save_adapter(trained(), tmp_path)
+    (tmp_path / TENSORS).unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ModelError, match=r"adapter_model.bin is a pickle.*PeftModel.from_pretrained"):
+        load_adapter(network(), tmp_path)
+
+
+def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no LoRA layer"):
+        save_adapter(network(), tmp_path / "a")
+    broken = trained()
+    broken["blocks"][1]["up"].lora_b.data[0, 0] = torch.inf
+    with pytest.raises(ModelError, match=r"blocks.1.up.lora_B.weight is not finite: nothing was saved"):
+        save_adapter(broken, tmp_path / "b")
+    mixed = nn.ModuleDict(
+        {
+            x: LoRALinear(nn.Linear(4, 4), rank=4, scaling=s)
+            for x, s in (("a", "alpha/rank"), ("b", "alpha/sqrt(rank)"))
+        }
+    )
+    with pytest.raises(ModelError, match="PEFT cannot say that"):
+        save_adapter(mixed, tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = trained()
+    save_adapter(old, tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SaveError, match=r"cannot save the adapter: .*No space left"):
+        save_adapter(trained(seed=9, rank=3), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    assert contents(load_adapter(network(), tmp_path)) == contents(old)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SaveError, match="cannot save the adapter"):
+        save_adapter(old, file)
+
+
+def test_whoever_reads_the_old_adapter_keeps_it_whole(tmp_path: Path) -> None:
+    save_adapter(trained(), tmp_path)
+    readers = [tmp_path / name for name in ("open config", "open tensors")]
+    for name, reader in zip((CONFIG, TENSORS), readers, strict=True):
+        reader.hardlink_to(tmp_path / name)  # as a reader's open file does, it keeps the old file in being
+    before = [reader.read_bytes() for reader in readers]
+    save_adapter(trained(seed=9, rank=3), tmp_path)
+    assert [reader.read_bytes() for reader in readers] == before
+    assert (tmp_path / TENSORS).read_bytes() not in before
+
+
+def test_a_disk_that_stores_other_numbers_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr("qlora.adapter.store.save_file", flip)
+    with pytest.raises(SaveError, match="reading back gave other numbers"):
+        save_adapter(trained(), tmp_path)

@@ -1,0 +1,150 @@
+"""Rows of every format, and every reason for which one is refused."""
+
+from typing import Any
+
+import pytest
+
+from qlora.data.formats import FIELDS, BadRow, Completion, Conversation, parser
+from qlora.errors import DataError
+
+QUESTION = {"role": "user", "content": "2+2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+
+
+def parse(format: str, row: dict[str, Any], **columns: str) -> Conversation | Completion:
+    return parser(format, columns)(row)
+
+
+def turns(content: Conversation | Completion) -> list[tuple[str, str]]:
+    assert isinstance(content, Conversation)
+    return [(message["role"], message["content"]) for message in content.messages]
+
+
+def test_alpaca() -> None:
+    with_input = parse("alpaca", {"instruction": "Add.", "input": "2+2", "output": "4", "text": 7})
+    assert turns(with_input) == [("user", "Add.\n\n2+2"), ("assistant", "4")]
+    assert isinstance(with_input, Conversation)
+    assert with_input.messages[0] == {**with_input.messages[0], "instruction": "Add.", "input": "2+2"}
+    for empty in ({"input": ""}, {"input": " \n"}, {"input": None}, {}):
+        without = parse("alpaca", {"instruction": "Add.", "output": "4", **empty})
+        assert turns(without) == [("user", "Add."), ("assistant", "4")]
+
+
+def test_messages() -> None:
+    row = {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER, QUESTION, ANSWER]}
+    assert turns(parse("messages", row)) == [("system", ""), *[("user", "2+2?"), ("assistant", "4")] * 2]
+
+
+def test_message_content_in_parts_as_openai_writes_it() -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    row = {"messages": [{"role": "user", "content": parts}, ANSWER]}
+    assert turns(parse("messages", row)) == [("user", "2+2?"), ("assistant", "4")]
+
+
+def test_sharegpt() -> None:
+    said = [("system", "Be brief."), ("human", "2+2?"), ("gpt", "4"), ("user", "sure?"), ("chatgpt", "Yes.")]
+    row = {"id": 7, "conversations": [{"from": speaker, "value": text} for speaker, text in said]}
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert turns(parse("sharegpt", row)) == list(zip(roles, (text for _, text in said), strict=True))
+
+
+def test_messages_in_a_csv_cell() -> None:
+    row = {"messages": '[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]'}
+    assert turns(parse("messages", row)) == [("user", "2+2?"), ("assistant", "4")]
+
+
+def test_prompt_completion_and_completion_are_taken_as_they_are() -> None:
+    assert parse("prompt-completion", {"prompt": " a ", "completion": "\nb"}) == Completion(" a ", "\nb")
+    assert parse("completion", {"text": " a b\n"}) == Completion("", " a b\n")
+
+
+def test_columns_can_have_other_names() -> None:
+    row = {"question": "2+2?", "answer": "4"}
+    assert parse("prompt-completion", row, prompt="question", completion="answer") == Completion("2+2?", "4")
+    assert turns(parse("alpaca", row, instruction="question", output="answer"))[1] == ("assistant", "4")
+    assert turns(parse("messages", {"chat": [QUESTION, ANSWER]}, messages="chat"))[1] == ("assistant", "4")
+
+
+@pytest.mark.parametrize("format", FIELDS)
+def test_a_field_that_the_format_has_not_is_an_error_with_those_it_has(format: str) -> None:
+    with pytest.raises(DataError, match=f"no field 'promt'; its fields are {FIELDS[format][0]}"):
+        parser(format, {"promt": "question"})
+
+
+def chat(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+BAD = [
+    ("alpaca", {}, "missing field: 'instruction' (the row has nothing)"),
+    (
+        "alpaca",
+        {"instruction": "a", "input": ""},
+        "missing field: 'output' (the row has 'instruction', 'input')",
+    ),
+    ("alpaca", {"instruction": "a", "output": None}, "missing field: 'output'"),
+    ("alpaca", {"instruction": "a", "output": " \n"}, "empty answer: 'output'"),
+    ("alpaca", {"instruction": "", "output": "b"}, "empty prompt: 'instruction'"),
+    (
+        "alpaca",
+        {"instruction": "a", "input": 3, "output": "b"},
+        "wrong type: 'input' must be text, it is a number",
+    ),
+    ("alpaca", {"instruction": "a", "output": ["b"]}, "wrong type: 'output' must be text, it is a list"),
+    ("prompt-completion", {"prompt": "a", "completion": ""}, "empty answer"),
+    ("prompt-completion", {"prompt": "", "completion": "b"}, "empty prompt"),
+    (
+        "prompt-completion",
+        {"prompt": "a", "completion": True},
+        "wrong type: 'completion' must be text, it is true",
+    ),
+    ("completion", {"text": "a\0b"}, "NUL character: in 'text'"),
+    ("completion", {"text": "a\ud800b"}, "broken Unicode: 'text' holds half a character"),
+    ("completion", {"text": "\t"}, "empty text"),
+    ("messages", {"messages": "hi"}, "wrong type: 'messages' must be a list of messages, it is text"),
+    ("messages", {"messages": "[{"}, "broken JSON: in 'messages'"),
+    ("messages", {"messages": []}, "empty conversation"),
+    ("messages", chat(QUESTION), "roles out of order: ends with a message of the user, not with an answer"),
+    ("messages", chat(ANSWER, QUESTION, ANSWER), "roles out of order: message 1: assistant after nobody"),
+    ("messages", chat(QUESTION, QUESTION, ANSWER), "roles out of order: message 2: user after user"),
+    ("messages", chat(QUESTION, ANSWER, ANSWER), "roles out of order: message 3: assistant after assistant"),
+    ("messages", chat(QUESTION, SYSTEM, ANSWER), "roles out of order: message 2: system after user"),
+    ("messages", chat(SYSTEM, ANSWER), "roles out of order: message 2: assistant after system"),
+    ("messages", chat(QUESTION, {**ANSWER, "role": "tool"}), "unknown role: message 2: 'tool' is none of"),
+    ("messages", chat(QUESTION, {**ANSWER, "content": ""}), "empty answer: message 2"),
+    ("messages", chat({**QUESTION, "content": " "}, ANSWER), "empty prompt: message 1"),
+    (
+        "messages",
+        chat(QUESTION, {"role": "assistant"}),
+        "missing field: message 2: 'content' (the message has 'role')",
+    ),
+    ("messages", chat(QUESTION, {**ANSWER, "content": 4}), "wrong type: message 2: 'content' must be text"),
+    ("messages", chat(QUESTION, {**ANSWER, "content": "\0"}), "NUL character: message 2: in 'content'"),
+    ("messages", chat(QUESTION, {**ANSWER, "tool_calls": [1]}), "tool call: message 2"),
+    (
+        "messages",
+        chat({**QUESTION, "content": [{"type": "image"}]}, ANSWER),
+        "not text: message 1: holds 'image'",
+    ),
+    ("messages", {"messages": ["hi"]}, "wrong type: message 1: must be an object"),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "dog", "value": "wow"}]},
+        "unknown role: message 1: 'dog' is none of",
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "gpt", "value": "hi"}]},
+        "roles out of order: message 1: assistant after",
+    ),
+    ("sharegpt", {"conversation": []}, "missing field: 'conversations' (the row has 'conversation')"),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "reason"), BAD)
+def test_bad_rows_say_what_is_wrong_and_where(format: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as raised:
+        parse(format, row)
+    assert str(raised.value).startswith(reason)
+    assert raised.value.kind == reason.partition(":")[0]

@@ -1,0 +1,218 @@
+"""Whole runs: they learn, repeat to the bit, survive being killed, and never overwrite anything in silence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora import checkpoint
+from qlora.errors import DivergedError, ModelError, RecipeError
+from qlora.recipe import Recipe
+from qlora.train import Outcome, Session, train
+from qlora.trained import held_out_loss, load_trained
+
+RecipeFile = Callable[..., Path]
+ADAPTER = "adapter/adapter_model.safetensors"
+# What a crash test needs: several epochs, an incomplete last group, dropout, packing, checkpoints
+LONG = {
+    "adapter": {"dropout": 0.1},
+    "data": {"limit": 27, "packing": True},
+    "training": {"max_steps": None, "epochs": 3, "save_every": 2, "eval_every": 3, "samples": 1, "sample_tokens": 4},
+}
+
+
+def run(file: Path, *overrides: str, **kwargs: bool) -> Outcome:
+    return train(Recipe.load(file, overrides), terminal=False, **kwargs)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The record without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(recipe_file: RecipeFile) -> None:
+    file = recipe_file(training={"max_steps": 12, "eval_every": 6, "save_every": 5}, optimizer={"lr": 1e-2})
+    outcome = run(file)
+    assert outcome.loss_before is not None
+    assert outcome.loss_after is not None
+    assert outcome.loss_after < outcome.loss_before - 0.3
+    left = {path.name for path in outcome.run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "result.json"} <= left
+    assert Recipe.load(outcome.run / "recipe.yaml").to_dict() == Recipe.load(file).to_dict()
+    record = metrics(outcome.run)
+    steps = [line for line in record if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens"}
+    assert [line["step"] for line in record if "eval_loss" in line] == [0, 6, 12]
+    assert held_out_loss(load_trained(outcome.run))[0] == pytest.approx(outcome.loss_after, rel=1e-6)
+    assert held_out_loss(load_trained(outcome.run, with_adapter=False))[0] == pytest.approx(
+        outcome.loss_before, rel=1e-6
+    )
+
+
+def test_the_same_recipe_gives_the_same_run(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    file = recipe_file(**LONG)
+    first, second = run(file, f"output={tmp_path / 'a'}"), run(file, f"output={tmp_path / 'b'}")
+    assert metrics(first.run) == metrics(second.run)
+    assert (first.run / ADAPTER).read_bytes() == (second.run / ADAPTER).read_bytes()
+    other = run(file, f"output={tmp_path / 'c'}", "training.seed=1")
+    assert (first.run / ADAPTER).read_bytes() != (other.run / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "adamw_8bit", "lion"])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(
+    recipe_file: RecipeFile, tmp_path: Path, name: str, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(**LONG, optimizer={"name": name, "schedule": "cosine", "warmup_steps": 2})
+    whole = run(file, f"output={tmp_path / 'whole'}")
+    update = Session.update
+
+    def interrupted(self: Session, micro_batches: Any, step: int, lr: float) -> tuple[float, float]:
+        if step == stop:
+            raise InterruptedError
+        return update(self, micro_batches, step, lr)
+
+    monkeypatch.setattr(Session, "update", interrupted)
+    with pytest.raises(InterruptedError):
+        run(file)
+    monkeypatch.undo()
+    resumed = run(file, resume=True)
+    assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert metrics(resumed.run) == metrics(whole.run)
+    assert resumed.loss_before == whole.loss_before
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "qlora", "train", str(file), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        file = folder / "metrics.jsonl"
+        if file.is_file() and f'"step": {step},' in file.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"never came to step {step}: {process.communicate()}")
+
+
+def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
+    recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    file = recipe_file(**LONG)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the killed process: the order of a sum depends on it
+    try:
+        whole = run(file, f"output={tmp_path / 'whole'}")
+    finally:
+        torch.set_num_threads(threads)
+    for step in (1, 5):
+        process = start(file, "--resume")
+        wait_for_step(process, tmp_path / "run", step)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "run" / "result.json").exists()
+    process = start(file, "--resume")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "held-out loss" in out
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert metrics(tmp_path / "run") == metrics(whole.run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
+    recipe_file: RecipeFile, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    file = recipe_file(training={"max_steps": 500})
+    process = start(file)
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert "--resume" in out
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None
+    assert checkpoint.read_state(newest)["step"] == metrics(tmp_path / "run")[-1]["step"] >= 3
+
+
+def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    file = recipe_file()
+    first = run(file)
+    before = (first.run / ADAPTER).read_bytes()
+    with pytest.raises(RecipeError, match=r"--resume.*--fresh"):
+        run(file)
+    assert run(file, resume=True).loss_after == first.loss_after  # finished: nothing to do
+    assert (first.run / ADAPTER).read_bytes() == before
+    run(file, "training.seed=3", fresh=True)
+    assert (first.run / ADAPTER).read_bytes() != before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RecipeError, match="not a run of qlora's"):
+        run(file, f"output={tmp_path / 'mine'}", fresh=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_is_not_resumed_by_a_recipe_that_computes_something_else(recipe_file: RecipeFile) -> None:
+    file = recipe_file(training={"save_every": 2})
+    run(file, "training.max_steps=2")
+    with pytest.raises(ModelError, match=r"optimizer\.lr: 0\.0002 then, 0\.1 now"):
+        run(file, "optimizer.lr=0.1", resume=True)
+
+
+def test_a_non_finite_loss_stops_before_the_update(recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = recipe_file(training={"save_every": 1})
+    seen: dict[str, Any] = {}
+
+    def poisoned(self: Session, *args: Any) -> tuple[float, float]:
+        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        if args[1] == 2:
+            parameter.data[0, 0] = float("nan")
+            seen["before"] = {n: p.clone() for n, p in self.model.named_parameters() if p.requires_grad}
+            seen["session"] = self
+        return update(self, *args)
+
+    update = Session.update
+    monkeypatch.setattr(Session, "update", poisoned)
+    with pytest.raises(DivergedError, match="step 3: the loss is nan"):
+        run(file)
+    after = dict(seen["session"].model.named_parameters())
+    assert all(torch.equal(after[n].nan_to_num(), p.nan_to_num()) for n, p in seen["before"].items())
+
+
+def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "base": {"init": "random", "quantization": "none"},
+        "adapter": None,
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "training": {"max_steps": 6, "save_every": 4, "epochs": 1},
+    }
+    file = recipe_file(**sections)
+    recipe = json.loads(file.read_text())
+    recipe["adapter"] = {"method": "full"}
+    file.write_text(json.dumps(recipe))
+    whole = run(file, f"output={tmp_path / 'whole'}")
+    assert whole.loss_after is not None
+    assert whole.loss_before is not None
+    assert whole.loss_after < whole.loss_before - 0.3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "finish", lambda self: (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError):
+            run(file)
+    resumed = run(file, resume=True)
+    name = "model/model.safetensors"
+    assert (resumed.run / name).read_bytes() == (whole.run / name).read_bytes()
+    assert held_out_loss(load_trained(resumed.run))[0] == pytest.approx(whole.loss_after, rel=1e-5)
