@@ -10,7 +10,6 @@ Whatever is not a quantized linear (embeddings, norms, the output head) is held 
 """
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     emulates them 8 to 100 times slower than float32, so there `auto` is float32.
     """
     if base.compute_dtype != "auto":
-        return getattr(torch, base.compute_dtype)  # type: ignore[no-any-return]
+        return getattr(torch, base.compute_dtype)
     if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32
     return torch.bfloat16
@@ -147,7 +146,6 @@ def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedMode
             trust_remote_code=base.trust_remote_code,
             dtype=compute_dtype(base, device),
             device_map={"": device},
-            attn_implementation="sdpa",
             **kwargs,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -158,7 +156,7 @@ def _random(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
     dtype = compute_dtype(base, device)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=base.trust_remote_code
+            config, dtype=dtype, trust_remote_code=base.trust_remote_code
         )
     if base.quantization == "nf4":
         _replace_linears(
@@ -177,7 +175,7 @@ def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=base.trust_remote_code
+            config, dtype=dtype, trust_remote_code=base.trust_remote_code
         )
     generator = torch.Generator(device).manual_seed(torch.initial_seed())
     std = getattr(config.get_text_config(), "initializer_range", None) or 0.02
@@ -229,7 +227,7 @@ def _materialise(
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-class _BlockSizedNF4Config(BitsAndBytesConfig):  # type: ignore[misc]
+class _BlockSizedNF4Config(BitsAndBytesConfig):
     """bitsandbytes' configuration with the block size, which transformers leaves at bitsandbytes' default of 64."""
 
     def __init__(self, block_size: int = 64, **kwargs: Any) -> None:
@@ -237,7 +235,7 @@ class _BlockSizedNF4Config(BitsAndBytesConfig):  # type: ignore[misc]
         self.block_size = block_size
 
 
-class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
     """transformers' 4-bit loader, except that each weight is told its block size before it is quantized."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -275,12 +273,15 @@ def _first_line(error: BaseException) -> str:
 def _load_problem(base: Base, error: BaseException) -> str:
     """One line that names the model and what to do."""
     text = _first_line(error)
-    if not Path(base.model).exists() and not base.model.startswith("bundled/"):
-        if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in text.lower() or "couldn't" in text.lower():
-            text = "the hub cannot be reached and the model is not in the local cache; download it on a machine with network, or give a local folder"
-        elif "gated" in text.lower() or "401" in text or "403" in text:
-            text = "the hub refuses access: accept the model's licence there and log in with `hf auth login`"
-    elif isinstance(error, KeyError | ValueError) and "architecture" in text:
+    from_hub = not Path(base.model).exists() and not base.model.startswith("bundled/")
+    if from_hub and ("gated" in text.lower() or "401" in text or "403" in text):
+        text = "the hub refuses access: accept the model's licence there and log in with `hf auth login`"
+    elif from_hub:
+        text = (
+            "the hub cannot be reached, or has no such model, and it is not in the local cache. Check the name, "
+            "download it on a machine with network, or give a local folder"
+        )
+    elif "architecture" in text:
         text = f"transformers does not know this architecture ({_model_type(base)})"
     return f"base.model: cannot load {base.model!r}: {text}"
 

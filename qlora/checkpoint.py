@@ -52,17 +52,18 @@ def lock(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / ".lock").open("a+")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ModelError(
-                f"{run} is in use by process {holder}. Wait for it to end, or choose another output=..."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with _save_errors(run):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise ModelError(
+                    f"{run} is in use by process {holder}. Wait for it to end, or choose another output=..."
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 

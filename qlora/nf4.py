@@ -27,6 +27,7 @@ __all__ = [
     "Params4bit",
     "QuantState",
     "assert_frozen",
+    "autocast",
     "dense",
     "dequantize",
     "frozen_linear",
@@ -129,8 +130,16 @@ def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Ten
     One dequantization a pass; the backward, which gives x its gradient, keeps references and nothing else.
     """
     assert_frozen(weight, bias)
-    y: Tensor = _FrozenLinear.apply(x, weight, state, bias)
+    y: Tensor = _FrozenLinear.apply(autocast(x), weight, state, bias)
     return y
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that an enclosing `torch.autocast` wants products in; else as it is."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def assert_frozen(weight: Tensor, bias: Tensor | None) -> None:

@@ -37,7 +37,7 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
         file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None  # type: ignore[no-any-return]
+        return json.loads(file.read_text()) if file.is_file() else None
 
     def write_result(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""

@@ -6,11 +6,10 @@ very steps of one that was not.
 """
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +22,17 @@ from qlora.adapter.lora import adapt, trainable_parameters
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.base import load_base, load_tokenizer
 from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset
-from qlora.errors import DivergedError, ModelError, OutOfMemoryError, SaveError
+from qlora.errors import DivergedError, ModelError, SaveError
 from qlora.generate import answer
 from qlora.interrupt import StopRequest
 from qlora.memory import measure
+from qlora.memory.shortage import out_of_memory_explained
 from qlora.optim import Optimizer, learning_rate
+from qlora.outcome import Outcome
 from qlora.recipe import Recipe
 from qlora.run import RunFolder, check_output, claim
-from qlora.step import accumulate, check_head, checkpoint_layers, evaluate
+from qlora.step import accumulate, check_head, check_packing, checkpoint_layers, evaluate
 from qlora.tracking import Sample, Tracker
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. Losses are nats per supervised held-out token."""
-
-    run: Path
-    result: Path | None
-    """the trained adapter (or model) folder; None when the run was stopped before its end"""
-    steps: int
-    total_steps: int
-    loss_before: float | None
-    loss_after: float | None
-    memory: measure.Peak
-    seconds: float
-    stopped_by: int | None = None
-    """the signal that stopped the run early"""
 
 
 def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> Outcome:
@@ -77,8 +61,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
     with checkpoint.lock(path) if accelerator.is_main_process else _nothing():
         run = _claim_together(recipe, path, accelerator, resume=resume, fresh=fresh)
         if run.result is not None:
-            return _finished(run)
-        with _out_of_memory_explained(recipe):
+            return Outcome.from_json(run.result)
+        with out_of_memory_explained(recipe):
             session = Session.prepare(recipe, run, accelerator)
             return session.fit(terminal=terminal)
 
@@ -117,6 +101,8 @@ class Session:
         model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
         _check_vocabulary(model, tokenizer, recipe)
         check_head(model)
+        if recipe.data.packing:
+            check_packing(model)
         if recipe.adapter.method == "lora":
             adapt_as(model, recipe)
         if training.gradient_checkpointing:
@@ -141,30 +127,15 @@ class Session:
 
     def fit(self, *, terminal: bool = True) -> Outcome:
         """The loop: steps, evaluations, checkpoints, until the end or a signal."""
-        recipe, training = self.recipe, self.recipe.training
-        tracker = self._tracker(terminal)
+        training = self.recipe.training
         began = time.monotonic()
-        with StopRequest() as stop:
+        with StopRequest() as stop, self._tracker(terminal) as tracker:
             loss = self.loss_before
             if self.first_step == 0:
                 loss = self.loss_before = self.evaluate(tracker, step=0)
             step = self.first_step
             while step < self.total_steps and stop.signal_number is None:
-                started = time.perf_counter()
-                micro_batches = self.batches.step(step)
-                lr = learning_rate(
-                    recipe.optimizer.schedule,
-                    recipe.optimizer.lr,
-                    step,
-                    self.total_steps,
-                    recipe.optimizer.warmup_steps,
-                )
-                step_loss, grad_norm = self.update(micro_batches, step, lr)
-                step += 1
-                tracker.step(
-                    _record(step, step_loss, grad_norm, lr, micro_batches, time.perf_counter() - started)
-                )
-
+                step = self.take_step(step, tracker)
                 last = step == self.total_steps
                 if last or (training.eval_every and step % training.eval_every == 0):
                     loss = self.evaluate(tracker, step)
@@ -173,22 +144,33 @@ class Session:
             if step < self.total_steps:
                 self.save(step, tracker)
 
-        result = self.finish() if step == self.total_steps else None
-        outcome = Outcome(
-            run=self.run.path,
-            result=result,
-            steps=step,
-            total_steps=self.total_steps,
-            loss_before=self.loss_before,
-            loss_after=loss,
-            memory=measure.peak(self.accelerator.device),
-            seconds=time.monotonic() - began,
-            stopped_by=stop.signal_number,
-        )
-        if result is not None and self.accelerator.is_main_process:
-            self.run.write_result(as_json(outcome))
-        tracker.finish(as_json(outcome))
+            result = self.finish() if step == self.total_steps else None
+            outcome = Outcome(
+                run=self.run.path,
+                result=result,
+                steps=step,
+                total_steps=self.total_steps,
+                loss_before=self.loss_before,
+                loss_after=loss,
+                memory=measure.peak(self.accelerator.device),
+                seconds=time.monotonic() - began,
+                stopped_by=stop.signal_number,
+            )
+            if result is not None:
+                self.run.write_result(outcome.as_json())
+            tracker.finish(outcome.as_json())
         return outcome
+
+    def take_step(self, step: int, tracker: Tracker) -> int:
+        """Optimizer step `step` (0-based): its rows, its learning rate, the update, its record. Returns step + 1."""
+        settings = self.recipe.optimizer
+        started = time.perf_counter()
+        micro_batches = self.batches.step(step)
+        lr = learning_rate(settings.schedule, settings.lr, step, self.total_steps, settings.warmup_steps)
+        loss, grad_norm = self.update(micro_batches, step, lr)
+        seconds = time.perf_counter() - started
+        tracker.step(_record(step + 1, loss, grad_norm, lr, micro_batches, seconds))
+        return step + 1
 
     def update(self, micro_batches: list[Batch], step: int, lr: float) -> tuple[float, float]:
         """One optimizer step. Returns the loss (nats per supervised token) and the gradient's norm before clipping.
@@ -258,7 +240,7 @@ class Session:
         training = self.recipe.training
         try:
             with checkpoint.writing(self.run.path, step, self.run.run_id) as folder:
-                self.write_weights(folder)
+                self.write_weights(folder / self.result_name)
                 checkpoint.save_tensors(folder / "optimizer.safetensors", self.optimizer.state())
                 checkpoint.write_state(
                     folder,
@@ -268,20 +250,20 @@ class Session:
         except SaveError as error:
             tracker.note(f"checkpoint of step {step} not saved: {error}")
 
-    def write_weights(self, folder: Path) -> Path:
-        """The adapter (or the whole model, if all of it trains) under `folder`. Returns where."""
+    def write_weights(self, folder: Path) -> None:
+        """Write the adapter (or the whole model, if all of it trains) into `folder`."""
         if self.recipe.adapter.method == "lora":
-            target = folder / "adapter"
-            save_adapter(
-                self.model, target, base_model=self.recipe.base.model, revision=self.recipe.base.revision
-            )
+            base = self.recipe.base
+            save_adapter(self.model, folder, base_model=base.model, revision=base.revision)
         else:
-            target = folder / "model"
-            self.model.save_pretrained(target, max_shard_size="4GB")  # type: ignore[operator]
-            self.tokenizer.save_pretrained(target)
-        # An adapter folder alone says what it was trained on.
-        (target / "recipe.yaml").write_text(self.recipe.to_yaml())
-        return target
+            self.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
+        (folder / "recipe.yaml").write_text(self.recipe.to_yaml())  # what it was trained on travels with it
+
+    @property
+    def result_name(self) -> str:
+        """`adapter` or `model`: the folder's name in a run and in a checkpoint."""
+        return "adapter" if self.recipe.adapter.method == "lora" else "model"
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -297,8 +279,8 @@ class Session:
         if self.recipe.adapter.method == "lora":
             load_adapter(self.model, folder / "adapter")
         else:
-            tensors = checkpoint.load_tensors(folder / "model" / "model.safetensors")
-            self.model.load_state_dict(tensors, strict=False)
+            for file in (folder / "model").glob("*.safetensors"):  # tied weights are saved once
+                self.model.load_state_dict(checkpoint.load_tensors(file), strict=False)
         self.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
         self.first_step, self.loss_before = state["step"], state["loss_before"]
 
@@ -306,21 +288,19 @@ class Session:
         """Write the result where users look for it: <run>/adapter or <run>/model."""
         if not self.accelerator.is_main_process:
             return None
-        with checkpoint.replacing(
-            self.run.path, "adapter" if self.recipe.adapter.method == "lora" else "model"
-        ) as folder:
+        with checkpoint.replacing(self.run.path, self.result_name) as folder:
             self.write_weights(folder)
-        return self.run.path / ("adapter" if self.recipe.adapter.method == "lora" else "model")
+        return self.run.path / self.result_name
 
     def _tracker(self, terminal: bool) -> Tracker:
-        main = self.accelerator.is_main_process
         return Tracker(
             self.run.path,
             config=self.recipe.to_dict(),
             wandb=self.recipe.tracking.wandb,
             total_steps=self.total_steps,
             resume_step=self.first_step,
-            terminal=terminal and main,
+            terminal=terminal,
+            main=self.accelerator.is_main_process,
         )
 
 
@@ -373,52 +353,16 @@ def _claim_together(
     broadcast_object_list(news)
     if isinstance(news[0], Exception):
         raise news[0]
-    return news[0]  # type: ignore[no-any-return]
-
-
-def _finished(run: RunFolder) -> Outcome:
-    """The outcome of a run that had already come to its end."""
-    summary = dict(run.result or {})
-    summary["run"], summary["result"] = Path(summary["run"]), Path(summary["result"])
-    summary["memory"] = measure.Peak(**summary["memory"])
-    return Outcome(**summary)
-
-
-def as_json(outcome: Outcome) -> dict[str, Any]:
-    summary = asdict(outcome)
-    return {
-        **summary,
-        "run": str(outcome.run),
-        "result": None if outcome.result is None else str(outcome.result),
-    }
+    return news[0]
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, recipe: Recipe) -> None:
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"base.model: the tokenizer of {recipe.base.model!r} has {len(tokenizer)} tokens, its embedding only {rows} "
-            "rows. The tokenizer belongs to another model"
+            f"base.model: the tokenizer of {recipe.base.model!r} has {len(tokenizer)} tokens, its embedding only "
+            f"{rows} rows. The tokenizer belongs to another model"
         )
-
-
-@contextmanager
-def _out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        training = recipe.training
-        advice = [
-            f"training.micro_batch_size={training.micro_batch_size // 2}"
-            if training.micro_batch_size > 1
-            else "",
-            "" if training.gradient_checkpointing else "training.gradient_checkpointing=true",
-            f"data.max_length={recipe.data.max_length // 2}",
-        ]
-        raise OutOfMemoryError(
-            f"the device is out of memory ({str(error).splitlines()[0]}). Try "
-            + " or ".join(filter(None, advice))
-        ) from error
 
 
 @contextmanager

@@ -29,16 +29,7 @@ def load_trained(folder: str | Path, *, device: str = "auto", with_adapter: bool
 
     `with_adapter=False` loads its base alone. Raises ModelError if there is no such result.
     """
-    folder = Path(folder)
-    adapter = next(
-        (place for place in (folder, folder / "adapter", folder / "model") if (place / "recipe.yaml").is_file()
-         and ((place / "adapter_config.json").is_file() or (place / "config.json").is_file())), None
-    )  # fmt: skip
-    if adapter is None:
-        hint = "the run has not finished; go on with --resume" if (folder / "recipe.yaml").is_file() else (
-            "give a run's folder, or the adapter/ folder in it"
-        )  # fmt: skip
-        raise ModelError(f"{folder}: no trained adapter here ({hint})")
+    adapter = _find(Path(folder))
     recipe = Recipe.load(adapter / "recipe.yaml")
     where = torch.device(
         "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
@@ -50,6 +41,17 @@ def load_trained(folder: str | Path, *, device: str = "auto", with_adapter: bool
     if with_adapter and recipe.adapter.method == "lora":
         load_adapter(model, adapter)
     return Trained(recipe, model.eval(), load_tokenizer(recipe.base))
+
+
+def _find(folder: Path) -> Path:
+    """The result in a run's folder, or the folder itself if it is one."""
+    for place in (folder, folder / "adapter", folder / "model"):
+        weights = (place / "adapter_config.json", place / "config.json")
+        if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
+            return place
+    if (folder / "recipe.yaml").is_file():
+        raise ModelError(f"{folder}: the run has not come to its end; go on with `qlora train ... --resume`")
+    raise ModelError(f"{folder}: no trained adapter here. Give a run's folder, or the adapter/ folder in it")
 
 
 def held_out_loss(trained: Trained) -> tuple[float, int]:

@@ -79,7 +79,7 @@ def recipe_file(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
             "output": str(tmp_path / "run"),
         }
         for name, section in sections.items():
-            recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
+            recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
         file = tmp_path / "recipe.yaml"
         file.write_text(json.dumps(recipe))  # JSON is YAML
         return file

@@ -48,8 +48,12 @@ def test_a_pretrained_base_is_quantized_as_bitsandbytes_would(
 
 
 def test_a_prequantized_checkpoint_loads_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    saved = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=settings, dtype=torch.float32)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    saved = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=settings, dtype=torch.float32
+    )
     saved.save_pretrained(tmp_path / "nf4")
     ids = torch.arange(12)[None]
     expected = load_base(section(tiny_llama)).eval()(input_ids=ids).logits
@@ -59,14 +63,20 @@ def test_a_prequantized_checkpoint_loads_as_it_is(tiny_llama: Path, tmp_path: Pa
 def test_a_checkpoint_quantized_otherwise_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "fp4")
     config = json.loads((tmp_path / "fp4" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+    }
     (tmp_path / "fp4" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="already quantized by bitsandbytes \\(fp4\\)"):
         load_base(section(tmp_path / "fp4"))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_synthetic_is_the_real_architecture_without_its_weights(tiny_llama: Path, tmp_path: Path, quantization: str) -> None:
+def test_synthetic_is_the_real_architecture_without_its_weights(
+    tiny_llama: Path, tmp_path: Path, quantization: str
+) -> None:
     (tmp_path / "shapes").mkdir()
     shutil.copy(tiny_llama / "config.json", tmp_path / "shapes")
     real = load_base(section(tiny_llama, quantization=quantization))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.bundled import corpus, tickets, path
+from qlora.bundled import corpus, path, tickets
 from qlora.errors import DataError
 
 MEGABYTE = 10**6

@@ -165,6 +165,15 @@ def test_the_head_gets_a_gradient_only_if_it_is_trained() -> None:
         assert not linear_cross_entropy(hidden, weight, labels).requires_grad
 
 
+def test_autocast_computes_in_its_dtype() -> None:
+    hidden, weight, bias, labels = case(10, 8, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, bias)
+        loss.backward()
+    assert torch.equal(loss, linear_cross_entropy(hidden.bfloat16(), weight, labels, bias))
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
 def test_a_known_number_of_labels_is_all_that_fake_tensors_need() -> None:
     hidden, weight, _, labels = case(10, 8, 20)
     supervised = int((labels != IGNORE_INDEX).sum())

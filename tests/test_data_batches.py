@@ -123,16 +123,17 @@ def test_positions_restart_with_every_document_and_labels_stand_under_their_toke
             assert not case.arguments["packing"]
             continue
         for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
-            for start in (positions == 0).nonzero().flatten().tolist():
-                if ids[start] == PAD:
-                    assert (ids[start:] == PAD).all()
-                    assert (labels[start:] == IGNORE_INDEX).all()
-                    break
+            start = 0
+            while start < len(ids) and ids[start] != PAD:
                 one = by_number[int(ids[start]) // 100]
                 end = start + len(one.input_ids)
                 assert positions[start:end].tolist() == list(range(end - start))
                 assert ids[start:end].tolist() == one.input_ids.tolist()
                 assert labels[start:end].tolist() == one.labels.tolist()
+                start = end
+            assert (ids[start:] == PAD).all()
+            assert (labels[start:] == IGNORE_INDEX).all()
+            assert positions[start:].tolist() == list(range(len(ids) - start))
 
 
 def test_the_first_label_of_a_packed_document_is_never_learned() -> None:

@@ -211,6 +211,8 @@ def test_what_is_no_file_is_said_with_what_there_is(tmp_path: Path) -> None:
         rows(write(tmp_path / "a.txt", "hello"))
     with pytest.raises(DataError, match="No such file"):
         rows("no/such/folder/rows")
+    with pytest.raises(DataError, match="No such file"):
+        rows("owner/rows.csv.gz")
     with pytest.raises(DataError, match="null byte"):
         rows("a\0.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for ever
@@ -225,9 +227,12 @@ def test_rows_of_the_package_itself() -> None:
     assert "messages" in first
 
 
-def test_a_hub_id_without_a_network_says_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"(?s)'tatsu-lab/alpaca' is no file here.*bring a file of it here"):
-        rows("tatsu-lab/alpaca")
+@pytest.mark.parametrize("name", ["tatsu-lab/alpaca", "openai/gsm8k/main", "squad"])
+def test_a_hub_id_without_a_network_says_what_to_do(name: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"(?s)'{name.removesuffix('/main')}' is no file.*bring a file of it here"
+    ):
+        rows(name)
 
 
 def test_a_data_set_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +244,8 @@ def test_a_data_set_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.Monke
     datasets.disable_progress_bars()
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train.jsonl")
-    records = list(_hub(str(tmp_path / "set"), "train"))  # loads a folder as it loads an id
+    records = list(_hub(str(tmp_path / "set"), None, "train"))  # loads a folder as it loads an id
     assert [record.row for record in records] == ROWS
     assert records[1].origin.endswith("set[train]:row 2")
     with pytest.raises(DataError, match="split 'test'"):
-        list(_hub(str(tmp_path / "set"), "test"))
+        list(_hub(str(tmp_path / "set"), None, "test"))

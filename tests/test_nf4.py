@@ -181,7 +181,7 @@ def test_weight_bytes_are_those_of_the_paper(double_quant: bool, per_block: floa
 def test_the_product_and_its_gradient_agree_with_finite_differences() -> None:
     weight = nf4.quantize(torch.randn(7, 45))
     bias = torch.randn(7, dtype=torch.float64)
-    x = torch.randn(2, 3, 45, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 1, 45, dtype=torch.float64, requires_grad=True)
 
     def product(x: Tensor) -> Tensor:
         return nf4.frozen_linear(x, weight, weight.quant_state, bias)

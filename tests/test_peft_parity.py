@@ -108,10 +108,13 @@ def test_our_dropout_is_peft_s_in_distribution(tiny_llama: Path) -> None:
     reference, model = theirs(tiny_llama, lora_dropout=0.2), ours(tiny_llama, dropout=0.2)
     share(reference, model)
     with torch.no_grad():
-        means = [torch.stack([loss(m, 0) for _ in range(60)]).mean().item() for m in (reference, model)]
-        spreads = [torch.stack([loss(m, 0) for _ in range(60)]).std().item() for m in (reference, model)]
-    assert means[1] == pytest.approx(means[0], abs=4 * spreads[0] / 60**0.5)
-    assert spreads[1] == pytest.approx(spreads[0], rel=0.5)
+        draws = [torch.stack([loss(network, 0) for _ in range(40)]) for network in (reference, model)]
+    (mean, found_mean), (spread, found_spread) = (
+        [d.mean().item() for d in draws],
+        [d.std().item() for d in draws],
+    )
+    assert found_mean == pytest.approx(mean, abs=5 * spread / 40**0.5)
+    assert found_spread == pytest.approx(spread, rel=0.6)
 
 
 @pytest.mark.parametrize(

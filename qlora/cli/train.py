@@ -9,7 +9,7 @@ import typer
 from qlora.cli.arguments import Json, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
-    from qlora.train import Outcome
+    from qlora.outcome import Outcome
 
 GiB = 2**30
 
@@ -37,9 +37,7 @@ def train(
 
     outcome = run(loaded, resume=resume, fresh=fresh, terminal=not json_output)
     if json_output:
-        from qlora.train import as_json
-
-        print(json.dumps(as_json(outcome)))
+        print(json.dumps(outcome.as_json()))
     else:
         print(report(outcome))
     if outcome.stopped_by:
@@ -49,7 +47,7 @@ def train(
 def report(outcome: "Outcome") -> str:
     """What a user wants to know at the end: did it learn, what did it take, where is it."""
     lines = []
-    if outcome.loss_before is not None and outcome.loss_after is not None:
+    if outcome.result is not None and outcome.loss_before is not None:
         lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after")
     memory = outcome.memory
     if memory.allocated_bytes is not None and memory.reserved_bytes is not None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import stat
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def read(source: str, split: str = "train", limit: int | None = None) -> Iterato
     """The first `limit` rows of a data set, in order.
 
     Args:
-        source: a local JSON, JSONL, CSV, TSV or Parquet file, `bundled/...`, or a data set's id on the hub.
+        source: a local JSON, JSONL, CSV, TSV or Parquet file, `bundled/...`, or a data set's id on the hub:
+            `owner/name`, or `owner/name/configuration` where it has several.
         split: of a data set on the hub.
         limit: rows to read; None is all.
 
@@ -44,21 +46,23 @@ def read(source: str, split: str = "train", limit: int | None = None) -> Iterato
         DataError: the source as a whole cannot be read. A single bad row is a Record with a BadRow.
     """
     path = Path(source).expanduser()
+    hub_id = _HUB_ID.fullmatch(source)
     if source.startswith("bundled/"):
         from qlora import bundled
 
         records = _file(bundled.path(source), source)
-    elif path.exists() or not _may_be_id(source):
+    elif path.exists() or hub_id is None:
         records = _file(path, source)
     else:
-        records = _hub(source, split)
+        records = _hub(hub_id["name"], hub_id["configuration"], split)
     return islice(records, limit)
 
 
-def _may_be_id(source: str) -> bool:
-    """Whether what is no file may be a hub id (`name` or `owner/name`) rather than a mistyped path."""
-    named_as_file = source.lower().removesuffix(".gz").endswith((*SUFFIXES, ".txt"))
-    return not named_as_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None
+# A name that ends as a data file does was meant as one, though it does not exist.
+_HUB_ID = re.compile(
+    r"(?!.*\.(?:json|jsonl|ndjson|csv|tsv|parquet|txt)(?:\.gz)?$)"
+    r"(?P<name>\w[\w.-]*(?:/[\w.-]+)?)(?:/(?P<configuration>[\w.-]+))?"
+)
 
 
 def _file(path: Path, name: str) -> Iterator[Record]:
@@ -251,17 +255,17 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
         raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
 
 
-def _hub(source: str, split: str) -> Iterator[Record]:
+def _hub(name: str, configuration: str | None, split: str) -> Iterator[Record]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, split=split)
+        rows = datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = textwrap.shorten(str(error) or type(error).__name__, 400)
         raise DataError(
-            f"{source!r} is no file here, and as a data set of the hub (split {split!r}) it cannot be "
-            f"loaded: {reason}\nCheck its spelling and the network. Without a network, bring a file of it "
-            "here and give its path as data.source"
+            f"{name!r} is no file here, and as a data set of the hub (split {split!r}) it cannot be loaded: "
+            f"{reason}\nCheck its spelling and the network. Without a network, bring a file of it here and "
+            "give its path as data.source"
         ) from error
     for number, row in enumerate(rows, 1):
-        yield Record(f"{source}[{split}]:row {number}", row)
+        yield Record(f"{name}[{split}]:row {number}", row)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.nf4 import autocast
+
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
 
@@ -38,7 +40,7 @@ def linear_cross_entropy(
     index = torch.nonzero_static(trained, size=count).squeeze(1)
     grad = torch.is_grad_enabled()  # always False inside the function
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, index, softcap, logit_scale, chunk, grad
+        autocast(hidden), weight, bias, labels, index, softcap, logit_scale, chunk, grad
     )
     return loss
 

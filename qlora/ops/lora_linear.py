@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlora.nf4 import QuantState, assert_frozen, dense, frozen_linear
+from qlora.nf4 import QuantState, assert_frozen, autocast, dense, frozen_linear
 
 
 def lora_linear(
@@ -38,7 +38,7 @@ def lora_linear(
         return frozen_linear(x, weight, quant_state, bias)
     assert_frozen(weight, bias)
     p = dropout if training else 0.0
-    y: Tensor = _LoRALinear.apply(x, weight, quant_state, bias, lora_a, lora_b, scaling, p)
+    y: Tensor = _LoRALinear.apply(autocast(x), weight, quant_state, bias, lora_a, lora_b, scaling, p)
     return y
 
 

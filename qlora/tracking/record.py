@@ -40,7 +40,10 @@ class Record(Sink):
     def evaluation(self, record: Metrics) -> None:
         """Appends the record and makes the file survive a power cut."""
         self._append(record)
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._problem = error
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """Appends one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`."""

@@ -30,6 +30,9 @@ INIT_SECONDS = 10.0
 FINISH_SECONDS = 10.0
 """wait for uploads at the end of a run; wandb's own default is to wait for ever"""
 
+PATIENCE_SECONDS = INIT_SECONDS + FINISH_SECONDS + 10.0
+"""wait for the thread at the end of a run: more than wandb needs if it keeps the limits above"""
+
 
 class Section(Protocol):
     """What is read of a recipe's `tracking.wandb`."""
@@ -77,7 +80,7 @@ class Wandb(Sink):
         self._send(lambda run: run.summary.update(dict(summary)))
         self._send(lambda run: run.finish(exit_code=int(failed)))
         self._send(None)
-        self._thread.join(FINISH_SECONDS + 2.0)
+        self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive():
             self._note(
                 f"Weights & Biases has not taken everything: `wandb sync {self._run}/wandb/run-*` sends it"
@@ -125,7 +128,7 @@ def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callabl
         entity=section.entity,
         name=section.name or run.resolve().name,
         tags=list(section.tags),
-        id=_run_id(run),
+        id=run_id(run),
         resume="allow" if mode == "online" else None,
         mode=mode,
         dir=run,
@@ -183,8 +186,8 @@ def _unreachable(url: str) -> str | None:
     return None
 
 
-def _run_id(run: Path) -> str:
-    """The id of this folder's run at W&B, made at the first call."""
+def run_id(run: Path) -> str:
+    """The id at W&B of the run in a folder, made at the first call and kept in `wandb/id`."""
     file = run / "wandb" / "id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,202 @@
+"""Weights & Biases: the same numbers as the record, and no harm when it is away.
+
+The runs are real ones in processes of their own, since the library keeps state and a helper process.
+"""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.tracking.wandb import choose_mode, run_id
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+if sys.argv[2] == "missing":
+    sys.modules["wandb"] = None  # import wandb raises ImportError
+from qlora.tracking import Sample, Tracker
+section = SimpleNamespace(mode="auto", project="tests", entity=None, name=None, tags=["a-tag"])
+config = {"optimizer": {"lr": 2e-4}, "training": {"seed": 7}}
+slowest, steps = 0.0, time.perf_counter()
+with Tracker(Path(sys.argv[1]), config=config, wandb=section, total_steps=20) as tracker:
+    for number in range(1, 21):
+        time.sleep(0.01)
+        began = time.perf_counter()
+        tracker.step({"step": number, "loss": 2.5 / number, "lr": 2e-4, "grad_norm": 0.7,
+                      "tokens_per_second": 100.0, "tokens": 900, "supervised_tokens": 300})
+        if number % 10 == 0:
+            tracker.evaluation({"step": number, "eval_loss": 3.0 / number, "eval_tokens": 50})
+            tracker.samples([Sample("a prompt", "expected", "an answer")], number)
+        slowest = max(slowest, time.perf_counter() - began)
+    steps = time.perf_counter() - steps
+    tracker.finish({"loss_after": 0.15, "memory": {"resident_bytes": 123}})
+print(slowest, steps)
+"""
+
+
+def train(run: Path, how: str = "installed", **environment: str) -> tuple[float, float, str]:
+    """Seconds of the slowest step, and of all beyond the steps; standard error."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(run), how],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=clean | {"NETRC": "/dev/null", "no_proxy": "127.0.0.1"} | environment,
+        timeout=120,
+    )
+    slowest, steps = map(float, done.stdout.split())
+    assert [line["step"] for line in lines(run / "metrics.jsonl") if "loss" in line] == list(range(1, 21))
+    return slowest, time.perf_counter() - began - steps, " ".join(done.stderr.split())
+
+
+def stored(run: Path) -> list[Any]:
+    """The records of the offline run in a folder, from its own file.
+
+    The file is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, in them chunks of (CRC 4
+    bytes, length 2, type 1, data); types 1 whole record, 2 first, 3 middle, 4 last part of one.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record as Message
+
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    data, position, parts, found = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if (room := 32768 - position % 32768) < 7:
+            position += room
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            found.append(Message.FromString(parts))
+            parts = b""
+    return found
+
+
+def values(items: Any) -> dict[str, Any]:
+    """Items of the format as name -> value."""
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def test_an_offline_run_holds_what_the_record_holds(tmp_path: Path) -> None:
+    own_id = run_id(tmp_path)
+    _, _, stderr = train(tmp_path)
+    assert "note" not in stderr
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(f"-{own_id}")
+    assert run_id(tmp_path) == own_id, "a resumed run goes on in the same place"
+    history: dict[int, dict[str, Any]] = {}
+    config, summary, tags = {}, {}, set()
+    for message in stored(tmp_path):
+        if message.HasField("history"):
+            row = values(message.history.item)
+            history.setdefault(row["_step"], {}).update(row)
+        config |= values(message.run.config.update)
+        summary |= values(message.summary.update)
+        tags |= set(message.run.tags)
+    for line in lines(tmp_path / "metrics.jsonl"):
+        expected = {key: value for key, value in line.items() if key not in ("step", "samples")}
+        assert {key: history[line["step"]][key] for key in expected} == expected
+    assert len(history) == 20
+    assert config["optimizer"] == {"lr": 2e-4}
+    assert summary["loss_after"] == 0.15
+    assert tags == {"a-tag"}
+    table = next(folder.glob("files/media/table/samples_20_*.json"))
+    assert json.loads(table.read_text())["data"] == [[20, "a prompt", "expected", "an answer"]]
+
+
+def test_where_wandb_is_not_installed_a_run_goes_on(tmp_path: Path) -> None:
+    slowest, rest, stderr = train(tmp_path, "missing")
+    assert "note wandb is not installed" in stderr
+    assert slowest < 2
+    assert rest < 8  # Python and its imports
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_an_unreachable_server_means_an_offline_run(tmp_path: Path) -> None:
+    with socket.socket() as bound:  # bound, not listening: the port is closed and stays so
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        slowest, rest, stderr = train(
+            tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}"
+        )
+    assert stderr.count("note") == 1
+    assert f"127.0.0.1:{port} cannot be reached (Connection refused): the run is kept offline" in stderr
+    assert slowest < 2
+    assert rest < 25  # starting wandb itself takes 2 s on an idle machine
+    assert any(message.HasField("history") for message in stored(tmp_path))
+
+
+@pytest.fixture
+def silent_server() -> Iterator[int]:
+    """Accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)
+        yield server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_a_bounded_time(tmp_path: Path, silent_server: int) -> None:
+    slowest, rest, stderr = train(
+        tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{silent_server}"
+    )
+    assert "Weights & Biases is off for this run" in stderr
+    assert slowest < 2, "no step waits for it"
+    assert rest < 35  # 12 s on an idle machine, of which wandb.init is given 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected", "notes"),
+    [
+        ("disabled", {"WANDB_API_KEY": "k"}, "disabled", 0),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline", 0),
+        ("online", {"WANDB_API_KEY": "k"}, "online", 0),
+        ("online", {}, "offline", 1),
+        ("auto", {}, "offline", 0),
+        ("auto", {"WANDB_API_KEY": "k"}, "online", 0),
+        ("auto", {"NETRC": "host"}, "online", 0),
+        ("auto", {"NETRC": "another.host"}, "offline", 0),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline", 0),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled", 0),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline", 0),
+    ],
+)
+def test_the_mode_is_decided_before_wandb_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    silent_server: int,
+    mode: str,
+    environment: dict[str, str],
+    expected: str,
+    notes: int,
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    host = f"127.0.0.1:{silent_server}"
+    netrc = tmp_path / "netrc"
+    netrc.write_text(
+        f"machine {environment.get('NETRC', 'none').replace('host', host)} login user password k\n"
+    )
+    for name, value in (environment | {"NETRC": str(netrc)}).items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    assert choose_mode(mode, f"http://{host}", said.append) == expected
+    assert len(said) == notes
