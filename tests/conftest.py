@@ -22,6 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora import bundled
 
 
+# Two workers on two cores: with more threads each, OpenMP's waiting threads would take the cores from one another.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

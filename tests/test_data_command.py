@@ -28,7 +28,7 @@ def test_what_is_trained_is_marked_without_any_colour(recipe_file: RecipeFile) -
         assert origin.startswith("bundled/tickets/train.jsonl:")
         assert text.startswith("Question|:|")
         answer = text[text.index("[[") + 2 : text.index("]]")]
-        assert answer.replace("|", "").strip().startswith("item: ")
+        assert answer.replace("|", "").strip().startswith("team: ")
         assert answer.endswith("</s>")
     assert "rows     24 read: 20 to train on, 4 held out, 0 bad" in output
 
@@ -45,7 +45,7 @@ def test_json_is_one_object_with_every_token(recipe_file: RecipeFile) -> None:
     (row,) = output["rows"]
     (document,) = row["documents"]
     trained = "".join(token["text"] for token in document["tokens"] if token["trained"])
-    assert trained.strip().startswith("item: ")
+    assert trained.strip().startswith("team: ")
     assert trained.endswith("</s>")
     assert output["counts"]["train"] == 20
 

@@ -129,12 +129,9 @@ def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
     recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     file = recipe_file(**LONG)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the killed process: the order of a sum depends on it
-    try:
-        whole = run(file, f"output={tmp_path / 'whole'}")
-    finally:
-        torch.set_num_threads(threads)
+    whole = run(
+        file, f"output={tmp_path / 'whole'}"
+    )  # one thread, as in the killed process: sums depend on it
     for step in (1, 5):
         process = start(file, "--resume")
         wait_for_step(process, tmp_path / "run", step)
