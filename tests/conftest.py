@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import bundled
 
-
 # Two workers on two cores: with more threads each, OpenMP's waiting threads would take the cores from one another.
 torch.set_num_threads(1)
 
