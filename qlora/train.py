@@ -156,7 +156,7 @@ class Session:
                 seconds=time.monotonic() - began,
                 stopped_by=stop.signal_number,
             )
-            if result is not None:
+            if result is not None and self.accelerator.is_main_process:
                 self.run.write_result(outcome.as_json())
             tracker.finish(outcome.as_json())
         return outcome
@@ -284,12 +284,11 @@ class Session:
         self.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
         self.first_step, self.loss_before = state["step"], state["loss_before"]
 
-    def finish(self) -> Path | None:
+    def finish(self) -> Path:
         """Write the result where users look for it: <run>/adapter or <run>/model."""
-        if not self.accelerator.is_main_process:
-            return None
-        with checkpoint.replacing(self.run.path, self.result_name) as folder:
-            self.write_weights(folder)
+        if self.accelerator.is_main_process:
+            with checkpoint.replacing(self.run.path, self.result_name) as folder:
+                self.write_weights(folder)
         return self.run.path / self.result_name
 
     def _tracker(self, terminal: bool) -> Tracker:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import byte_level, sentencepiece
+from tokenizers_for_tests import byte_level, sentencepiece, words
 
 from qlora.data import IGNORE_INDEX, Batches, Dataset, encode_prompt, load_dataset
+from qlora.data.order import permutation
 from qlora.errors import DataError
 from qlora.recipe import Data
 
@@ -60,6 +61,8 @@ def test_the_split_is_stable_by_seed(hundred: Path) -> None:
     first, again, other = (load(hundred, seed, held_out=20) for seed in (1, 1, 2))
     assert origins(first.held_out) == origins(again.held_out) != origins(other.held_out)
     assert first.fingerprint == again.fingerprint != other.fingerprint
+    # and it has nothing to do with the order of any epoch
+    assert set(origins(first.held_out)) != set((permutation(100, 1, 0)[:20] + 1).tolist())
 
 
 def test_a_second_source_is_held_out_whole(hundred: Path, tmp_path: Path) -> None:
@@ -247,6 +250,14 @@ def test_nothing_to_train_on_is_an_error_that_says_why(
 ) -> None:
     with pytest.raises(DataError, match=message):
         load(write(tmp_path / "a.jsonl", rows), **section)
+
+
+def test_a_control_token_that_cannot_be_written_as_text_makes_a_bad_row(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"text": "hello world"}, {"text": "hello </s> world"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: control token in text"):
+        load(file, tokenizer=words(), format="completion")
+    dataset = load(file, tokenizer=words(), format="completion", on_bad_row="skip")
+    assert (dataset.counts.train, dataset.counts.reasons) == (1, {"control token in text": 1})
 
 
 def test_one_row_is_trained_on_and_none_held_out(tmp_path: Path) -> None:

@@ -102,6 +102,29 @@ def test_answers_are_trained_with_what_ends_them_and_nothing_else(
     assert trained(tokenizer, encode(tokenizer, template, TWICE)) == expected
 
 
+@pytest.mark.parametrize("template", [PHI, template_text("chatml")])
+def test_what_ends_an_answer_may_be_no_control_token_here(template: str) -> None:
+    tokenizer = byte_level(chatml=False)
+    last = "on the log.<|im_end|>" + ("\n" if template is PHI else "") + "</s>"
+    assert trained(tokenizer, encode(tokenizer, template, TWICE)) == ["the cat<|im_end|>", last]
+
+
+def test_a_control_token_that_swallows_the_space_behind_it_is_trained() -> None:
+    tokenizer = byte_level(chatml=True, greedy=True)
+    encoded = encode(tokenizer, template_text("chatml"), TWICE)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoded.labels[encoded.input_ids == end].tolist() == [IGNORE_INDEX, end, IGNORE_INDEX, end]
+
+
+def test_where_no_answer_continues_its_prompt_nothing_is_trained_not_even_eos() -> None:
+    counting = "{{ messages|length }} messages\n" + UNCLOSED
+    tokenizer = byte_level(bos=True)
+    encoder = Encoder(tokenizer)
+    document = Renderer(tokenizer, encoder, counting).document(conversation(TWICE))
+    assert document.untrained_answers == 2
+    assert (encoder.encode([document])[0].labels == IGNORE_INDEX).all()
+
+
 @pytest.mark.parametrize(
     "template", [*map(template_text, NAMED), LLAMA_2, PHI, THINKING, REASONING, UNCLOSED]
 )

@@ -233,3 +233,22 @@ def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, 
     name = "model/model.safetensors"
     assert (resumed.run / name).read_bytes() == (whole.run / name).read_bytes()
     assert held_out_loss(load_trained(resumed.run))[0] == pytest.approx(whole.loss_after, rel=1e-5)
+
+
+def test_two_processes_take_the_steps_of_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    file = recipe_file(
+        adapter={"dropout": 0.1},
+        training={"global_batch_size": 6, "eval_every": 2},
+        optimizer={"name": "adamw"},
+    )
+    alone = run(file, f"output={tmp_path / 'alone'}")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, "-m", "qlora", "train", str(file)], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("held-out loss") == 1
+    one, two = metrics(alone.run), metrics(tmp_path / "run")
+    assert len(one) == len(two)
+    for left, right in zip(one, two, strict=True):
+        assert left == pytest.approx(right, rel=2e-3)  # bf16 gradients, summed in another order

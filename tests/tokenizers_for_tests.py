@@ -34,13 +34,22 @@ def _byte_level() -> str:
 
 
 def byte_level(
-    *, bos: bool = False, pad: str | None = None, chat_template: str | None = None, chatml: bool = False
+    *,
+    bos: bool = False,
+    pad: str | None = None,
+    chat_template: str | None = None,
+    chatml: bool = False,
+    greedy: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as of GPT-2, Llama 3 and Qwen. eos is </s>; `bos` puts <s> in front of plain text."""
+    """Byte-level BPE as of GPT-2, Llama 3 and Qwen. eos is </s>.
+
+    `bos` puts <s> in front of plain text. `chatml` adds ChatML's control tokens; if `greedy`, they swallow the
+    white space behind them, as Phi 3's do.
+    """
     tokenizer = Tokenizer.from_str(_byte_level())
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     specials = ["<s>", "</s>"] + (["<|im_start|>", "<|im_end|>"] if chatml else [])
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in specials])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, rstrip=greedy) for name in specials])
     if bos:
         _put_bos_in_front(tokenizer)
     return _wrapped(tokenizer, pad=pad, chat_template=chat_template)

@@ -1,6 +1,7 @@
 """`qlora train`: run a recipe."""
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,9 @@ def train(
     from qlora.train import train as run
 
     outcome = run(loaded, resume=resume, fresh=fresh, terminal=not json_output)
-    if json_output:
+    if int(os.environ.get("RANK", "0")) > 0:
+        pass  # the first of several processes speaks for all
+    elif json_output:
         print(json.dumps(outcome.as_json()))
     else:
         print(report(outcome))
