@@ -88,6 +88,8 @@ def load_tokenizer(base: Base) -> Tokenizer:
     """The model's tokenizer.
 
     A synthetic or random base whose folder has none borrows the bundled one: its text means nothing anyway.
+
+    >>> tokenizer = load_tokenizer(Recipe.load("quickstart").base)
     """
     location = locate(base)
     if (
@@ -114,6 +116,9 @@ def load_base(base: Base, device: torch.device | str = "cpu", *, seed: int = 0) 
 
     Raises:
         ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
+
+    Example:
+        >>> model = load_base(Recipe.load("quickstart").base, "cpu")
     """
     device = torch.device(device)
     config = load_config(base)

@@ -6,7 +6,13 @@ escapes is a bug of ours and may show a traceback.
 
 
 class QloraError(ValueError):
-    """Base of every error meant for the user."""
+    """Base of every error meant for the user.
+
+    >>> try:
+    ...     outcome = qlora.train(recipe)
+    ... except qlora.QloraError as error:
+    ...     print(error, error.exit_code)
+    """
 
     exit_code = 1
 

@@ -16,6 +16,8 @@ def answer(
     """The model's greedy continuation of `prompt` (token ids), as text without special tokens.
 
     Deterministic: the same model and prompt give the same answer.
+
+    >>> answer(model, tokenizer, tokenizer("Once upon a time").input_ids, max_new_tokens=32)
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)  # [1, T]

@@ -217,7 +217,11 @@ class Session:
             torch.distributed.all_reduce(total)
         loss = total.item() / tokens
         if self.accelerator.is_main_process:
-            tracker.evaluation({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+            memory = measure.peak(self.accelerator.device)
+            peak_bytes = memory.resident_bytes if memory.allocated_bytes is None else memory.allocated_bytes
+            tracker.evaluation(
+                {"step": step, "eval_loss": loss, "eval_tokens": tokens, "peak_memory_bytes": peak_bytes}
+            )
             tracker.samples(self.answers(), step)
         return loss
 

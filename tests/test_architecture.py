@@ -150,9 +150,18 @@ def test_public_names_exist_and_are_documented() -> None:
     assert qlora.__all__ == sorted(qlora.__all__)
     assert 10 <= len(qlora.__all__) <= 16
     for name in qlora.__all__:
-        assert getattr(qlora, name).__doc__, name
+        assert ">>>" in (getattr(qlora, name).__doc__ or ""), f"{name} does not show its use"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = qlora.nonsense
+
+
+def test_the_function_train_is_not_hidden_by_its_file() -> None:
+    import qlora
+    import qlora.train
+
+    for _ in range(2):
+        assert callable(qlora.train)
+        assert qlora.train.__name__ == "train"
 
 
 @pytest.mark.parametrize("statement", ["import qlora", "import qlora.recipe", "import qlora.cli"])

@@ -137,12 +137,18 @@ def adapt(
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRALinears of `model` by name, in its order."""
+    """The LoRALinears of `model` by name, in its order.
+
+    >>> sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora_layers(model).values())
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
+    """The parameters that training changes, by name.
+
+    >>> optimizer = torch.optim.AdamW(trainable_parameters(adapt(model)).values(), lr=2e-4)
+    """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Peak:
-    """Highest memory since the process began, or since the last `reset`. None where there is no such number."""
+    """Highest memory since the process began. None where there is no such number."""
 
     resident_bytes: int
     """the process's resident set on the host (getrusage)"""
@@ -17,12 +17,6 @@ class Peak:
     """live tensors on the device (torch's caching allocator)"""
     reserved_bytes: int | None = None
     """what the allocator took from the device for them"""
-
-
-def reset(device: torch.device) -> None:
-    """Begin a new measurement of the device's peaks. The host's resident peak cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak(device: torch.device) -> Peak:
