@@ -33,12 +33,6 @@ class RunFolder:
     path: Path
     run_id: str
 
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None
-
     def write_result(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
         file = self.path / ".result.json.tmp"
@@ -46,11 +40,18 @@ class RunFolder:
         file.rename(self.path / "result.json")
 
 
-def check_output(path: Path, *, resume: bool, fresh: bool) -> bool:
+def finished(path: Path) -> dict[str, Any] | None:
+    """The summary of the finished run in `path`, or None."""
+    file = path / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bool:
     """Whether `path` holds a run already. Writes nothing.
 
     Raises:
         RecipeError: it holds a run and neither `resume` nor `fresh` was asked for, or it holds something else.
+        ModelError: the run to resume was made by a recipe that computes something else.
     """
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file, not a folder")
@@ -64,6 +65,8 @@ def check_output(path: Path, *, resume: bool, fresh: bool) -> bool:
             f"output: {path} already holds a run. Go on with it (--resume), replace it (--fresh), or choose "
             "another folder with output=..."
         )
+    if existing and resume:
+        _check_same(recipe, path)
     return existing
 
 
@@ -73,18 +76,17 @@ def claim(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> RunFolder
     A new folder is made; an existing run needs `resume` (go on with it) or `fresh` (remove it and start again).
 
     Raises:
-        RecipeError: as `check_output`.
-        ModelError: the run to resume was made by a recipe that computes something else.
+        QloraError: as `check_output`.
         SaveError: the folder cannot be written.
     """
-    existing = check_output(path, resume=resume, fresh=fresh)
+    existing = check_output(recipe, path, resume=resume, fresh=fresh)
     try:
         if existing and resume:
-            return _reopen(recipe, path)
-        if existing:
+            run = RunFolder(path, json.loads((path / "run.json").read_text())["run_id"])
+        else:
             _clear(path)
-        path.mkdir(parents=True, exist_ok=True)
-        run = RunFolder(path, secrets.token_hex(8))
+            path.mkdir(parents=True, exist_ok=True)
+            run = RunFolder(path, secrets.token_hex(8))
         (path / "recipe.yaml").write_text(recipe.to_yaml())
         (path / "run.json").write_text(json.dumps({"run_id": run.run_id}) + "\n")
     except OSError as error:
@@ -92,7 +94,7 @@ def claim(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> RunFolder
     return run
 
 
-def _reopen(recipe: Recipe, path: Path) -> RunFolder:
+def _check_same(recipe: Recipe, path: Path) -> None:
     before = Recipe.load(path / "recipe.yaml").to_dict()
     changed = list(_differences(before, recipe.to_dict()))
     if changed:
@@ -101,9 +103,6 @@ def _reopen(recipe: Recipe, path: Path) -> RunFolder:
             f"{path}: the recipe has changed since the run began, so it cannot go on as the same run:\n{lines}\n"
             "Put the old values back, or start again with --fresh or another output"
         )
-    run = RunFolder(path, json.loads((path / "run.json").read_text())["run_id"])
-    (path / "recipe.yaml").write_text(recipe.to_yaml())
-    return run
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Any:

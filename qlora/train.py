@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from qlora.memory.shortage import out_of_memory_explained
 from qlora.optim import Optimizer, learning_rate
 from qlora.outcome import Outcome
 from qlora.recipe import Recipe
-from qlora.run import RunFolder, check_output, claim
+from qlora.run import RunFolder, check_output, claim, finished
 from qlora.step import accumulate, check_head, check_packing, checkpoint_layers, evaluate
 from qlora.tracking import Sample, Tracker
 
@@ -57,13 +57,14 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
             "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
         )
     path = Path(recipe.output)
-    check_output(path, resume=resume, fresh=fresh)
+    check_output(recipe, path, resume=resume, fresh=fresh)
     with checkpoint.lock(path) if accelerator.is_main_process else _nothing():
-        run = _claim_together(recipe, path, accelerator, resume=resume, fresh=fresh)
-        if run.result is not None:
-            return Outcome.from_json(run.result)
+        if resume and (summary := finished(path)) is not None:
+            return Outcome.from_json(summary)
         with out_of_memory_explained(recipe):
-            session = Session.prepare(recipe, run, accelerator)
+            session = Session.prepare(recipe, accelerator)
+            # Only now, when all input has proved good, is an older run replaced.
+            session.begin(_claim_together(recipe, path, accelerator, resume=resume, fresh=fresh))
             return session.fit(terminal=terminal)
 
 
@@ -72,19 +73,19 @@ class Session:
     """Everything a run works with, ready for its first step."""
 
     recipe: Recipe
-    run: RunFolder
     accelerator: Accelerator
     tokenizer: Any
     dataset: Dataset
     batches: Batches
     model: nn.Module
     optimizer: Optimizer
+    run: RunFolder = field(init=False)
     first_step: int = 0
     loss_before: float | None = None
 
     @classmethod
-    def prepare(cls, recipe: Recipe, run: RunFolder, accelerator: Accelerator) -> "Session":
-        """Data, base, adapter, optimizer; then the newest checkpoint, if there is one."""
+    def prepare(cls, recipe: Recipe, accelerator: Accelerator) -> "Session":
+        """Data, base, adapter, optimizer. Writes nothing."""
         training = recipe.training
         tokenizer = load_tokenizer(recipe.base)
         dataset = load_dataset(recipe.data, tokenizer, training.seed)
@@ -115,9 +116,12 @@ class Session:
             eps=recipe.optimizer.eps,
             weight_decay=recipe.optimizer.weight_decay,
         )
-        session = cls(recipe, run, accelerator, tokenizer, dataset, batches, model, optimizer)
-        session.restore()
-        return session
+        return cls(recipe, accelerator, tokenizer, dataset, batches, model, optimizer)
+
+    def begin(self, run: RunFolder) -> None:
+        """Work in `run` from here on, going on from its newest whole checkpoint if it has one."""
+        self.run = run
+        self.restore()
 
     @property
     def total_steps(self) -> int:

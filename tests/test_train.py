@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qlora import checkpoint
-from qlora.errors import DivergedError, ModelError, RecipeError
+from qlora.errors import DataError, DivergedError, ModelError, RecipeError
 from qlora.recipe import Recipe
 from qlora.train import Outcome, Session, train
 from qlora.trained import held_out_loss, load_trained
@@ -180,6 +180,20 @@ def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: P
     with pytest.raises(RecipeError, match="not a run of qlora's"):
         run(file, f"output={tmp_path / 'mine'}", fresh=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_bad_input_costs_no_older_run_and_leaves_none(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    file = recipe_file()
+    first = run(file)
+    before = (first.run / ADAPTER).read_bytes()
+    (tmp_path / "bad.jsonl").write_text("not a row\n")
+    bad = f"data.source={tmp_path / 'bad.jsonl'}"
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        run(file, bad, fresh=True)
+    assert (first.run / ADAPTER).read_bytes() == before
+    with pytest.raises(DataError):
+        run(file, bad, f"output={tmp_path / 'new'}")
+    assert run(file, f"output={tmp_path / 'new'}").result is not None
 
 
 def test_a_run_is_not_resumed_by_a_recipe_that_computes_something_else(recipe_file: RecipeFile) -> None:
