@@ -7,8 +7,7 @@ very steps of one that was not.
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
         )
     path = Path(recipe.output)
     check_output(recipe, path, resume=resume, fresh=fresh)
-    with checkpoint.lock(path) if accelerator.is_main_process else _nothing():
+    with checkpoint.lock(path) if accelerator.is_main_process else nullcontext():
         if resume and (summary := finished(path)) is not None:
             return Outcome.from_json(summary)
         with out_of_memory_explained(recipe):
@@ -370,8 +369,3 @@ def _check_vocabulary(model: nn.Module, tokenizer: Any, recipe: Recipe) -> None:
             f"base.model: the tokenizer of {recipe.base.model!r} has {len(tokenizer)} tokens, its embedding only "
             f"{rows} rows. The tokenizer belongs to another model"
         )
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
