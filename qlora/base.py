@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -106,13 +107,16 @@ def load_tokenizer(base: Base) -> Tokenizer:
         raise ModelError(f"base.model: no tokenizer in {base.model!r}: {_first_line(error)}") from error
 
 
-def load_base(base: Base, device: torch.device | str = "cpu", *, seed: int = 0) -> PreTrainedModel:
+def load_base(
+    base: Base, device: torch.device | str = "cpu", *, seed: int = 0, config: Any = None
+) -> PreTrainedModel:
     """The model on `device`, in training mode, nothing of it trainable unless it is unquantized.
 
     Args:
         base: the recipe's `base` section.
         device: where every parameter will live.
         seed: of the weights of `init: random` and `synthetic`.
+        config: the architecture, where it is not that of `load_config(base)`.
 
     Raises:
         ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
@@ -121,7 +125,7 @@ def load_base(base: Base, device: torch.device | str = "cpu", *, seed: int = 0) 
         >>> model = load_base(Recipe.load("quickstart").base, "cpu")
     """
     device = torch.device(device)
-    config = load_config(base)
+    config = load_config(base) if config is None else config
     torch.manual_seed(seed)
     build = {"pretrained": _pretrained, "synthetic": _synthetic, "random": _random}[base.init]
     with _quiet():
@@ -129,6 +133,14 @@ def load_base(base: Base, device: torch.device | str = "cpu", *, seed: int = 0) 
     nf4.protect(model)
     model.config.use_cache = False
     return model.train()
+
+
+def blueprint(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without storage (on the meta device), nothing quantized: names, shapes and counts."""
+    with _quiet(), init_empty_weights(include_buffers=True):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=base.trust_remote_code
+        ).train()
 
 
 def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
@@ -176,8 +188,6 @@ def _random(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
 def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
     dtype = compute_dtype(base, device)
     # Parameters without storage, but real buffers: rotary frequencies are computed, not loaded.
-    from accelerate import init_empty_weights
-
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
@@ -200,7 +210,10 @@ def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel
         )
     _materialise(model, device, dtype, generator, std)
     model.tie_weights()
-    return model.to(device)
+    for module in model.modules():  # the parameters are there already; model.to() cannot move fake ones
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model
 
 
 def _replace_linears(model: nn.Module, quantized: Any, device: torch.device | None = None) -> None:

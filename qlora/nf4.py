@@ -35,6 +35,7 @@ __all__ = [
     "protect",
     "quant_state",
     "quantize",
+    "statistics",
     "synthetic_weight",
     "weight_bytes",
 ]
@@ -232,13 +233,16 @@ def quant_state(module: nn.Linear) -> QuantState | None:
 
 def weight_bytes(module: nn.Linear) -> int:
     """Bytes of a linear's weight as stored: for 4 bits the packed codes, absmax and their tables; no bias."""
+    return module.weight.nbytes + sum(tensor.nbytes for tensor in statistics(module))
+
+
+def statistics(module: nn.Linear) -> list[Tensor]:
+    """What a 4-bit weight needs besides its codes: absmax, their own statistics, and the tables; else nothing."""
     state = quant_state(module)
-    total = module.weight.nbytes
-    if state is not None:
-        total += state.absmax.nbytes + state.code.nbytes
-        if state.nested:
-            total += state.state2.absmax.nbytes + state.state2.code.nbytes + state.offset.nbytes
-    return total
+    if state is None:
+        return []
+    inner = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return [state.absmax, state.code, *inner]
 
 
 def _absmax(state: QuantState) -> Tensor:

@@ -32,6 +32,8 @@ class RunFolder:
 
     path: Path
     run_id: str
+    plan: dict[str, Any] | None = None
+    """what a memory budget came to at the run's beginning; a resumed run keeps to it"""
 
     def write_result(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
@@ -44,6 +46,12 @@ def finished(path: Path) -> dict[str, Any] | None:
     """The summary of the finished run in `path`, or None."""
     file = path / "result.json"
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def earlier_plan(path: Path) -> dict[str, Any] | None:
+    """The plan that the run in `path` was begun with; None if there was none, or no run."""
+    file = path / "run.json"
+    return json.loads(file.read_text()).get("plan") if file.is_file() else None
 
 
 def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bool:
@@ -70,7 +78,9 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
     return existing
 
 
-def claim(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> RunFolder:
+def claim(
+    recipe: Recipe, path: Path, *, resume: bool, fresh: bool, plan: dict[str, Any] | None = None
+) -> RunFolder:
     """Take `path` for this run; the caller holds its lock.
 
     A new folder is made; an existing run needs `resume` (go on with it) or `fresh` (remove it and start again).
@@ -82,13 +92,13 @@ def claim(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> RunFolder
     existing = check_output(recipe, path, resume=resume, fresh=fresh)
     try:
         if existing and resume:
-            run = RunFolder(path, json.loads((path / "run.json").read_text())["run_id"])
+            run = RunFolder(path, json.loads((path / "run.json").read_text())["run_id"], plan)
         else:
             _clear(path)
             path.mkdir(parents=True, exist_ok=True)
-            run = RunFolder(path, secrets.token_hex(8))
+            run = RunFolder(path, secrets.token_hex(8), plan)
         (path / "recipe.yaml").write_text(recipe.to_yaml())
-        (path / "run.json").write_text(json.dumps({"run_id": run.run_id}) + "\n")
+        (path / "run.json").write_text(json.dumps({"run_id": run.run_id, "plan": run.plan}) + "\n")
     except OSError as error:
         raise SaveError(f"output: cannot write {error.filename or path}: {error.strerror}") from error
     return run

@@ -6,6 +6,9 @@ run it under FakeTensorMode, so what is forecast is what will happen. It knows m
 The loss of an optimizer step is the sum of the token losses divided by the supervised tokens of the whole
 step, over all its micro-batches: K micro-batches equal one batch, whatever their lengths. (Averaging the
 micro-batches' means instead weighs tokens of short answers more: huggingface/transformers#34191.)
+
+The phases forward, loss, backward and evaluation are announced with `record_function`: a profiler shows them,
+and the memory room (`qlora.memory.live`) books live bytes by them.
 """
 
 import hashlib
@@ -17,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -70,24 +74,31 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | No
     return decoder(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+LOSS_CHUNK = 1024
+"""supervised tokens whose logits are in memory at once"""
+
+
+def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int = LOSS_CHUNK) -> Tensor:
     """The summed cross-entropy (nats, fp32 scalar) of the batch's supervised tokens.
 
-    Hidden states of tokens that nothing is learned from never reach the head.
+    Hidden states of tokens that nothing is learned from never reach the head; those of the others do so
+    `loss_chunk` at a time.
     """
     batch = batch.to(next(model.parameters()).device)
     hidden = hidden_states(model, batch.input_ids, batch.position_ids)  # [B, T, H]
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]: what each position predicts
     head = head_of(model)
-    return linear_cross_entropy(
-        hidden.flatten(0, 1),
-        head.weight,
-        targets.flatten(),
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        supervised=batch.supervised,  # known on the host, so that a GPU is not made to wait
-    )
+    with record_function("loss"):
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            head.weight,
+            targets.flatten(),
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            chunk=loss_chunk,
+            supervised=batch.supervised,  # known on the host, so that a GPU is not made to wait
+        )
 
 
 def fold_seed(*numbers: int) -> int:
@@ -97,7 +108,14 @@ def fold_seed(*numbers: int) -> int:
 
 
 def accumulate(
-    model: nn.Module, batches: Sequence[Batch], *, seed: int, step: int, rank: int = 0, processes: int = 1
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    processes: int = 1,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> Tensor:
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
@@ -113,24 +131,31 @@ def accumulate(
     total = torch.zeros((), device=next(model.parameters()).device)
     for index, batch in list(enumerate(batches))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, index))
-        loss = loss_sum(model, batch) / supervised
-        loss.backward()
+        with record_function("forward"):
+            loss = loss_sum(model, batch, loss_chunk=loss_chunk) / supervised
+        with record_function("backward"):
+            loss.backward()
         total += loss.detach()
     return total
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Sequence[Batch], *, rank: int = 0, processes: int = 1
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> tuple[Tensor, int]:
     """The summed loss (nats, fp32 scalar) over this process's share of `batches`, and the supervised tokens of all.
 
     Gradients and the training mode are left as they were.
     """
     total = torch.zeros((), device=next(model.parameters()).device)
-    with evaluation_mode(model):
+    with evaluation_mode(model), record_function("evaluation"):
         for batch in batches[rank::processes]:
-            total += loss_sum(model, batch)
+            total += loss_sum(model, batch, loss_chunk=loss_chunk)
     return total, sum(batch.supervised for batch in batches)
 
 
@@ -145,13 +170,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The model's layers that can be checkpointed, from the first to the last."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def checkpoint_layers(model: nn.Module, layers: int | None = None) -> int:
     """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
 
     Non-reentrant, so frozen embeddings need no artificial gradient, and with the random state kept, so dropout
     draws the same mask twice. Returns how many layers are checkpointed.
     """
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    found = decoder_layers(model)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false"

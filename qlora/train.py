@@ -7,31 +7,37 @@ very steps of one that was not.
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.profiler import record_function
 
 from qlora import checkpoint
-from qlora.adapter.lora import adapt, trainable_parameters
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.base import load_base, load_tokenizer
-from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset
+from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, training_batches
 from qlora.errors import DivergedError, ModelError, SaveError
 from qlora.generate import answer
 from qlora.interrupt import StopRequest
 from qlora.memory import measure
+from qlora.memory.plan import changed
+from qlora.memory.record import Outlook, budgeted
 from qlora.memory.shortage import out_of_memory_explained
+from qlora.model import adapt_as, checkpoint_as, optimizer_of
 from qlora.optim import Optimizer, learning_rate
 from qlora.outcome import Outcome
 from qlora.recipe import Recipe
-from qlora.run import RunFolder, check_output, claim, finished
-from qlora.step import accumulate, check_head, check_packing, checkpoint_layers, evaluate
+from qlora.run import RunFolder, check_output, claim, earlier_plan, finished
+from qlora.step import accumulate, check_head, check_packing, evaluate
 from qlora.tracking import Sample, Tracker
+
+Found = TypeVar("Found")
 
 
 def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> Outcome:
@@ -61,9 +67,9 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
         if resume and (summary := finished(path)) is not None:
             return Outcome.from_json(summary)
         with out_of_memory_explained(recipe):
-            session = Session.prepare(recipe, accelerator)
+            session = Session.prepare(recipe, accelerator, earlier_plan(path) if resume else None)
             # Only now, when all input has proved good, is an older run replaced.
-            session.begin(_claim_together(recipe, path, accelerator, resume=resume, fresh=fresh))
+            session.begin(_claim_together(recipe, path, session, resume=resume, fresh=fresh))
             return session.fit(terminal=terminal)
 
 
@@ -78,44 +84,44 @@ class Session:
     batches: Batches
     model: nn.Module
     optimizer: Optimizer
+    memory: Outlook
+    plan: dict[str, Any] | None = None
+    """what a memory budget came to: settings of `training`"""
+    notes: list[str] = field(default_factory=list)
     run: RunFolder = field(init=False)
     first_step: int = 0
     loss_before: float | None = None
 
     @classmethod
-    def prepare(cls, recipe: Recipe, accelerator: Accelerator) -> "Session":
-        """Data, base, adapter, optimizer. Writes nothing."""
-        training = recipe.training
+    def prepare(
+        cls, recipe: Recipe, accelerator: Accelerator, plan: dict[str, Any] | None = None
+    ) -> "Session":
+        """Data, memory, base, adapter, optimizer. Writes nothing. `plan` is that of the run which is resumed."""
         tokenizer = load_tokenizer(recipe.base)
-        dataset = load_dataset(recipe.data, tokenizer, training.seed)
-        batches = Batches(
-            dataset.train,
-            micro_batch_size=training.micro_batch_size,
-            global_batch_size=training.global_batch_size,
-            max_length=recipe.data.max_length,
-            packing=recipe.data.packing,
-            pad_id=dataset.pad_id,
-            seed=training.seed,
-        )
+        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed)
+        notes = []
+        if recipe.training.memory is not None:
+            if plan is None:
+                found = _together(accelerator, lambda: budgeted(recipe, dataset, accelerator.device))
+                notes, plan = [found.why], found.settings
+            recipe = changed(recipe, memory=None, **plan)
+        training = recipe.training
+        batches = training_batches(dataset, recipe)
+        steps = training.max_steps or training.epochs * batches.steps_per_epoch
+        memory = Outlook.of(recipe, dataset, batches, steps, accelerator.device)
 
         model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
         _check_vocabulary(model, tokenizer, recipe)
         check_head(model)
         if recipe.data.packing:
             check_packing(model)
-        if recipe.adapter.method == "lora":
-            adapt_as(model, recipe)
-        if training.gradient_checkpointing:
-            checkpoint_layers(model)
-
-        optimizer = Optimizer(
-            trainable_parameters(model),
-            name=recipe.optimizer.name,
-            betas=recipe.optimizer.betas,
-            eps=recipe.optimizer.eps,
-            weight_decay=recipe.optimizer.weight_decay,
-        )
-        return cls(recipe, accelerator, tokenizer, dataset, batches, model, optimizer)
+        adapt_as(model, recipe)
+        checkpoint_as(model, recipe)
+        optimizer = optimizer_of(model, recipe)
+        return cls(
+            recipe, accelerator, tokenizer, dataset, batches, model, optimizer,
+            memory.watched(model, optimizer), plan, [*notes, memory.note],
+        )  # fmt: skip
 
     def begin(self, run: RunFolder) -> None:
         """Work in `run` from here on, going on from its newest whole checkpoint if it has one."""
@@ -133,6 +139,8 @@ class Session:
         training = self.recipe.training
         began = time.monotonic()
         with StopRequest() as stop, self._tracker(terminal) as tracker:
+            for note in self.notes:
+                tracker.note(note)
             loss = self.loss_before
             if self.first_step == 0:
                 loss = self.loss_before = self.evaluate(tracker, step=0)
@@ -148,6 +156,7 @@ class Session:
                 self.save(step, tracker)
 
             result = self.finish() if step == self.total_steps else None
+            self.write_memory(tracker)
             outcome = Outcome(
                 run=self.run.path,
                 result=result,
@@ -170,7 +179,8 @@ class Session:
         started = time.perf_counter()
         micro_batches = self.batches.step(step)
         lr = learning_rate(settings.schedule, settings.lr, step, self.total_steps, settings.warmup_steps)
-        loss, grad_norm = self.update(micro_batches, step, lr)
+        with self.memory.over(step):
+            loss, grad_norm = self.update(micro_batches, step, lr)
         seconds = time.perf_counter() - started
         tracker.step(_record(step + 1, loss, grad_norm, lr, micro_batches, seconds))
         return step + 1
@@ -189,13 +199,15 @@ class Session:
             step=step,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+            loss_chunk=self.recipe.training.loss_chunk,
         )
         if self.accelerator.num_processes > 1:
             # Each process holds a share of the sum, so adding is all there is to do.
             for gradient in self.optimizer.gradients():
                 torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(loss)
-        norm = self.optimizer.clip(self.recipe.training.max_grad_norm)
+        with record_function("update"):
+            norm = self.optimizer.clip(self.recipe.training.max_grad_norm)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # one wait for the device a step
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise DivergedError(
@@ -203,19 +215,22 @@ class Session:
                 f"the newest checkpoint in {self.run.path / 'checkpoints'} is intact. Try a lower optimizer.lr, "
                 "or look at the rows of this step with `qlora data`"
             )
-        self.optimizer.step(lr)
+        with record_function("update"):
+            self.optimizer.step(lr)
         return loss_value, norm_value
 
     def evaluate(self, tracker: Tracker, step: int) -> float | None:
         """Held-out loss and sample answers. None without held-out rows."""
         if not self.dataset.held_out:
             return None
-        total, tokens = evaluate(
-            self.model,
-            held_out_batches(self.dataset, self.recipe),
-            rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
+        with self.memory.over(step, evaluation=True):
+            total, tokens = evaluate(
+                self.model,
+                held_out_batches(self.dataset, self.recipe),
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+                loss_chunk=self.recipe.training.loss_chunk,
+            )
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(total)
         loss = total.item() / tokens
@@ -298,6 +313,14 @@ class Session:
                 self.write_weights(folder)
         return self.run.path / self.result_name
 
+    def write_memory(self, tracker: Tracker) -> None:
+        """Leave forecast, measurement and the documents' estimate in the run's folder."""
+        if not self.accelerator.is_main_process:
+            return
+        content = self.memory.write(self.run.path)
+        if content is not None:
+            tracker.memory(content, self.run.path / "memory.png")
+
     def _tracker(self, terminal: bool) -> Tracker:
         return Tracker(
             self.run.path,
@@ -308,23 +331,6 @@ class Session:
             terminal=terminal,
             main=self.accelerator.is_main_process,
         )
-
-
-def adapt_as(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Give `model` the LoRA modules that the recipe's `adapter` section describes."""
-    adapter = recipe.adapter
-    return adapt(
-        model,
-        rank=adapter.rank,
-        alpha=adapter.resolved_alpha,
-        dropout=adapter.dropout,
-        scaling=adapter.scaling,
-        init=adapter.init,
-        targets=adapter.targets,
-        rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-        seed=recipe.training.seed,
-    )
 
 
 def _record(
@@ -342,18 +348,23 @@ def _record(
     }
 
 
-def _claim_together(
-    recipe: Recipe, path: Path, accelerator: Accelerator, *, resume: bool, fresh: bool
-) -> RunFolder:
-    """The main process claims the folder; the others learn of it, or of the error."""
+def _claim_together(recipe: Recipe, path: Path, session: Session, *, resume: bool, fresh: bool) -> RunFolder:
+    """The main process claims the folder; the others learn of it."""
+    return _together(
+        session.accelerator, lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
+    )
+
+
+def _together(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
+    """What the main process finds, in every process; its error too."""
     if accelerator.num_processes == 1:
-        return claim(recipe, path, resume=resume, fresh=fresh)
+        return find()
     from accelerate.utils import broadcast_object_list
 
     news: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            news = [claim(recipe, path, resume=resume, fresh=fresh)]
+            news = [find()]
         except ValueError as error:
             news = [error]
     broadcast_object_list(news)

@@ -16,12 +16,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
-    {"errors"},
+    {"errors", "device"},
     {"bundled", "recipe", "nf4"},
     {"ops"},
     {"adapter", "data", "optim"},
     {"base"},
     {"step"},
+    {"model"},
     {"memory", "checkpoint", "tracking", "run", "interrupt", "generate", "trained"},
     {"outcome"},
     {"train"},

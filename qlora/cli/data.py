@@ -32,19 +32,11 @@ def data(
 
     loaded = Recipe.load(recipe, overrides or [])
     from qlora.base import load_tokenizer
-    from qlora.data import Batches, load_dataset
+    from qlora.data import load_dataset, training_batches
 
     tokenizer = load_tokenizer(loaded.base)
     dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed)
-    batches = Batches(
-        dataset.train,
-        micro_batch_size=loaded.training.micro_batch_size,
-        global_batch_size=loaded.training.global_batch_size,
-        max_length=loaded.data.max_length,
-        packing=loaded.data.packing,
-        pad_id=dataset.pad_id,
-        seed=loaded.training.seed,
-    )
+    batches = training_batches(dataset, loaded)
     seen = list(_first_rows(batches, tokenizer, rows))
     if json_output:
         print(json.dumps({"rows": [asdict(row) for row in seen], "counts": asdict(dataset.counts)}))

@@ -15,6 +15,9 @@ from qlora.data.packing import best_fit
 
 IGNORE_INDEX = -100
 
+LARGEST_WITHIN = 3
+"""epochs that are searched for the largest micro-batch: every row comes in each of them"""
+
 
 class Example(NamedTuple):
     """One document, ready to train on."""
@@ -122,6 +125,16 @@ class Batches:
         start = within * self.global_batch_size
         chosen = self._order(epoch)[start : start + self.global_batch_size]
         return self._split(sorted(chosen, key=lambda row: (-self._row_lengths[row], row)))
+
+    def largest(self, steps: int) -> tuple[int, Batch]:
+        """Of the first `steps` steps the one with the largest micro-batch, padding included, and that micro-batch."""
+
+        def first(i: int) -> list[int]:
+            return self.step_rows(i)[0]  # a step's longest rows come first
+
+        seen = range(min(steps, self.steps_per_epoch * LARGEST_WITHIN))
+        step = max(seen, key=lambda i: len(first(i)) * self._row_lengths[first(i)[0]])
+        return step, self._collate(first(step))
 
     def evaluation(self) -> list[Batch]:
         """Micro-batches over all rows, each once, in order."""

@@ -127,17 +127,26 @@ def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) 
     return [int(token) for token in encoded.input_ids]
 
 
+def training_batches(dataset: Dataset, recipe: Recipe) -> Batches:
+    """The steps over the training rows, in batches as the recipe sizes them."""
+    return _batches(dataset.train, dataset, recipe)
+
+
 def held_out_batches(dataset: Dataset, recipe: Recipe) -> list[Batch]:
     """All held-out rows once, in micro-batches as the recipe sizes them."""
+    return _batches(dataset.held_out, dataset, recipe).evaluation()
+
+
+def _batches(examples: list[Example], dataset: Dataset, recipe: Recipe) -> Batches:
     return Batches(
-        dataset.held_out,
+        examples,
         micro_batch_size=recipe.training.micro_batch_size,
-        global_batch_size=recipe.training.micro_batch_size,
+        global_batch_size=recipe.training.global_batch_size,
         max_length=recipe.data.max_length,
         packing=recipe.data.packing,
         pad_id=dataset.pad_id,
         seed=recipe.training.seed,
-    ).evaluation()
+    )
 
 
 def _split(rows: Sequence[Kept], held_out: int | float, seed: int) -> tuple[list[Kept], list[Kept]]:

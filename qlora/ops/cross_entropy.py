@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.device import on_cuda
 from qlora.nf4 import autocast
 
 IGNORE_INDEX = -100
@@ -99,7 +100,7 @@ def _at_least_fp32(tensor: Tensor) -> torch.dtype:
 
 def _logits(rows: Tensor, head: Tensor) -> Tensor:
     """rows [n, H] times head [V, H]: [n, V], in fp32 at least."""
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+    if on_cuda(rows) and rows.dtype in (torch.bfloat16, torch.float16):
         # Tensor cores sum in fp32: take the sums before they are rounded to 16 bits
         return torch.mm(rows, head.T, out_dtype=torch.float32)
     return (rows @ head.T).to(_at_least_fp32(rows))

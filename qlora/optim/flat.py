@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qlora.device import on_cuda
 from qlora.optim import paged
 from qlora.optim.methods import Method, Update, kernel
 
@@ -22,7 +23,8 @@ class FlatGroup:
 
     value, gradient: [n] in the parameters' dtype, n the sum of their sizes, each rounded up to BLOCK_SIZE.
     states: `master` [n] fp32 for parameters not in fp32, `moment1`, `moment2` [n] fp32 or uint8, `absmax1`,
-    `absmax2` [n / BLOCK_SIZE] fp32. The padding has zero gradients: it stays zero and adds nothing to a norm.
+    `absmax2` [n / BLOCK_SIZE] fp32. tables: `Method.tables`, no state. The padding has zero gradients: it stays
+    zero and adds nothing to a norm.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], method: Method, weight_decay: float) -> None:
@@ -48,6 +50,7 @@ class FlatGroup:
             self._gradient_views.append(parameter.grad)
 
         self.states = self._zero_states(has_master=first.dtype != torch.float32)
+        self.tables = method.tables(self.device)
         if "master" in self.states:
             self.states["master"].copy_(self.value)
 
@@ -65,7 +68,7 @@ class FlatGroup:
             value = self.value[start:stop]
             gradient = self.gradient[start:stop] * scale  # fp32, whatever the dtype of the gradient
             master = states.get("master", value)
-            step_in_place(self.method, master, gradient, states, update)
+            step_in_place(self.method, master, gradient, states | self.tables, update)
             if master is not value:
                 value.copy_(master)
 
@@ -91,7 +94,7 @@ class FlatGroup:
 
     def _zero_states(self, has_master: bool) -> dict[str, Tensor]:
         """State tensors; in managed memory when the optimizer is paged, on a GPU, and they are large."""
-        is_paged = self.method.paged and self.device.type == "cuda" and self.size >= paged.MIN_SIZE
+        is_paged = self.method.paged and on_cuda(self.value) and self.size >= paged.MIN_SIZE
         states: dict[str, Tensor] = {}
 
         def add(kind: str, dtype: torch.dtype) -> None:

@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+# The 256 values of bitsandbytes' dynamic data type: signed for the first moment, unsigned for the second. As plain
+# numbers: a tensor made once under FakeTensorMode would be fake for ever
+CODES: tuple[list[float], list[float]] = (
+    create_dynamic_map(signed=True).tolist(),
+    create_dynamic_map(signed=False).tolist(),
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,12 @@ class Method:
     def moments(self) -> tuple[int, ...]:
         """Numbers of the moments the rule keeps: Adam two, Lion one."""
         return (1, 2) if self.rule == "adam" else (1,)
+
+    def tables(self, device: torch.device) -> dict[str, Tensor]:
+        """`code1`, `code2` [256] fp32: what the codes of 8-bit moments stand for. None for 32 bits."""
+        if self.bits == 32:
+            return {}
+        return {f"code{i}": torch.tensor(CODES[i - 1], device=device) for i in self.moments}
 
 
 METHODS: dict[str, Method] = {
@@ -50,7 +63,7 @@ class Update:
 
 
 Kernel = Callable[[Method, Tensor, Tensor, Mapping[str, Tensor], Update], None]
-"""(method, value [n] fp32, gradient [n] fp32, states, update): steps the value and the states in place"""
+"""(method, value [n] fp32, gradient [n] fp32, states and tables, update): steps value and states in place"""
 
 
 def kernel(method: Method, device: torch.device) -> Kernel:
@@ -111,7 +124,6 @@ def _bitsandbytes_8bit(
     """AdamW or Lion with states of 8-bit codes, one fp32 scale a block of 256."""
     import bitsandbytes.functional as bnb
 
-    signed, unsigned = _code_books(value.device)
     bnb.optimizer_update_8bit_blockwise(
         method.rule,
         gradient,
@@ -125,18 +137,9 @@ def _bitsandbytes_8bit(
         eps=update.eps,
         step=update.step,
         lr=update.lr,
-        qmap1=signed,
-        qmap2=unsigned if "moment2" in states else None,
+        qmap1=states["code1"],
+        qmap2=states.get("code2"),
         absmax1=states["absmax1"],
         absmax2=states.get("absmax2"),
         weight_decay=update.weight_decay,
     )
-
-
-@cache
-def _code_books(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 values of bitsandbytes' dynamic data type: signed for moment1, unsigned for moment2."""
-    import bitsandbytes.functional as bnb
-
-    signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
-    return signed, unsigned

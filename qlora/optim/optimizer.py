@@ -1,6 +1,6 @@
 """The optimizer that the loop holds: groups of flat parameters, one step, one norm, one state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -136,20 +136,24 @@ class Optimizer:
                     "Resume with the base and adapter settings that wrote it, or start with --fresh"
                 )
 
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes held, by kind: parameters, gradients, master, moments (their scales included)."""
-        sizes = {"parameters": 0, "gradients": 0, "master": 0, "moments": 0}
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every flat tensor with its kind: parameters, gradients, master, moments (their scales and tables too)."""
         for group in self._groups:
-            sizes["parameters"] += group.value.nbytes
-            sizes["gradients"] += group.gradient.nbytes
-            for kind, tensor in group.states.items():
-                sizes["master" if kind == "master" else "moments"] += tensor.nbytes
+            yield "parameters", group.value
+            yield "gradients", group.gradient
+            for kind, tensor in (group.states | group.tables).items():
+                yield "master" if kind == "master" else "moments", tensor
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held, by kind, as in `tensors`."""
+        sizes = {"parameters": 0, "gradients": 0, "master": 0, "moments": 0}
+        for kind, tensor in self.tensors():
+            sizes[kind] += tensor.nbytes
         return sizes
 
     def paged_bytes(self) -> int:
         """The part of `state_bytes` in managed memory, of which torch's allocator knows nothing."""
-        tensors = [tensor for group in self._groups for tensor in group.states.values()]
-        return sum(tensor.nbytes for tensor in tensors if is_paged(tensor))
+        return sum(tensor.nbytes for _, tensor in self.tensors() if is_paged(tensor))
 
 
 def _describe(tensor: Tensor | None) -> str:

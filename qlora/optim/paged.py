@@ -18,13 +18,18 @@ MIN_SIZE = 100_000
 def paged_zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zeroed CUDA tensor [size], fp32 or uint8, in managed memory.
 
-    bitsandbytes has no call that frees such memory: it lives as long as the process.
+    bitsandbytes has no call that frees such memory: it lives as long as the process. In a forecast, where a CPU
+    tensor stands for it, only the name is given.
     """
     import bitsandbytes.functional as bnb
 
-    with torch.cuda.device(device):
-        memory = bnb.get_paged(size, dtype=dtype, device=device)
-        tensor: Any = torch.as_tensor(_CudaArray(memory), device=device)
+    tensor: Any
+    if device.type == "cpu":
+        tensor = torch.zeros(size, dtype=dtype)
+    else:
+        with torch.cuda.device(device):
+            memory = bnb.get_paged(size, dtype=dtype, device=device)
+            tensor = torch.as_tensor(_CudaArray(memory), device=device)
     tensor.is_paged = True
     return tensor.zero_()
 
@@ -38,6 +43,8 @@ def prefetch(tensor: Any) -> None:
     """Ask the driver to bring the pages of a managed tensor (or of a part of one) to its GPU in bulk."""
     import bitsandbytes.functional as bnb
 
+    if not tensor.is_cuda:
+        return
     tensor.is_paged, tensor.page_deviceid = True, tensor.device.index
     bnb.prefetch_tensor(tensor)
 

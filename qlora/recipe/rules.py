@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlora.recipe.problems import shorten
+from qlora.recipe.sizes import parse_size
 
 Settings = Mapping[str, Any]
 Finding = tuple[str, str]
@@ -91,6 +92,7 @@ def conflicts(settings: Settings, given: Settings) -> list[Finding]:
         *_method(settings, given),
         *_steps(settings, given),
         *_rows(settings),
+        *_memory(settings),
         *_columns(settings),
         *_patterns(settings),
     ]
@@ -122,6 +124,15 @@ def _steps(settings: Settings, given: Settings) -> Iterator[Finding]:
     if warmup and steps and warmup >= steps:
         key = "optimizer.warmup_steps" if "optimizer.warmup_steps" in given else "training.max_steps"
         yield key, f"warmup_steps ({warmup}) must be below max_steps ({steps}), or lr is never reached"
+
+
+def _memory(settings: Settings) -> Iterator[Finding]:
+    memory = settings.get("training.memory")
+    if isinstance(memory, str) and memory != "auto":
+        try:
+            parse_size(memory)
+        except ValueError as error:
+            yield "training.memory", f"{error}, or auto for what is free"
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:

@@ -115,12 +115,16 @@ class Training(Section):
     """Passes over the data."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps, if the epochs last longer; null is no limit."""
-    micro_batch_size: Count = 4
-    """Rows in one forward and backward pass: memory grows with it."""
     global_batch_size: Count = 16
     """Rows, packed or not, an optimizer step (QLoRA, appendix B.2: 16); a multiple of `micro_batch_size`."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass (arXiv:1604.06174): far less memory, a third more time."""
+    memory: Text | None = None
+    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next three keys; null: they hold."""
+    micro_batch_size: Count = 4
+    """Rows in one forward and backward pass: memory grows with it."""
+    gradient_checkpointing: bool | CountOrZero = True
+    """Recompute activations in the backward pass (arXiv:1604.06174), of all layers or of the first so many."""
+    loss_chunk: Count = 1024
+    """Trained tokens whose logits are in memory at once."""
     max_grad_norm: Positive = 0.3
     """Gradients are scaled down to this L2 norm (QLoRA, appendix B.2: 0.3)."""
     eval_every: Count | None = 100

@@ -74,6 +74,11 @@ class Tracker:
         for sink in self._sinks:
             sink.samples(samples, step)
 
+    def memory(self, content: Metrics, picture: Path) -> None:
+        """What the run took: memory.json's content, and memory.png."""
+        for sink in self._sinks:
+            sink.memory(content, picture)
+
     def note(self, text: str) -> None:
         """A line the user should see."""
         for sink in self._sinks:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, Any]
@@ -28,6 +29,9 @@ class Sink:
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """What the model answers to held-out prompts after `step` steps."""
+
+    def memory(self, content: Metrics, picture: Path) -> None:
+        """What the run took: memory.json's content, and memory.png."""
 
     def note(self, text: str) -> None:
         """A line the user should see."""

@@ -75,6 +75,16 @@ class Wandb(Sink):
         if rows:
             self._send(lambda run: run.log({"samples": _table(rows)}, step=step))
 
+    def memory(self, content: Metrics, picture: Path) -> None:
+        """Totals in the run's summary, and the picture."""
+        totals = {
+            f"memory/{name}_gib": content[name]["total_bytes"] / 2**30
+            for name in ("documents", "forecast", "measured")
+            if content[name] is not None
+        }
+        self._send(lambda run: run.summary.update(totals))
+        self._send(lambda run: run.log({"memory": _image(picture)}))
+
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
         """Sends what is left, for a bounded time."""
         self._send(lambda run: run.summary.update(dict(summary)))
@@ -199,3 +209,9 @@ def _table(rows: list[list[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=["step", "prompt", "expected", "answer"], data=rows)
+
+
+def _image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path))

@@ -1,0 +1,79 @@
+"""memory.json: the documents' estimate, the forecast and the measurement of one run, side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qlora.memory import documents
+from qlora.memory.forecast import Forecast
+from qlora.memory.workload import Workload
+from qlora.recipe import Recipe
+
+
+def account(
+    recipe: Recipe,
+    workload: Workload,
+    forecast: Forecast,
+    *,
+    cuda: bool,
+    capacity_bytes: int | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything about a run's memory as plain values, all sizes in bytes.
+
+    Args:
+        capacity_bytes: of the GPU, where one is known.
+        measured: what `Watch.measured` gave.
+    """
+    foreseen = as_json(forecast)
+    lora = recipe.adapter.method == "lora"
+    return {
+        "version": 1,
+        "device": {
+            "kind": "cuda" if cuda else "cpu",
+            "name": _device_name(cuda),
+            "capacity_bytes": capacity_bytes,
+        },
+        "workload": {
+            "micro_batch_size": workload.train.input_ids.shape[0],
+            "row_tokens": workload.train.input_ids.shape[1],
+            "packing": recipe.data.packing,
+            "supervised": workload.train.supervised,
+            "checkpointed_layers": forecast.checkpointed_layers,
+            "layers": forecast.layers,
+            "loss_chunk": recipe.training.loss_chunk,
+            "basis": workload.basis,
+        },
+        "documents": documents.as_json(
+            recipe.adapter.method,
+            forecast.parameters,
+            forecast.trained_parameters if lora else 0,
+            foreseen,
+            measured,
+        ),
+        "forecast": foreseen,
+        "measured": None if measured is None else dict(measured),
+    }
+
+
+def as_json(forecast: Forecast) -> dict[str, Any]:
+    """The object `forecast` of memory.json."""
+    phase, parts = forecast.trace.peak()
+    beside = parts["allocator_slack"] + parts["device_context"] + parts["optimizer_state_paged"]
+    total = sum(parts.values())
+    return {
+        "total_bytes": total,
+        "parts": {part: size for part, size in parts.items() if size},
+        "peak": phase,
+        "phases": forecast.trace.phases(),
+        "timeline": forecast.trace.timeline(),
+        "allocated_bytes": total - beside,
+        "reserved_bytes": total - beside + parts["allocator_slack"],
+    }
+
+
+def _device_name(cuda: bool) -> str:
+    if not cuda:
+        return "CPU"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU, none here"

@@ -1,0 +1,149 @@
+"""Will it fit? If it does, how much more would; if not, the smallest changes that make it fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.memory.forecast import Architecture, architecture, forecast
+from qlora.memory.plan import SMALL_LOSS_CHUNK, changed, needed, sized
+from qlora.memory.workload import Workload, resized
+from qlora.recipe import Recipe
+
+SMALLEST_RANK = 8
+SHORTEST_ROW = 128
+LARGEST_ROWS, LARGEST_TOKENS = 1024, 131_072
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another value for keys of the recipe, as one would write them on the command line."""
+
+    settings: tuple[str, ...]
+    needed_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"settings": list(self.settings), "needed_bytes": self.needed_bytes}
+
+
+@dataclass(frozen=True)
+class Advisor:
+    """Answers about one recipe on a device with `capacity_bytes`."""
+
+    recipe: Recipe
+    workload: Workload
+    arch: Architecture
+    capacity_bytes: int
+    cuda: bool
+
+    def changes(self) -> list[Change]:
+        """Single changes that make the run fit, the cheapest first; if none does alone, several together.
+
+        Empty when nothing of what can be asked for is enough.
+        """
+        alone = []
+        together: tuple[Recipe, tuple[str, ...]] = (self.recipe, ())
+        for step in _STEPS:
+            for recipe, setting in step(self.recipe):
+                found = self._needed(recipe)
+                if found <= self.capacity_bytes:
+                    alone.append(Change((setting,), found))
+                    break
+        if alone:
+            return alone
+        for step in _STEPS:
+            furthest = list(step(together[0]))[-1:]
+            for recipe, setting in furthest:
+                together = recipe, (*together[1], setting)
+                found = self._needed(together[0])
+                if found <= self.capacity_bytes:
+                    return [Change(together[1], found)]
+        return []
+
+    def largest_micro_batch(self) -> int:
+        """Rows of one micro-batch that fit at the length of the rows; 0 if none does."""
+        tokens = self.workload.train.input_ids.shape[1]
+        return self._most(lambda rows: resized(self.workload, rows=rows, tokens=tokens), LARGEST_ROWS)
+
+    def longest_rows(self) -> int:
+        """Tokens of a row that fit, with the micro-batch of the recipe, in steps of 64; 0 if none does."""
+        rows = self.workload.train.input_ids.shape[0]
+        limit = getattr(self.arch.config.get_text_config(), "max_position_embeddings", None) or LARGEST_TOKENS
+        return 64 * self._most(
+            lambda blocks: resized(self.workload, rows=rows, tokens=64 * blocks),
+            min(limit, LARGEST_TOKENS) // 64,
+        )
+
+    def _most(self, load: Any, limit: int) -> int:
+        """The largest number up to `limit` whose load fits, by a secant: memory grows about linearly."""
+        low, high = 0, limit + 1  # low fits, high does not (or is not allowed)
+        sizes = {number: self._fits(load(number)) for number in (1, 2)}
+        if sizes[1] > self.capacity_bytes:
+            return 0
+        low, slope = 1, max(1.0, float(sizes[2] - sizes[1]))
+        base, at = sizes[1], 1
+        while high - low > 1:
+            guess = at + int((self.capacity_bytes - base) / slope)
+            guess = min(max(guess, low + 1), high - 1)
+            size = self._fits(load(guess))
+            slope = max(1.0, (size - base) / (guess - at)) if guess != at else slope
+            base, at = size, guess
+            low, high = (guess, high) if size <= self.capacity_bytes else (low, guess)
+        return low
+
+    def _fits(self, workload: Workload) -> int:
+        return needed(forecast(self.recipe, workload, self.arch, cuda=self.cuda))
+
+    def _needed(self, recipe: Recipe) -> int:
+        arch = self.arch
+        if recipe.adapter != self.recipe.adapter:
+            arch = architecture(recipe, cuda=self.cuda, config=self.arch.config)
+        return needed(forecast(recipe, sized(recipe, self.workload), arch, cuda=self.cuda))
+
+
+Steps = Iterator[tuple[Recipe, str]]
+
+
+def _micro_batch(recipe: Recipe) -> Steps:
+    size, total = recipe.training.micro_batch_size, recipe.training.global_batch_size
+    for rows in (rows for rows in range(size - 1, 0, -1) if total % rows == 0):
+        yield changed(recipe, micro_batch_size=rows), f"training.micro_batch_size={rows}"
+
+
+def _checkpointing(recipe: Recipe) -> Steps:
+    if recipe.training.gradient_checkpointing is not True:
+        yield changed(recipe, gradient_checkpointing=True), "training.gradient_checkpointing=true"
+
+
+def _loss_chunk(recipe: Recipe) -> Steps:
+    if recipe.training.loss_chunk > SMALL_LOSS_CHUNK:
+        yield changed(recipe, loss_chunk=SMALL_LOSS_CHUNK), f"training.loss_chunk={SMALL_LOSS_CHUNK}"
+
+
+def _optimizer(recipe: Recipe) -> Steps:
+    rule = "lion" if "lion" in recipe.optimizer.name else "adamw"
+    names = [f"paged_{rule}_32bit", f"paged_{rule}_8bit"]
+    if recipe.optimizer.name not in names:
+        optimizer = recipe.optimizer.model_copy(update={"name": names[0]})
+        yield recipe.model_copy(update={"optimizer": optimizer}), f"optimizer.name={names[0]}"
+
+
+def _rank(recipe: Recipe) -> Steps:
+    rank = recipe.adapter.rank
+    while recipe.adapter.method == "lora" and (rank := rank // 2) >= SMALLEST_RANK:
+        # the scaling stays, so that the learning rate still fits
+        alpha = None if recipe.adapter.alpha is None else recipe.adapter.alpha * rank / recipe.adapter.rank
+        adapter = recipe.adapter.model_copy(update={"rank": rank, "alpha": alpha})
+        setting = f"adapter.rank={rank}" + ("" if alpha is None else f" adapter.alpha={alpha:g}")
+        yield recipe.model_copy(update={"adapter": adapter}), setting
+
+
+def _length(recipe: Recipe) -> Steps:
+    length = recipe.data.max_length
+    while (length := length // 2) >= SHORTEST_ROW:
+        data = recipe.data.model_copy(update={"max_length": length})
+        yield recipe.model_copy(update={"data": data}), f"data.max_length={length}"
+
+
+_STEPS = (_micro_batch, _checkpointing, _loss_chunk, _optimizer, _rank, _length)
+"""from what costs nothing but time to what changes what is learned"""

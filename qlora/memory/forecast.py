@@ -1,0 +1,343 @@
+"""What memory a run will take, part by part, from its recipe and its model's config.json alone.
+
+The very step of `step.py` is run under FakeTensorMode: tensors with shapes and no storage, no weights, no GPU.
+What it would allocate is counted as in a measurement (`live.py`). Of alike layers only a few are run, and the
+trace is stretched (`repeat.py`). What no tensor shows, a GPU's context and the allocator's slack, is added as
+constants.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, masking_utils
+
+from qlora.adapter.lora import trainable_parameters
+from qlora.base import blueprint, compute_dtype, load_base, load_config
+from qlora.data import Batch
+from qlora.device import standing_for_cuda
+from qlora.errors import ModelError
+from qlora.memory import inventory
+from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
+from qlora.memory.parts import PARTS
+from qlora.memory.repeat import repeat_all
+from qlora.memory.workload import Workload
+from qlora.model import adapt_as, checkpoint_as, checkpointed, optimizer_of
+from qlora.optim import Optimizer
+from qlora.optim.flat import BLOCK_SIZE
+from qlora.recipe import Recipe
+from qlora.step import accumulate, decoder_layers, evaluate
+
+KEPT_LAYERS = 3
+"""of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
+
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+"""torch gives cuBLAS this on Hopper (8 MiB before it); assumed, not measured yet"""
+
+DEVICE_CONTEXT_BYTES = 550 * 10**6
+"""CUDA context with torch's and bitsandbytes' kernels; assumed, not measured yet"""
+
+ALLOCATOR_SLACK = 0.03
+"""what torch's allocator reserves beyond what lives, as a share of what comes and goes; assumed"""
+
+Row = NDArray[np.int64]
+"""[parts]"""
+Rows = NDArray[np.int64]
+"""[events, parts]"""
+
+_COLUMN = {part: index for index, part in enumerate(PARTS)}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take."""
+
+    trace: Trace
+    layers: int
+    checkpointed_layers: int
+    parameters: int
+    """of the whole model, adapters not counted"""
+    trained_parameters: int
+
+    @property
+    def total_bytes(self) -> int:
+        """At the peak."""
+        return int(self.trace.totals.max())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's names, shapes and counts: read once, for as many forecasts as are wanted."""
+
+    config: Any
+    model: PreTrainedModel
+    """on the meta device, adapted"""
+    alike: bool
+    """all decoder layers have the same parameters and the same attention"""
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(decoder_layers(self.model))
+
+
+def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
+    """Read the architecture of a recipe's base. Raises ModelError if there is none, or no layer to adapt."""
+    config = load_config(recipe.base) if config is None else config
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # a quantized checkpoint has the shapes of ours
+    try:
+        model = blueprint(recipe.base, config, _dtype(recipe, cuda))
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
+    adapt_as(model, recipe)
+    return Architecture(config, model, _alike(model, config))
+
+
+def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bool) -> Forecast:
+    """Live bytes of an optimizer step and an evaluation on the largest batches of a run.
+
+    Args:
+        recipe: what is run.
+        workload: its largest batches; their tensors are read for their shapes only.
+        arch: of the recipe's base.
+        cuda: on a GPU, else on this machine's CPU.
+
+    >>> forecast(recipe, assumed(recipe), architecture(recipe, cuda=True), cuda=True).total_bytes
+    """
+    count = checkpointed(recipe, arch.layers)
+    kept, copies = _kept(arch, count)
+    small = _with_checkpointing(recipe, kept[0])
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        standing_for_cuda(cuda),
+        torch.random.fork_rng([]),
+    ):
+        base = recipe.base.model_copy(
+            update={"init": "synthetic", "compute_dtype": str(_dtype(recipe, cuda)).removeprefix("torch.")}
+        )
+        model = load_base(base, "cpu", config=_shortened(arch, sum(kept)))
+        adapt_as(model, small)
+        checkpoint_as(model, small)
+        chunk = recipe.training.loss_chunk
+        trace = _trace_of_batches(model, optimizer_of(model, small), workload, fake, chunk)
+        standing = _standing(model, copies)
+        optimizer, update = _trace_of_update(arch, recipe)
+    trace = repeat_all(trace, copies)
+    whole = np.concatenate([trace.parts, update]) + standing + optimizer
+    if cuda:
+        whole = whole + _beside_the_tensors(whole)
+    marks = [*trace.marks, Mark(len(trace.parts), "update")]
+    trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
+    total = sum(parameter.numel() for parameter in arch.model.parameters())
+    return Forecast(
+        Trace(whole, marks),
+        layers=arch.layers,
+        checkpointed_layers=count,
+        parameters=total if recipe.adapter.method == "full" else total - trained,
+        trained_parameters=trained,
+    )
+
+
+def _trace_of_batches(
+    model: nn.Module, optimizer: Optimizer, workload: Workload, fake: FakeTensorMode, loss_chunk: int
+) -> Trace:
+    """A step's passes and an evaluation, without what stands in memory all through the run."""
+    known = inventory.inventory(model, optimizer)
+    with LiveBytes(known) as live, _layers_marked(model, live), _MetaKernels():
+        with _as_packed(workload.train):
+            accumulate(model, [_faked(workload.train, fake)], seed=0, step=0, loss_chunk=loss_chunk)
+        if workload.evaluation is not None:
+            with _as_packed(workload.evaluation):
+                evaluate(model, [_faked(workload.evaluation, fake)], loss_chunk=loss_chunk)
+    trace = live.trace()
+    return Trace(trace.parts - _row(known), trace.marks)
+
+
+def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
+    """What the optimizer over all that is trained holds, and the rows of an update.
+
+    One parameter stands for all of a kind: the optimizer lays them end to end in any case.
+    """
+    sizes: dict[tuple[torch.dtype, bool], int] = {}
+    for parameter in trainable_parameters(arch.model).values():
+        kind = parameter.dtype, parameter.ndim >= 2  # weight decay is for matrices
+        sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
+    whole = nn.Module()
+    for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
+        shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
+        whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
+    optimizer = optimizer_of(whole, recipe)
+    known = list(inventory.of_optimizer(optimizer))
+    with LiveBytes(known) as live:
+        optimizer.clip(recipe.training.max_grad_norm)
+        optimizer.step(recipe.optimizer.lr)
+    standing = _row(known)
+    return standing, live.trace().parts - standing
+
+
+def _standing(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
+    """[parts]: the frozen model, with the layers that were left out."""
+    layers = decoder_layers(model)
+    row = _row(inventory.of_model(model))
+    for layer, count in copies:
+        row = row + count * _row(inventory.of_model(layers[layer]))
+    return row
+
+
+def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
+    """[parts]: bytes of the tensors' storages, each counted once."""
+    row = np.zeros(len(PARTS), dtype=np.int64)
+    seen = set()
+    for tensor, part in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            row[_COLUMN[part]] += -(-storage.nbytes() // ROUNDING) * ROUNDING
+    return row
+
+
+def _beside_the_tensors(rows: Rows) -> Row:
+    """[parts]: what a process takes of a GPU beside its tensors."""
+    row = np.zeros(len(PARTS), dtype=np.int64)
+    moving = [
+        _COLUMN[part] for part in ("saved_activations", "working_set", "logits_and_loss", "dequantization")
+    ]
+    row[_COLUMN["working_set"]] = CUBLAS_WORKSPACE_BYTES
+    row[_COLUMN["allocator_slack"]] = int(ALLOCATOR_SLACK * rows[:, moving].sum(axis=1).max())
+    row[_COLUMN["device_context"]] = DEVICE_CONTEXT_BYTES
+    return row
+
+
+def _kept(arch: Architecture, count: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """How many (checkpointed, other) layers are run, and which of them stand for how many more."""
+    rest = arch.layers - count
+    if not arch.alike:
+        return (count, rest), []
+    kept = min(count, KEPT_LAYERS), min(rest, KEPT_LAYERS)
+    copies = [(1, count - kept[0]), (kept[0] + 1, rest - kept[1])]
+    return kept, [(layer, missing) for layer, missing in copies if missing > 0]
+
+
+def _shortened(arch: Architecture, layers: int) -> Any:
+    """The configuration with the first `layers` layers only."""
+    config = copy.deepcopy(arch.config)
+    if layers < arch.layers:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _alike(model: nn.Module, config: Any) -> bool:
+    """Whether every decoder layer is like the others, its adapters too."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    layers = decoder_layers(model)
+    looks = {
+        tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        for layer in layers
+    }
+    return len(set(kinds)) <= 1 and len(looks) == 1
+
+
+def _dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
+    return compute_dtype(recipe.base, torch.device("cuda" if cuda else "cpu"))
+
+
+def _with_checkpointing(recipe: Recipe, layers: int) -> Recipe:
+    training = recipe.training.model_copy(update={"gradient_checkpointing": layers})
+    return recipe.model_copy(update={"training": training})
+
+
+def _faked(batch: Batch, fake: FakeTensorMode) -> Batch:
+    positions = batch.position_ids
+    return replace(
+        batch,
+        input_ids=fake.from_tensor(batch.input_ids),
+        labels=fake.from_tensor(batch.labels),
+        position_ids=None if positions is None else fake.from_tensor(positions),
+    )
+
+
+@contextmanager
+def _as_packed(batch: Batch) -> Iterator[None]:
+    """Tell transformers whether rows hold several documents: it reads that from values, which fake tensors lack.
+
+    Where none does it needs no attention mask, and takes another way through attention.
+    """
+    positions = batch.position_ids
+    with unset_fake_temporarily():
+        several = positions is not None and bool((positions.diff(dim=-1) != 1).any())
+    original = masking_utils.find_packed_sequence_indices
+
+    def find(position_ids: Tensor) -> Tensor | None:
+        found = original(position_ids)
+        return found if several else None
+
+    masking_utils.find_packed_sequence_indices = find
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+@contextmanager
+def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
+    """Note in the trace when the passes enter and leave each decoder layer."""
+
+    def enter(number: int, module: nn.Module, args: Any) -> None:
+        if live.clock.phase != "backward":  # there, a checkpointed layer runs forward again
+            live.clock.mark(number)
+
+    def leave(number: int, module: nn.Module, args: Any, output: Any) -> None:
+        if live.clock.phase == "backward":
+            return
+        if (
+            number == last
+        ):  # else what the layer's frame holds is let go only after this, before the next enters
+            live.clock.mark()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: live.clock.mark(number))
+
+    handles = []
+    layers = decoder_layers(model)
+    last = len(layers) - 1
+    for number, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(partial(enter, number)))
+        handles.append(layer.register_forward_hook(partial(leave, number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _MetaKernels(TorchDispatchMode):
+    """Shapes of operations for which torch can tell them of some dtypes only."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *_: Any) -> Tensor:
+    """The products of a mixture's experts: rows [N, K] by [E, K, M], or, for the weights, [K, N] by [N, M]."""
+    if b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])

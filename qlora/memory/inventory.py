@@ -1,0 +1,39 @@
+"""The tensors that stand in memory all through a run, and the part each belongs to."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from qlora.nf4 import is_nf4, quant_state, statistics
+from qlora.optim import Optimizer
+from qlora.optim.paged import is_paged
+
+_KINDS = {
+    "parameters": "adapters",
+    "gradients": "gradients",
+    "master": "optimizer_state",
+    "moments": "optimizer_state",
+}
+
+
+def of_model(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
+    """(tensor, part) for everything frozen in a model, a linear's codes and statistics apart."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or is_nf4(module):
+            if quant_state(module) is not None:
+                yield module.weight, "base_nf4"
+            yield from ((tensor, "quantization_statistics") for tensor in statistics(module))
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.requires_grad:
+            yield tensor, "base_unquantized"
+
+
+def of_optimizer(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
+    """(tensor, part) for what is trained, its gradients and the optimizer's state."""
+    for kind, tensor in optimizer.tensors():
+        yield tensor, "optimizer_state_paged" if is_paged(tensor) else _KINDS[kind]
+
+
+def inventory(model: nn.Module, optimizer: Optimizer) -> list[tuple[Tensor, str]]:
+    """All of them. A storage that several tensors share counts once, by the first."""
+    return [*of_optimizer(optimizer), *of_model(model)]

@@ -1,0 +1,55 @@
+"""What a recipe makes of a base: adapter, checkpointed layers, optimizer.
+
+Training and forecast both come through here, so that the one speaks of the other.
+"""
+
+from torch import nn
+
+from qlora.adapter.lora import adapt, trainable_parameters
+from qlora.optim import Optimizer
+from qlora.recipe import Recipe
+from qlora.step import checkpoint_layers, decoder_layers
+
+
+def adapt_as(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Make trainable what the recipe's `adapter` section says: LoRA modules, or every weight."""
+    adapter = recipe.adapter
+    if adapter.method == "full":
+        return model.requires_grad_(True)
+    return adapt(
+        model,
+        rank=adapter.rank,
+        alpha=adapter.resolved_alpha,
+        dropout=adapter.dropout,
+        scaling=adapter.scaling,
+        init=adapter.init,
+        targets=adapter.targets,
+        rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+        seed=recipe.training.seed,
+    )
+
+
+def checkpointed(recipe: Recipe, layers: int) -> int:
+    """How many of a model's decoder layers the recipe recomputes in the backward pass."""
+    setting = recipe.training.gradient_checkpointing
+    return layers * setting if isinstance(setting, bool) else min(setting, layers)
+
+
+def checkpoint_as(model: nn.Module, recipe: Recipe) -> int:
+    """Checkpoint the layers that the recipe says, the first ones; returns how many."""
+    if recipe.training.gradient_checkpointing is False or recipe.training.gradient_checkpointing == 0:
+        return 0
+    return checkpoint_layers(model, checkpointed(recipe, len(decoder_layers(model))))
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer over everything trainable."""
+    settings = recipe.optimizer
+    return Optimizer(
+        trainable_parameters(model),
+        name=settings.name,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
