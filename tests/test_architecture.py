@@ -17,13 +17,14 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
     {"errors"},
+    {"atomic"},
     {"bundled", "recipe", "nf4"},
     {"ops"},
     {"adapter", "data", "optim"},
     {"base"},
     {"step"},
     {"memory", "checkpoint", "tracking", "run", "interrupt", "generate", "trained"},
-    {"outcome"},
+    {"outcome", "report"},
     {"train"},
     {"cli"},
 ]
@@ -41,10 +42,11 @@ DOORS = {
     "datasets": {"data"},
     "accelerate": {"base", "train"},
     "typer": {"cli"},
+    "matplotlib": {"memory", "report"},
     "peft": set(),
     "pickle": set(),
 }
-WITHOUT_TORCH = {"errors", "bundled", "recipe", "run", "interrupt", "cli"}
+WITHOUT_TORCH = {"errors", "atomic", "bundled", "recipe", "run", "interrupt", "report", "cli"}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
