@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora import atomic
 from qlora.errors import ModelError, RecipeError, SaveError
 from qlora.recipe import Recipe
 
@@ -37,9 +38,7 @@ class RunFolder:
 
     def write_result(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        file = self.path / ".result.json.tmp"
-        file.write_text(json.dumps(summary, indent=2) + "\n")
-        file.rename(self.path / "result.json")
+        atomic.write(self.path / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def finished(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
     {"errors", "device"},
+    {"atomic"},
     {"bundled", "recipe", "nf4"},
     {"ops"},
     {"adapter", "data", "optim"},
@@ -24,7 +25,7 @@ ROOMS = [
     {"step"},
     {"model"},
     {"memory", "checkpoint", "tracking", "run", "interrupt", "generate", "trained"},
-    {"outcome"},
+    {"outcome", "report"},
     {"train"},
     {"cli"},
 ]
@@ -42,10 +43,11 @@ DOORS = {
     "datasets": {"data"},
     "accelerate": {"base", "train"},
     "typer": {"cli"},
+    "matplotlib": {"memory", "report"},
     "peft": set(),
     "pickle": set(),
 }
-WITHOUT_TORCH = {"errors", "bundled", "recipe", "run", "interrupt", "cli"}
+WITHOUT_TORCH = {"errors", "atomic", "bundled", "recipe", "run", "interrupt", "report", "cli"}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -11,6 +11,7 @@ from qlora.cli.check import check
 from qlora.cli.data import data
 from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
+from qlora.cli.report import report
 from qlora.cli.train import train
 from qlora.errors import QloraError
 
@@ -26,6 +27,7 @@ app.command("check")(check)
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("report")(report)
 app.add_typer(recipes.app, name="recipes")
 
 

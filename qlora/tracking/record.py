@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qlora import atomic
 from qlora.errors import SaveError
 from qlora.tracking.sink import Metrics, Sample, Sink
 
@@ -25,8 +26,8 @@ class Record(Sink):
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         kept = _lines_until(path, resume_step) if resume_step else []
+        atomic.write(path, b"".join(kept))
         try:
-            _replace(path, b"".join(kept))
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise SaveError(f"cannot write {path}: {error.strerror}") from error
@@ -96,13 +97,3 @@ def _step(line: bytes) -> int:
     except (ValueError, TypeError, KeyError):
         return -1
     return step if isinstance(step, int) and line.endswith(b"\n") else -1
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

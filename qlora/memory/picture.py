@@ -1,0 +1,316 @@
+"""memory.png, and the same two drawings as SVG: bars of estimate, forecast and measurement, and a step by part."""
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qlora.memory.comparison import Comparison
+from qlora.memory.parts import PARTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# From the bottom up: what stays first, what comes and goes above it. One hue a family (base, trained, overhead,
+# activations, products) and steps of lightness within it, so they are told apart by all eyes, and in grey.
+COLOURS = {
+    "base_nf4": "#2b5a8c", "quantization_statistics": "#6596c4", "base_unquantized": "#a9c9e6",
+    "adapters": "#a8480f", "gradients": "#df8033", "optimizer_state": "#f3b56b", "optimizer_state_paged": "#fadfb8",
+    "device_context": "#8a929b", "allocator_slack": "#c3c9cf", "saved_activations": "#14756a",
+    "working_set": "#59b3a2", "logits_and_loss": "#6f4f9b", "dequantization": "#b59fd3",
+}  # fmt: skip
+
+# Drawn in these, and in a page replaced by its own, so that the drawings follow light and dark.
+INK, MUTED, PAPER = "#1f2329", "#68707a", "#fffffe"
+VARIABLES = {INK: "--ink", MUTED: "--muted", PAPER: "--paper"}
+
+ON_DARK, ON_LIGHT = "#ffffff", "#101418"
+"""text on a colour of COLOURS, in light and in dark pages alike"""
+
+SVG_INCHES = (5.9, 4.5)
+LABEL_INCHES = 2.2
+"""of the longest part's name and size, at the font size of the labels"""
+
+BREAK_AT = 1.6
+"""a bar this many times as high as all others is broken"""
+
+
+def png(memory: Mapping[str, Any]) -> bytes:
+    """memory.png: bars to the left, a step to the right, the finding above."""
+    comparison = Comparison(memory)
+    with _figure(13, 6.4) as figure:
+        finding = comparison.finding
+        figure.text(0.03, 0.94, finding, fontsize=min(15, 1350 / len(finding)), fontweight="bold", color=INK)
+        figure.text(
+            0.03, 0.865, f"{comparison.fit}\n{comparison.workload}", fontsize=9, color=MUTED, linespacing=1.5
+        )
+        left, right = figure.add_axes((0.045, 0.09, 0.44, 0.7)), figure.add_axes((0.55, 0.09, 0.4, 0.7))
+        _bars(left, comparison)
+        _timeline(right, comparison)
+        return _saved(figure, "png", dpi=150)
+
+
+def bars_svg(memory: Mapping[str, Any]) -> str:
+    """The bars as an SVG element whose ink and paper are the page's variables --ink, --muted and --paper."""
+    with _figure(*SVG_INCHES) as figure:
+        _bars(figure.add_axes((0.06, 0.1, 0.92, 0.82)), Comparison(memory))
+        return _element(_saved(figure, "svg"), "bars")
+
+
+def timeline_svg(memory: Mapping[str, Any]) -> str:
+    """The step by part as an SVG element, like `bars_svg`."""
+    with _figure(*SVG_INCHES) as figure:
+        _timeline(figure.add_axes((0.06, 0.1, 0.86, 0.82)), Comparison(memory))
+        return _element(_saved(figure, "svg"), "timeline")
+
+
+def _bars(axes: "Axes", comparison: Comparison) -> None:
+    columns = {name: column for name, column in comparison.columns.items() if column is not None}
+    top = _top(comparison)
+    for x, column in enumerate(columns.values()):
+        _bar(axes, x, column, top, comparison)
+    _labels(axes, len(columns) - 1, comparison, top)
+    _capacity(axes, comparison, top)
+    _style(axes, f"{comparison.unit.name} at the peak", top, comparison)
+    inches = axes.bbox.width / axes.figure.dpi
+    room = LABEL_INCHES / (inches - LABEL_INCHES)  # for the labels, beside the bars
+    axes.set_xlim(-0.5, (1 + room) * (len(columns) + 0.18) - 0.5)
+    axes.set_xticks(range(len(columns)), [name.replace(": ", ":\n") for name in columns], color=INK)
+
+
+def _top(comparison: Comparison) -> int:
+    """Where the scale ends: above all bars, unless full fine-tuning would dwarf the others."""
+    totals = [size for size in comparison.total.sizes if size is not None]
+    whole, others = totals[0], max(totals[1:])
+    return _with_capacity(comparison, others if whole > BREAK_AT * others else max(totals))
+
+
+def _with_capacity(comparison: Comparison, top: int) -> int:
+    """The device's memory is shown where the scale need not grow much for it."""
+    capacity = comparison.capacity_bytes
+    return max(top, capacity) if capacity is not None and capacity < 1.5 * top else top
+
+
+def _bar(axes: "Axes", x: int, column: Mapping[str, Any], top: int, comparison: Comparison) -> None:
+    """One column, its larger parts with their size in them, its total above.
+
+    A bar beyond the scale is broken: below the break it is to scale, above it stands its last part.
+    """
+    parts = {part: size for part in COLOURS if (size := column["parts"].get(part, 0))}
+    total, bottom = column["total_bytes"], 0
+    broken = total > top
+    cut, end = (top, 1.1 * top) if broken else (math.inf, total)
+    for part, size in parts.items():
+        ends_bar = broken and part == list(parts)[-1]
+        foot, head = (cut, end) if ends_bar else (bottom, min(bottom + size, cut))
+        bottom += size
+        if head <= foot:
+            continue
+        axes.bar(x, head - foot, 0.66, foot, color=COLOURS[part], edgecolor=PAPER, linewidth=0.6)
+        if head - foot > 0.045 * top:
+            place, colour = (x, (foot + head) / 2), _on(COLOURS[part])
+            axes.text(
+                *place, comparison.unit.number(size), ha="center", va="center", fontsize=8, color=colour
+            )
+    if broken:
+        wave = np.linspace(x - 0.36, x + 0.36, 60)
+        axes.plot(wave, cut + 0.006 * top * np.sin(50 * wave), color=PAPER, linewidth=3.5)
+    axes.annotate(
+        comparison.unit.number(total), (x, end), (0, 3), textcoords="offset points",
+        ha="center", fontsize=9.5, fontweight="bold", color=INK,
+    )  # fmt: skip
+
+
+def _labels(axes: "Axes", x: int, comparison: Comparison, top: int) -> None:
+    """The parts by name beside the last bar, each at its height or as near as there is room."""
+    parts, bottom, places = comparison.found["parts"], 0.0, {}
+    for part in COLOURS:
+        size = parts.get(part, 0)
+        if any(column and column["parts"].get(part) for column in comparison.columns.values()):
+            places[part] = bottom + size / 2
+        bottom += size
+    heights = _spread(list(places.values()), 0.052 * top)
+    for (part, middle), height in zip(places.items(), heights, strict=True):
+        colour, size = COLOURS[part], parts.get(part, 0)
+        if size:
+            axes.plot([x + 0.34, x + 0.5, x + 0.6], [middle, height, height], color=colour, linewidth=1)
+        axes.plot([x + 0.62], [height], "s", markersize=5, color=colour)
+        text = f"{PARTS[part]}  {comparison.unit.number(size) if size else '–'}"
+        axes.text(x + 0.74, height, text, va="center", fontsize=8, color=INK)
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """The same heights in the same order, moved as little as it takes (least squares) to be `gap` apart."""
+    # Less i * gap, they only have to be in order: neighbours that are not take their common mean.
+    groups: list[tuple[float, int]] = []
+    for i, height in enumerate(heights):
+        mean, count = height - i * gap, 1
+        while groups and groups[-1][0] > mean:
+            other, others = groups.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        groups.append((mean, count))
+    ordered = [max(mean, gap / 2) for mean, count in groups for _ in range(count)]
+    return [mean + i * gap for i, mean in enumerate(ordered)]
+
+
+def _timeline(axes: "Axes", comparison: Comparison) -> None:
+    """A step from left to right: the forecast as areas, the measurement as a line."""
+    timeline = comparison.forecast["timeline"]
+    parts = {
+        part: np.array(timeline["parts"][part]) for part in COLOURS if any(timeline["parts"].get(part, ()))
+    }
+    layers = np.cumsum([*parts.values()], axis=0)  # [parts, samples]: upper edges
+    samples = layers.shape[1]
+    measured = (comparison.measured or {}).get("timeline")
+    top = _with_capacity(comparison, max([*layers[-1].tolist(), *_totals(measured)]))
+    lower = np.zeros(samples)
+    for part, upper in zip(parts, layers, strict=True):
+        axes.fill_between(range(samples), lower, upper, color=COLOURS[part], linewidth=0)
+        if not np.ptp(upper):  # between parts that come and go, a line would be a thicket
+            axes.plot(upper, color=PAPER, linewidth=0.4)
+        _name(axes, part, lower, upper, top)
+        lower = upper
+    if measured:
+        axes.plot(_aligned(measured, timeline, samples), _totals(measured), color=INK, linewidth=1.1)
+    _phases(axes, timeline["phases"], samples, top)
+    _peak(axes, layers[-1], comparison)
+    _capacity(axes, comparison, top)
+    what = "areas: forecast; line: measured" if measured else "forecast"
+    _style(axes, f"{comparison.unit.name} in a step, from first to last allocation ({what})", top, comparison)
+    axes.set_xlim(0, samples - 1)
+    axes.set_xticks([])
+
+
+def _totals(timeline: Mapping[str, Any] | None) -> list[int]:
+    """The height of each sample."""
+    return [sum(sizes) for sizes in zip(*timeline["parts"].values(), strict=True)] if timeline else []
+
+
+def _aligned(timeline: Mapping[str, Any], to: Mapping[str, Any], samples: int) -> np.ndarray:
+    """Where the samples of one timeline stand on another of `samples`: phase by phase, if both have the same."""
+    own = len(next(iter(timeline["parts"].values())))
+    begins, ends = [[start for start, _ in t["phases"]] for t in (timeline, to)]
+    if [name for _, name in timeline["phases"]] != [name for _, name in to["phases"]]:
+        begins, ends = [0], [0]
+    return np.interp(range(own), [*begins, own - 1], [*ends, samples - 1])
+
+
+def _name(axes: "Axes", part: str, lower: np.ndarray, upper: np.ndarray, top: int) -> None:
+    """A part's name inside its area, at the place with the most room, if there is enough."""
+    label = PARTS[part]
+    width = round((0.02 + 0.0115 * len(label)) * len(lower))  # samples, at the font size below
+    if width >= len(lower):
+        return
+    windows = np.lib.stride_tricks.sliding_window_view
+    ceiling, floor = windows(upper, width).min(axis=1), windows(lower, width).max(axis=1)  # [places]
+    place = int((ceiling - floor).argmax())
+    if ceiling[place] - floor[place] > 0.04 * top:
+        at = place + 0.01 * len(lower), (ceiling[place] + floor[place]) / 2
+        axes.text(*at, label, va="center", fontsize=8, color=_on(COLOURS[part]))
+
+
+def _phases(axes: "Axes", phases: Sequence[tuple[int, str]], samples: int, top: int) -> None:
+    """A line where a phase begins, its name above; names without room on two levels are left out."""
+    taken = [-1.0, -1.0]
+    for begin, name in phases:
+        free = [level for level, end in enumerate(taken) if begin >= end]
+        height = 1.1 + 0.05 * (free[0] if free else -1)
+        if begin:
+            axes.vlines(begin, 0, (height + 0.035) * top, color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
+        if free:
+            place = begin + 0.008 * samples, height * top
+            axes.text(
+                *place, name, fontsize=8, color=MUTED, bbox={"facecolor": PAPER, "linewidth": 0, "pad": 0.5}
+            )
+            taken[free[0]] = begin + 0.017 * len(name) * samples
+
+
+def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
+    """The forecast's highest point."""
+    at = int(totals.argmax())
+    name = "forecast" if comparison.measured else "peak"
+    axes.plot([at], [totals[at]], "o", markersize=5, color=PAPER, markeredgecolor=INK)
+    near_end = at > 0.8 * len(totals)
+    axes.annotate(
+        f"{name} {comparison.unit.number(int(totals[at]))}", (at, totals[at]), (-6 if near_end else 6, 3),
+        textcoords="offset points", ha="right" if near_end else "left", fontsize=9, fontweight="bold", color=INK,
+    )  # fmt: skip
+
+
+def _capacity(axes: "Axes", comparison: Comparison, top: int) -> None:
+    """The device's memory as a line, where the scale reaches it."""
+    capacity = comparison.capacity_bytes
+    if capacity is not None and capacity <= top:
+        axes.axhline(capacity, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+        label = f"{comparison.memory['device']['name']}: {comparison.unit.number(capacity)}"
+        place = axes.get_yaxis_transform()
+        paper = {"facecolor": PAPER, "linewidth": 0, "pad": 0.5}
+        axes.text(
+            0.99, capacity, label, transform=place, ha="right", va="center", fontsize=8, color=INK, bbox=paper
+        )
+
+
+def _style(axes: "Axes", title: str, top: int, comparison: Comparison) -> None:
+    """What both drawings share: no frame, quiet ticks in the unit, the title where a label would be."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    unit = comparison.unit.unit_bytes
+    axes.set_ylim(0, 1.22 * top)
+    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / unit)
+    axes.set_yticks([tick * unit for tick in ticks if tick <= top / unit])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:g}"))
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor("none")
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_title(title, loc="left", fontsize=9.5, color=MUTED, pad=4)
+
+
+def _on(colour: str) -> str:
+    """Text that can be read on `colour` (relative luminance of sRGB, roughly)."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return ON_LIGHT if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.22 else ON_DARK
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator["Figure"]:
+    """A figure in inches that needs no display, with plain text: `$` in a device's name is no formula."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "text.parse_math": False,
+        "font.sans-serif": ["DejaVu Sans", "Verdana"],  # nearly as wide, where a page has no DejaVu
+        "svg.fonttype": "none",
+        "svg.hashsalt": "qlora",
+    }
+    with rc_context(settings):
+        yield Figure((width, height), facecolor=PAPER)
+
+
+def _saved(figure: "Figure", kind: str, **how: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, **how)
+    return stream.getvalue()
+
+
+def _element(svg: bytes, name: str) -> str:
+    """An SVG file as an element for a page: its ids begin with `name`, its colours follow the page."""
+    text = svg.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    viewbox = re.search(r'viewBox="[^"]*"', text)
+    assert viewbox is not None
+    text = re.sub(r"<svg[^>]*>", f'<svg {viewbox[0]} style="stroke-linejoin: round">', text, count=1)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # only paths are referred to
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r' id="|href="#|url\(#', rf"\g<0>{name}-", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable}, {colour})")
+    return text

@@ -1,0 +1,38 @@
+"""Bytes as people read them: in GiB, or in MiB where a whole run is smaller than that."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of memory. A table, picture or page keeps to one, so that its numbers can be compared."""
+
+    name: str
+    unit_bytes: int
+
+    def number(self, size_bytes: int) -> str:
+        """The size with two decimals, for a column: `7.12`; `<0.01` where it would round to nothing.
+
+        >>> unit_for(2**33).number(7_645_041_787)
+        '7.12'
+        """
+        value = size_bytes / self.unit_bytes
+        return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}"
+
+    def text(self, size_bytes: int) -> str:
+        """The size with its unit, for a sentence: three digits that count.
+
+        >>> unit_for(2**33).text(7_645_041_787), unit_for(2**33).text(4_600_000)
+        ('7.12 GiB', '0.00428 GiB')
+        """
+        value = size_bytes / self.unit_bytes
+        digits = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-4 else "<0.0001"
+        return f"{digits if value else 0} {self.name}"
+
+
+MIB, GIB = Unit("MiB", 2**20), Unit("GiB", 2**30)
+
+
+def unit_for(size_bytes: int) -> Unit:
+    """GiB from 1 GiB on, else MiB."""
+    return GIB if size_bytes >= GIB.unit_bytes else MIB

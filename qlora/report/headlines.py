@@ -1,0 +1,116 @@
+"""The few numbers by which a run is judged."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.memory.comparison import Comparison
+from qlora.memory.size import unit_for
+from qlora.recipe import Recipe
+from qlora.report.history import History
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number, what it is of, and what puts it into proportion."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def headlines(recipe: Recipe, history: History, result: Json | None, memory: Json | None) -> list[Headline]:
+    """Loss, steps, time, speed and memory, as far as they are known; `result` and `memory` are the run's files."""
+    found = [
+        *_loss(history),
+        _steps(recipe, history, result),
+        *_time(history, result),
+        *_speed(history),
+        *_memory(history, result, memory),
+    ]
+    return [headline for headline in found if headline.value]
+
+
+def _loss(history: History) -> Iterator[Headline]:
+    losses = history.held_out_losses
+    if len(losses) > 1:
+        (_, before), (_, after) = losses[0], losses[-1]
+        note = f"perplexity {_perplexity(before)} before, {_perplexity(after)} after"
+        yield Headline("Held-out loss", f"{before:.3f} → {after:.3f}", note)
+    elif losses:
+        step, loss = losses[0]
+        yield Headline("Held-out loss", f"{loss:.3f}", f"at step {step}, perplexity {_perplexity(loss)}")
+    elif history.steps:
+        yield Headline(
+            "Training loss", f"{float(history.steps[-1]['loss']):.3f}", "at the last step; no held-out rows"
+        )
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.4g}" if loss < 100 else "beyond measure"
+
+
+def _steps(recipe: Recipe, history: History, result: Json | None) -> Headline:
+    total = result["total_steps"] if result else recipe.training.max_steps
+    return Headline(
+        "Steps",
+        f"{history.last_step:,}" + (f" of {total:,}" if total else ""),
+        f"{recipe.training.global_batch_size} rows each",
+    )
+
+
+def _time(history: History, result: Json | None) -> Iterator[Headline]:
+    """Of a resumed run the result knows the last session only; then the steps alone take longer than that."""
+    if result and result["seconds"] >= history.seconds:
+        yield Headline("Time", duration(result["seconds"]), f"{duration(history.seconds)} of it in steps")
+    elif history.steps:
+        yield Headline("Time", duration(history.seconds), "in steps, without loading and evaluations")
+
+
+def duration(seconds: float) -> str:
+    """`54 s`, `12 min 5 s`, `3 h 20 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
+
+
+def _speed(history: History) -> Iterator[Headline]:
+    if history.steps:
+        tokens = sum(step["tokens"] for step in history.steps)
+        supervised = sum(step["supervised_tokens"] for step in history.steps)
+        yield Headline(
+            "Tokens a second", f"{history.tokens_per_second:,.0f}",
+            f"{tokens:,} in all, {supervised / tokens:.0%} of them trained",
+        )  # fmt: skip
+
+
+def _memory(history: History, result: Json | None, memory: Json | None) -> Iterator[Headline]:
+    if memory is not None:
+        comparison = Comparison(memory)
+        found, forecast = comparison.found["total_bytes"], comparison.forecast["total_bytes"]
+        unit = comparison.unit
+        if comparison.measured:
+            note = (
+                f"in {comparison.found['peak']}; forecast {unit.number(forecast)} ({comparison.total.error})"
+            )
+            yield Headline("Peak memory", unit.text(found), note)
+        else:
+            yield Headline("Peak memory, forecast", unit.text(found), f"in {comparison.found['peak']}")
+    elif result:
+        allocated, resident = result["memory"]["allocated_bytes"], result["memory"]["resident_bytes"]
+        size, note = (
+            (resident, "resident on the host")
+            if allocated is None
+            else (allocated, "allocated on the device")
+        )
+        yield Headline("Peak memory", unit_for(size).text(size), note)
+    elif history.evaluations:
+        size = history.evaluations[-1]["peak_memory_bytes"]
+        yield Headline(
+            "Peak memory", unit_for(size).text(size), f"up to step {history.evaluations[-1]['step']:,}"
+        )
