@@ -8,7 +8,7 @@ very steps of one that was not.
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from qlora.model import adapt_as, checkpoint_as, optimizer_of
 from qlora.optim import Optimizer, learning_rate
 from qlora.outcome import Outcome
 from qlora.recipe import Recipe
+from qlora.report.page import write_page
 from qlora.run import RunFolder, check_output, claim, earlier_plan, finished
 from qlora.step import accumulate, check_head, check_packing, evaluate
 from qlora.tracking import Sample, Tracker
@@ -56,11 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
         >>> outcome = train(Recipe.load("quickstart", ["training.max_steps=20"]))
         >>> outcome.loss_before, outcome.loss_after
     """
-    accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
-    if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
-        raise ModelError(
-            "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
-        )
+    accelerator = accelerator_for(recipe)
     path = Path(recipe.output)
     check_output(recipe, path, resume=resume, fresh=fresh)
     with checkpoint.lock(path) if accelerator.is_main_process else nullcontext():
@@ -71,6 +68,16 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
             # Only now, when all input has proved good, is an older run replaced.
             session.begin(_claim_together(recipe, path, session, resume=resume, fresh=fresh))
             return session.fit(terminal=terminal)
+
+
+def accelerator_for(recipe: Recipe) -> Accelerator:
+    """This process among those of the run, and its device."""
+    accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
+    if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
+        raise ModelError(
+            "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
+        )
+    return accelerator
 
 
 @dataclass
@@ -171,6 +178,9 @@ class Session:
             if result is not None and self.accelerator.is_main_process:
                 self.run.write_result(outcome.as_json())
             tracker.finish(outcome.as_json())
+        if self.accelerator.is_main_process:
+            with suppress(SaveError):  # the run is whole without its page, and `qlora report` makes it again
+                write_page(self.run.path)
         return outcome
 
     def take_step(self, step: int, tracker: Tracker) -> int:
@@ -317,7 +327,11 @@ class Session:
         """Leave forecast, measurement and the documents' estimate in the run's folder."""
         if not self.accelerator.is_main_process:
             return
-        content = self.memory.write(self.run.path)
+        try:
+            content = self.memory.write(self.run.path)
+        except SaveError as error:
+            tracker.note(f"no memory report: {error}")
+            return
         if content is not None:
             tracker.memory(content, self.run.path / "memory.png")
 

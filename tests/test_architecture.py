@@ -27,6 +27,7 @@ ROOMS = [
     {"memory", "checkpoint", "tracking", "run", "interrupt", "generate", "trained"},
     {"outcome", "report"},
     {"train"},
+    {"profile"},
     {"cli"},
 ]
 RANK = {name: number for number, names in enumerate(ROOMS) for name in names}

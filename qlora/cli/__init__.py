@@ -9,8 +9,10 @@ import typer
 from qlora.cli import recipes
 from qlora.cli.check import check
 from qlora.cli.data import data
+from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
+from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
 from qlora.errors import QloraError
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("check")(check)
+app.command("estimate")(estimate)
+app.command("profile")(profile)
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -1,6 +1,6 @@
 """Will it fit? If it does, how much more would; if not, the smallest changes that make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from qlora.recipe import Recipe
 
 SMALLEST_RANK = 8
 SHORTEST_ROW = 128
+SECANT_STEPS = 4
 LARGEST_ROWS, LARGEST_TOKENS = 1024, 131_072
 
 
@@ -61,38 +62,40 @@ class Advisor:
         return []
 
     def largest_micro_batch(self) -> int:
-        """Rows of one micro-batch that fit at the length of the rows; 0 if none does."""
-        tokens = self.workload.train.input_ids.shape[1]
-        return self._most(lambda rows: resized(self.workload, rows=rows, tokens=tokens), LARGEST_ROWS)
+        """Rows of one micro-batch that fit, at the length of the rows."""
+        rows, tokens = self.workload.train.input_ids.shape
+        return self._most(lambda rows: resized(self.workload, rows=rows, tokens=tokens), rows, LARGEST_ROWS)
 
     def longest_rows(self) -> int:
-        """Tokens of a row that fit, with the micro-batch of the recipe, in steps of 64; 0 if none does."""
-        rows = self.workload.train.input_ids.shape[0]
+        """Tokens of a row that fit, with the micro-batch of the recipe; a multiple of 64."""
+        rows, tokens = self.workload.train.input_ids.shape
         limit = getattr(self.arch.config.get_text_config(), "max_position_embeddings", None) or LARGEST_TOKENS
         return 64 * self._most(
             lambda blocks: resized(self.workload, rows=rows, tokens=64 * blocks),
-            min(limit, LARGEST_TOKENS) // 64,
+            max(1, tokens // 64),
+            max(1, min(limit, LARGEST_TOKENS) // 64),
         )
 
-    def _most(self, load: Any, limit: int) -> int:
-        """The largest number up to `limit` whose load fits, by a secant: memory grows about linearly."""
-        low, high = 0, limit + 1  # low fits, high does not (or is not allowed)
-        sizes = {number: self._fits(load(number)) for number in (1, 2)}
-        if sizes[1] > self.capacity_bytes:
-            return 0
-        low, slope = 1, max(1.0, float(sizes[2] - sizes[1]))
-        base, at = sizes[1], 1
-        while high - low > 1:
-            guess = at + int((self.capacity_bytes - base) / slope)
-            guess = min(max(guess, low + 1), high - 1)
-            size = self._fits(load(guess))
-            slope = max(1.0, (size - base) / (guess - at)) if guess != at else slope
-            base, at = size, guess
-            low, high = (guess, high) if size <= self.capacity_bytes else (low, guess)
-        return low
+    def _most(self, load: Callable[[int], Workload], fits: int, limit: int) -> int:
+        """About the largest number up to `limit` whose load fits, proved to fit; `fits` is known to.
 
-    def _fits(self, workload: Workload) -> int:
-        return needed(forecast(self.recipe, workload, self.arch, cuda=self.cuda))
+        Memory grows about linearly with it, so a secant finds it in a few forecasts.
+        """
+
+        def size(number: int) -> int:
+            return needed(forecast(self.recipe, load(number), self.arch, cuda=self.cuda))
+
+        low, low_size = fits, size(fits)
+        high, high_size = min(2 * fits, limit), 0
+        for _ in range(SECANT_STEPS):
+            if high <= low:
+                break
+            high_size = size(high)
+            slope = max(1.0, (high_size - low_size) / (high - low))
+            if high_size <= self.capacity_bytes:
+                low, low_size = high, high_size
+            high = min(limit, low + int((self.capacity_bytes - low_size) / slope))
+        return low
 
     def _needed(self, recipe: Recipe) -> int:
         arch = self.arch

@@ -8,7 +8,7 @@ constants.
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,12 +33,14 @@ from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model import adapt_as, checkpoint_as, checkpointed, optimizer_of
 from qlora.optim import Optimizer
-from qlora.optim.flat import BLOCK_SIZE
+from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
 from qlora.step import accumulate, decoder_layers, evaluate
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
+
+FEW_CHUNKS = 3
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 """torch gives cuBLAS this on Hopper (8 MiB before it); assumed, not measured yet"""
@@ -155,7 +157,8 @@ def _trace_of_batches(
 ) -> Trace:
     """A step's passes and an evaluation, without what stands in memory all through the run."""
     known = inventory.inventory(model, optimizer)
-    with LiveBytes(known) as live, _layers_marked(model, live), _MetaKernels():
+    experts = any("experts" in name for name, _ in model.named_modules())
+    with LiveBytes(known) as live, _layers_marked(model, live), _MetaKernels() if experts else nullcontext():
         with _as_packed(workload.train):
             accumulate(model, [_faked(workload.train, fake)], seed=0, step=0, loss_chunk=loss_chunk)
         if workload.evaluation is not None:
@@ -168,23 +171,30 @@ def _trace_of_batches(
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     """What the optimizer over all that is trained holds, and the rows of an update.
 
-    One parameter stands for all of a kind: the optimizer lays them end to end in any case.
+    One parameter stands for all of a kind: the optimizer lays them end to end in any case, and updates them
+    chunk by chunk, of which a few show what all do.
     """
     sizes: dict[tuple[torch.dtype, bool], int] = {}
     for parameter in trainable_parameters(arch.model).values():
         kind = parameter.dtype, parameter.ndim >= 2  # weight decay is for matrices
         sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
-    whole = nn.Module()
-    for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
-        shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
-        whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
-    optimizer = optimizer_of(whole, recipe)
+    standing = _row(inventory.of_optimizer(_optimizer_over(sizes, recipe)))
+    few = {kind: min(blocks, FEW_CHUNKS * CHUNK_SIZE // BLOCK_SIZE) for kind, blocks in sizes.items()}
+    optimizer = _optimizer_over(few, recipe)
     known = list(inventory.of_optimizer(optimizer))
     with LiveBytes(known) as live:
         optimizer.clip(recipe.training.max_grad_norm)
         optimizer.step(recipe.optimizer.lr)
-    standing = _row(known)
-    return standing, live.trace().parts - standing
+    return standing, live.trace().parts - _row(known)
+
+
+def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer over so many blocks of each (dtype, is a matrix)."""
+    whole = nn.Module()
+    for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
+        shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
+        whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
+    return optimizer_of(whole, recipe)
 
 
 def _standing(model: nn.Module, copies: list[tuple[int, int]]) -> Row:

@@ -50,7 +50,10 @@ def assumed(recipe: Recipe) -> Workload:
 
 
 def resized(workload: Workload, *, rows: int | None = None, tokens: int | None = None) -> Workload:
-    """The same load with other micro-batches: `rows` rows of `tokens` tokens, as many of them trained as before."""
+    """The same load with other micro-batches: `rows` rows of `tokens` tokens, the same share of them trained.
+
+    An evaluation on batches no larger than those trained on never takes the most, and is left out.
+    """
 
     def batch(old: Batch) -> Batch:
         before = old.input_ids.shape
@@ -62,7 +65,9 @@ def resized(workload: Workload, *, rows: int | None = None, tokens: int | None =
         labels.view(-1)[:supervised] = 0
         return Batch(input_ids, labels, positions, tokens=input_ids.numel(), supervised=supervised)
 
-    evaluation = None if workload.evaluation is None else batch(workload.evaluation)
+    old = workload.evaluation
+    larger = old is not None and old.input_ids.numel() > workload.train.input_ids.numel()
+    evaluation = batch(old) if old is not None and larger else None
     return replace(workload, train=batch(workload.train), evaluation=evaluation)
 
 

@@ -1,0 +1,40 @@
+"""`qlora profile`: what memory a recipe really takes, beside the forecast and the documents' estimates."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora.cli.arguments import Json, Overrides, RecipeArgument
+
+
+def profile(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to take.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for memory.json, memory.md and memory.png.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Train for a few steps, count every tensor, and set it beside the forecast. Keeps no run.
+
+    [bold]qlora profile quickstart --steps 5[/bold]
+    """
+    from qlora.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    from qlora.memory.report import table, write
+    from qlora.profile import profile as measured
+
+    memory = measured(loaded, steps, terminal=not json_output)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out, memory)
+    if json_output:
+        print(json.dumps(memory))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(table(memory))
