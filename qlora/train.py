@@ -146,7 +146,7 @@ class Session:
         training = self.recipe.training
         began = time.monotonic()
         with StopRequest() as stop, self._tracker(terminal) as tracker:
-            for note in self.notes:
+            for note in self.notes if terminal else ():
                 tracker.note(note)
             loss = self.loss_before
             if self.first_step == 0:

@@ -159,6 +159,7 @@ def _trace_of_batches(
     known = inventory.inventory(model, optimizer)
     experts = any("experts" in name for name, _ in model.named_modules())
     with LiveBytes(known) as live, _layers_marked(model, live), _MetaKernels() if experts else nullcontext():
+        optimizer.zero_grad()
         with _as_packed(workload.train):
             accumulate(model, [_faked(workload.train, fake)], seed=0, step=0, loss_chunk=loss_chunk)
         if workload.evaluation is not None:
@@ -337,6 +338,10 @@ def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
 
 class _MetaKernels(TorchDispatchMode):
     """Shapes of operations for which torch can tell them of some dtypes only."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard costs more than the mode
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -8,7 +8,6 @@ The phases are those that `step.py` and `train.py` announce with `torch.profiler
 profiler shows the same words.
 """
 
-import gc
 import itertools
 import weakref
 from bisect import bisect_left
@@ -145,10 +144,9 @@ class LiveBytes(TorchDispatchMode):
         for tensor, part in known:
             self._see(tensor, part)
 
-    def __enter__(self) -> "LiveBytes":
-        gc.collect()  # what is garbage now shall not die in the middle of a step
-        super().__enter__()
-        return self
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard costs more than the counting
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

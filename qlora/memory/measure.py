@@ -4,6 +4,7 @@ The process's own peaks cost nothing and are always there. What they consist of 
 slows a step down, so a run has one step watched: the one with its largest micro-batch.
 """
 
+import gc
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ class Watch:
         if not self._wanted(step):
             yield
             return
+        gc.collect()  # what is garbage already shall not die in the middle of the step
         known = inventory.inventory(self._model, self._optimizer)
         with LiveBytes(known, self._device.type) as live:
             yield

@@ -7,7 +7,7 @@ the tokens, which speaks for large micro-batches.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora.errors import OutOfMemoryError
 from qlora.memory.forecast import Architecture, Forecast, forecast
@@ -79,24 +79,26 @@ def plan(
         OutOfMemoryError: one row at a time with everything recomputed does not fit; says how much it takes.
     """
     search = _Search(recipe, arch, workload_of, budget_bytes, cuda)
-    candidates: list[Plan] = []
+    fitting: list[Plan] = []
     total = recipe.training.global_batch_size
     for rows in (rows for rows in range(1, total + 1) if total % rows == 0):
         least = search.run(rows, arch.layers, recipe.training.loss_chunk)
         if least.needed_bytes > budget_bytes:
             break
-        candidates.append(search.fewest_checkpointed(least))
-    if not candidates:
-        least = search.run(1, arch.layers, SMALL_LOSS_CHUNK)
-        if least.needed_bytes > budget_bytes:
+        fitting.append(least)
+    if not fitting:
+        fitting = [search.run(1, arch.layers, SMALL_LOSS_CHUNK)]
+        if fitting[0].needed_bytes > budget_bytes:
             unit = unit_for(budget_bytes)
             raise OutOfMemoryError(
                 f"training.memory: one row at a time, every layer recomputed, is forecast to take "
-                f"{unit.text(least.needed_bytes)} of {unit.text(budget_bytes)}. `qlora estimate` with "
+                f"{unit.text(fitting[0].needed_bytes)} of {unit.text(budget_bytes)}. `qlora estimate` with "
                 "--gpu tells what else could be changed"
             )
-        candidates = [search.fewest_checkpointed(least)]
-    best = min(candidates, key=search.work)
+    best = search.fewest_checkpointed(fitting.pop())
+    for least in reversed(fitting):
+        if search.work(replace(least, checkpointed_layers=0)) < search.work(best):
+            best = min(best, search.fewest_checkpointed(least), key=search.work)
     if best.checkpointed_layers and best.loss_chunk > SMALL_LOSS_CHUNK:
         # Smaller pieces of logits may make room for another layer
         smaller = search.fewest_checkpointed(search.run(best.micro_batch_size, arch.layers, SMALL_LOSS_CHUNK))

@@ -1,0 +1,109 @@
+"""A budget instead of knobs, and what to change when a run does not fit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures_for_tests import recipe
+
+from qlora.errors import OutOfMemoryError
+from qlora.memory.forecast import architecture, forecast
+from qlora.memory.outlook import estimate
+from qlora.memory.plan import Plan, needed, plan, sized
+from qlora.memory.workload import assumed
+from qlora.recipe import Recipe
+from qlora.train import train
+
+RecipeFile = Callable[..., Path]
+MIB = 2**20
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Recipe:
+    return recipe(tmp_path, "llama", layers=6, training={"global_batch_size": 4, "micro_batch_size": 1})
+
+
+def planned(recipe: Recipe, budget: int) -> Plan:
+    workload = assumed(recipe)
+    arch = architecture(recipe, cuda=False)
+    return plan(recipe, arch, lambda changed: sized(changed, workload), budget, cuda=False)
+
+
+def with_training(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
+
+
+def takes(recipe: Recipe) -> int:
+    return needed(forecast(recipe, assumed(recipe), architecture(recipe, cuda=False), cuda=False))
+
+
+def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
+    smallest = takes(with_training(made, loss_chunk=256))
+    low, middle, high = (planned(made, budget) for budget in (smallest, 4 * MIB, 100 * MIB))
+    for found in (low, middle, high):
+        assert takes(found.apply(made)) == found.needed_bytes <= found.budget_bytes
+    assert (low.micro_batch_size, low.checkpointed_layers) == (1, 6)
+    assert (high.micro_batch_size, high.checkpointed_layers) == (4, 0)
+    # one layer more would not fit
+    assert 0 < middle.checkpointed_layers < 6
+    spared = with_training(middle.apply(made), gradient_checkpointing=middle.checkpointed_layers - 1)
+    assert takes(spared) > middle.budget_bytes
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"training\.memory: one row .* [12]\.\d+ MiB of 0\.500 MiB"):
+        planned(made, MIB // 2)
+
+
+def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    file = recipe_file()
+    plain = train(Recipe.load(file, [f"output={tmp_path}/plain"]), terminal=False)
+    tight = train(Recipe.load(file, [f"output={tmp_path}/tight", "training.memory=2MiB"]), terminal=False)
+    assert plain.loss_after == pytest.approx(tight.loss_after, rel=1e-4)
+    chosen = json.loads((tmp_path / "tight/run.json").read_text())["plan"]
+    assert chosen["gradient_checkpointing"] > 0
+    memory = json.loads((tmp_path / "tight/memory.json").read_text())
+    assert memory["measured"]["total_bytes"] <= 2 * MIB
+    assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
+
+
+def test_a_resumed_run_keeps_its_plan(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qlora.memory.record as record
+
+    file = recipe_file(training={"save_every": 2, "max_steps": 2, "memory": "auto"})
+    train(Recipe.load(file), terminal=False)
+    output = Recipe.load(file).output
+    before = json.loads(Path(output, "run.json").read_text())["plan"]
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(record, "plan", forbidden)
+    Path(output, "result.json").unlink()
+    train(Recipe.load(file, ["training.max_steps=4"]), resume=True, terminal=False)
+    assert json.loads(Path(output, "run.json").read_text())["plan"] == before
+
+
+def test_changes_make_it_fit_and_the_cheapest_comes_first(made: Recipe) -> None:
+    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False)
+    whole = takes(large)
+    found = estimate(large, 600 * MIB)
+    assert found.fits
+    assert found.largest_micro_batch is not None
+    assert found.largest_micro_batch > 4
+    context = found.needed_bytes - whole
+    tight = estimate(large, context + whole // 2)
+    assert not tight.fits
+    assert [change.settings[0].split("=")[0] for change in tight.changes][:2] == [
+        "training.micro_batch_size",
+        "training.gradient_checkpointing",
+    ]
+    for change in tight.changes:
+        assert change.needed_bytes <= context + whole // 2
+    nothing = estimate(large, context // 2)
+    assert not nothing.changes
+    assert "smaller model" in list(nothing.lines())[-1]
