@@ -52,7 +52,7 @@ def recipe(folder: Path, architecture: str, *, layers: int = 4, **sections: dict
     settings: dict[str, Any] = {
         "base": base,
         "adapter": adapter,
-        "data": {"source": "nothing.jsonl", "max_length": 64},
+        "data": {"source": "someone/rows", "max_length": 64},
         "training": {"micro_batch_size": 2, "global_batch_size": 4, "device": "cpu"},
         "optimizer": {"name": "adamw"},
     }

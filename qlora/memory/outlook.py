@@ -61,8 +61,13 @@ class Estimate:
             return
         unit = unit_for(self.capacity_bytes)
         room = self.capacity_bytes - self.needed_bytes
+        total = self.memory["forecast"]["total_bytes"]
         if self.fits:
-            yield f"Fits into {unit.text(self.capacity_bytes)}: {unit.text(room)} are left."
+            yield f"Fits into {unit.text(self.capacity_bytes)}: " + (
+                f"{unit.text(self.capacity_bytes - total)} are left."
+                if total <= self.capacity_bytes
+                else f"{unit.text(total - self.capacity_bytes)} of paged optimizer state stay on the host."
+            )
             rows = self.memory["workload"]
             yield (
                 f"The most that fits: micro-batches of {self.largest_micro_batch} rows of {rows['row_tokens']} "

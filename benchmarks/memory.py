@@ -1,0 +1,217 @@
+"""Memory of full fine-tuning, LoRA and QLoRA at 7B, 13B, 33B and 65B: documents, forecast, and measured on a GPU.
+
+    python benchmarks/memory.py                        forecasts: any machine, a minute or two
+    python benchmarks/memory.py --measure              where there is a GPU: also runs QLoRA and measures it
+
+Writes benchmarks/reports/memory_<device>_<yyyy-mm>.md, .json and .png. The setting is that of the QLoRA paper's
+figure 6: one row of 512 tokens, rank 64 on all linear layers, all layers checkpointed; and the same at 2,048 tokens.
+Weights are synthetic: real shapes, random NF4 codes.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.memory.outlook import estimate
+from qlora.recipe import Recipe
+
+MODELS = {"7B": "llama-7b", "13B": "llama-13b", "33B": "llama-33b", "65B": "llama-65b"}
+LENGTHS = (512, 2048)
+PAPER_GB = {"7B": 6.9, "13B": 11.3, "33B": 24.7, "65B": 45.0}
+"""QLoRA (Dettmers et al. 2023), figure 6, at 512 tokens, GB; read off a secondary source, not checked by us"""
+
+COMMON = [
+    "training.micro_batch_size=1",
+    "training.global_batch_size=1",
+    "data.source=someone/rows",
+    "data.held_out=0",
+]
+METHODS = {
+    "full": ["base.quantization=none", "adapter.method=full", "optimizer.name=adamw"],
+    "LoRA": ["base.quantization=none", "adapter.rank=64", "adapter.targets=all-linear"],
+    "QLoRA": ["adapter.rank=64", "adapter.targets=all-linear"],
+}
+REPORTS = Path(__file__).parent / "reports"
+GIB = 2**30
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--measure", action="store_true", help="run QLoRA on this GPU too")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--out", type=Path, default=REPORTS)
+    arguments = parser.parse_args()
+    if arguments.measure and not torch.cuda.is_available():
+        parser.error("--measure needs a GPU, and torch finds none")
+    rows = [
+        row(model, method, length, arguments.measure)
+        for model in arguments.models
+        for length in arguments.lengths
+        for method in METHODS
+    ]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
+    name = f"memory_{device.lower().replace(' ', '-')}_{datetime.now(UTC):%Y-%m}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(), "rows": rows}
+    (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    picture(rows, arguments.out / f"{name}.png")
+    text = markdown(content, name)
+    (arguments.out / f"{name}.md").write_text(text)
+    print(text)
+
+
+def row(model: str, method: str, length: int, measure: bool) -> dict[str, Any]:
+    """One cell of the comparison: bytes by the documents, by the forecast, and measured."""
+    overrides = [*COMMON, *METHODS[method], f"data.max_length={length}"]
+    found = estimate(recipe_of(model, overrides)).memory
+    documents = found["documents"]
+    return {
+        "model": model,
+        "method": method,
+        "tokens": length,
+        # the documents have no arithmetic for a quantized base: theirs for LoRA stands beside it
+        "documents_bytes": documents["total_bytes"],
+        "forecast": {
+            key: found["forecast"][key] for key in ("total_bytes", "parts", "peak", "allocated_bytes")
+        },
+        "measured": measured(model, overrides) if measure and method == "QLoRA" else None,
+    }
+
+
+def recipe_of(model: str, overrides: list[str]) -> Recipe:
+    """The shipped recipe; keys that a method leaves without effect are taken out."""
+    recipe = Recipe.load(MODELS[model]).to_dict()
+    if "adapter.method=full" in overrides:
+        recipe["adapter"] = {"method": "full"}
+    if "base.quantization=none" in overrides:
+        for key in ("double_quant", "block_size"):
+            del recipe["base"][key]
+    for override in overrides:
+        key, value = override.split("=")
+        section, name = key.split(".")
+        recipe[section][name] = json.loads(value) if value.lstrip("-").isdigit() else value
+    for key in ("split", "columns"):
+        recipe["data"].pop(key, None)
+    if recipe["data"]["held_out"] == 0:
+        for key in ("eval_every", "samples", "sample_tokens"):
+            recipe["training"].pop(key, None)
+    return Recipe.from_dict(recipe, MODELS[model])
+
+
+def measured(model: str, overrides: list[str]) -> dict[str, Any]:
+    """QLoRA for two steps in a fresh process, rows of full length."""
+    length = int(next(o for o in overrides if "max_length" in o).split("=")[1])
+    rows = Path(f"/tmp/qlora-memory-rows-{length}.jsonl")
+    rows.write_text("".join(json.dumps({"text": "word " * 2 * length}) + "\n" for _ in range(4)))
+    settings = [*overrides, "base.init=synthetic", "training.device=cuda"]
+    settings = [o for o in settings if not o.startswith("data.source")]
+    settings += [f"data.source={rows}", "data.format=completion", "data.too_long=truncate"]
+    command = [sys.executable, "-m", "qlora", "profile", MODELS[model], *settings, "--steps", "2", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        return {"error": run.stderr.strip().splitlines()[-1]}
+    found = json.loads(run.stdout)
+    keys = ("total_bytes", "parts", "peak", "allocated_bytes", "reserved_bytes", "driver_bytes")
+    return {key: found["measured"][key] for key in keys}
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "commit": commit,
+        "command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+    }
+
+
+def markdown(content: dict[str, Any], name: str) -> str:
+    """The report."""
+    lines = [
+        "# Memory: full fine-tuning, LoRA and QLoRA",
+        "",
+        "One row a micro-batch, rank 64 on all linear layers, all layers checkpointed, AdamW with an fp32 master copy "
+        "(paged for LoRA and QLoRA). GiB; the paper's column in GB as published.",
+        "",
+        f"![bars]({name}.png)",
+        "",
+        "| model | tokens | method | documents | forecast | of it, paged | measured | error | QLoRA paper, GB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in content["rows"]:
+        forecast, real = entry["forecast"], entry["measured"]
+        total = forecast["total_bytes"]
+        shown, error = "not measured", "–"
+        if real is not None:
+            shown = real.get("error") or f"{real['total_bytes'] / GIB:.2f}"
+            error = f"{total / real['total_bytes'] - 1:+.1%}" if "total_bytes" in real else "–"
+        paper = PAPER_GB[entry["model"]] if (entry["method"], entry["tokens"]) == ("QLoRA", 512) else "–"
+        paged = forecast["parts"].get("optimizer_state_paged", 0)
+        lines.append(
+            f"| {entry['model']} | {entry['tokens']:,} | {entry['method']} | {entry['documents_bytes'] / GIB:.2f} "
+            f"| {total / GIB:.2f} | {paged / GIB:.2f} | {shown} | {error} | {paper} |"
+        )
+    lines += [
+        "",
+        "The documents have no arithmetic for a quantized base; beside QLoRA stands theirs for LoRA.",
+        "",
+    ]
+    lines += [f"- {key}: {value}" for key, value in content["environment"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars by model and method, on a logarithmic scale, at the shortest length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    length = min(row["tokens"] for row in rows)
+    shown = [row for row in rows if row["tokens"] == length]
+    figure, axes = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
+    colours = {"documents": "#c3c9cf", "forecast": "#2b5a8c", "measured": "#a8480f"}
+    for place, row in enumerate(shown):
+        real = (row["measured"] or {}).get("total_bytes")
+        bars = {
+            "documents": row["documents_bytes"],
+            "forecast": row["forecast"]["total_bytes"],
+            "measured": real,
+        }
+        for offset, (name, size) in enumerate(bars.items()):
+            if size:
+                x = place + 0.27 * (offset - 1)
+                axes.bar(x, size / GIB, 0.25, color=colours[name], label=name if place == 2 else None)
+                axes.text(x, size / GIB * 1.04, f"{size / GIB:.3g}", ha="center", fontsize=7.5)
+    axes.set_yscale("log", base=2)
+    axes.set_yticks([4, 8, 16, 24, 48, 80, 160, 320, 640, 1280], [4, 8, 16, 24, 48, 80, 160, 320, 640, 1280])
+    axes.set_xticks(range(len(shown)), [f"{row['method']}\n{row['model']}" for row in shown])
+    for size in (24, 48, 80):
+        axes.axhline(size, color="#68707a", linewidth=0.7, linestyle=":")
+    axes.set_ylabel("GiB")
+    axes.set_title(
+        f"One row of {length} tokens: what the documents estimate and what a run is forecast to take",
+        loc="left", fontsize=11, fontweight="bold",
+    )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
