@@ -155,7 +155,13 @@ def test_forecast_and_measurement_agree_for_any_shape(
 def test_a_few_layers_tell_what_all_of_them_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, checkpointing: Any
 ) -> None:
-    made = recipe(tmp_path, architecture, layers=11, training={"gradient_checkpointing": checkpointing})
+    made = recipe(
+        tmp_path,
+        architecture,
+        layers=11,
+        training={"gradient_checkpointing": checkpointing},
+        data={"held_out": 0},  # an evaluation is the same in every layer, and not stretched
+    )
     stretched = foreseen(made, load_of(made))
     monkeypatch.setattr(forecasting, "KEPT_LAYERS", 99)
     whole = foreseen(made, load_of(made))
@@ -189,9 +195,9 @@ def test_a_gpu_pages_and_keeps_logits_in_fp32(tmp_path: Path) -> None:
         optimizer={"name": "paged_adamw_32bit"},
     )
     cpu, gpu = (foreseen(made, load_of(made), cuda=cuda) for cuda in (False, True))
-    # fp32 master copy and two moments of every trained parameter: in managed memory on the GPU
+    # what rounding left over and two moments of every trained parameter: in managed memory on the GPU
     for found, part in ((cpu, "optimizer_state"), (gpu, "optimizer_state_paged")):
-        assert found.trace.peak()[1][part] == 12 * found.trained_parameters
+        assert found.trace.peak()[1][part] == 10 * found.trained_parameters
     assert gpu.trace.peak()[1]["device_context"] > 0
     assert cpu.trace.peak()[1]["device_context"] == 0
 

@@ -170,12 +170,34 @@ def test_state_bytes_count_what_is_held() -> None:
     assert wide == {
         "parameters": 2 * padded,
         "gradients": 2 * padded,
-        "master": 4 * padded,
+        "remainder": 2 * padded,
         "moments": 8 * padded,
     }
     narrow = Optimizer(parameters(), name="lion_8bit").state_bytes()
-    assert narrow["master"] == 0
-    assert narrow["moments"] == padded + 4 * padded // 256
+    assert narrow["remainder"] == 0
+    assert narrow["moments"] == padded + 4 * padded // 256 + 4 * 256  # with scales, and the table of codes
+
+
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=3e38, min_value=-3e38),
+        min_size=1,
+    )
+)
+def test_a_bf16_value_and_its_remainder_are_an_fp32_number(numbers: list[float]) -> None:
+    master = torch.tensor(numbers)
+    value, remainder = (
+        torch.empty_like(master, dtype=torch.bfloat16),
+        torch.empty_like(master, dtype=torch.int16),
+    )
+    flat.split(master.clone(), value, remainder)
+    assert torch.equal(flat.joined(value, remainder), master)
+    # no bf16 number is nearer
+    error, best = (
+        (value.double() - master.double()).abs(),
+        (master.bfloat16().double() - master.double()).abs(),
+    )
+    assert torch.equal(error, best)
 
 
 # Saving
@@ -210,12 +232,12 @@ def test_state_is_named_by_parameter_and_independent_of_their_order() -> None:
     train(params, optimizer, range(3))
     state = clone(optimizer.state())
     assert int(state["steps.adamw_8bit"]) == 3
-    assert state["a.master"].shape == (8, 640)
+    assert state["a.value"].shape == state["a.remainder"].shape == (8, 640)
     assert state["a.moment2"].shape == (20, 256)
     assert state["a.absmax1"].shape == (20,)
     other = dict(reversed(parameters(torch.bfloat16, seed=5).items()))
     resumed = Optimizer(other, name="adamw_8bit")
-    resumed.load_state(state)  # the master copies bring the parameters along
+    resumed.load_state(state)  # brings the parameters along
     assert_equal(params, other)
     assert_equal(state, resumed.state())
 
@@ -306,7 +328,7 @@ def test_paged_states_stay_paged_and_exact_over_a_resume(
     params, other = large(dtype), large(dtype)
     optimizer, resumed = Optimizer(params, name=name), Optimizer(other, name=name)
     sizes = optimizer.state_bytes()
-    assert 0.9 * (sizes["master"] + sizes["moments"]) < optimizer.paged_bytes() < 50e6
+    assert 0.9 * (sizes["remainder"] + sizes["moments"]) < optimizer.paged_bytes() < 50e6
     train(params, optimizer, range(3))
     checkpoint.save_tensors(tmp_path / "state.safetensors", optimizer.state())
     for key, parameter in params.items():

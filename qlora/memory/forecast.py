@@ -7,7 +7,7 @@ constants.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,19 +132,17 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         model = load_base(base, "cpu", config=_shortened(arch, sum(kept)))
         adapt_as(model, small)
         checkpoint_as(model, small)
-        chunk = recipe.training.loss_chunk
-        trace = _trace_of_batches(model, optimizer_of(model, small), workload, fake, chunk)
+        step, evaluation = _traces(model, optimizer_of(model, small), workload, fake, recipe)
         standing = _standing(model, copies)
         optimizer, update = _trace_of_update(arch, recipe)
-    trace = repeat_all(trace, copies)
-    whole = np.concatenate([trace.parts, update]) + standing + optimizer
+    trace = _joined(repeat_all(step, copies), update, evaluation)
+    rows = trace.parts + standing + optimizer
     if cuda:
-        whole = whole + _beside_the_tensors(whole)
-    marks = [*trace.marks, Mark(len(trace.parts), "update")]
+        rows = rows + _beside_the_tensors(rows)
     trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
     total = sum(parameter.numel() for parameter in arch.model.parameters())
     return Forecast(
-        Trace(whole, marks),
+        Trace(rows, trace.marks),
         layers=arch.layers,
         checkpointed_layers=count,
         parameters=total if recipe.adapter.method == "full" else total - trained,
@@ -152,21 +150,38 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     )
 
 
-def _trace_of_batches(
-    model: nn.Module, optimizer: Optimizer, workload: Workload, fake: FakeTensorMode, loss_chunk: int
-) -> Trace:
+def _traces(
+    model: nn.Module, optimizer: Optimizer, workload: Workload, fake: FakeTensorMode, recipe: Recipe
+) -> tuple[Trace, Trace | None]:
     """A step's passes and an evaluation, without what stands in memory all through the run."""
-    known = inventory.inventory(model, optimizer)
+    known, chunk = inventory.inventory(model, optimizer), recipe.training.loss_chunk
     experts = any("experts" in name for name, _ in model.named_modules())
-    with LiveBytes(known) as live, _layers_marked(model, live), _MetaKernels() if experts else nullcontext():
+    kernels = _MetaKernels() if experts else nullcontext()
+
+    def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
+        with LiveBytes(known) as live, _layers_marked(model, live), kernels, _as_packed(batch):
+            run(_faked(batch, fake))
+        found = live.trace()
+        return Trace(found.parts - _row(known), found.marks)
+
+    def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        with _as_packed(workload.train):
-            accumulate(model, [_faked(workload.train, fake)], seed=0, step=0, loss_chunk=loss_chunk)
-        if workload.evaluation is not None:
-            with _as_packed(workload.evaluation):
-                evaluate(model, [_faked(workload.evaluation, fake)], loss_chunk=loss_chunk)
-    trace = live.trace()
-    return Trace(trace.parts - _row(known), trace.marks)
+        accumulate(model, [batch], seed=0, step=0, loss_chunk=chunk)
+
+    evaluation = None
+    if workload.evaluation is not None:
+        evaluation = trace(workload.evaluation, lambda batch: evaluate(model, [batch], loss_chunk=chunk))
+    return trace(workload.train, step), evaluation
+
+
+def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
+    """The passes, the update after them, then the evaluation."""
+    rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), "update")]
+    if evaluation is not None:
+        start = evaluation.marks[0].index  # before it, what is known was only entered
+        marks.append(Mark(len(step.parts) + len(update), "evaluation"))
+        rows.append(evaluation.parts[start:])
+    return Trace(np.concatenate(rows), marks)
 
 
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:

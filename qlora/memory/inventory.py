@@ -11,7 +11,7 @@ from qlora.optim.paged import is_paged
 _KINDS = {
     "parameters": "adapters",
     "gradients": "gradients",
-    "master": "optimizer_state",
+    "remainder": "optimizer_state",
     "moments": "optimizer_state",
 }
 

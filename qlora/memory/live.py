@@ -89,9 +89,12 @@ class Trace:
         return highest
 
     def timeline(self, samples: int = 600) -> dict[str, Any]:
-        """At most `samples` points, each the highest moment of its stretch, for a picture."""
+        """A step at `samples` points at most, each the highest moment of its stretch, for a picture."""
         totals = self.totals
-        edges = np.unique(np.linspace(0, len(totals), min(samples, len(totals)) + 1).astype(int))
+        start = self.marks[0].index if self.marks else 0
+        later = (mark.index for mark in self.marks if mark.phase == "evaluation" and mark.index > start)
+        end = min(next(later, len(totals)), len(totals))
+        edges = np.unique(np.linspace(start, end, min(samples, end - start) + 1).astype(int))
         picked = [int(a + totals[a:b].argmax()) for a, b in itertools.pairwise(edges)]
         rows = self.parts[picked]
         phases: list[tuple[int, str]] = []

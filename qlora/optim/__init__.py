@@ -7,7 +7,8 @@ pages tensors of 100,000 elements and more only, which no single attention matri
 
 Parameters in bf16 cannot hold small updates: next to 1.0 the smallest step is 2^-8, and an update below half
 of it vanishes. So the optimizer steps a master copy in fp32 and rounds it into the bf16 parameters, as in
-mixed-precision training (Micikevicius et al. 2018, section 3.1). Parameters in fp32 are their own master.
+mixed-precision training (Micikevicius et al. 2018, section 3.1). Of that copy the parameter itself is the upper
+half, so only the 16 bits that rounding left over are kept. Parameters in fp32 are their own master.
 
 Sources: AdamW, Loshchilov and Hutter 2019; Lion, Chen et al. 2023; 8-bit states in blocks of 256, Dettmers et
 al. 2022; paged optimizers, QLoRA (Dettmers et al. 2023), section 3.

@@ -22,7 +22,7 @@ class FlatGroup:
     """Parameters of one device, dtype and weight decay.
 
     value, gradient: [n] in the parameters' dtype, n the sum of their sizes, each rounded up to BLOCK_SIZE.
-    states: `master` [n] fp32 for parameters not in fp32, `moment1`, `moment2` [n] fp32 or uint8, `absmax1`,
+    states: `remainder` [n] int16 for parameters in bf16, `moment1`, `moment2` [n] fp32 or uint8, `absmax1`,
     `absmax2` [n / BLOCK_SIZE] fp32. tables: `Method.tables`, no state. The padding has zero gradients: it stays
     zero and adds nothing to a norm.
     """
@@ -49,10 +49,9 @@ class FlatGroup:
             parameter.grad = self._view(self.gradient, name)
             self._gradient_views.append(parameter.grad)
 
-        self.states = self._zero_states(has_master=first.dtype != torch.float32)
+        assert first.dtype in (torch.bfloat16, torch.float32), "an fp32 value is a bf16 one and 16 bits more"
+        self.states = self._zero_states(has_remainder=first.dtype == torch.bfloat16)
         self.tables = method.tables(self.device)
-        if "master" in self.states:
-            self.states["master"].copy_(self.value)
 
     def step(self, update: Update, scale: Tensor) -> None:
         """Update the parameters with the gradients times `scale` [1] fp32, one chunk after the other."""
@@ -67,10 +66,11 @@ class FlatGroup:
                     paged.prefetch(part)
             value = self.value[start:stop]
             gradient = self.gradient[start:stop] * scale  # fp32, whatever the dtype of the gradient
-            master = states.get("master", value)
+            remainder = states.get("remainder")
+            master = value if remainder is None else joined(value, remainder)
             step_in_place(self.method, master, gradient, states | self.tables, update)
-            if master is not value:
-                value.copy_(master)
+            if remainder is not None:
+                split(master, value, remainder)
 
     def check_gradients(self) -> None:
         """Refuse to lose gradients without a sign: a `.grad` set to None is replaced by autograd."""
@@ -80,19 +80,15 @@ class FlatGroup:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Views of all states: `<parameter>.<kind>` -> tensor."""
+        """Views of all states, and of the values that a remainder belongs to: `<parameter>.<kind>` -> tensor."""
+        flat = {"value": self.value, **self.states} if "remainder" in self.states else self.states
         return {
             f"{name}.{kind}": self._view(tensor, name)
             for name in self.parameters
-            for kind, tensor in self.states.items()
+            for kind, tensor in flat.items()
         }
 
-    def round_master(self) -> None:
-        """Round the master copy, where there is one, into the parameters."""
-        if "master" in self.states:
-            self.value.copy_(self.states["master"])
-
-    def _zero_states(self, has_master: bool) -> dict[str, Tensor]:
+    def _zero_states(self, has_remainder: bool) -> dict[str, Tensor]:
         """State tensors; in managed memory when the optimizer is paged, on a GPU, and they are large."""
         is_paged = self.method.paged and on_cuda(self.value) and self.size >= paged.MIN_SIZE
         states: dict[str, Tensor] = {}
@@ -101,8 +97,8 @@ class FlatGroup:
             zeros = paged.paged_zeros if is_paged else torch.zeros
             states[kind] = zeros(self.size, dtype=dtype, device=self.device)
 
-        if has_master:
-            add("master", torch.float32)
+        if has_remainder:
+            add("remainder", torch.int16)
         for i in self.method.moments:
             add(f"moment{i}", torch.uint8 if self.method.bits == 8 else torch.float32)
             if self.method.bits == 8:
@@ -126,3 +122,21 @@ class FlatGroup:
         if flat.numel() != self.size:
             return flat[start // BLOCK_SIZE :][:blocks]
         return flat[start : start + parameter.numel()].view(parameter.shape)
+
+
+def joined(value: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 number [n] that a bf16 `value` and the int16 `remainder` of its bits stand for.
+
+    A bf16 number is the upper half of an fp32 one. What rounding to it leaves over fits into 16 bits, so a bf16
+    parameter and its remainder are an fp32 master copy, exactly, in four bytes instead of six.
+    """
+    bits = value.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(remainder).view(torch.float32)
+
+
+def split(master: Tensor, value: Tensor, remainder: Tensor) -> None:
+    """Write fp32 `master` [n] as a bf16 value, rounded to nearest (ties away from zero), and a remainder."""
+    bits = master.view(torch.int32)
+    upper = bits.add(1 << 15).bitwise_right_shift_(16)
+    value.view(torch.int16).copy_(upper)
+    remainder.copy_(bits.sub_(upper.bitwise_left_shift_(16)))

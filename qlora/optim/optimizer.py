@@ -93,8 +93,8 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on besides the parameters: views by `<parameter>.<kind>`.
 
-        Kinds: `master` (fp32; only for parameters not in fp32) and `moment1`, `moment2` (fp32), all in the
-        parameter's shape; 8-bit moments are codes [blocks, 256] with scales `absmax1`, `absmax2` [blocks].
+        Kinds: `value` (bf16) and `remainder` (int16), together an fp32 master copy of a parameter in bf16, and
+        `moment1`, `moment2` (fp32), all in the parameter's shape; 8-bit moments are codes [blocks, 256] with scales `absmax1`, `absmax2` [blocks].
         One more key, `steps.<optimizer name>`: the updates made. Save or copy the views before the next step.
         """
         state = {f"steps.{self.name}": torch.tensor(self.steps)}
@@ -104,7 +104,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave, exactly. Parameters with a master copy are restored with it.
+        """Restore what `state` gave, exactly. Parameters in bf16 are restored with it.
 
         Values are copied into the existing tensors, so paged states stay paged.
 
@@ -117,8 +117,6 @@ class Optimizer:
         self.steps = int(state[counter])
         for key in own.keys() - {counter}:
             own[key].copy_(state[key])
-        for group in self._groups:
-            group.round_master()
 
     def _check_fits(self, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """Raise ModelError naming the first difference, in the optimizer, a name, a shape or a dtype."""
@@ -137,16 +135,16 @@ class Optimizer:
                 )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every flat tensor with its kind: parameters, gradients, master, moments (their scales and tables too)."""
+        """Every flat tensor with its kind: parameters, gradients, remainder, moments (scales and tables too)."""
         for group in self._groups:
             yield "parameters", group.value
             yield "gradients", group.gradient
             for kind, tensor in (group.states | group.tables).items():
-                yield "master" if kind == "master" else "moments", tensor
+                yield "remainder" if kind == "remainder" else "moments", tensor
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held, by kind, as in `tensors`."""
-        sizes = {"parameters": 0, "gradients": 0, "master": 0, "moments": 0}
+        sizes = {"parameters": 0, "gradients": 0, "remainder": 0, "moments": 0}
         for kind, tensor in self.tensors():
             sizes[kind] += tensor.nbytes
         return sizes

@@ -16,7 +16,7 @@ MIN_SIZE = 100_000
 
 
 def paged_zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zeroed CUDA tensor [size], fp32 or uint8, in managed memory.
+    """A zeroed CUDA tensor [size], fp32, int16 or uint8, in managed memory.
 
     bitsandbytes has no call that frees such memory: it lives as long as the process. In a forecast, where a CPU
     tensor stands for it, only the name is given.
@@ -55,7 +55,7 @@ class _CudaArray:
     def __init__(self, memory: Tensor) -> None:
         self.__cuda_array_interface__ = {
             "shape": tuple(memory.shape),
-            "typestr": {torch.float32: "<f4", torch.uint8: "|u1"}[memory.dtype],
+            "typestr": {torch.float32: "<f4", torch.int16: "<i2", torch.uint8: "|u1"}[memory.dtype],
             "data": (memory.data_ptr(), False),  # may be written
             "version": 3,
         }
