@@ -72,7 +72,7 @@ def assert_right(forecast: Forecast, real: Trace) -> None:
         if size > 0.05 * total:
             assert parts[part] == pytest.approx(size, rel=0.03), part
     for name, size in real.phases().items():
-        assert forecast.trace.phases()[name] == pytest.approx(size, rel=0.01), name
+        assert forecast.trace.phases()[name] == pytest.approx(size, rel=0.01, abs=4096), name
 
 
 SETTINGS = list(

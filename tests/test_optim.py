@@ -180,7 +180,7 @@ def test_state_bytes_count_what_is_held() -> None:
 
 @given(
     st.lists(
-        st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=3e38, min_value=-3e38),
+        st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**127, min_value=-(2.0**127)),
         min_size=1,
     )
 )

@@ -161,8 +161,7 @@ def _traces(
     def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
         with LiveBytes(known) as live, _layers_marked(model, live), kernels, _as_packed(batch):
             run(_faked(batch, fake))
-        found = live.trace()
-        return Trace(found.parts - _row(known), found.marks)
+        return live.trace().announced().without(_row(known))
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
@@ -178,9 +177,8 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
     """The passes, the update after them, then the evaluation."""
     rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), "update")]
     if evaluation is not None:
-        start = evaluation.marks[0].index  # before it, what is known was only entered
         marks.append(Mark(len(step.parts) + len(update), "evaluation"))
-        rows.append(evaluation.parts[start:])
+        rows.append(evaluation.parts)
     return Trace(np.concatenate(rows), marks)
 
 

@@ -12,7 +12,7 @@ import itertools
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,15 @@ class Trace:
     def totals(self) -> NDArray[np.int64]:
         """[events]"""
         return self.parts.sum(axis=1)
+
+    def announced(self) -> "Trace":
+        """From the first phase on: before it, only what was known is entered."""
+        start = self.marks[0].index if self.marks else 0
+        return Trace(self.parts[start:], [replace(mark, index=mark.index - start) for mark in self.marks])
+
+    def without(self, row: NDArray[np.int64]) -> "Trace":
+        """Less `row` [parts] at every moment."""
+        return Trace(self.parts - row, self.marks)
 
     def peak(self) -> tuple[str, dict[str, int]]:
         """The phase with the most live bytes, and what lived then by part."""

@@ -94,7 +94,8 @@ class Optimizer:
         """All that the next step depends on besides the parameters: views by `<parameter>.<kind>`.
 
         Kinds: `value` (bf16) and `remainder` (int16), together an fp32 master copy of a parameter in bf16, and
-        `moment1`, `moment2` (fp32), all in the parameter's shape; 8-bit moments are codes [blocks, 256] with scales `absmax1`, `absmax2` [blocks].
+        `moment1`, `moment2` (fp32), all in the parameter's shape; 8-bit moments are codes [blocks, 256] with
+        scales `absmax1`, `absmax2` [blocks].
         One more key, `steps.<optimizer name>`: the updates made. Save or copy the views before the next step.
         """
         state = {f"steps.{self.name}": torch.tensor(self.steps)}
