@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora.memory.parts import PARTS
-from qlora.memory.size import unit_for
+from qlora.memory.size import three_digits, unit_for
 
 Method = Literal["lora", "full"]
 
@@ -122,11 +122,11 @@ class _Judgement:
             f"By the documents' arithmetic LoRA takes {whole / frozen:.1f} times less than full fine-tuning "
             f"(they say 4, and 3 elsewhere); the {self.name} is {factor:.1f} times {side} their full fine-tuning."
         )
-        if self.trained_parameters:
+        if 0 < self.trained_parameters < parameters:
             share = self.trained_parameters / parameters
             yield (
-                f"The adapter has {1 / share:,.0f} times fewer parameters than the base, {100 * share:.2g}% of it "
-                "(their examples: 10,000 times at 175B, 0.094% at 7B)."
+                f"The adapter has {1 / share:,.0f} times fewer parameters than the base, {three_digits(100 * share)}% "
+                "of it (their examples: 10,000 times at 175B, 0.094% at 7B)."
             )
 
     def _total(self, kind: str) -> str:
