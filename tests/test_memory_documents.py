@@ -126,6 +126,10 @@ def test_nf4_and_fp32_state_are_set_against_16_bits() -> None:
     assert "2 bytes of its gradient, 0.0312 GiB; the forecast holds 4.0 bytes each, 0.0625 GiB" in text
     assert "here the optimizer keeps 12.0 bytes each, 0.188 GiB, of which 0.172 GiB may be paged out" in text
     assert "of a trained parameter, " not in text, "they agree there"
+    parts["optimizer_state_paged"] += parts.pop("optimizer_state")
+    assert "0.188 GiB, of which all may be paged out" in "\n".join(
+        documents.remarks("lora", 2**31, 2**24, found)
+    )
     assert "The adapter has 128 times fewer parameters than the base, 0.781% of it" in text
 
 

@@ -186,16 +186,18 @@ def test_the_svg_follows_the_page_and_asks_for_nothing() -> None:
 
 
 def test_the_devices_memory_is_a_line_where_the_scale_reaches_it() -> None:
-    near, far = llama_7b(capacity_bytes=10 * 2**30), llama_7b()
-    assert "NVIDIA H100 80GB HBM3: 10.00" in words(picture.bars_svg(near))
-    assert "NVIDIA H100 80GB HBM3: 10.00" in words(picture.timeline_svg(near))
-    assert not any("NVIDIA" in word for word in words(picture.bars_svg(far)))
+    near, far = llama_7b(capacity_bytes=21 * 2**29), llama_7b()
+    for draw in (picture.bars_svg, picture.timeline_svg):
+        assert any(word.endswith("dashed: the device)") for word in words(draw(near)))
+        assert {"5", "10.5"} <= set(words(draw(near))), "10 would be too near"
+        assert not any("dashed" in word for word in words(draw(far)))
 
 
 def test_a_name_is_text_whatever_it_holds() -> None:
     memory = llama_7b(capacity_bytes=10 * 2**30)
-    memory["device"]["name"] = "</text><script>$x_1$ & co"
-    assert "</text><script>$x_1$ & co: 10.00" in words(picture.bars_svg(memory))
+    memory["device"]["name"] = "$x_1^{$ & co"
+    memory["forecast"]["timeline"]["phases"][0][1] = "</text><script>$x_1^{$"
+    assert "</text><script>$x_1^{$" in words(picture.timeline_svg(memory))
     assert png_size(picture.png(memory)) == (1950, 960)
 
 
@@ -214,12 +216,39 @@ def test_a_measurement_without_a_timeline_is_drawn_without_a_line() -> None:
     assert any(word.endswith("(forecast)") for word in words(picture.timeline_svg(memory)))
 
 
-def test_a_timeline_is_laid_over_another_phase_by_phase() -> None:
-    short = {"phases": [[0, "forward"], [2, "backward"]], "parts": {"adapters": [1, 2, 3, 4]}}
-    long = {"phases": [[0, "forward"], [6, "backward"]], "parts": {"adapters": list(range(11))}}
-    assert picture._aligned(short, long, 11).tolist() == [0, 3, 6, 10]
-    other = {**long, "phases": [[0, "forward"], [6, "loss"]]}
-    assert picture._aligned(short, other, 11).tolist() == pytest.approx([0, 10 / 3, 20 / 3, 10])
+def test_a_measured_phase_is_drawn_where_the_forecast_has_it() -> None:
+    memory = tiny(0.0)
+    timeline = memory["measured"]["timeline"]
+    evaluation, _ = timeline["phases"].pop()
+    timeline["parts"] = {part: [0, 0, *sizes[:evaluation]] for part, sizes in timeline["parts"].items()}
+    timeline["phases"] = [[begin + 2, name] for begin, name in timeline["phases"]]
+    forecast = picture._spans(memory["forecast"]["timeline"])
+    assert [name for name, _ in forecast] == ["forward", "loss", "backward", "update", "evaluation"]
+    assert [name for name, _ in picture._spans(timeline)] == ["", "forward", "loss", "backward", "update"]
+    axes = Lines()
+    picture._measured_line(axes, timeline, memory["forecast"]["timeline"])
+    expected = [sum(sizes) for sizes in zip(*memory["forecast"]["timeline"]["parts"].values(), strict=True)]
+    for xs, heights in axes.drawn[:3]:
+        assert xs.tolist() == pytest.approx(range(round(xs[0]), round(xs[-1]) + 1))
+        assert heights == expected[round(xs[0]) : round(xs[-1]) + 1]
+    assert len(axes.drawn) == 4
+
+
+class Lines:
+    """Axes that remember what is plotted."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Any] = []
+
+    def plot(self, xs: Any, heights: list[int], **_: Any) -> None:
+        self.drawn.append((xs, heights))
+
+
+def test_a_phase_that_comes_again_is_another() -> None:
+    timeline = {"phases": [[2, "forward"], [4, "loss"], [5, "forward"]], "parts": {"adapters": [0] * 8}}
+    assert picture._spans(timeline) == {
+        ("", 0): (0, 2), ("forward", 0): (2, 4), ("loss", 0): (4, 5), ("forward", 1): (5, 7)
+    }  # fmt: skip
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=13).map(sorted), st.floats(0.1, 10))

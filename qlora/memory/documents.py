@@ -169,12 +169,12 @@ class _Judgement:
                 )
         counted, held = self.estimate["optimizer_state"], self._held(*OPTIMIZER)
         paged = self._held("optimizer_state_paged")
+        some = self._text(paged) if paged < held else "all"
         if _differ(counted, held):
             yield (
                 "It counts 4 bytes a trained parameter for Adam's two moments, in 16 bits and with no fp32 master "
                 f"copy, {self._text(counted)}; here the optimizer keeps {held / self.trained_parameters:.1f} bytes "
-                f"each, {self._text(held)}"
-                + (f", of which {self._text(paged)} may be paged out." if paged else ".")
+                f"each, {self._text(held)}" + (f", of which {some} may be paged out." if paged else ".")
             )
 
     @property
