@@ -28,7 +28,7 @@ SHAPES = {  # phase -> how high a part that changes stands at 0..1 of it
 }
 
 
-def run_of(parts: Mapping[str, int], samples: int = 300, **more: Any) -> dict[str, Any]:
+def run_of(parts: Mapping[str, int], samples: int = 150, **more: Any) -> dict[str, Any]:
     """A forecast or measurement: constant parts as given, the others up to what is given."""
     starts, at = [], 0
     timeline: dict[str, list[int]] = {part: [] for part in parts}
@@ -65,7 +65,7 @@ def memory_of(
     adapter_parameters: int,
     device: Mapping[str, Any],
     off: float | None = None,
-    samples: int = 300,
+    samples: int = 150,
     **workload: Any,
 ) -> dict[str, Any]:
     """The whole object; `off` is how much more the measurement finds than the forecast, None for none."""

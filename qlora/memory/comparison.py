@@ -32,7 +32,8 @@ class Row:
         forecast, measured = self.sizes[-2:]
         if forecast is None or not measured:
             return ""
-        return f"{100 * (forecast - measured) / measured:+.1f}%"
+        percent = round(100 * (forecast - measured) / measured, 1)
+        return f"{percent:+.1f}%" if percent else "0.0%"
 
     def cells(self, unit: Unit) -> list[str]:
         """The sizes as text; a dash for nothing, empty for unknown."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora.memory.parts import PARTS
-from qlora.memory.size import unit_for
+from qlora.memory.size import three_digits, unit_for
 
 Method = Literal["lora", "full"]
 
@@ -122,11 +122,11 @@ class _Judgement:
             f"By the documents' arithmetic LoRA takes {whole / frozen:.1f} times less than full fine-tuning "
             f"(they say 4, and 3 elsewhere); the {self.name} is {factor:.1f} times {side} their full fine-tuning."
         )
-        if self.trained_parameters:
+        if 0 < self.trained_parameters < parameters:
             share = self.trained_parameters / parameters
             yield (
-                f"The adapter has {1 / share:,.0f} times fewer parameters than the base, {100 * share:.2g}% of it "
-                "(their examples: 10,000 times at 175B, 0.094% at 7B)."
+                f"The adapter has {1 / share:,.0f} times fewer parameters than the base, {three_digits(100 * share)}% "
+                "of it (their examples: 10,000 times at 175B, 0.094% at 7B)."
             )
 
     def _total(self, kind: str) -> str:
@@ -169,12 +169,12 @@ class _Judgement:
                 )
         counted, held = self.estimate["optimizer_state"], self._held(*OPTIMIZER)
         paged = self._held("optimizer_state_paged")
+        some = self._text(paged) if paged < held else "all"
         if _differ(counted, held):
             yield (
                 "It counts 4 bytes a trained parameter for Adam's two moments, in 16 bits and with no fp32 master "
                 f"copy, {self._text(counted)}; here the optimizer keeps {held / self.trained_parameters:.1f} bytes "
-                f"each, {self._text(held)}"
-                + (f", of which {self._text(paged)} may be paged out." if paged else ".")
+                f"each, {self._text(held)}" + (f", of which {some} may be paged out." if paged else ".")
             )
 
     @property

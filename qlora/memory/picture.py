@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,9 +47,8 @@ def png(memory: Mapping[str, Any]) -> bytes:
     with _figure(13, 6.4) as figure:
         finding = comparison.finding
         figure.text(0.03, 0.94, finding, fontsize=min(15, 1350 / len(finding)), fontweight="bold", color=INK)
-        figure.text(
-            0.03, 0.865, f"{comparison.fit}\n{comparison.workload}", fontsize=9, color=MUTED, linespacing=1.5
-        )
+        details, small = f"{comparison.fit}\n{comparison.workload}", min(9, 1500 / len(comparison.workload))
+        figure.text(0.03, 0.865, details, fontsize=small, color=MUTED, linespacing=1.5)
         left, right = figure.add_axes((0.045, 0.09, 0.44, 0.7)), figure.add_axes((0.55, 0.09, 0.4, 0.7))
         _bars(left, comparison)
         _timeline(right, comparison)
@@ -75,8 +75,7 @@ def _bars(axes: "Axes", comparison: Comparison) -> None:
     for x, column in enumerate(columns.values()):
         _bar(axes, x, column, top, comparison)
     _labels(axes, len(columns) - 1, comparison, top)
-    _capacity(axes, comparison, top)
-    _style(axes, f"{comparison.unit.name} at the peak", top, comparison)
+    _style(axes, "at the peak", [], len(columns) - 0.6, top, comparison)
     inches = axes.bbox.width / axes.figure.dpi
     room = LABEL_INCHES / (inches - LABEL_INCHES)  # for the labels, beside the bars
     axes.set_xlim(-0.5, (1 + room) * (len(columns) + 0.18) - 0.5)
@@ -112,7 +111,7 @@ def _bar(axes: "Axes", x: int, column: Mapping[str, Any], top: int, comparison: 
         if head <= foot:
             continue
         axes.bar(x, head - foot, 0.66, foot, color=COLOURS[part], edgecolor=PAPER, linewidth=0.6)
-        if head - foot > 0.045 * top:
+        if head - foot > (0.075 if head == cut else 0.045) * top:  # the break takes some of the room
             place, colour = (x, (foot + head) / 2), _on(COLOURS[part])
             axes.text(
                 *place, comparison.unit.number(size), ha="center", va="center", fontsize=8, color=colour
@@ -176,12 +175,11 @@ def _timeline(axes: "Axes", comparison: Comparison) -> None:
         _name(axes, part, lower, upper, top)
         lower = upper
     if measured:
-        axes.plot(_aligned(measured, timeline, samples), _totals(measured), color=INK, linewidth=1.1)
-    _phases(axes, timeline["phases"], samples, top)
+        _measured_line(axes, measured, timeline)
+    _phases(axes, timeline, samples, top)
     _peak(axes, layers[-1], comparison)
-    _capacity(axes, comparison, top)
-    what = "areas: forecast; line: measured" if measured else "forecast"
-    _style(axes, f"{comparison.unit.name} in a step, from first to last allocation ({what})", top, comparison)
+    notes = ["areas: forecast", "line: measured"] if measured else ["forecast"]
+    _style(axes, "in the course of a step", notes, samples - 1, top, comparison)
     axes.set_xlim(0, samples - 1)
     axes.set_xticks([])
 
@@ -191,13 +189,24 @@ def _totals(timeline: Mapping[str, Any] | None) -> list[int]:
     return [sum(sizes) for sizes in zip(*timeline["parts"].values(), strict=True)] if timeline else []
 
 
-def _aligned(timeline: Mapping[str, Any], to: Mapping[str, Any], samples: int) -> np.ndarray:
-    """Where the samples of one timeline stand on another of `samples`: phase by phase, if both have the same."""
-    own = len(next(iter(timeline["parts"].values())))
-    begins, ends = [[start for start, _ in t["phases"]] for t in (timeline, to)]
-    if [name for _, name in timeline["phases"]] != [name for _, name in to["phases"]]:
-        begins, ends = [0], [0]
-    return np.interp(range(own), [*begins, own - 1], [*ends, samples - 1])
+def _measured_line(axes: "Axes", measured: Mapping[str, Any], forecast: Mapping[str, Any]) -> None:
+    """The measured totals, each phase drawn where the forecast has it; phases it has not are left out."""
+    totals, places = _totals(measured), _spans(forecast)
+    for phase, (begin, end) in _spans(measured).items():
+        if phase in places:
+            heights = totals[begin : end + 1]
+            axes.plot(np.linspace(*places[phase], len(heights)), heights, color=INK, linewidth=1.1)
+
+
+def _spans(timeline: Mapping[str, Any]) -> dict[tuple[str, int], tuple[int, int]]:
+    """(phase, how many of that name were before) -> the samples at which it begins and ends."""
+    samples = len(next(iter(timeline["parts"].values())))
+    begins = [(0, ""), *timeline["phases"]]
+    spans: dict[tuple[str, int], tuple[int, int]] = {}
+    for (begin, name), (end, _) in pairwise([*begins, (samples - 1, "")]):
+        if end > begin:
+            spans[name, sum(other == name for other, _ in spans)] = begin, end
+    return spans
 
 
 def _name(axes: "Axes", part: str, lower: np.ndarray, upper: np.ndarray, top: int) -> None:
@@ -214,20 +223,22 @@ def _name(axes: "Axes", part: str, lower: np.ndarray, upper: np.ndarray, top: in
         axes.text(*at, label, va="center", fontsize=8, color=_on(COLOURS[part]))
 
 
-def _phases(axes: "Axes", phases: Sequence[tuple[int, str]], samples: int, top: int) -> None:
-    """A line where a phase begins, its name above; names without room on two levels are left out."""
-    taken = [-1.0, -1.0]
-    for begin, name in phases:
-        free = [level for level, end in enumerate(taken) if begin >= end]
-        height = 1.1 + 0.05 * (free[0] if free else -1)
+def _phases(axes: "Axes", timeline: Mapping[str, Any], samples: int, top: int) -> None:
+    """The longer phases by name, on two levels; those without room are left out."""
+    levels: list[list[tuple[float, float]]] = [[], []]
+    spans = sorted(_spans(timeline).items(), key=lambda span: span[1][0] - span[1][1])
+    for (name, _), (begin, _) in spans:
+        end = begin + 0.02 * len(name) * samples
+        free = [n for n, taken in enumerate(levels) if all(end <= a or begin >= b for a, b in taken)]
+        if not (name and free):
+            continue
+        levels[free[0]].append((begin, end))
+        height = 1.1 + 0.05 * free[0]
         if begin:
             axes.vlines(begin, 0, (height + 0.035) * top, color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
-        if free:
-            place = begin + 0.008 * samples, height * top
-            axes.text(
-                *place, name, fontsize=8, color=MUTED, bbox={"facecolor": PAPER, "linewidth": 0, "pad": 0.5}
-            )
-            taken[free[0]] = begin + 0.017 * len(name) * samples
+        place = begin + 0.008 * samples, height * top
+        paper = {"facecolor": PAPER, "linewidth": 0, "pad": 0.5}
+        axes.text(*place, name, fontsize=8, color=MUTED, bbox=paper)
 
 
 def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
@@ -242,33 +253,30 @@ def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
     )  # fmt: skip
 
 
-def _capacity(axes: "Axes", comparison: Comparison, top: int) -> None:
-    """The device's memory as a line, where the scale reaches it."""
-    capacity = comparison.capacity_bytes
-    if capacity is not None and capacity <= top:
-        axes.axhline(capacity, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-        label = f"{comparison.memory['device']['name']}: {comparison.unit.number(capacity)}"
-        place = axes.get_yaxis_transform()
-        paper = {"facecolor": PAPER, "linewidth": 0, "pad": 0.5}
-        axes.text(
-            0.99, capacity, label, transform=place, ha="right", va="center", fontsize=8, color=INK, bbox=paper
-        )
+def _style(axes: "Axes", title: str, notes: list[str], end: float, top: int, comparison: Comparison) -> None:
+    """What both drawings share: no frame, quiet ticks in the unit, the title where a label would be.
 
-
-def _style(axes: "Axes", title: str, top: int, comparison: Comparison) -> None:
-    """What both drawings share: no frame, quiet ticks in the unit, the title where a label would be."""
+    The device's memory is a line as far as `end`, where the scale reaches it.
+    """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    unit = comparison.unit.unit_bytes
+    unit, capacity = comparison.unit.unit_bytes, comparison.capacity_bytes
+    ticks = unit * np.asarray(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / unit))
+    shown = [tick for tick in ticks if tick <= top]
+    if capacity is not None and capacity <= top:
+        shown = [capacity, *(tick for tick in shown if abs(tick - capacity) > 0.04 * top)]
+        axes.hlines(capacity, -0.5, end, color=PAPER, linewidth=2.4)
+        axes.hlines(capacity, -0.5, end, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+        notes = [*notes, "dashed: the device"]
     axes.set_ylim(0, 1.22 * top)
-    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / unit)
-    axes.set_yticks([tick * unit for tick in ticks if tick <= top / unit])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:g}"))
+    axes.set_yticks(shown)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:.4g}"))
     axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
     axes.spines[:].set_visible(False)
     axes.set_facecolor("none")
     axes.axhline(0, color=MUTED, linewidth=0.8)
-    axes.set_title(title, loc="left", fontsize=9.5, color=MUTED, pad=4)
+    title = f"{comparison.unit.name} {title}" + (f" ({'; '.join(notes)})" if notes else "")
+    axes.set_title(title, loc="left", fontsize=9, color=MUTED, pad=4)
 
 
 def _on(colour: str) -> str:

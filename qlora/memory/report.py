@@ -66,7 +66,7 @@ def table(memory: Mapping[str, Any]) -> "Table":
         box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=comparison.finding, title_justify="left",
         title_style="bold",
     )  # fmt: skip
-    shown.add_column(unit.name)  # the labels wrap where there is no room, the numbers never
+    shown.add_column(unit.name, overflow="fold")  # the labels wrap where there is no room, the numbers never
     for name in names:
         shown.add_column(name.replace(": ", "\n"), justify="right", no_wrap=True)
     for row in comparison.rows:

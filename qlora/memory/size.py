@@ -25,9 +25,16 @@ class Unit:
         >>> unit_for(2**33).text(7_645_041_787), unit_for(2**33).text(4_600_000)
         ('7.12 GiB', '0.00428 GiB')
         """
-        value = size_bytes / self.unit_bytes
-        digits = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-4 else "<0.0001"
-        return f"{digits if value else 0} {self.name}"
+        return f"{three_digits(size_bytes / self.unit_bytes)} {self.name}"
+
+
+def three_digits(value: float) -> str:
+    """A number of at least zero with three digits that count, never as a power: `12.6`, `0.0712`, `1,235`."""
+    if not value:
+        return "0"
+    if value < 1e-4:
+        return "<0.0001"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 MIB, GIB = Unit("MiB", 2**20), Unit("GiB", 2**30)

@@ -1,0 +1,322 @@
+"""report.html: whole, true to the run's files, harmless whatever the data says, and in need of nothing else."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_for_tests import llama_7b, tiny, whole_model
+from typer.testing import CliRunner
+
+from qlora.cli import app
+from qlora.errors import ModelError, RecipeError
+from qlora.recipe import Recipe
+from qlora.report import curves, history
+from qlora.report.headlines import duration
+from qlora.report.page import render, write_page
+from qlora.report.samples import EVALUATIONS, prompts
+from qlora.tracking import Sample
+from qlora.tracking.record import Record
+
+EVIL = (
+    "</pre></script><script>alert(1)</script><img src=//x.y onerror=alert(1)> '\" & \u202e \ud800 {{ 7*7 }}"
+)
+VOID = {"meta", "br", "img", "link"}
+
+
+def run_in(
+    folder: Path, steps: int = 40, *, finished: bool = True, memory: Any = None, text: str = "Hi"
+) -> Path:
+    """A run of `steps` steps as the tracker leaves it, evaluated at every tenth."""
+    folder.mkdir(exist_ok=True)
+    recipe = Recipe.load("quickstart", ["training.max_steps=40", f"output={folder}"])
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "run.json").write_text('{"run_id": "a"}')
+    record = Record(folder / "metrics.jsonl")
+    for step in range(steps + 1):
+        if step:
+            numbers = {"loss": 7 / step, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 1000.0 + step}
+            record.step({"step": step, **numbers, "tokens": 350, "supervised_tokens": 140})
+        if step % 10 == 0:
+            loss = 4.0 - 0.05 * step
+            record.evaluation({"step": step, "eval_loss": loss, "eval_tokens": 9, "peak_memory_bytes": 2**29})
+            record.samples([Sample(text, "yes", "yes\n" if step > 20 else text)], step)
+    record.finish({})
+    if finished:
+        peak = {"resident_bytes": 2**30, "allocated_bytes": None, "reserved_bytes": None}
+        result = {"steps": steps, "total_steps": 40, "seconds": 100.0, "memory": peak, "loss_after": 2.0}
+        (folder / "result.json").write_text(json.dumps(result))
+    if memory is not None:
+        (folder / "memory.json").write_text(json.dumps(memory))
+    return folder
+
+
+class Page(HTMLParser):
+    """A page's elements and texts; an end that fits no beginning is an error."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> with nothing open"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.texts.setdefault(self.open[-1], []).append(data.strip())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(run: Path) -> Page:
+    return Page(write_page(run).read_text(encoding="utf-8"))
+
+
+CASES = {
+    "finished": {},
+    "measured": {"memory": llama_7b()},
+    "full": {"memory": whole_model()},
+    "forecast": {"memory": tiny()},
+    "unfinished": {"finished": False, "steps": 23},
+    "first evaluation": {"finished": False, "steps": 0},
+    "evil": {"text": EVIL, "memory": {**llama_7b(capacity_bytes=2**33), "device": {
+        "kind": "cuda", "name": "</text></svg><script>alert(1)</script>", "capacity_bytes": 2**33}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path, case: str) -> None:
+    run = run_in(tmp_path / f"{case} <b onclick=x> & \"'", **CASES[case])
+    page = page_of(run)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert not {"img", "link", "iframe", "object", "embed", "base", "form", "a"} & {
+        tag for tag, _ in page.elements
+    }
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            assert "//" not in value or name == "data-chart", (tag, name, value)
+            assert name not in {"src", "srcset", "action", "xmlns"}, (tag, name)
+            assert name != "href" or value.startswith("#")
+            assert all(target == "#" for target in re.findall(r"url\(['\"]?(.)", value))
+    (style,) = page.texts["style"]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert (run / "report.html").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("case", ["measured", "evil"])
+def test_no_script_can_run_but_the_pages_own(tmp_path: Path, case: str) -> None:
+    run = run_in(tmp_path, **CASES[case])
+    html = write_page(run).read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.all("script") == [{}]
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none'; ")
+    assert f"script-src 'sha256-{digest}';" in policy
+
+
+def test_data_is_shown_as_it_is(tmp_path: Path) -> None:
+    page = page_of(run_in(tmp_path, text=EVIL))
+    assert EVIL.replace("\ud800", "?") in "".join(page.texts["dd"])
+    assert page.texts["pre"] == [(tmp_path / "recipe.yaml").read_text().strip()]
+
+
+def headlines(page: Page) -> dict[str, list[str]]:
+    """Label -> value and note, from the page's first list."""
+    words = page.texts["dd"]
+    return {
+        label: words[2 * i : 2 * i + 2] for i, label in enumerate(page.texts["dt"][: words.index("Hi") // 2])
+    }
+
+
+def test_the_headlines_of_a_finished_run(tmp_path: Path) -> None:
+    assert headlines(page_of(run_in(tmp_path))) == {
+        "Held-out loss": ["4.000 → 2.000", "perplexity 54.6 before, 7.389 after"],
+        "Steps": ["40 of 40", "8 rows each"],
+        "Time": ["1 min 40 s", "14 s of it in steps"],
+        "Tokens a second": ["1,020", "14,000 in all, 40% of them trained"],
+        "Peak memory": ["1.00 GiB", "resident on the host"],
+    }
+    assert "finished" in page_of(tmp_path).texts["span"]
+
+
+def test_the_headlines_of_an_unfinished_run(tmp_path: Path) -> None:
+    page = page_of(run_in(tmp_path, 23, finished=False))
+    assert headlines(page)["Steps"] == ["23 of 40", "8 rows each"]
+    assert headlines(page)["Time"] == ["8.0 s", "in steps, without loading and evaluations"]
+    assert headlines(page)["Peak memory"] == ["512 MiB", "up to step 20"]
+    assert "not finished" in page.texts["span"]
+
+
+def test_a_resumed_runs_time_is_not_that_of_its_last_session(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "seconds": 3.0}))
+    assert headlines(page_of(run))["Time"] == ["14 s", "in steps, without loading and evaluations"]
+
+
+def test_memory_is_shown_with_its_table_and_pictures(tmp_path: Path) -> None:
+    page = page_of(run_in(tmp_path, memory=llama_7b()))
+    assert headlines(page)["Peak memory"] == ["7.87 GiB", "in backward; forecast 7.81 (-0.8%)"]
+    assert len([svg for svg in page.all("svg") if "preserveaspectratio" not in svg]) == 2
+    cells = page.texts["td"]
+    assert cells[-6:] == ["total", "50.21", "13.74", "7.81", "7.87", "-0.8%"]
+    remarks = [text for text in page.texts["li"] if "too high" in text]
+    assert remarks == [
+        "The documents' estimate for LoRA is 13.7 GiB, the measured peak 7.87 GiB: 75% too high."
+    ]
+    page = page_of(run_in(tmp_path, memory=tiny()))
+    assert headlines(page)["Peak memory, forecast"] == ["155 MiB", "in loss"]
+    assert page.texts["td"][-4:] == ["total", "28.23", "9.65", "154.73"]
+
+
+def test_every_point_is_in_the_page_for_the_script(tmp_path: Path) -> None:
+    page = page_of(run_in(tmp_path))
+    loss, rate, norm, speed = [json.loads(f["data-chart"]) for f in page.all("figure") if "data-chart" in f]
+    assert loss["last"] == 40
+    assert [series["name"] for series in loss["series"]] == ["loss", "held-out loss"]
+    assert loss["series"][0]["points"] == [[step, 7 / step] for step in range(1, 41)]
+    assert loss["series"][1]["points"] == [[0, 4.0], [10, 3.5], [20, 3.0], [30, 2.5], [40, 2.0]]
+    assert [chart["style"] for chart in (rate, norm, speed)] == ["power", "number", "count"]
+
+
+# Reading
+
+
+def test_a_run_that_was_killed_shows_its_whole_lines(tmp_path: Path) -> None:
+    run = run_in(tmp_path, 20, finished=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "loss": 0.')
+    assert history.read(run / "metrics.jsonl").last_step == 20
+    (run / "metrics.jsonl").unlink()
+    assert "No step has been taken yet." in page_of(run).texts["p"]
+
+
+def test_a_loss_that_is_not_finite_interrupts_the_curve(tmp_path: Path) -> None:
+    run = run_in(tmp_path, 10, finished=False)
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"loss": 1.4,', '"loss": "nan",'))
+    (loss, *_) = curves.charts(history.read(run / "metrics.jsonl"))
+    assert math.isnan(loss.series[0].points[4][1])
+    assert loss.path(loss.series[0]).count("M") == 2
+    assert loss.data["series"][0]["points"][4] == [5, None]
+    assert "nan" not in loss.path(loss.series[0])
+
+
+def test_there_has_to_be_a_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match=f"{folder}: no run here"):
+            write_page(folder)
+    run = run_in(tmp_path / "run")
+    (run / "result.json").write_text("{")
+    with pytest.raises(ModelError, match=r"result\.json: cannot be read"):
+        write_page(run)
+    (run / "recipe.yaml").write_text("base: {model: a}\nadapter: {rnk: 3}\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:2:11: adapter\.rnk"):
+        write_page(run)
+    assert not (run / "report.html").exists()
+
+
+def test_the_command_writes_the_page_and_says_where(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert (result.exit_code, result.stdout) == (0, f"{run / 'report.html'}\n")
+    assert (run / "report.html").read_text() == render(run)
+
+
+def test_the_command_ends_with_4_where_there_is_no_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qlora", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    message = f"qlora: {tmp_path}: no run here. Give the folder of a run, as in runs/quickstart\n"
+    assert (done.returncode, done.stdout, done.stderr) == (4, "", message)
+
+
+# Curves
+
+
+def test_a_long_run_keeps_its_extremes_and_gets_a_mean() -> None:
+    points = [(step, math.sin(step)) for step in range(1, 50_001)]
+    points[30_000] = (30_001, 99.0)
+    points[40_000] = (40_001, math.nan)
+    kept = curves.thinned(points)
+    assert len(kept) <= curves.POINTS
+    assert {(30_001, 99.0), points[-1]} <= set(kept)
+    assert any(math.isnan(value) for _, value in kept)
+    assert kept == sorted(kept)
+    means = curves.trailing_means([(i + 10, float(i)) for i in range(10)], [(10, 0.0), (14, 4.0)], window=3)
+    assert means == [(10, 0.0), (14, 3.0)]
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(1, 6))
+def test_ticks_are_few_evenly_apart_and_enclose(low: float, span: float, count: int) -> None:
+    found = curves.ticks(low, low + span, count)
+    assert found[0] <= low + 1e-6 * span + 1e-6 * abs(low)
+    assert found[-1] >= low + span - 1e-6 * span - 1e-6 * abs(low)
+    assert 2 <= len(found) <= count + 3
+
+
+def test_ticks_are_round() -> None:
+    assert curves.ticks(0, 7.3) == [0, 2, 4, 6, 8]
+    assert curves.ticks(0, 0.0002) == [0, 0.00005, 0.0001, 0.00015, 0.0002]
+    assert curves.ticks(3, 3) == [3, 4, 5, 6]
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (8.04, 54.4, 725, 12_000)] == ["8.0 s", "54 s", "12 min 5 s", "3 h 20 min"]
+
+
+# Samples
+
+
+def sampled(answers: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"step": 10 * i, "samples": [{"prompt": "p", "reference": "yes", "answer": answer}]}
+        for i, answer in enumerate(answers)
+    ]
+
+
+def test_the_same_answer_again_is_one_answer() -> None:
+    (prompt,) = prompts(sampled(["no", "no", "maybe", "yes\n", "yes\n"]))
+    assert [(a.first, a.last, a.text, a.is_expected) for a in prompt.answers] == [
+        (0, 10, "no", False), (20, 20, "maybe", False), (30, 40, "yes\n", True)
+    ]  # fmt: skip
+
+
+def test_of_many_evaluations_a_few_are_shown_the_first_and_last_among_them() -> None:
+    (prompt,) = prompts(sampled([str(i) for i in range(100)]))
+    assert len(prompt.answers) == EVALUATIONS
+    assert [prompt.answers[0].text, prompt.answers[-1].text] == ["0", "99"]
+    assert prompts([]) == []
+
+
+def test_endless_text_is_cut() -> None:
+    (prompt,) = prompts(sampled(["x" * 10**6]))
+    assert len(prompt.answers[0].text) < 5000
