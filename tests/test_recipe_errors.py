@@ -101,6 +101,7 @@ NOT = {
     "integer": ["x", "'3'", "2.5", "true", "[1]", "{a: 1}", "-1", "010", "1_000", "1:30", ".nan", "3.0"],
     "number": ["x", "'1e-4'", "true", "-1", ".nan", ".inf", "1e400", "1_0.0", "[1]", "no", "{a: 1}", "1e-4x"],
     "boolean": ["on", "yes", "off", "1", "'true'", "null", "[true]", "tRUE"],
+    "boolean or count": ["on", "yes", "-1", "2.5", "'true'", "null", "[true]", "tRUE"],
     "enum": ["nonsense", "true", "3", "[nf4]", "null", "''", "{a: 1}"],
     "string": ["3", "true", "1e5", "[x]", "{b: c}", "''"],
     "list": ["3", "x", "{a: 1}", "null", "[[1]]"],
@@ -111,6 +112,8 @@ ANYTHING = ["data.held_out"]  # a share, a number or a path: nearly everything f
 
 def kind(key: str) -> str:
     node = at(tuple(key.split(".")), SCHEMA)
+    if {option.get("type") for option in node.get("anyOf", [])} == {"boolean", "integer"}:
+        return "boolean or count"
     node = next((option for option in node.get("anyOf", []) if option.get("type") != "null"), node)
     return "enum" if "enum" in node else str(node.get("type"))
 

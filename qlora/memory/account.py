@@ -76,4 +76,4 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
 def _device_name(cuda: bool) -> str:
     if not cuda:
         return "CPU"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU, none here"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
