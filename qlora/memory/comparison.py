@@ -131,7 +131,10 @@ class Comparison:
         if capacity is None:
             return name
         left = capacity - self.found["total_bytes"]
+        paged = self.found["parts"].get("optimizer_state_paged", 0)
         verdict = f"{self.unit.text(left)} left" if left >= 0 else f"{self.unit.text(-left)} too little"
+        if left < 0 <= left + paged:
+            verdict = f"{self.unit.text(-left)} of the optimizer's state on the host"
         return f"{name}, {self.unit.text(capacity)}: {verdict}"
 
     @property
