@@ -8,7 +8,8 @@ very steps of one that was not.
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from qlora import checkpoint
+from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora import adapt, trainable_parameters
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.base import load_base, load_tokenizer
-from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset
+from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, prompting
 from qlora.errors import DivergedError, ModelError, SaveError
 from qlora.generate import answer
 from qlora.interrupt import StopRequest
@@ -260,12 +262,16 @@ class Session:
     def write_weights(self, folder: Path) -> None:
         """Write the adapter (or the whole model, if all of it trains) into `folder`."""
         if self.recipe.adapter.method == "lora":
-            base = self.recipe.base
-            save_adapter(self.model, folder, base_model=base.model, revision=base.revision)
+            save_adapter(self.model, folder, base=self.base_identity)
         else:
             self.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(self.recipe.to_yaml())  # what it was trained on travels with it
+
+    @cached_property
+    def base_identity(self) -> BaseIdentity:
+        """What the adapter is trained on, for it to remember."""
+        return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
 
     @property
     def result_name(self) -> str:
@@ -284,7 +290,13 @@ class Session:
                 "run cannot go on exactly. Put it back, or start again with --fresh"
             )
         if self.recipe.adapter.method == "lora":
-            load_adapter(self.model, folder / "adapter")
+            recorded = BaseIdentity.read(folder / "adapter") or self.base_identity
+            if (difference := recorded.difference(self.base_identity)) is not None:
+                raise ModelError(
+                    f"{folder}: the base has changed since this checkpoint ({difference}), so the run cannot go on "
+                    "exactly. Put it back, or start again with --fresh"
+                )
+            load_adapter(self.model, folder / "adapter", any_base=True)
         else:
             for file in (folder / "model").glob("*.safetensors"):  # tied weights are saved once
                 self.model.load_state_dict(checkpoint.load_tensors(file), strict=False)

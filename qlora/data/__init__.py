@@ -2,6 +2,7 @@
 
 from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
 from qlora.data.dataset import Counts, Dataset, Prompt, encode_prompt, held_out_batches, load_dataset
+from qlora.data.prompting import prompting
 
 __all__ = [
     "IGNORE_INDEX",
@@ -14,4 +15,5 @@ __all__ = [
     "encode_prompt",
     "held_out_batches",
     "load_dataset",
+    "prompting",
 ]
