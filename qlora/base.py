@@ -25,7 +25,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from qlora import bundled, nf4
-from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.targets import is_conv1d, is_linear, select
 from qlora.errors import ModelError
 from qlora.recipe import Base
@@ -137,9 +137,11 @@ def load_base(base: Base, device: torch.device | str = "cpu", *, seed: int = 0) 
 
 def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
     """What `model` is known by, under the name that the recipe calls it."""
-    found = BaseIdentity.of(model)
-    weights = found.weights if base.init == "pretrained" else f"{base.init} of seed {seed}"
-    return replace(found, name=base.model, revision=base.revision, weights=weights)
+    if base.init == "pretrained":
+        found = BaseIdentity.of(model)
+    else:
+        found = BaseIdentity(weights=f"{base.init} of seed {seed}", quantization=quantization_of(model))
+    return replace(found, name=base.model, revision=base.revision)
 
 
 def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:

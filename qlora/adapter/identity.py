@@ -52,7 +52,7 @@ class BaseIdentity:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """The identity that `load_base` gave `model`, or else what its transformers configuration tells."""
+        """The identity that `load_base` gave `model`; else what its configuration says it was loaded from."""
         known = getattr(model, "base_identity", None)
         if isinstance(known, cls):
             return known
@@ -60,7 +60,7 @@ class BaseIdentity:
         name, commit = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
         files = [] if name is None else _checkpoint_files(name, commit)
         weights = checkpoint_digest(files) if files else None
-        return cls(name, commit=commit, weights=weights, quantization=_quantization(model))
+        return cls(name, commit=commit, weights=weights, quantization=quantization_of(model))
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -182,7 +182,7 @@ def _checkpoint_files(name: str, commit: str | None) -> list[Path]:
     return files if all(file.is_file() for file in files) else []
 
 
-def _quantization(model: nn.Module) -> str | None:
+def quantization_of(model: nn.Module) -> str | None:
     """How the linears of `model` are stored, in words; None for 4-bit linears that have no content yet."""
     states: list[Any] = [quant_state(module) for module in model.modules() if is_nf4(module)]
     if None in states:
