@@ -111,7 +111,9 @@ def test_the_layout_is_that_of_peft(tmp_path: Path) -> None:
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = trained(**settings)
     save_adapter(model, tmp_path)
-    loaded = load_adapter(network(), tmp_path)
+    fresh, state = network(), torch.get_rng_state()
+    loaded = load_adapter(fresh, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
     assert contents(loaded) == contents(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert {name: p.dtype for name, p in loaded.named_parameters()} == dtypes

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from qlora import nf4
 from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
 from qlora.base import load_base, load_tokenizer
@@ -148,6 +149,20 @@ def test_adapters_of_peft_are_known_by_names(
         load_adapter(network(), tmp_path, base=known, any_base=True)
     else:
         load_adapter(network(), tmp_path, base=known)
+
+
+def test_a_folder_may_look_like_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    there, here = BaseIdentity("google/gemma-2b"), BaseIdentity("models/mine")
+    assert there.difference(here) is not None
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert there.difference(here) is None
+
+
+def test_a_model_without_weights_yet_does_not_tell_how_they_are_quantized() -> None:
+    with torch.device("meta"):
+        skeleton = nn.ModuleDict({"x": nf4.Linear4bit(64, 64)})
+    assert BaseIdentity.of(skeleton).quantization is None
 
 
 def test_what_is_unknown_is_not_compared() -> None:
