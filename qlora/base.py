@@ -11,12 +11,14 @@ Whatever is not a quantized linear (embeddings, norms, the output head) is held 
 
 import json
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -24,7 +26,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from qlora import bundled, nf4
-from qlora.adapter.targets import select
+from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.adapter.targets import is_conv1d, is_linear, select
 from qlora.errors import ModelError
 from qlora.recipe import Base
 
@@ -131,6 +134,7 @@ def load_base(
     with _quiet():
         model = build(base, config, device)
     nf4.protect(model)
+    model.base_identity = _identity(base, model, seed)
     model.config.use_cache = False
     return model.train()
 
@@ -141,6 +145,15 @@ def blueprint(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
         ).train()
+
+
+def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
+    """What `model` is known by, under the name that the recipe calls it."""
+    if base.init == "pretrained":
+        found = BaseIdentity.of(model)
+    else:
+        found = BaseIdentity(weights=f"{base.init} of seed {seed}", quantization=quantization_of(model))
+    return replace(found, name=base.model, revision=base.revision)
 
 
 def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
@@ -178,9 +191,7 @@ def _random(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
     if base.quantization == "nf4":
         _replace_linears(
             model,
-            lambda linear: nf4.quantize(
-                linear.weight.data, block_size=base.block_size, double_quant=base.double_quant
-            ),
+            lambda weight: nf4.quantize(weight, block_size=base.block_size, double_quant=base.double_quant),
         )
     return model
 
@@ -197,9 +208,8 @@ def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel
     if base.quantization == "nf4":
         _replace_linears(
             model,
-            lambda linear: nf4.synthetic_weight(
-                linear.out_features,
-                linear.in_features,
+            lambda weight: nf4.synthetic_weight(
+                *weight.shape,
                 block_size=base.block_size,
                 double_quant=base.double_quant,
                 device=device,
@@ -216,17 +226,18 @@ def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel
     return model
 
 
-def _replace_linears(model: nn.Module, quantized: Any, device: torch.device | None = None) -> None:
-    """Every linear but the output head becomes an NF4 linear, one at a time."""
+def _replace_linears(
+    model: nn.Module, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
+) -> None:
+    """Every linear but the output head becomes an NF4 linear, one at a time; GPT-2's too, as on loading."""
     for name in select(model, "all-linear"):
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        assert is_linear(linear)
+        weight = linear.weight.data.T if is_conv1d(linear) else linear.weight.data  # [out, in]
         bias = None if linear.bias is None else linear.bias.data
         if bias is not None and bias.is_meta:
             bias = torch.zeros(bias.shape, dtype=bias.dtype, device=device)
-        model.set_submodule(
-            name, nf4.NF4Linear.from_weight(quantized(linear), linear.in_features, linear.out_features, bias)
-        )
+        model.set_submodule(name, nf4.NF4Linear(quantized(weight), bias))
 
 
 def _materialise(

@@ -182,14 +182,6 @@ class NF4Linear(Linear4bit):
         self.quant_storage, self.compute_dtype, self.compute_type_is_set = weight.dtype, None, False
 
     @classmethod
-    def from_weight(
-        cls, weight: Params4bit, in_features: int, out_features: int, bias: Tensor | None = None
-    ) -> Self:
-        """An NF4Linear over `weight`, whose shape must be [out_features, in_features]."""
-        assert tuple(weight.quant_state.shape) == (out_features, in_features)
-        return cls(weight, bias)
-
-    @classmethod
     def adopt(cls, linear: Linear4bit) -> Self:
         """An NF4Linear that shares the weight, quant state and bias of `linear`."""
         state = quant_state(linear)

@@ -6,9 +6,10 @@ from typing import Any
 
 from qlora.errors import ModelError
 from qlora.memory.plan import changed
+from qlora.processes import accelerator_for
 from qlora.recipe import Recipe
 from qlora.run import claim
-from qlora.train import Session, accelerator_for
+from qlora.train import Session
 
 
 def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, Any]:

@@ -7,11 +7,11 @@ very steps of one that was not.
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +19,10 @@ from torch import nn
 from torch.profiler import record_function
 
 from qlora import checkpoint
+from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.base import load_base, load_tokenizer
-from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, training_batches
+from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, prompting, training_batches
 from qlora.errors import DivergedError, ModelError, SaveError
 from qlora.generate import answer
 from qlora.interrupt import StopRequest
@@ -32,13 +33,12 @@ from qlora.memory.shortage import out_of_memory_explained
 from qlora.model import adapt_as, checkpoint_as, optimizer_of
 from qlora.optim import Optimizer, learning_rate
 from qlora.outcome import Outcome
+from qlora.processes import accelerator_for, together
 from qlora.recipe import Recipe
 from qlora.report.page import write_page
 from qlora.run import RunFolder, check_output, claim, earlier_plan, finished
 from qlora.step import accumulate, check_head, check_packing, evaluate
 from qlora.tracking import Sample, Tracker
-
-Found = TypeVar("Found")
 
 
 def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> Outcome:
@@ -70,16 +70,6 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
             return session.fit(terminal=terminal)
 
 
-def accelerator_for(recipe: Recipe) -> Accelerator:
-    """This process among those of the run, and its device."""
-    accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
-    if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
-        raise ModelError(
-            "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
-        )
-    return accelerator
-
-
 @dataclass
 class Session:
     """Everything a run works with, ready for its first step."""
@@ -109,7 +99,7 @@ class Session:
         notes = []
         if recipe.training.memory is not None:
             if plan is None:
-                found = _together(accelerator, lambda: budgeted(recipe, dataset, accelerator.device))
+                found = together(accelerator, lambda: budgeted(recipe, dataset, accelerator.device))
                 notes, plan = [found.why], found.settings
             recipe = changed(recipe, memory=None, **plan)
         training = recipe.training
@@ -285,12 +275,16 @@ class Session:
     def write_weights(self, folder: Path) -> None:
         """Write the adapter (or the whole model, if all of it trains) into `folder`."""
         if self.recipe.adapter.method == "lora":
-            base = self.recipe.base
-            save_adapter(self.model, folder, base_model=base.model, revision=base.revision)
+            save_adapter(self.model, folder, base=self.base_identity)
         else:
             self.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(self.recipe.to_yaml())  # what it was trained on travels with it
+
+    @cached_property
+    def base_identity(self) -> BaseIdentity:
+        """What the adapter is trained on, for it to remember."""
+        return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
 
     @property
     def result_name(self) -> str:
@@ -309,7 +303,13 @@ class Session:
                 "run cannot go on exactly. Put it back, or start again with --fresh"
             )
         if self.recipe.adapter.method == "lora":
-            load_adapter(self.model, folder / "adapter")
+            recorded = BaseIdentity.read(folder / "adapter") or self.base_identity
+            if (difference := recorded.difference(self.base_identity)) is not None:
+                raise ModelError(
+                    f"{folder}: the base has changed since this checkpoint ({difference}), so the run cannot go on "
+                    "exactly. Put it back, or start again with --fresh"
+                )
+            load_adapter(self.model, folder / "adapter", any_base=True)
         else:
             for file in (folder / "model").glob("*.safetensors"):  # tied weights are saved once
                 self.model.load_state_dict(checkpoint.load_tensors(file), strict=False)
@@ -364,27 +364,9 @@ def _record(
 
 def _claim_together(recipe: Recipe, path: Path, session: Session, *, resume: bool, fresh: bool) -> RunFolder:
     """The main process claims the folder; the others learn of it."""
-    return _together(
+    return together(
         session.accelerator, lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
     )
-
-
-def _together(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
-    """What the main process finds, in every process; its error too."""
-    if accelerator.num_processes == 1:
-        return find()
-    from accelerate.utils import broadcast_object_list
-
-    news: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            news = [find()]
-        except ValueError as error:
-            news = [error]
-    broadcast_object_list(news)
-    if isinstance(news[0], Exception):
-        raise news[0]
-    return news[0]
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, recipe: Recipe) -> None:

@@ -1,15 +1,16 @@
 """A fine-tuned model, found again: from a run's or an adapter's folder to base, adapter and tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
 from qlora.base import load_base, load_tokenizer
-from qlora.data import held_out_batches, load_dataset
+from qlora.data import held_out_batches, load_dataset, prompting
 from qlora.errors import ModelError
 from qlora.recipe import Recipe
 from qlora.step import evaluate
@@ -24,10 +25,13 @@ class Trained:
     tokenizer: Any
 
 
-def load_trained(folder: str | Path, *, device: str = "auto", with_adapter: bool = True) -> Trained:
+def load_trained(
+    folder: str | Path, *, device: str = "auto", with_adapter: bool = True, any_base: bool = False
+) -> Trained:
     """The model that the run or adapter in `folder` stands for, on `device`, in evaluation mode.
 
-    `with_adapter=False` loads its base alone. Raises ModelError if there is no such result.
+    `with_adapter=False` loads its base alone. Raises ModelError if there is no such result, or if the base,
+    tokenizer or template that its recipe names is not what it was trained on any more, unless `any_base`.
     """
     adapter = _find(Path(folder))
     recipe = Recipe.load(adapter / "recipe.yaml")
@@ -38,9 +42,11 @@ def load_trained(folder: str | Path, *, device: str = "auto", with_adapter: bool
     if recipe.adapter.method == "full":
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
     model: nn.Module = load_base(base, where, seed=recipe.training.seed)
+    tokenizer = load_tokenizer(recipe.base)
     if with_adapter and recipe.adapter.method == "lora":
-        load_adapter(model, adapter)
-    return Trained(recipe, model.eval(), load_tokenizer(recipe.base))
+        known = replace(BaseIdentity.of(model), **prompting(recipe.data, tokenizer))
+        load_adapter(model, adapter, base=known, any_base=any_base)
+    return Trained(recipe, model.eval(), tokenizer)
 
 
 def _find(folder: Path) -> Path:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qlora.adapter import LoRALinear, adapt, load_adapter, lora_layers, save_adapter
 from qlora.errors import ModelError, SaveError
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, IDENTITY = "adapter_config.json", "adapter_model.safetensors", "qlora.json"
+FILES = [CONFIG, TENSORS, IDENTITY]
 
 
 def network() -> nn.Module:
@@ -52,6 +53,11 @@ def edit(folder: Path, **fields: Any) -> None:
     (folder / CONFIG).write_text(json.dumps(config | fields))
 
 
+def edit_identity(folder: Path, **fields: Any) -> None:
+    record = json.loads((folder / IDENTITY).read_text())
+    (folder / IDENTITY).write_text(json.dumps(record | fields))
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(folder / TENSORS)
     change(tensors)
@@ -65,7 +71,7 @@ def test_the_layout_is_that_of_peft(tmp_path: Path) -> None:
         == tmp_path / "new" / "adapter"
     )
     folder = tmp_path / "new" / "adapter"
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     text = (folder / CONFIG).read_text()
     config = json.loads(text)
     assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -105,7 +111,9 @@ def test_the_layout_is_that_of_peft(tmp_path: Path) -> None:
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = trained(**settings)
     save_adapter(model, tmp_path)
-    loaded = load_adapter(network(), tmp_path)
+    fresh, state = network(), torch.get_rng_state()
+    loaded = load_adapter(fresh, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
     assert contents(loaded) == contents(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert {name: p.dtype for name, p in loaded.named_parameters()} == dtypes
@@ -169,27 +177,40 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), 'init_lora_weights = "pissa" is not supported'),
     "saved modules": (lambda f: edit(f, modules_to_save=["head"]), r'modules_to_save = \["head"\]'),
     "unknown field": (lambda f: edit(f, tomorrow=1), "tomorrow = 1 is not supported"),
-    "rank": (lambda f: edit(f, r="2"), "r of blocks.0.up must be a whole number of at least 1, not '2'"),
+    "rank": (lambda f: edit(f, r="2"), 'r must be a whole number, not "2"'),
+    "no rank": (lambda f: edit(f, r=0), "r of blocks.0.up must be a whole number of at least 1, not 0"),
     "other rank": (
         lambda f: edit(f, r=3),
         r"up.lora_A.weight is \[2, 8\], the model wants \[3, 8\]|up has rank 3, and 2 in the model",
     ),
     "alpha": (lambda f: edit(f, lora_alpha=0), "lora_alpha of blocks.0.up must be a number above 0, not 0"),
     "dropout": (lambda f: edit(f, lora_dropout=1.0), "lora_dropout must be at least 0 and below 1, not 1.0"),
-    "pattern": (lambda f: edit(f, rank_pattern=[1]), "rank_pattern and alpha_pattern must be objects"),
+    "pattern": (lambda f: edit(f, rank_pattern=[1]), r"rank_pattern must be an object, not \[1\]"),
+    "no truth": (lambda f: edit(f, use_rslora="false"), 'use_rslora must be true or false, not "false"'),
+    "expression": (
+        lambda f: edit(f, alpha_pattern={"(": 1}),
+        r'alpha_pattern: "\(" is no regular expression',
+    ),
     "targets": (
         lambda f: edit(f, target_modules=[1]),
         "target_modules must be a string or a list of strings",
     ),
     "other targets": (
         lambda f: edit(f, target_modules=["query"]),
-        'does not fit this model: .*"query" matches nothing',
+        r'does not fit this model: .*\["query"\], match no layer of ModuleDict. Its linear layers: up \(2\)',
     ),
     "fewer targets": (lambda f: edit(f, target_modules=["up"]), "2 layers are not targets"),
     "more targets": (
         lambda f: edit(f, target_modules="all-linear"),
         "no tensors for 1 of the targeted layers, such as head",
     ),
+    "layers of an expression": (
+        lambda f: edit(f, target_modules=".*up", layers_to_transform=[0]),
+        "need a list in target_modules",
+    ),
+    "pattern of no layers": (lambda f: edit(f, layers_pattern="blocks"), "needs layers_to_transform"),
+    "identity": (lambda f: (f / IDENTITY).write_text("{}"), "qlora.json: cannot be read"),
+    "identity of tomorrow": (lambda f: edit_identity(f, format=2), "format 2 is not one that this version"),
     "truncated": (
         lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-9]),
         "damaged, or no safetensors",
@@ -237,12 +258,21 @@ class Bomb:
         return pytest.fail, ("something was unpickled",)
 
 
-def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    save_adapter(trained(), tmp_path)
+def test_a_pickle_is_refused_and_its_way_out_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained()
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
     (tmp_path / TENSORS).unlink()
-    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ModelError, match=r"adapter_model.bin is a pickle.*PeftModel.from_pretrained"):
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    with pytest.raises(ModelError, match=r"adapter_model.bin is a pickle.*Convert it.*python -c") as error:
         load_adapter(network(), tmp_path)
+    code = str(error.value).partition('python -c "')[2].removesuffix('"')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        exec(code)  # a dangerous pickle stays unread there too
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    exec(code)
+    assert contents(load_adapter(network(), tmp_path)) == contents(model)
 
 
 def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
@@ -260,6 +290,10 @@ def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="PEFT cannot say that"):
         save_adapter(mixed, tmp_path / "c")
+    mixed = trained(dropout=0.1)
+    mixed["blocks"][0]["up"].dropout = 0.2
+    with pytest.raises(ModelError, match="different dropout: PEFT cannot say that"):
+        save_adapter(mixed, tmp_path / "d")
     assert not list(tmp_path.iterdir())
 
 
@@ -273,7 +307,7 @@ def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SaveError, match=r"cannot save the adapter: .*No space left"):
         save_adapter(trained(seed=9, rank=3), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     assert contents(load_adapter(network(), tmp_path)) == contents(old)
     file = tmp_path / "file"
     file.touch()

@@ -156,12 +156,14 @@ def test_a_target_that_matches_nothing_lists_what_could_have() -> None:
         adapt(nn.Sequential(nn.Linear(4, 4)), targets="attention")
 
 
-def test_gpt2_is_told_that_its_layers_are_no_linears() -> None:
+def test_gpt2_s_conv1d_are_linear_layers() -> None:
     gpt2 = causal("gpt2", n_embd=64, n_layer=2, n_head=4)
-    with pytest.raises(ModelError, match='"c_attn" matches 2 Conv1D, but no linear layer'):
-        select(gpt2, ["c_attn"])
-    with pytest.raises(ModelError, match="matches no layer of GPT2LMHeadModel"):
-        select(gpt2, "all-linear")
+    attention = select(gpt2, "attention")
+    assert leaves(attention) == {"c_attn": 2, "c_proj": 2}
+    assert all("attn" in name for name in attention), "the c_proj of the feed-forward is not attention"
+    assert leaves(select(gpt2, "all-linear")) == {"c_attn": 2, "c_proj": 4, "c_fc": 2}
+    with pytest.raises(ModelError, match=r"c_attn \(2\), c_proj \(4\), c_fc \(2\), lm_head \(1\)"):
+        select(gpt2, ["q_proj"])
 
 
 class Scaled(nn.Linear):

@@ -1,19 +1,20 @@
 """LoRA (Hu et al. 2021): h = W x + scaling * B A x, W frozen, A [rank, in] random, B [out, rank] zero.
 
-`LoRALinear` wraps an `nn.Linear` or a 4-bit linear and leaves it as it is; `adapt` puts one around every
-target of any model. A and B are bf16; the optimizer keeps what bf16 would round away.
+`LoRALinear` wraps an `nn.Linear`, a 4-bit linear or GPT-2's `Conv1D` and leaves it as it is; `adapt` puts one
+around every target of any model. A and B are bf16; the optimizer keeps what bf16 would round away.
 """
 
 import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.targets import is_linear, select
+from qlora.adapter.targets import features, is_conv1d, is_linear, select
 from qlora.errors import ModelError
 from qlora.nf4 import protect, quant_state
 from qlora.ops.lora_linear import lora_linear
@@ -31,7 +32,7 @@ class LoRALinear(nn.Module):
 
         >>> layer = LoRALinear(nn.Linear(input_dim, output_dim), rank=4, alpha=8)
 
-    base: an `nn.Linear` or 4-bit linear, kept as it is and frozen; its bias stays in use.
+    base: an `nn.Linear`, 4-bit linear or `Conv1D`, kept as it is and frozen; its bias stays in use.
     rank: of the update. alpha: the update is scaled by alpha/rank (None: alpha = rank, so by 1).
     dropout: on the input of A, in training. scaling: "alpha/rank" or "alpha/sqrt(rank)".
     init: of A, "kaiming" (uniform, a = sqrt(5): the bound is 1/sqrt(in)) or "gaussian" (standard deviation
@@ -54,11 +55,13 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         if not is_linear(base):
-            raise ModelError(f"LoRALinear wraps nn.Linear and Linear4bit, not {type(base).__name__}")
+            raise ModelError(f"LoRALinear wraps nn.Linear, Linear4bit and Conv1D, not {type(base).__name__}")
         alpha = rank if alpha is None else alpha
         _check(rank, alpha, dropout, scaling, init)
         self.base: nn.Linear = base.requires_grad_(False)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.fan_in_fan_out = is_conv1d(base)
+        """the base's weight is stored as [in, out]; PEFT's name for it"""
+        self.in_features, self.out_features = features(base)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = float(SCALINGS[scaling](alpha, rank))
         device = base.weight.device
@@ -69,8 +72,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         base, a, b, scaling = self.base, self.lora_a, self.lora_b, self.scaling
+        weight = base.weight.T if self.fan_in_fan_out else base.weight
         state = quant_state(base)
-        return lora_linear(x, base.weight, state, base.bias, a, b, scaling, self.dropout, self.training)
+        return lora_linear(x, weight, state, base.bias, a, b, scaling, self.dropout, self.training)
 
     def __getattr__(self, name: str) -> Any:
         """Parameters and modules, as in every module; says why there is no weight."""
@@ -131,9 +135,7 @@ def adapt(
         )
         for name in names
     }
-    _replace(model, {layer.base: layer for layer in layers.values()})
-    _forbid_fused_inference(model)
-    return model
+    return wrap(model, layers)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -178,8 +180,13 @@ def _initial(
 
 def _fits(key: str, name: str) -> bool:
     """Whether `key` matches a name or its last parts, as PEFT's rank_pattern does."""
+    return _expression(key).match(name) is not None
+
+
+@lru_cache(maxsize=4096)  # a key for each layer of a large model: re's own cache is too small
+def _expression(key: str) -> re.Pattern[str]:
     try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
+        return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
         raise ModelError(
             f'rank_pattern or alpha_pattern: "{key}" is no regular expression ({error})'
@@ -189,6 +196,13 @@ def _fits(key: str, name: str) -> bool:
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value of the first pattern that matches `name`, else `default`."""
     return next((value for key, value in patterns.items() if _fits(key, name)), default)
+
+
+def wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> nn.Module:
+    """Put each LoRALinear in the place of its base, whose name in `model` is its key; returns the model."""
+    _replace(model, {layer.base: layer for layer in layers.values()})
+    _forbid_fused_inference(model)
+    return model
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

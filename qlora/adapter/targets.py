@@ -31,7 +31,7 @@ HEADS = frozenset(["lm_head", "embed_out"])
 
 
 def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers (`nn.Linear`, `Linear4bit`) of `model` that `targets` means, in its order.
+    """Names of the linear layers (`nn.Linear`, `Linear4bit`, GPT-2's `Conv1D`) that `targets` means, in order.
 
     targets: "attention": the query, key, value and output projections; "all-linear": every linear layer but
         the output head and the routers of a mixture of experts; a list: each entry is a name, or the last
@@ -54,7 +54,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             chosen |= _match(model, linears, entry)
     if not chosen:
         kind = type(model).__name__
-        raise ModelError(f'targets: "{targets}" matches no layer of {kind}. {_offer(linears)}')
+        raise ModelError(f'targets: "{targets}" matches no layer of {kind}. {offer(linears)}')
     return [name for name in linears if name in chosen]
 
 
@@ -74,7 +74,18 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` computes x W^T + bias and no more; a subclass with a forward of its own may not."""
     kind = type(module)
     plain = kind.forward is nn.Linear.forward or kind.__name__ in SAME_PRODUCT
-    return (isinstance(module, nn.Linear) and plain) or is_nf4(module)
+    return (isinstance(module, nn.Linear) and plain) or is_nf4(module) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D (GPT-2's linear), which stores its weight as [in, out]."""
+    # By name, so that networks of plain torch need no transformers
+    return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    return (linear.nx, linear.nf) if is_conv1d(linear) else (linear.in_features, linear.out_features)  # type: ignore[return-value]
 
 
 def _is_attention(name: str) -> bool:
@@ -112,13 +123,13 @@ def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no linear layer" if others else "matches nothing"
-        raise ModelError(f'targets: "{entry}" {why} in {type(model).__name__}. {_offer(linears)}')
+        raise ModelError(f'targets: "{entry}" {why} in {type(model).__name__}. {offer(linears)}')
     return found
 
 
-def _offer(linears: Sequence[str]) -> str:
+def offer(linears: Sequence[str]) -> str:
     """What could have matched: the last parts of the names, and how many layers each stands for."""
     if not linears:
-        return "It has no linear layer at all (Conv1D, as in GPT-2, is none)."
+        return "It has no linear layer at all."
     leaves = Counter(name.rpartition(".")[2] for name in linears)
     return "Its linear layers: " + ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items()) + "."

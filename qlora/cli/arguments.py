@@ -14,6 +14,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, as in training.max_steps=20."),
 ]
+AnyBase = Annotated[
+    bool,
+    typer.Option(
+        "--any-base", help="Use the adapter although its base or tokenizer is another than in training."
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
 ]

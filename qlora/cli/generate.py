@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from qlora.cli.arguments import AnyBase
+
 
 def generate(
     adapter: Annotated[
@@ -11,6 +13,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; `-` reads standard input.")],
     base_only: Annotated[bool, typer.Option("--base", help="Ask the base without the adapter.")] = False,
+    any_base: AnyBase = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -25,6 +28,6 @@ def generate(
     from qlora.trained import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    trained = load_trained(adapter, device=device, with_adapter=not base_only)
+    trained = load_trained(adapter, device=device, with_adapter=not base_only, any_base=any_base)
     ids = encode_prompt(text, trained.recipe.data, trained.tokenizer)
     print(answer(trained.model, trained.tokenizer, ids, max_new_tokens))

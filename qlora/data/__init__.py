@@ -10,6 +10,7 @@ from qlora.data.dataset import (
     load_dataset,
     training_batches,
 )
+from qlora.data.prompting import prompting
 
 __all__ = [
     "IGNORE_INDEX",
@@ -22,5 +23,6 @@ __all__ = [
     "encode_prompt",
     "held_out_batches",
     "load_dataset",
+    "prompting",
     "training_batches",
 ]

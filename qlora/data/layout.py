@@ -70,13 +70,32 @@ class Layout:
         return self._renderer.prompt([{"role": "user", "content": text}])
 
 
-def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> Renderer | None:
-    name = section.template
-    if section.format == "completion" or (section.format == "prompt-completion" and name is None):
+def template_of(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The jinja source that rows are written with; None where they stay raw or nothing has a template."""
+    if _stays_raw(section):
         return None
-    if section.format == "alpaca" and name is None and not tokenizer.chat_template:
-        name = "alpaca"
+    name = _template_name(section, tokenizer)
+    return tokenizer.chat_template and tokenizer.get_chat_template() if name is None else template_text(name)
+
+
+def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> Renderer | None:
+    if _stays_raw(section):
+        return None
+    name = _template_name(section, tokenizer)
     return Renderer(tokenizer, encoder, None if name is None else template_text(name))
+
+
+def _stays_raw(section: Data) -> bool:
+    return section.format == "completion" or (
+        section.format == "prompt-completion" and section.template is None
+    )
+
+
+def _template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Of `data.template`; None for the tokenizer's own."""
+    if section.format == "alpaca" and section.template is None and not tokenizer.chat_template:
+        return "alpaca"
+    return section.template
 
 
 def _beginning(text: str) -> tuple[str, str]:

@@ -1,0 +1,273 @@
+"""An adapter knows its base: the same one by its checkpoint, however it is loaded, and no other unless told."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from qlora import nf4
+from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
+from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
+from qlora.base import load_base, load_tokenizer
+from qlora.cli import app
+from qlora.data import prompting
+from qlora.errors import ModelError
+from qlora.recipe import Base, Data, Recipe
+from qlora.train import Session, train
+from qlora.trained import load_trained
+
+
+def section(model: Path | str, **settings: Any) -> Base:
+    return Base(**{"model": str(model), "compute_dtype": "float32"} | settings)
+
+
+def saved(base: nn.Module, folder: Path) -> BaseIdentity:
+    """An adapter on `base`, and what it remembers of it."""
+    save_adapter(adapt(base, rank=2), folder)
+    found = BaseIdentity.read(folder)
+    assert found is not None
+    return found
+
+
+def change(folder: Path, name: str, by: float = 1e-3) -> Path:
+    """One number of one tensor of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] += by
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def copy(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
+
+
+def test_an_adapter_remembers_its_base(tiny_llama: Path, tmp_path: Path) -> None:
+    found = saved(load_base(section(tiny_llama, block_size=128)), tmp_path)
+    assert found.name == str(tiny_llama)
+    assert found.weights == checkpoint_digest([tiny_llama / "model.safetensors"])
+    assert found.quantization == "nf4 in blocks of 128, double quantization"
+    record = json.loads((tmp_path / "qlora.json").read_text())
+    assert record == {"base": vars(found), "format": 1}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == found.name
+
+
+def test_the_same_base_is_known_again(tiny_llama: Path, copy: Path, tmp_path: Path) -> None:
+    """Elsewhere, in another dtype, in shards, before and after it is adapted; plain transformers may load it."""
+    saved(load_base(section(tiny_llama)), tmp_path / "adapter")
+    load_adapter(load_base(section(copy, compute_dtype="bfloat16")), tmp_path / "adapter")
+    again = load_adapter(load_base(section(copy)), tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    plain.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    load_adapter(load_base(section(tmp_path / "shards")), tmp_path / "adapter")
+    identity = saved(plain, tmp_path / "plain")
+    assert identity.quantization == "none"
+    assert identity.weights == BaseIdentity.of(again).weights
+    load_adapter(load_base(section(copy, quantization="none")), tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_another_base_is_refused_with_both_named(
+    tiny_llama: Path, copy: Path, tmp_path: Path, name: str
+) -> None:
+    saved(load_base(section(tiny_llama)), tmp_path / "adapter")
+    other = load_base(section(change(copy, name)))
+    message = rf"adapter: the adapter was trained on {tiny_llama}, and this base is {copy}; they differ in weights: "
+    with pytest.raises(ModelError, match=message) as error:
+        load_adapter(other, tmp_path / "adapter")
+    assert "--any-base" in str(error.value)
+    assert error.value.exit_code == 4
+    assert not lora_layers(other), "the model is as it was"
+    load_adapter(other, tmp_path / "adapter", any_base=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "here"),
+    [
+        ({"quantization": "none"}, "nf4 in blocks of 64, double quantization", "none"),
+        ({"block_size": 256}, "nf4 in blocks of 64, double quantization", "nf4 in blocks of 256"),
+        ({"double_quant": False}, "nf4 in blocks of 64, double quantization", "nf4 in blocks of 64 here"),
+    ],
+)
+def test_another_quantization_is_another_base(
+    tiny_llama: Path, tmp_path: Path, settings: dict[str, Any], there: str, here: str
+) -> None:
+    saved(load_base(section(tiny_llama)), tmp_path)
+    with pytest.raises(ModelError, match=f"differ in quantization: {there} there, {here}"):
+        load_adapter(load_base(section(tiny_llama, **settings)), tmp_path)
+
+
+def test_bases_without_a_checkpoint_are_known_by_how_they_were_made(tiny_llama: Path, tmp_path: Path) -> None:
+    saved(load_base(section(tiny_llama, init="random"), seed=1), tmp_path)
+    load_adapter(load_base(section(tiny_llama, init="random"), seed=1), tmp_path)
+    for other in ({"init": "random"}, {"init": "synthetic"}, {}):
+        with pytest.raises(ModelError, match="weights: random of seed 1 there, "):
+            load_adapter(load_base(section(tiny_llama, **other), seed=2), tmp_path)
+
+
+def network() -> nn.Module:
+    return nn.ModuleDict({"up": nn.Linear(4, 4)})
+
+
+def test_a_network_that_nobody_knows_takes_any_adapter(tmp_path: Path) -> None:
+    save_adapter(adapt(network(), targets=["up"], rank=2), tmp_path)
+    assert BaseIdentity.read(tmp_path) == BaseIdentity(quantization="none")
+    load_adapter(network(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "used_on", "refused"),
+    [
+        ("google/gemma-2b", "google/gemma-2b", False),
+        ("google/gemma-2b", "google/gemma-7b", True),
+        ("google/gemma-2b", "bundled/base", True),
+        ("google/gemma-2b", "/models/anything", False),  # a folder's name says nothing
+        ("google/gemma-2b", None, False),
+        ("gpt2", "openai-community/gpt2", False),  # the hub's old and new name
+    ],
+)
+def test_adapters_of_peft_are_known_by_names(
+    tmp_path: Path, trained_on: str, used_on: str | None, refused: bool
+) -> None:
+    save_adapter(adapt(network(), targets=["up"], rank=2), tmp_path, base_model=trained_on)
+    (tmp_path / "qlora.json").unlink()
+    known = BaseIdentity(used_on)
+    if refused:
+        with pytest.raises(ModelError, match=rf"differ in name: {trained_on} there, {used_on} here"):
+            load_adapter(network(), tmp_path, base=known)
+        load_adapter(network(), tmp_path, base=known, any_base=True)
+    else:
+        load_adapter(network(), tmp_path, base=known)
+
+
+def test_a_folder_may_look_like_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    there, here = BaseIdentity("google/gemma-2b"), BaseIdentity("models/mine")
+    assert there.difference(here) is not None
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert there.difference(here) is None
+
+
+def test_a_model_without_weights_yet_does_not_tell_how_they_are_quantized() -> None:
+    with torch.device("meta"):
+        skeleton = nn.ModuleDict({"x": nf4.Linear4bit(64, 64)})
+    assert BaseIdentity.of(skeleton).quantization is None
+
+
+def test_what_is_unknown_is_not_compared() -> None:
+    known = BaseIdentity("a/b", None, None, "w", "none", "t", "c")
+    assert known.difference(known) is None
+    for key in ("weights", "quantization", "tokenizer", "template"):
+        assert known.difference(replace(known, **{key: None})) is None
+        assert known.difference(replace(known, **{key: "x"})) == f"{key}: {getattr(known, key)} there, x here"
+    assert known.difference(replace(known, name="c/d")) is None, "the same weights are the same base"
+    assert known.difference(replace(known, name="c/d", weights=None)) == "name: a/b there, c/d here"
+    assert str(replace(known, commit="0123456789abcdef", revision="main")) == "a/b@0123456789ab"
+
+
+def large(folder: Path, **tensors: torch.Tensor) -> str:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    return checkpoint_digest([folder / "model.safetensors"])
+
+
+def test_the_digest_of_a_large_tensor_is_of_its_stretches(tmp_path: Path) -> None:
+    """What the documentation promises to see is seen, and what it says goes unnoticed does."""
+    big = torch.zeros(WHOLE_BYTES + 4096, dtype=torch.uint8)
+    before = large(tmp_path, big=big)
+    for place, seen in ((0, True), (-1, True), (SAMPLE_BYTES - 1, True), (SAMPLE_BYTES, False)):
+        changed = big.clone()
+        changed[place] = 1
+        assert (large(tmp_path, big=changed) != before) == seen, place
+    whole = torch.zeros(WHOLE_BYTES, dtype=torch.uint8)
+    before = large(tmp_path, whole=whole)
+    whole[SAMPLE_BYTES] = 1
+    assert large(tmp_path, whole=whole) != before
+
+
+def test_the_digest_is_of_names_dtypes_and_shapes_too(tmp_path: Path) -> None:
+    zeros = torch.zeros(4, 6)
+    variants = [
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.view(6, 4)},
+        {"a": zeros.view(torch.int32)},
+        {"a": zeros, "b": torch.zeros(0)},
+    ]
+    assert len({large(tmp_path, **tensors) for tensors in variants}) == len(variants)
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(ModelError, match="its safetensors files cannot be read"):
+        checkpoint_digest([tmp_path / "model.safetensors"])
+
+
+def test_prompting_is_the_vocabulary_and_the_template(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(section(tiny_llama))
+    data = Data(source="x", format="messages")
+    first = prompting(data, tokenizer)
+    assert prompting(data, load_tokenizer(section(tiny_llama))) == first
+    other = prompting(data.model_copy(update={"template": "plain"}), tokenizer)
+    assert (other["tokenizer"], other["template"] != first["template"]) == (first["tokenizer"], True)
+    raw = [
+        prompting(Data(source="x", format=kind), tokenizer) for kind in ("completion", "prompt-completion")
+    ]
+    assert raw[0] == raw[1] != first
+    tokenizer.add_tokens(["<new>"])
+    assert prompting(data, tokenizer)["tokenizer"] != first["tokenizer"]
+
+
+# Whole runs
+
+RecipeFile = Callable[..., Path]
+
+
+def test_a_run_whose_base_has_changed_is_refused(recipe_file: RecipeFile, copy: Path) -> None:
+    file = recipe_file(base={"model": str(copy)}, training={"max_steps": 1})
+    run = train(Recipe.load(file), terminal=False).run
+    load_trained(run)
+    change(copy, "model.norm.weight")
+    result = CliRunner().invoke(app, ["eval", str(run)])
+    assert isinstance(result.exception, ModelError)
+    assert result.exception.exit_code == 4
+    assert f"{copy}; they differ in weights" in str(result.exception)
+    assert CliRunner().invoke(app, ["eval", str(run), "--any-base"]).exit_code == 0
+    assert CliRunner().invoke(app, ["generate", str(run), "--prompt", "?", "--any-base"]).exit_code == 0
+    assert CliRunner().invoke(app, ["eval", str(run), "--base"]).exit_code == 0, "no adapter, no question"
+
+
+def test_a_run_whose_template_has_changed_is_refused(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template.write_text(text)
+    file = recipe_file(data={"template": str(template)}, training={"max_steps": 1})
+    run = train(Recipe.load(file), terminal=False).run
+    load_trained(run)
+    template.write_text(text.replace(": ", " - "))
+    with pytest.raises(ModelError, match="differ in template"):
+        load_trained(run)
+
+
+def test_a_run_is_not_resumed_on_another_base(
+    recipe_file: RecipeFile, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(base={"model": str(copy)}, training={"max_steps": 2, "save_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "finish", lambda self: (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError):
+            train(Recipe.load(file), terminal=False)
+    change(copy, "model.norm.weight", by=0.5)
+    with pytest.raises(ModelError, match=r"the base has changed since this checkpoint.*weights: .*--fresh"):
+        train(Recipe.load(file), resume=True, terminal=False)
