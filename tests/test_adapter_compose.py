@@ -134,7 +134,8 @@ def test_bases_must_be_one(tmp_path: Path) -> None:
     unnamed = read(write_adapter(tmp_path / "b", FIRST, base_model_name_or_path=None))
     other = read(write_adapter(tmp_path / "c", FIRST, base_model_name_or_path="other/base"))
     newer = read(write_adapter(tmp_path / "d", FIRST, revision="v2"))
-    compose([(one, 1.0), (unnamed, 1.0)])
+    same = read(write_adapter(tmp_path / "e", FIRST, revision="main"))
+    compose([(one, 1.0), (unnamed, 1.0), (same, 1.0)])
     with pytest.raises(ModelError, match=r"different bases: some/base and other/base"):
         compose([(one, 1.0), (other, 1.0)])
     with pytest.raises(ModelError, match=r"different bases: some/base and some/base@v2"):

@@ -130,6 +130,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         "shape": (whole | {up: torch.ones(30, 21)}, r"up.weight is \[30, 21\], and \[30, 20\] in the arch"),
         "codes": (whole | {up: torch.ones(300, 1, dtype=torch.uint8)}, "up.weight is quantized: give both"),
         "eight bits": (whole | {up: whole[up].to(torch.float8_e4m3fn)}, "up.weight is quantized"),
+        "not finite": (whole | {up: whole[up] * torch.nan}, "up.weight holds numbers that are not finite"),
         "the same": (whole, "have the same linear weights: there is nothing to extract"),
     }
     for name, (tensors, message) in wrong.items():

@@ -72,7 +72,7 @@ def compose(
         _check_shapes(name, terms)
         asked = reduce(add, terms)
         exact = rank is None and energy is None
-        layers[name] = Layer.store(name, asked if exact else asked.nearest(rank, energy or 1.0), dtype)
+        layers[name] = Layer.store(name, asked if exact else asked.nearest(rank, energy), dtype)
         deviations[name] = Deviation.between(layers[name], asked)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
     return Adapter(config, layers, adapters[0].companions), deviations

@@ -77,6 +77,8 @@ def extract(
         ours, theirs = keys[name]
         difference = _difference(tuned[ours].to(device), base[theirs].to(device))
         norm = _norm(difference)
+        if not math.isfinite(norm):
+            raise ModelError(f"{tuned.folder} or {base.folder}: {ours} holds numbers that are not finite")
         if norm == 0:
             continue
         layer = Layer.store(name, _nearest(difference, rank, energy, name), dtype)

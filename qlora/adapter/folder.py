@@ -87,9 +87,11 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """What the adapter says it was trained on, as `name` or `name@revision`."""
+        """What the adapter says it was trained on, as `name` or `name@revision`; None if it does not."""
         name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
-        return f"{name}@{revision}" if name and revision else name
+        if not isinstance(name, str) or not name:
+            return None
+        return name if revision in (None, "main") else f"{name}@{revision}"
 
 
 def read(path: str | Path) -> Adapter:

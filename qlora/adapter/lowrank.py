@@ -72,13 +72,13 @@ class LowRank:
         """The Frobenius norm of B A."""
         return self.singular_values().norm().item()
 
-    def nearest(self, rank: int | None = None, energy: float = 1.0) -> "LowRank":
-        """The best approximation of at most `rank`, or of the least rank that keeps this share of the energy.
+    def nearest(self, rank: int | None = None, energy: float | None = None) -> "LowRank":
+        """The best approximation of at most `rank`, or of the least rank that keeps `energy` (0-1); else of its own.
 
         It has the smallest error of its rank in the Frobenius and the spectral norm (Eckart and Young 1936).
         """
         u, s, vh = self.svd()
-        return LowRank.truncated(u, s, vh, enough(s, energy) if rank is None else rank)
+        return LowRank.truncated(u, s, vh, rank or enough(s, 1.0 if energy is None else energy))
 
 
 def enough(singular_values: Tensor, energy: float) -> int:

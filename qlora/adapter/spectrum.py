@@ -22,8 +22,7 @@ MOST = 0.99
 
 TOO_LARGE, TOO_SMALL = 0.5, 0.75
 """Directions that hold that share, as a part of the rank: at most one half in the median layer, and the rank was too
-large; from three quarters on it may have been too small. Between them lie the ranks at which the loss of the
-quickstart stops falling (README)."""
+large; from three quarters on it may have been too small. Set by the quickstart at ranks of 2 to 32 (README)."""
 
 
 @dataclass(frozen=True)
