@@ -76,7 +76,7 @@ def test_a_low_rank_change_is_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sketched", [False, True])
-@pytest.mark.parametrize(("rank", "energy"), [(5, None), (None, 0.8)])
+@pytest.mark.parametrize(("rank", "energy"), [(5, None), (None, 0.8), (None, 0.995)])
 def test_the_rest_is_as_small_as_it_can_be_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: bool, rank: int | None, energy: float | None
 ) -> None:

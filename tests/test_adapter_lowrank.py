@@ -36,7 +36,7 @@ def close(found: Tensor | float, expected: Tensor | float, scale: LowRank) -> No
 
 
 @given(st.data(), SIZES, SIZES)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_norm_and_singular_values_are_those_of_the_product(data: st.DataObject, out: int, into: int) -> None:
     product = data.draw(products(out, into))
     matrix = dense(product)
@@ -53,7 +53,7 @@ def test_norm_and_singular_values_are_those_of_the_product(data: st.DataObject, 
 
 
 @given(st.data(), SIZES, SIZES, WEIGHTS, WEIGHTS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_sums_are_exact(data: st.DataObject, out: int, into: int, v: float, w: float) -> None:
     first, second = data.draw(products(out, into)), data.draw(products(out, into))
     total = v * first + w * second
@@ -63,7 +63,7 @@ def test_sums_are_exact(data: st.DataObject, out: int, into: int, v: float, w: f
 
 
 @given(st.data(), SIZES, SIZES, st.integers(1, 10))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_nothing_of_that_rank_is_nearer(data: st.DataObject, out: int, into: int, rank: int) -> None:
     """Eckart-Young: the error is the norm of the singular values left out."""
     product = data.draw(products(out, into))
@@ -76,7 +76,7 @@ def test_nothing_of_that_rank_is_nearer(data: st.DataObject, out: int, into: int
 
 
 @given(st.data(), SIZES, SIZES, st.floats(0.01, 1))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_energy_keeps_its_share_and_no_direction_more(
     data: st.DataObject, out: int, into: int, energy: float
 ) -> None:
