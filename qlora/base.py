@@ -88,6 +88,12 @@ def load_config(base: Base) -> Any:
     return config
 
 
+def load_architecture(base: Base) -> nn.Module:
+    """The model without its weights: every tensor is on the meta device. For questions of names and shapes."""
+    with _quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(base), trust_remote_code=base.trust_remote_code)
+
+
 def load_tokenizer(base: Base) -> Tokenizer:
     """The model's tokenizer.
 

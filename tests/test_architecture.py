@@ -44,7 +44,7 @@ DOORS = {
     "datasets": {"data"},
     "accelerate": {"base", "processes", "train"},
     "typer": {"cli"},
-    "matplotlib": {"memory", "report"},
+    "matplotlib": {"memory", "report", "adapter"},
     "peft": set(),
     "pickle": set(),
 }
@@ -170,7 +170,7 @@ def test_the_function_train_is_not_hidden_by_its_file() -> None:
 
 @pytest.mark.parametrize("statement", ["import qlora", "import qlora.recipe", "import qlora.cli"])
 def test_nothing_heavy_is_imported_before_it_is_needed(statement: str) -> None:
-    heavy = "('torch', 'transformers', 'datasets', 'wandb')"
+    heavy = "('torch', 'transformers', 'datasets', 'wandb', 'matplotlib')"
     code = f"{statement}; import sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

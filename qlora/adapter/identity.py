@@ -69,14 +69,22 @@ class BaseIdentity:
         if not path.exists():
             return None
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {error}") from error
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The text of qlora.json, read back. Raises ValueError with what is wrong with it."""
+        try:
+            record = json.loads(text)
             known = {field.name for field in fields(cls)}
             base = {key: value for key, value in record["base"].items() if key in known}
             version, texts = record["format"], all(isinstance(v, str | None) for v in base.values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{path}: cannot be read: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"cannot be read: {error}") from error
         if version != FORMAT or not texts:
-            raise ModelError(f"{path}: format {version!r} is not one that this version of qlora reads")
+            raise ModelError(f"format {version!r} is not one that this version of qlora reads")
         return cls(**base)
 
     def as_json(self) -> str:

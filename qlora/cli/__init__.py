@@ -6,7 +6,7 @@ from types import FrameType
 
 import typer
 
-from qlora.cli import recipes
+from qlora.cli import adapter, recipes
 from qlora.cli.check import check
 from qlora.cli.data import data
 from qlora.cli.estimate import estimate
@@ -32,6 +32,7 @@ app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("report")(report)
+app.add_typer(adapter.app, name="adapter")
 app.add_typer(recipes.app, name="recipes")
 
 

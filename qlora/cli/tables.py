@@ -1,0 +1,89 @@
+"""Tables about the layers of an adapter, as a terminal or a log shows them."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from qlora.adapter.compose import Deviation
+    from qlora.adapter.spectrum import Spectrum
+
+Value = TypeVar("Value")
+
+
+def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Value]]:
+    """The layers by kind, as q_proj, or each on its own."""
+    from qlora.adapter.kinds import places
+
+    if per_layer:
+        return {name: [value] for name, value in layers.items()}
+    groups: dict[str, list[Value]] = {}
+    for name, (kind, _) in places(layers).items():
+        groups.setdefault(kind, []).append(layers[name])
+    return groups
+
+
+def show_deviations(deviations: "Mapping[str, Deviation]", per_layer: bool) -> None:
+    """Ranks, and how far the stored updates are from those asked for."""
+    from qlora.adapter.compose import relative_error
+
+    show(
+        ["", "layers", "rank", "relative error"],
+        [
+            [name, str(len(group)), span([x.rank for x in group]), small(relative_error(group))]
+            for name, group in grouped(deviations, per_layer).items()
+        ],
+    )
+
+
+def show_spectra(layers: "Mapping[str, Spectrum]", per_layer: bool) -> None:
+    """Norms and ranks: of a layer, or the medians of a kind of layers."""
+    rows = []
+    for name, group in grouped(layers, per_layer).items():
+        relative = [x.relative_norm for x in group if x.relative_norm is not None]
+        rows.append(
+            [
+                name,
+                str(len(group)),
+                span([x.rank for x in group]),
+                f"{median(x.norm for x in group):.3g}",
+                f"{median(relative):.1%}" if relative else "-",
+                f"{median(x.effective_rank for x in group):.1f}",
+                f"{median(x.rank_for(0.9) for x in group):g}",
+                f"{median(x.rank_for(0.99) for x in group):g}",
+                f"{median(x.last_quarter for x in group):.2%}",
+            ]
+        )
+    head = ["", "layers", "rank", "norm", "of base", "effective rank", "90%", "99%", "last quarter"]
+    show(head, rows)
+
+
+def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left and never cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for number, title in enumerate(head):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    console.print(table, soft_wrap=True, width=max(console.width, console.measure(table).maximum))
+
+
+def say(text: str) -> None:
+    """Print a paragraph, its lines as wide as the terminal."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(text)
+
+
+def small(share: float) -> str:
+    """A share as a percentage, or as a power of ten where that would show nothing."""
+    return f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}" if share else "0"
+
+
+def span(numbers: Sequence[int]) -> str:
+    """`8`, or `4-16`."""
+    return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
