@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
-    {"errors"},
+    {"errors", "manifest"},
     {"bundled", "recipe", "nf4"},
     {"ops"},
     {"adapter", "data", "optim"},
@@ -44,7 +44,7 @@ DOORS = {
     "peft": set(),
     "pickle": set(),
 }
-WITHOUT_TORCH = {"errors", "bundled", "recipe", "run", "interrupt", "cli"}
+WITHOUT_TORCH = {"errors", "manifest", "bundled", "recipe", "run", "interrupt", "cli"}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
