@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
     {"errors", "manifest"},
-    {"bundled", "recipe", "nf4"},
+    {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
     {"adapter", "data", "optim"},
     {"base"},
@@ -44,7 +44,7 @@ DOORS = {
     "peft": set(),
     "pickle": set(),
 }
-WITHOUT_TORCH = {"errors", "manifest", "bundled", "recipe", "run", "interrupt", "cli"}
+WITHOUT_TORCH = {"errors", "manifest", "cache", "bundled", "recipe", "run", "interrupt", "cli"}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

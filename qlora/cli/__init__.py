@@ -6,7 +6,7 @@ from types import FrameType
 
 import typer
 
-from qlora.cli import recipes
+from qlora.cli import cache, recipes
 from qlora.cli.check import check
 from qlora.cli.data import data
 from qlora.cli.evaluate import evaluate
@@ -27,6 +27,7 @@ app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
