@@ -19,7 +19,7 @@ ROOMS = [
     {"errors", "manifest"},
     {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
-    {"adapter", "data", "optim"},
+    {"adapter", "data", "optim", "base_cache"},
     {"base"},
     {"step"},
     {"memory", "checkpoint", "tracking", "run", "interrupt", "generate", "trained"},
