@@ -41,11 +41,11 @@ def quantized(
 
     Args:
         location: the checkpoint: a folder or a hub id.
-        revision: of a hub id.
-        block_size: these and
-        double_quant: decide the bits, as does
-        dtype: of what is not quantized; and
-        device: for two kernels may round one block's statistics in two ways.
+        revision: branch, tag or commit of a hub id.
+        block_size: weights that share a constant.
+        double_quant: whether the constants are quantized too.
+        dtype: of what is not quantized.
+        device: where the model is to be; a GPU may round a statistic otherwise than a CPU does.
         make: reads and quantizes the checkpoint. What it raises is raised.
     """
 
@@ -75,16 +75,16 @@ def quantized(
 
 
 def _identity(location: str, revision: str) -> str | None:
-    """Names a checkpoint's content; None for a hub id that cannot be resolved."""
+    """Names a checkpoint's content; None where it cannot be found or read: whoever loads it says why."""
     folder = Path(location)
-    if not folder.is_dir():
-        try:
-            snapshot = Path(cached_file(location, "config.json", revision=revision)).parent
-        except (OSError, ValueError):  # whoever loads it says why
-            return None
-        return snapshot.name if _COMMIT.fullmatch(snapshot.name) else None
-    files = [_file(file) for file in sorted(folder.iterdir()) if file.suffix in _DECIDES and file.is_file()]
-    return cache.digest(files=files)
+    try:
+        if folder.is_dir():
+            files = sorted(file for file in folder.iterdir() if file.suffix in _DECIDES and file.is_file())
+            return cache.digest(files=[_file(file) for file in files])
+        snapshot = Path(cached_file(location, "config.json", revision=revision)).parent
+    except (OSError, ValueError):
+        return None
+    return snapshot.name if _COMMIT.fullmatch(snapshot.name) else None
 
 
 def _file(file: Path) -> list[Any]:

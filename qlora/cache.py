@@ -120,12 +120,12 @@ def cached(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         _warn(f"cache: {entry} cannot be used ({error}); making it again")
     value = make()
-    needed = size(value)
-    if needed >= worth_bytes and key() == wanted:
-        try:
+    try:
+        needed = size(value)
+        if needed >= worth_bytes and key() == wanted:
             _keep(root, entry, needed, about, lambda place: save(value, place))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the value is there and the run can go on
-            _warn(f"cache: {about} is not kept, so the next start takes as long: {error}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the value is there and the run can go on
+        _warn(f"cache: {about} is not kept, so the next start takes as long: {error}")
     return value
 
 

@@ -103,9 +103,11 @@ def test_the_second_start_reads_the_same_bits(
     expected = uncached(base, monkeypatch)
     assert_same(load_base(base), expected)
     assert len(quantized) == 2
+    random_state = torch.get_rng_state()
     found = load_base(base)
     assert len(quantized) == 2, "it was not found"
     assert_same(found, expected)
+    assert torch.equal(torch.get_rng_state(), random_state), "what comes next would draw other numbers"
     state = nf4.quant_state(found.get_submodule("model.layers.0.mlp.up_proj"))  # type: ignore[arg-type]
     assert state is not None
     assert (state.blocksize, state.nested) == (block_size, double_quant)
@@ -278,8 +280,14 @@ def test_a_hub_id_goes_by_its_commit(
     assert base_cache._identity("some/other", "main") is None
 
 
-def test_a_base_that_cannot_be_loaded_is_the_same_error(llama: Path) -> None:
-    (llama / "model.safetensors").write_bytes(b"short")
+@pytest.mark.parametrize("damage", ["short", "dangling"])
+def test_a_base_that_cannot_be_loaded_is_the_same_error(llama: Path, damage: str) -> None:
+    weights = llama / "model.safetensors"
+    if damage == "short":
+        weights.write_bytes(b"short")
+    else:
+        weights.unlink()
+        weights.symlink_to("nowhere")
     with pytest.raises(ModelError, match="cannot load"):
         load_base(section(llama))
     assert cache.entries() == []

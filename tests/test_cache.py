@@ -147,6 +147,17 @@ def test_what_changes_while_it_is_made_is_not_kept(get: Maker) -> None:
     assert kept() == []
 
 
+def test_a_key_that_fails_after_the_work_is_noted(get: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    def key() -> str:
+        if get.made:
+            raise PermissionError("no longer yours")
+        return KEYS[0]
+
+    made = cache.cached("data", key, make=get.make, save=lambda *_: None, load=len, size=len, about="-")
+    assert made == b"0"
+    assert "no longer yours" in caplog.text
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("shared")])
 def test_what_cannot_be_written_is_noted_and_nothing_is_left(
     get: Maker, cache_folder: Path, error: Exception, caplog: pytest.LogCaptureFixture
