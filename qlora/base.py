@@ -1,7 +1,8 @@
 """The base: a causal language model whose linear layers are NF4, and its tokenizer.
 
     pretrained   weights from the hub or a folder, quantized tensor by tensor as transformers reads them, so the
-                 full-precision model never stands in memory; checkpoints that are bitsandbytes NF4 load as they are
+                 full-precision model never stands in memory, and kept for the next start (see `base_cache`);
+                 checkpoints that are bitsandbytes NF4 load as they are
     synthetic    the architecture of a config.json with random NF4 weights made directly on the device: for
                  questions of memory and speed, without a download
     random       the architecture freshly initialised: for training from scratch
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -25,7 +27,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from qlora import bundled, nf4
+from qlora import base_cache, bundled, nf4
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.targets import is_conv1d, is_linear, select
 from qlora.errors import ModelError
@@ -163,11 +165,27 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
 
 
 def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
-    kwargs: dict[str, Any] = {}
     prequantized = getattr(config, "quantization_config", None)
     if prequantized is not None:
         _require_nf4(base, prequantized)
-    elif base.quantization == "nf4":
+    quantize = prequantized is None and base.quantization == "nf4"
+    if not quantize or base.trust_remote_code:  # what foreign code makes of a checkpoint has no name
+        return _read(base, device, quantize=quantize)
+    return base_cache.quantized(
+        locate(base),
+        _revision(base),
+        block_size=base.block_size,
+        double_quant=base.double_quant,
+        dtype=compute_dtype(base, device),
+        device=device,
+        make=lambda: _read(base, device, quantize=True),
+    )
+
+
+def _read(base: Base, device: torch.device, *, quantize: bool) -> PreTrainedModel:
+    """The checkpoint as transformers reads it, its linears quantized on the way if `quantize`."""
+    kwargs: dict[str, Any] = {}
+    if quantize:
         kwargs["quantization_config"] = _BlockSizedNF4Config(
             block_size=base.block_size,
             load_in_4bit=True,
@@ -184,7 +202,7 @@ def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedMode
             device_map={"": device},
             **kwargs,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(_load_problem(base, error)) from error
 
 

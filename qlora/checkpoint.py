@@ -12,7 +12,6 @@ One process writes a run's folder at a time; `lock` makes sure of it.
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -24,14 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from qlora import manifest
 from qlora.errors import ModelError, SaveError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-"""version of the manifest's layout"""
 
 _TEMPORARY, _TRASH = ".tmp-", ".trash-"
 
@@ -87,7 +83,7 @@ def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
         _remove_leftovers(checkpoints)
         with _temporary(checkpoints, final.name) as folder:
             yield folder
-            _write_manifest(folder, step, run_id)
+            manifest.write(folder, run_id=run_id, step=step)
             _fsync_tree(folder)
             if not (final.exists() and not verify(final, run_id=run_id)):
                 _commit(folder, final)
@@ -143,17 +139,15 @@ def verify(folder: Path, *, run_id: str | None = None, checksums: bool = True) -
     Files the manifest does not name are no problem: nothing reads them.
     """
     try:
-        manifest = _read_manifest(folder)
+        written = manifest.read(folder)
     except (OSError, ValueError) as error:
-        return [f"file {MANIFEST}: {getattr(error, 'strerror', None) or error}"]
+        return [f"file {manifest.MANIFEST}: {getattr(error, 'strerror', None) or error}"]
     problems = []
-    if manifest["step"] != _step(folder):
-        problems.append(f"file {MANIFEST}: belongs to step {manifest['step']}")
-    if run_id is not None and manifest["run_id"] != run_id:
-        problems.append(f"file {MANIFEST}: belongs to run {manifest['run_id']}, not {run_id}")
-    for name, expected in manifest["files"].items():
-        problems += _file_problems(folder / name, name, expected, checksums=checksums)
-    return problems
+    if written["step"] != _step(folder):
+        problems.append(f"file {manifest.MANIFEST}: belongs to step {written['step']}")
+    if run_id is not None and written["run_id"] != run_id:
+        problems.append(f"file {manifest.MANIFEST}: belongs to run {written['run_id']}, not {run_id}")
+    return problems + manifest.problems(folder, written, checksums=checksums)
 
 
 def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
@@ -197,7 +191,7 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write counters and other plain values to `<folder>/state.json`."""
     with _save_errors(folder / "state.json"):
-        (folder / "state.json").write_text(_dump(state))
+        (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -226,60 +220,6 @@ def _step(folder: Path) -> int:
     """The step in a checkpoint's name; -1 for a name that is none of ours."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
-
-
-def _write_manifest(folder: Path, step: int, run_id: str) -> None:
-    """Describe every file under `folder`, and the description itself, so that no bit can change unnoticed."""
-    files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-    manifest = {"format": FORMAT, "run_id": run_id, "step": step, "files": files}
-    manifest["sha256"] = _self_checksum(manifest)
-    (folder / MANIFEST).write_text(_dump(manifest))
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; OSError when it cannot be read, ValueError when it is not exactly what was written."""
-    text = (folder / MANIFEST).read_bytes().decode()
-    manifest = json.loads(text)
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _self_checksum(manifest):
-        raise ValueError("checksum differs")
-    if text != _dump(manifest):
-        raise ValueError("bytes differ")
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"format {manifest.get('format')}, this version of qlora reads {FORMAT}")
-    return manifest
-
-
-def _self_checksum(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(_dump(rest).encode()).hexdigest()
-
-
-def _file_problems(file: Path, name: str, expected: Mapping[str, Any], *, checksums: bool) -> list[str]:
-    """How one file differs from its entry in the manifest."""
-    try:
-        found = file.stat().st_size
-        if found != expected["bytes"]:
-            return [f"file {name}: expected {expected['bytes']} bytes, found {found}"]
-        if checksums and _sha256(file) != expected["sha256"]:
-            return [f"file {name}: checksum differs"]
-    except FileNotFoundError:
-        return [f"file {name}: missing"]
-    except OSError as error:
-        return [f"file {name}: {error.strerror}"]
-    return []
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -26,6 +26,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test, and for the processes it starts: nobody's real one is read or written."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("QLORA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 

@@ -16,11 +16,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
-    {"errors", "device"},
+    {"errors", "device", "manifest"},
     {"atomic"},
-    {"bundled", "recipe", "nf4"},
+    {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
-    {"adapter", "data", "optim"},
+    {"adapter", "data", "optim", "base_cache"},
     {"base"},
     {"step"},
     {"model"},
@@ -48,7 +48,9 @@ DOORS = {
     "peft": set(),
     "pickle": set(),
 }
-WITHOUT_TORCH = {"errors", "atomic", "bundled", "recipe", "run", "interrupt", "report", "cli"}
+WITHOUT_TORCH = {
+    "errors", "atomic", "manifest", "cache", "bundled", "recipe", "run", "interrupt", "report", "cli",
+}  # fmt: skip
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -6,7 +6,7 @@ from types import FrameType
 
 import typer
 
-from qlora.cli import adapter, recipes
+from qlora.cli import adapter, cache, recipes
 from qlora.cli.check import check
 from qlora.cli.data import data
 from qlora.cli.estimate import estimate
@@ -34,6 +34,7 @@ app.command("generate")(generate)
 app.command("report")(report)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -1,15 +1,8 @@
 """Rows -> conversations -> token ids and labels -> batches. The order is a pure function of (seed, epoch)."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
-from qlora.data.dataset import (
-    Counts,
-    Dataset,
-    Prompt,
-    encode_prompt,
-    held_out_batches,
-    load_dataset,
-    training_batches,
-)
+from qlora.data.cache import load_dataset
+from qlora.data.dataset import Counts, Dataset, Prompt, encode_prompt, held_out_batches, training_batches
 from qlora.data.prompting import prompting
 
 __all__ = [

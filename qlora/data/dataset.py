@@ -76,22 +76,8 @@ class Dataset:
     """fills rows up; never trained on, whatever else it means"""
 
 
-def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
-    """Read, lay out, encode and split the rows of a recipe's `data` section.
-
-    Args:
-        section: `recipe.data`.
-        tokenizer: a fast tokenizer; it is not changed.
-        seed: of the split.
-
-    Raises:
-        DataError: the source cannot be read, a row is bad (with `on_bad_row: error`; the first ten are shown
-            as file:line: reason) or too long (with `too_long: error`), or nothing is left to train on.
-
-    Example:
-        >>> dataset = load_dataset(recipe.data, load_tokenizer(recipe.base), recipe.training.seed)
-        >>> dataset.train[0].input_ids, dataset.counts.supervised
-    """
+def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
+    """Read, lay out, encode and split the rows of a `data` section. Arguments and errors as of `load_dataset`."""
     encoder = Encoder(tokenizer)
     layout = Layout(section, tokenizer, encoder)
     readings = [read_examples(section, section.source, layout, encoder, section.limit)]

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -45,17 +46,39 @@ def read(source: str, split: str = "train", limit: int | None = None) -> Iterato
     Raises:
         DataError: the source as a whole cannot be read. A single bad row is a Record with a BadRow.
     """
-    path = Path(source).expanduser()
-    hub_id = _HUB_ID.fullmatch(source)
+    place = _place(source)
+    records = _file(place, source) if isinstance(place, Path) else _hub(*place, split)
+    return islice(records, limit)
+
+
+def identity(source: str, split: str = "train") -> str | None:
+    """What names the content of a data set: SHA-256 of a file's bytes, or the fingerprint that `datasets` gives.
+
+    None where nothing does, or where it cannot be read: `read` says why. Arguments as of `read`.
+    """
+    place = _place(source)
+    if not isinstance(place, Path):
+        return getattr(_hub_rows(*place, split), "_fingerprint", None)
+    try:
+        if not place.is_file():
+            return None
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
+        return None
+
+
+def _place(source: str) -> Path | tuple[str, str | None]:
+    """A file, or a data set's id on the hub and its configuration."""
     if source.startswith("bundled/"):
         from qlora import bundled
 
-        records = _file(bundled.path(source), source)
-    elif path.exists() or hub_id is None:
-        records = _file(path, source)
-    else:
-        records = _hub(hub_id["name"], hub_id["configuration"], split)
-    return islice(records, limit)
+        return bundled.path(source)
+    path = Path(source).expanduser()
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None or path.exists():
+        return path
+    return hub_id["name"], hub_id["configuration"]
 
 
 # A name that ends as a data file does was meant as one, though it does not exist.
@@ -256,10 +279,15 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
 
 
 def _hub(name: str, configuration: str | None, split: str) -> Iterator[Record]:
+    for number, row in enumerate(_hub_rows(name, configuration, split), 1):
+        yield Record(f"{name}[{split}]:row {number}", row)
+
+
+def _hub_rows(name: str, configuration: str | None, split: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, configuration, split=split)
+        return datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 400)
         raise DataError(
@@ -267,5 +295,3 @@ def _hub(name: str, configuration: str | None, split: str) -> Iterator[Record]:
             f"{reason}\nCheck its spelling and the network. Without a network, bring a file of it here and "
             "give its path as data.source"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield Record(f"{name}[{split}]:row {number}", row)
