@@ -42,20 +42,7 @@ def prepared(setting: Setting) -> Prepared:
 
 @pytest.fixture(scope="module")
 def job(setting: Setting, prepared: Prepared) -> Job:
-    return Job(
-        base=prepared.base,
-        adapter=prepared.adapter,
-        workload=prepared.workload,
-        device="cpu",
-        dtype=prepared.dtype,
-        rank=setting.rank,
-        alpha=setting.alpha,
-        warmup=WARMUP,
-        micro_batch=2,
-        max_length=32,
-        lr=2e-3,
-        max_grad_norm=1.0,
-    )
+    return prepared.job(setting, warmup=WARMUP, lr=2e-3)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
 from benchmarks.speed import workload
+from benchmarks.speed.job import Job
 from benchmarks.speed.presets import Preset, Shape
 from qlora import nf4
 from qlora.base import compute_dtype, load_base
@@ -67,6 +68,25 @@ class Prepared:
     """of each step"""
     supervised: list[int]
     lengths: list[list[int]]
+
+    def job(self, setting: Setting, *, warmup: int = 0, lr: float = 2e-4, flags: tuple[str, ...] = ()) -> Job:
+        """What a contender is asked."""
+        preset = setting.preset
+        return Job(
+            base=self.base,
+            adapter=self.adapter,
+            workload=self.workload,
+            device=self.device,
+            dtype=self.dtype,
+            rank=setting.rank,
+            alpha=setting.alpha,
+            warmup=warmup,
+            micro_batch=preset.sequences if setting.gsm8k is None else preset.micro_batch,
+            max_length=preset.length,
+            lr=lr,
+            max_grad_norm=1.0,
+            flags=flags,
+        )
 
 
 def prepare(setting: Setting) -> Prepared:

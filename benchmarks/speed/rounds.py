@@ -49,28 +49,12 @@ class Runner:
         *,
         rounds: int,
         warmup: int,
-        lr: float = 2e-4,
-        max_grad_norm: float = 1.0,
     ) -> Comparison:
         """Every contender in every round, forwards and backwards in turn."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             prepared = self.prepare(setting, folder)
-            preset = setting.preset
-            job = Job(
-                base=prepared.base,
-                adapter=prepared.adapter,
-                workload=prepared.workload,
-                device=prepared.device,
-                dtype=prepared.dtype,
-                rank=setting.rank,
-                alpha=setting.alpha,
-                warmup=warmup,
-                micro_batch=preset.sequences if setting.gsm8k is None else preset.micro_batch,
-                max_length=preset.length,
-                lr=lr,
-                max_grad_norm=max_grad_norm,
-            )
+            job = prepared.job(setting, warmup=warmup)
             comparison = Comparison(setting, prepared, list(contenders), warmup)
             for number in range(rounds):
                 comparison.product_rates.append(self._product_rate(job, folder))

@@ -1,8 +1,10 @@
 """This package, by the functions that its own loop calls.
 
-The checkpoint is loaded with `load_base`, adapted with `adapt` (bf16 A and B, fp32 master copy in the
-optimizer), and trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
+The checkpoint is loaded with `load_base`, adapted with `adapt` (bf16 A and B, fp32 master copy in the optimizer), and
+trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -18,42 +20,56 @@ from qlora.optim import Optimizer
 from qlora.recipe import Base
 from qlora.step import accumulate, checkpoint_layers
 
+OPTIMIZER = "paged_adamw_32bit"
+
+
+class Session:
+    """The model and its optimizer, ready for the first step."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model: nn.Module = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
+        adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
+        self.parameters = trainable_parameters(self.model)
+        with torch.no_grad():
+            for name, value in load_file(job.adapter).items():
+                self.parameters[name].copy_(value)
+        if "ckpt" in job.flags:
+            checkpoint_layers(self.model)
+        self.optimizer = Optimizer(self.parameters, name=OPTIMIZER)
+
+    def step(self, number: int, documents: Sequence[Document]) -> tuple[float, float, int]:
+        """One optimizer step: its loss, its gradient norm, the positions that went through the model."""
+        batches = lay_out(documents, self.job)
+        self.optimizer.zero_grad()
+        loss = accumulate(self.model, batches, seed=0, step=number)
+        norm = self.optimizer.clip(self.job.max_grad_norm)
+        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+        self.optimizer.step(self.job.lr)
+        return loss_value, norm_value, sum(batch.input_ids.numel() for batch in batches)
+
 
 def train(job: Job, meter: Meter) -> Answer:
     """Load, train every step, report."""
-    base = Base(model=job.base, compute_dtype=job.dtype)
-    model: nn.Module = load_base(base, job.device)
-    adapt(model, rank=job.rank, alpha=job.alpha, targets="all-linear")
-    parameters = trainable_parameters(model)
-    with torch.no_grad():
-        for name, value in load_file(job.adapter).items():
-            parameters[name].copy_(value)
-    if "ckpt" in job.flags:
-        checkpoint_layers(model)
-    optimizer = Optimizer(parameters, name="paged_adamw_32bit")
+    session = Session(job)
     steps = Workload.load(job.workload).steps
     meter.loaded()
 
     meter.begin()
     for number, documents in enumerate(steps):
-        batches = lay_out(documents, job)
-        optimizer.zero_grad()
-        loss = accumulate(model, batches, seed=0, step=number)
-        norm = optimizer.clip(job.max_grad_norm)
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        optimizer.step(job.lr)
-        meter.step(loss_value, norm_value, sum(batch.input_ids.numel() for batch in batches))
+        meter.step(*session.step(number, documents))
+    parameters = session.parameters
     return meter.answer(
         parameters,
         {
             "lora_dtype": str(next(iter(parameters.values())).dtype),
-            "optimizer": "paged_adamw_32bit",
+            "optimizer": OPTIMIZER,
             "activations": "recomputed" if "ckpt" in job.flags else "kept",
         },
     )
 
 
-def lay_out(documents: list[Document], job: Job) -> list[Batch]:
+def lay_out(documents: Sequence[Document], job: Job) -> list[Batch]:
     """The micro-batches of one step."""
     examples = [Example(d.input_ids.numpy(), d.labels.numpy(), "") for d in documents]
     packing = "packing" in job.flags
