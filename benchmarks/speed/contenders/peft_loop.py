@@ -1,0 +1,115 @@
+"""What the PEFT contenders share: loading, the adapter's first numbers, the plain training loop."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.speed.job import Job
+from benchmarks.speed.meter import Meter
+from benchmarks.speed.workload import IGNORE_INDEX, Document, Workload, micro_batches, padded
+
+PREFIX = "base_model.model."
+
+
+def load(job: Job) -> nn.Module:
+    """The NF4 checkpoint, as transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        job.base, dtype=getattr(torch, job.dtype), device_map={"": job.device}
+    )
+    model.config.use_cache = False
+    return model
+
+
+def lora_config(job: Job) -> LoraConfig:
+    """LoRA on every linear of every layer, no dropout."""
+    return LoraConfig(
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapted(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with its adapter, set to the common numbers; A and B in `dtype` (None: as PEFT chooses)."""
+    model = get_peft_model(model, lora_config(job))
+    start_from(model, job, dtype)
+    return model.train()
+
+
+def start_from(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> None:
+    """Set A and B to the common numbers; in `dtype`, if given."""
+    parameters = adapter(model)
+    with torch.no_grad():
+        for name, value in load_file(job.adapter).items():
+            if dtype is not None:
+                parameters[name].data = parameters[name].data.to(dtype)
+            parameters[name].copy_(value)
+
+
+def adapter(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters under their names in the job's file."""
+    return {job_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def job_name(name: str) -> str:
+    """`base_model.model.<layer>.lora_A.default.weight` -> `<layer>.lora_a`."""
+    layer, _, kind = name.split(PREFIX, 1)[-1].removesuffix(".default.weight").rpartition(".")
+    return f"{layer}.{kind.lower()}"
+
+
+def training_loop(
+    model: nn.Module,
+    job: Job,
+    meter: Meter,
+    steps: Workload,
+    optimizer: torch.optim.Optimizer,
+    *,
+    mask: bool,
+    multiple: int = 1,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Forward, backward, clip, step, over every step's padded micro-batches.
+
+    The loss of a step is the mean over its supervised tokens, as transformers counts them: `num_items_in_batch`.
+    `mask`: whether the model gets an attention mask. (A causal model needs none for padding on the right.)
+    `multiple`: widths are rounded up to one, for fewer shapes to compile.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    meter.begin()
+    for documents in steps.steps:
+        supervised = sum(int((document.labels != IGNORE_INDEX).sum()) for document in documents)
+        total, positions = torch.zeros((), device=job.device), 0
+        for batch in micro_batches(documents, job.micro_batch):
+            inputs = {key: value.to(job.device) for key, value in inputs_of(batch, mask, multiple).items()}
+            positions += inputs["input_ids"].numel()
+            with precision():
+                loss = model(**inputs, num_items_in_batch=supervised).loss
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+        meter.step(loss_value, norm_value, positions)
+
+
+def inputs_of(batch: Sequence[Document], mask: bool, multiple: int = 1) -> dict[str, Tensor]:
+    """What the model is called with."""
+    inputs = padded(batch)
+    width = inputs["input_ids"].shape[1]
+    extra = -width % multiple
+    if extra:
+        fill = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
+        inputs = {k: nn.functional.pad(v, (0, extra), value=fill[k]) for k, v in inputs.items()}
+    if not mask:
+        del inputs["attention_mask"]
+    return inputs

@@ -1,0 +1,45 @@
+"""The same PEFT loop tuned by hand.
+
+Everything in the compute dtype (A and B too), no upcasts, no autocast, fused AdamW, non-reentrant checkpointing
+or none, no attention mask, since padding stands on the right.
+"""
+
+import torch
+from torch import nn
+
+from benchmarks.speed.contenders.peft_loop import adapted, adapter, load, training_loop
+from benchmarks.speed.job import Answer, Job
+from benchmarks.speed.meter import Meter, contend
+from benchmarks.speed.workload import Workload
+
+
+def train(job: Job, meter: Meter) -> Answer:
+    """Load, train every step, report."""
+    model, optimizer = tuned(job)
+    steps = Workload.load(job.workload)
+    meter.loaded()
+
+    training_loop(model, job, meter, steps, optimizer, mask=False)
+    return meter.answer(adapter(model), settings(model))
+
+
+def tuned(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model with its adapter, and its optimizer."""
+    model = adapted(load(job), job, getattr(torch, job.dtype))
+    if "ckpt" in job.flags:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trainable, lr=job.lr, weight_decay=0.0, fused=True)
+
+
+def settings(model: nn.Module) -> dict[str, str]:
+    """For the report."""
+    return {
+        "autocast": "off",
+        "lora_dtype": str(next(iter(adapter(model).values())).dtype),
+        "optimizer": "torch.optim.AdamW(fused=True)",
+    }
+
+
+if __name__ == "__main__":
+    contend(train)

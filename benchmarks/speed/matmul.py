@@ -1,0 +1,64 @@
+"""The rate at which this machine multiplies matrices of the base's shapes: the roof that a step is measured against.
+
+    python -m benchmarks.speed.matmul JOB.json
+
+Forward (x W^T) and input gradient (g W) of every linear of a layer, over all tokens of a micro-batch, in the
+job's dtype, with dense weights: the best of several repeats. Prints one JSON object: operations a second.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.job import Job
+from benchmarks.speed.presets import Shape
+from benchmarks.speed.workload import Workload
+
+
+def rate(job: Job, repeats: int = 5) -> dict[str, float]:
+    """Operations a second, over forward and input gradient together and each alone."""
+    shape = Shape.of(json.loads((Path(job.base) / "config.json").read_text()))
+    step = Workload.load(job.workload).steps[0]
+    tokens = sum(len(document.input_ids) for document in step) * job.micro_batch // len(step)
+    dtype, device = getattr(torch, job.dtype), torch.device(job.device)
+    operations = {"forward": 0.0, "input_gradient": 0.0}
+    seconds = dict(operations)
+    for inputs, outputs in shape.linears():
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        x = torch.randn(tokens, inputs, device=device).to(dtype)
+        gradient = torch.randn(tokens, outputs, device=device).to(dtype)
+        for kind, product in {
+            "forward": lambda x=x, weight=weight: x @ weight.T,
+            "input_gradient": lambda gradient=gradient, weight=weight: gradient @ weight,
+        }.items():
+            operations[kind] += 2.0 * tokens * inputs * outputs
+            seconds[kind] += _best(product, device, repeats)
+    both = sum(operations.values()) / sum(seconds.values())
+    return {"both": both} | {kind: operations[kind] / seconds[kind] for kind in operations}
+
+
+def _best(product: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:
+    """Seconds of one call, the least of several; on CUDA calls are timed in groups of ten."""
+    calls = 10 if device.type == "cuda" else 1
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first is a warm-up
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            product()
+        _wait(device)
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    print(json.dumps(rate(Job.read(sys.argv[1]))))

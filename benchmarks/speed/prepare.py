@@ -1,0 +1,193 @@
+"""What all contenders start from: one NF4 checkpoint, one adapter, one workload. A process of its own.
+
+    python -m benchmarks.speed.prepare SETTING.json
+
+The checkpoint is made once and kept in the cache: random weights from a seed, in the layout in which
+transformers saves a model that bitsandbytes quantized, so every peer loads it as its documentation says. Its B
+is not zero, so that every gradient counts from the first step. Prints one JSON object: where they lie, and what
+was resolved.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig
+
+from benchmarks.speed import workload
+from benchmarks.speed.job import Job
+from benchmarks.speed.presets import Preset, Shape
+from qlora import nf4
+from qlora.base import compute_dtype, load_base
+from qlora.checkpoint import replacing
+from qlora.recipe import Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One comparison: the architecture, the tokens, the numbers that all contenders share."""
+
+    preset: Preset
+    steps: int
+    rank: int = 16
+    alpha: float = 16.0
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    gsm8k: str | None = None
+    """JSON Lines with `question` and `answer`; None for dense random tokens"""
+    tokenizer: str | None = None
+    cache: str = ""
+
+    def to_json(self) -> str:
+        """The setting as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: str) -> "Setting":
+        """The setting in a JSON file."""
+        settings = json.loads(Path(path).read_text())
+        return cls(**settings | {"preset": Preset(**settings["preset"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Where the shared things lie, and what `auto` came to."""
+
+    base: str
+    adapter: str
+    workload: str
+    device: str
+    dtype: str
+    tokens: list[int]
+    """of each step"""
+    supervised: list[int]
+    lengths: list[list[int]]
+
+    def job(self, setting: Setting, *, warmup: int = 0, lr: float = 2e-4, flags: tuple[str, ...] = ()) -> Job:
+        """What a contender is asked."""
+        preset = setting.preset
+        return Job(
+            base=self.base,
+            adapter=self.adapter,
+            workload=self.workload,
+            device=self.device,
+            dtype=self.dtype,
+            rank=setting.rank,
+            alpha=setting.alpha,
+            warmup=warmup,
+            micro_batch=preset.sequences if setting.gsm8k is None else preset.micro_batch,
+            max_length=preset.length,
+            lr=lr,
+            max_grad_norm=1.0,
+            flags=flags,
+        )
+
+
+def prepare(setting: Setting) -> Prepared:
+    """Make what is not in the cache yet."""
+    device = setting.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = compute_dtype(Base(model="bundled/base", compute_dtype=setting.dtype), torch.device(device))
+    cache = Path(setting.cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    base = _checkpoint(setting, cache, device, dtype)
+    adapter = _adapter(setting, cache, base)
+    tokens = _tokens(setting)
+    key = _key(
+        tokens.lengths(), setting.seed, setting.gsm8k, setting.tokenizer, setting.preset.config["vocab_size"]
+    )
+    file = cache / f"workload-{key}.safetensors"
+    tokens.save(file)
+    return Prepared(
+        base=str(base),
+        adapter=str(adapter),
+        workload=str(file),
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=tokens.tokens(),
+        supervised=tokens.supervised(),
+        lengths=tokens.lengths(),
+    )
+
+
+def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) -> Path:
+    """The folder of the NF4 checkpoint."""
+    config = setting.preset.config
+    name = f"base-{setting.preset.name}-{_key(config, setting.seed, str(dtype), torch.__version__)}"
+    if (cache / name).is_dir():
+        return cache / name
+    with replacing(cache, name) as folder:
+        (folder / "config.json").write_text(json.dumps(config))
+        base = Base(model=str(folder), init="synthetic", compute_dtype=str(dtype).removeprefix("torch."))
+        model = load_base(base, device, seed=setting.seed)
+        for module in model.modules():
+            if nf4.is_nf4(module):
+                # what a checkpoint has that was quantized from weights of the compute dtype: bitsandbytes' backward
+                # dequantizes to this dtype, and would convert a second time if it were another
+                nf4.quant_state(module).dtype = dtype
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        if config.get("tie_word_embeddings"):
+            del state["lm_head.weight"]
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        changes = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
+        (folder / "config.json").write_text(json.dumps(config | changes, indent=1, default=str))
+    return cache / name
+
+
+def _adapter(setting: Setting, cache: Path, base: Path) -> Path:
+    """A and B of every linear, numbers that bfloat16 holds, so that all start from the same ones."""
+    file = cache / f"adapter-{_key(base.name, setting.rank)}.safetensors"
+    shape = Shape.of(setting.preset.config)
+    projections = ("q", "k", "v", "o", "gate", "up", "down")
+    generator = torch.Generator().manual_seed(setting.seed + 1)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(shape.layers):
+        for projection, (inputs, outputs) in zip(projections, shape.linears(), strict=True):
+            block = "mlp" if projection in ("gate", "up", "down") else "self_attn"
+            name = f"model.layers.{layer}.{block}.{projection}_proj"
+            a = torch.empty(setting.rank, inputs).uniform_(-1, 1, generator=generator) / inputs**0.5
+            b = torch.empty(outputs, setting.rank).normal_(0, 0.02, generator=generator)
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a.bfloat16(), b.bfloat16()
+    save_file(tensors, file)
+    return file
+
+
+def _tokens(setting: Setting) -> workload.Workload:
+    preset = setting.preset
+    vocabulary = preset.config["vocab_size"]
+    if setting.gsm8k is None:
+        return workload.dense(setting.steps, preset.sequences, preset.length, vocabulary, setting.seed)
+    from qlora import bundled
+
+    tokenizer = Path(setting.tokenizer) if setting.tokenizer else bundled.path("bundled/base")
+    return workload.question_answer(
+        Path(setting.gsm8k),
+        tokenizer,
+        steps=setting.steps,
+        documents=preset.documents,
+        micro_batch=preset.micro_batch,
+        max_length=preset.length,
+        vocabulary=vocabulary,
+        seed=setting.seed,
+    )
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:10]
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(prepare(Setting.read(sys.argv[1])))))

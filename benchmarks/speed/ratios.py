@@ -1,0 +1,143 @@
+"""From answers to numbers: rates, spreads, and the ratios of paired rounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from benchmarks.speed.contenders import OURS, Contender
+from benchmarks.speed.fairness import problems
+from benchmarks.speed.flops import step_flops
+from benchmarks.speed.job import Answer
+from benchmarks.speed.presets import Shape
+from benchmarks.speed.rounds import Comparison
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The least, the middle and the most of several measurements."""
+
+    least: float
+    middle: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(min(values), median(values), max(values))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one contender reached. Rates are tokens a second; padding is in none but `positions`."""
+
+    contender: Contender
+    rates: list[float]
+    """one a round: the median over its timed steps"""
+    tokens: Spread
+    supervised: float
+    positions: float
+    """as the model saw them, padding included"""
+    seconds: Spread
+    """of a step, over all timed steps of all rounds"""
+    memory: list[int]
+    """peak bytes while training, one a round: CPU, resident above imports; CUDA, allocated"""
+    highest_memory: int
+    """the same over the whole process, loading and compiling included"""
+    needed_share: float
+    """of the measured matrix-product rate, counting what a step needs"""
+    performed_share: float
+    """the same, counting recomputation"""
+    import_seconds: float
+    load_seconds: float
+    first_step_seconds: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One of our forms against one peer, round by round: above 1 means more tokens a second, or more memory."""
+
+    ours: str
+    peer: str
+    speed: Spread
+    memory: Spread
+
+
+def good_answers(comparison: Comparison) -> dict[str, list[Answer]]:
+    """The answers of contenders that trained as they should in every round."""
+    wrong = problems(comparison.answers, comparison.prepared.dtype)
+    return {name: given for name, given in comparison.answers.items() if name not in wrong}
+
+
+def scores(comparison: Comparison) -> list[Score]:
+    """Of every contender that trained as it should, in the order they were named."""
+    good = good_answers(comparison)
+    return [_score(comparison, c, good[c.name]) for c in comparison.contenders if c.name in good]
+
+
+def ratios(found: Sequence[Score]) -> list[Ratio]:
+    """Every form of ours against every peer."""
+    ours = [score for score in found if score.contender.program == OURS]
+    peers = [score for score in found if score.contender.program != OURS]
+    return [
+        Ratio(
+            ours=mine.contender.name,
+            peer=peer.contender.name,
+            speed=Spread.of([a / b for a, b in zip(mine.rates, peer.rates, strict=True)]),
+            memory=Spread.of([a / b for a, b in zip(mine.memory, peer.memory, strict=True)]),
+        )
+        for peer in peers
+        for mine in ours
+    ]
+
+
+def rate(answer: Answer, tokens: Sequence[int], warmup: int) -> float:
+    """Tokens a second of one process: the median over its timed steps, each with its own tokens."""
+    timed = list(zip(tokens, answer.seconds, strict=True))[warmup:]
+    return median(count / seconds for count, seconds in timed)
+
+
+def training_memory(answer: Answer, device: str) -> int:
+    """Peak bytes of the timed steps: allocated on CUDA, on a CPU resident above what imports left resident."""
+    if device == "cuda":
+        return answer.memory["train_allocated"]
+    return answer.memory["train"] - answer.memory["imports"]
+
+
+def highest_memory(answer: Answer, device: str) -> int:
+    """The same over the whole process."""
+    phases = ("load", "warmup", "train")
+    if device == "cuda":
+        return max(answer.memory[f"{phase}_allocated"] for phase in phases)
+    return max(answer.memory[phase] for phase in phases) - answer.memory["imports"]
+
+
+def _score(comparison: Comparison, contender: Contender, answers: list[Answer]) -> Score:
+    prepared, setting, warmup = comparison.prepared, comparison.setting, comparison.warmup
+    rates = [rate(answer, prepared.tokens, warmup) for answer in answers]
+    middle = median(rates)
+    tokens = sum(prepared.tokens)
+    shape, recompute = Shape.of(setting.preset.config), "ckpt" in contender.flags
+    flops = [
+        step_flops(shape, setting.rank, lengths, supervised, recompute)
+        for lengths, supervised in zip(prepared.lengths, prepared.supervised, strict=True)
+    ]
+    # the machine's rate of the same round, so that a slow round is measured against a slow machine
+    shares = [
+        contender_rate / tokens / product_rate
+        for contender_rate, product_rate in zip(rates, comparison.product_rates, strict=True)
+    ]
+    return Score(
+        contender=contender,
+        rates=rates,
+        tokens=Spread.of(rates),
+        supervised=middle * sum(prepared.supervised) / tokens,
+        positions=middle * answers[0].positions / tokens,
+        seconds=Spread.of([seconds for answer in answers for seconds in answer.seconds[warmup:]]),
+        memory=[training_memory(answer, prepared.device) for answer in answers],
+        highest_memory=max(highest_memory(answer, prepared.device) for answer in answers),
+        needed_share=median(shares) * sum(step.needed for step in flops),
+        performed_share=median(shares) * sum(step.performed for step in flops),
+        import_seconds=median(answer.import_seconds for answer in answers),
+        load_seconds=median(answer.load_seconds for answer in answers),
+        first_step_seconds=max(answer.seconds[0] for answer in answers),
+    )

@@ -1,0 +1,126 @@
+"""Contenders in fresh processes, one by one, in rounds, so that a slow minute of the machine hits all alike."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.speed.contenders import Contender
+from benchmarks.speed.job import Answer, Job
+from benchmarks.speed.prepare import Prepared, Setting
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Comparison:
+    """The answers of all contenders, one a round, and what they were asked."""
+
+    setting: Setting
+    prepared: Prepared
+    contenders: list[Contender]
+    warmup: int
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    """by the contender's name"""
+    product_rates: list[float] = field(default_factory=list)
+    """operations a second of plain matrix products, one measurement a round"""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts the processes."""
+
+    threads: int | None = None
+    """of torch in every process; None: as torch chooses"""
+    timeout: float = 3600.0
+    """seconds until a process is ended"""
+    report: Callable[[str], object] = print
+
+    def compare(
+        self,
+        setting: Setting,
+        contenders: Sequence[Contender],
+        *,
+        rounds: int,
+        warmup: int,
+    ) -> Comparison:
+        """Every contender in every round, forwards and backwards in turn."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            prepared = self.prepare(setting, folder)
+            job = prepared.job(setting, warmup=warmup)
+            comparison = Comparison(setting, prepared, list(contenders), warmup)
+            for number in range(rounds):
+                comparison.product_rates.append(self._product_rate(job, folder))
+                order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+                for contender in order:
+                    earlier = comparison.answers.setdefault(contender.name, [])
+                    if earlier and earlier[0].error is not None:
+                        continue  # it would fail again
+                    answer = self.run(contender, job, folder)
+                    earlier.append(answer)
+                    self.report(
+                        f"round {number + 1}/{rounds}  {contender.name:<28} {_summary(answer, warmup)}"
+                    )
+        return comparison
+
+    def prepare(self, setting: Setting, folder: Path) -> Prepared:
+        """The common checkpoint, adapter and workload."""
+        file = folder / "setting.json"
+        file.write_text(setting.to_json())
+        out = self._process(["-m", "benchmarks.speed.prepare", str(file)], folder)
+        if out.returncode != 0:
+            raise SystemExit(f"cannot prepare the comparison:\n{out.stderr[-2000:]}")
+        return Prepared(**json.loads(out.stdout.strip().splitlines()[-1]))
+
+    def run(self, contender: Contender, job: Job, folder: Path) -> Answer:
+        """One contender in a process of its own."""
+        file = folder / "job.json"
+        file.write_text(dataclasses.replace(job, flags=contender.flags, started=time.time()).to_json())
+        try:
+            out = self._process([*contender.command, str(file)], folder)
+        except subprocess.TimeoutExpired:
+            return Answer(error=f"not done after {self.timeout:.0f} s")
+        try:
+            return Answer.parse(out.stdout)
+        except (ValueError, IndexError, TypeError):
+            return Answer(error=f"ended with exit code {out.returncode}: {out.stderr[-500:]}")
+
+    def _product_rate(self, job: Job, folder: Path) -> float:
+        file = folder / "job.json"
+        file.write_text(job.to_json())
+        out = self._process(["-m", "benchmarks.speed.matmul", str(file)], folder)
+        return float(json.loads(out.stdout.strip().splitlines()[-1])["both"])
+
+    def _process(self, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            # compiled code is kept for later rounds of this run, not for the next run
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        }
+        if self.threads is not None:
+            environment |= {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=self.timeout,
+            check=False,
+        )
+
+
+def _summary(answer: Answer, warmup: int) -> str:
+    if answer.error is not None:
+        return answer.error.splitlines()[0][:120]
+    timed = sorted(answer.seconds[warmup:])
+    return f"{timed[len(timed) // 2]:8.3f} s a step, loss {answer.losses[0]:.4f} -> {answer.losses[-1]:.4f}"

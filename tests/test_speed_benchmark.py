@@ -1,0 +1,286 @@
+"""The speed benchmark: its contenders train alike, one that does not is caught, its numbers are what they say."""
+
+import dataclasses
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.speed import fairness, flops, ratios, report, workload
+from benchmarks.speed.contenders import Contender, chosen, field, peft_tuned
+from benchmarks.speed.contenders import qlora as ours
+from benchmarks.speed.job import Answer, Job
+from benchmarks.speed.meter import Meter
+from benchmarks.speed.prepare import Prepared, Setting, prepare
+from benchmarks.speed.presets import PRESETS, Shape
+from benchmarks.speed.rounds import Comparison, Runner
+
+peft = pytest.importorskip("peft")
+# PEFT 0.21 asks transformers 5 for a name of transformers 4
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+WARMUP = 1
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    cache = tmp_path_factory.mktemp("speed")
+    return Setting(PRESETS["tiny"], steps=3, dtype="float32", device="cpu", cache=str(cache))
+
+
+@pytest.fixture(scope="module")
+def prepared(setting: Setting) -> Prepared:
+    return prepare(setting)
+
+
+@pytest.fixture(scope="module")
+def job(setting: Setting, prepared: Prepared) -> Job:
+    return prepared.job(setting, warmup=WARMUP, lr=2e-3)
+
+
+@pytest.fixture(scope="module")
+def answers(job: Job) -> dict[str, Answer]:
+    """What the real contenders answer, and one whose optimizer does nothing."""
+    checkpointed, idle = dataclasses.replace(job, flags=("ckpt",)), dataclasses.replace(job, lr=0.0)
+    return {
+        "qlora": ours.train(job, Meter(job)),
+        "qlora +ckpt": ours.train(checkpointed, Meter(checkpointed)),
+        "peft_tuned": peft_tuned.train(job, Meter(job)),
+        "peft_tuned +ckpt": peft_tuned.train(checkpointed, Meter(checkpointed)),
+        "idle": ours.train(idle, Meter(idle)),
+    }
+
+
+def alone(answers: dict[str, Answer]) -> dict[str, list[Answer]]:
+    """The contenders that train, one round."""
+    return {name: [answer] for name, answer in answers.items() if name != "idle"}
+
+
+def test_contenders_compute_the_same_losses_gradients_and_updates(answers: dict[str, Answer]) -> None:
+    assert fairness.problems(alone(answers), "float32") == {}
+    mine, theirs = answers["qlora"], answers["peft_tuned"]
+    assert len(mine.losses) == len(mine.grad_norms) == len(mine.seconds) == 3
+    assert mine.losses == pytest.approx(theirs.losses, rel=1e-4)
+    assert mine.grad_norms == pytest.approx(theirs.grad_norms, rel=5e-3)
+    assert mine.losses[-1] < mine.losses[0]
+    assert mine.positions == theirs.positions == 3 * 64
+
+
+def test_a_contender_that_does_not_train_is_caught(answers: dict[str, Answer]) -> None:
+    given = {name: [answer] for name, answer in answers.items()}
+    assert fairness.problems(given, "float32").keys() == {"idle"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"losses": [5.0, 5.0, 4.9]}, "loss of step 1"),
+        ({"losses": [math.nan] * 3}, "loss of step 1 is nan"),
+        ({"grad_norms": [0.0] * 3}, "gradient norm of step 1 is 0"),
+        ({"adapter_change": 0.0}, "moved A and B by 0"),
+        ({"losses": [], "grad_norms": []}, "took 0 steps"),
+        ({"error": "ImportError: no"}, "ImportError"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_way_not_to_train_is_named(
+    answers: dict[str, Answer], change: dict[str, object], words: str, dtype: str
+) -> None:
+    given = alone(answers)
+    given["lazy"] = [given["qlora"][0], dataclasses.replace(given["qlora"][0], **change)]
+    found = fairness.problems(given, dtype)
+    assert found.keys() == {"lazy"}
+    assert words in found["lazy"]
+
+
+def test_a_loss_that_does_not_fall_is_no_training(answers: dict[str, Answer]) -> None:
+    flat = [dataclasses.replace(answers["qlora"], losses=[5.5, 5.5, 5.5])]
+    assert "learned nothing" in fairness.problems({"a": flat, "b": flat, "c": flat}, "float32")["a"]
+
+
+def test_ratios_are_those_of_paired_rounds(setting: Setting, prepared: Prepared) -> None:
+    def answer(seconds: list[float], peak: int) -> Answer:
+        memory = {"imports": 100, "load": 150, "warmup": peak + 50, "train": peak}
+        return Answer([5.0, 5.0, 4.9], [1.0] * 3, seconds, 384, 1.0, memory=memory)
+
+    comparison = Comparison(
+        setting,
+        dataclasses.replace(prepared, tokens=[100, 100, 200], supervised=[50, 50, 100]),
+        [Contender("qlora"), Contender("peft_tuned"), Contender("broken")],
+        WARMUP,
+        {
+            "qlora": [answer([9.0, 1.0, 2.0], 300), answer([9.0, 2.0, 4.0], 300)],
+            "peft_tuned": [answer([9.0, 2.0, 4.0], 500), answer([9.0, 8.0, 16.0], 700)],
+            "broken": [Answer(error="OutOfMemoryError: no")],
+        },
+        product_rates=[1e9, 1e9],
+    )
+    mine, theirs = ratios.scores(comparison)
+    assert mine.rates == [100.0, 50.0]  # warm-up not counted
+    assert theirs.rates == [50.0, 12.5]
+    assert mine.supervised == pytest.approx(75 / 2)
+    assert mine.seconds == ratios.Spread(1.0, 2.0, 4.0)
+    assert mine.memory == [200, 200]
+    assert mine.highest_memory == 250
+    (ratio,) = ratios.ratios([mine, theirs])
+    assert ratio.speed == ratios.Spread(2.0, 3.0, 4.0)
+    assert ratio.memory == ratios.Spread(200 / 600, (200 / 400 + 200 / 600) / 2, 200 / 400)
+
+    text = report.markdown(comparison, MACHINE, "python -m benchmarks.speed")
+    assert "| peft_tuned | 3.00 (2.00–4.00) |" in text
+    assert "**FAILED**: OutOfMemoryError: no" in text
+    assert json.dumps(report.record(comparison, MACHINE, "")["comparison"]["ratios"])
+
+
+MACHINE = {
+    "machine": "test",
+    "cores": 2,
+    "threads": 1,
+    "cpu_capability": "AVX2",
+    "memory_gib": 1,
+    "load_average": 0.0,
+    "python": "3.11",
+    "date": "2026-11-23",
+    "commit": "none",
+    "versions": {"torch": "2.13"},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_formula_counts_what_torch_counts(recompute: bool) -> None:
+    """Of PEFT over dense weights: all products but attention, which torch counts without its causal mask."""
+    config = PRESETS["tiny"].config
+    base = LlamaForCausalLM(LlamaConfig(**config))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules="all-linear"))
+    if recompute:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, 256, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(count for op, count in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    found = flops.step_flops(Shape.of(config), 16, [32, 32], 64, recompute)
+    expected = found.needed - found.attention
+    if recompute:
+        tokens, hidden, layers, rank = 64, 64, 2, 16
+        expected += found.recompute - found.attention * 2 / 7
+        # transformers' checkpointing asks the first q, k and v for an input gradient that nobody needs
+        expected += 3 * tokens * 2 * (hidden * hidden + rank * hidden)
+        # and torch's stops before a layer's last product, B of down_proj
+        expected -= layers * tokens * 2 * rank * hidden
+    assert counted == expected
+
+
+def test_a_workload_survives_its_file(tmp_path: Path) -> None:
+    made = workload.dense(steps=3, sequences=2, length=8, vocabulary=50, seed=1)
+    made.save(tmp_path / "w.safetensors")
+    read = workload.Workload.load(tmp_path / "w.safetensors")
+    assert read.tokens() == [16, 16, 16]
+    assert read.supervised() == [14, 14, 14]
+    for step, other in zip(made.steps, read.steps, strict=True):
+        for document, same in zip(step, other, strict=True):
+            assert torch.equal(document.input_ids, same.input_ids)
+            assert torch.equal(document.labels, same.labels)
+    assert not torch.equal(made.steps[0][0].input_ids, made.steps[1][0].input_ids)
+    assert torch.equal(made.steps[0][0].input_ids, made.steps[-1][0].input_ids)
+
+
+def test_questions_are_not_supervised_and_padding_is_small(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [{"question": "why " * (1 + n * 7 % 23), "answer": "because " * (1 + n % 5)} for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    made = workload.question_answer(
+        file,
+        tiny_llama,
+        steps=3,
+        documents=16,
+        micro_batch=4,
+        max_length=96,
+        vocabulary=300,
+        seed=0,
+    )
+    assert [len(step) for step in made.steps] == [16, 16, 16]
+    assert len(made.steps[0]) == len(made.steps[-1])
+    for document in made.steps[0]:
+        assert document.labels[0] == -100
+        trained = document.labels != -100
+        assert trained.any()
+        assert torch.equal(document.labels[trained], document.input_ids[trained])
+        assert int(document.input_ids.max()) < 300
+    batches = [workload.padded(batch) for batch in workload.micro_batches(made.steps[0], 4)]
+    positions = sum(batch["input_ids"].numel() for batch in batches)
+    assert positions < 1.15 * made.tokens()[0]
+
+
+def test_our_packed_layout_holds_the_same_documents(job: Job) -> None:
+    documents = [workload.Document(torch.arange(n) + 1, torch.arange(n)) for n in (5, 30, 9, 20)]
+    packing = dataclasses.replace(job, flags=("packing",))
+    plain, packed = ours.lay_out(documents, job), ours.lay_out(documents, packing)
+    assert sum(b.tokens for b in plain) == sum(b.tokens for b in packed) == 64
+    assert sum(b.supervised for b in plain) == sum(b.supervised for b in packed)
+    assert sum(b.input_ids.numel() for b in packed) < sum(b.input_ids.numel() for b in plain)
+
+
+def test_contenders_are_chosen_by_name() -> None:
+    names = [contender.name for contender in field("cpu", real=False)]
+    assert len(set(names)) == len(names)
+    assert [c.name for c in chosen("qlora,trl +ckpt", "cpu", real=False)] == [
+        "qlora +ckpt",
+        "qlora",
+        "trl +ckpt",
+    ]
+    with pytest.raises(SystemExit, match="no contender 'axolotl'"):
+        chosen("axolotl", "cpu", real=False)
+    for contender in field("cuda", real=True):
+        assert (Path(report.__file__).parent / "contenders" / f"{contender.program}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("print('a library talks'); print(Answer(losses=[1.0]).to_json())", None),
+        ("raise SystemExit(3)", "ended with exit code 3"),
+        ("import time; time.sleep(60)", "not done after 3 s"),
+    ],
+)
+def test_a_process_answers_fails_or_is_ended(
+    tmp_path: Path, job: Job, program: str, error: str | None
+) -> None:
+    file = tmp_path / "contender.py"
+    file.write_text(f"from benchmarks.speed.job import Answer\n{program}\n")
+    answer = Runner(timeout=3.0).run(Contender(str(file)), job, tmp_path)
+    if error is None:
+        assert answer.losses == [1.0]
+        assert answer.error is None
+    else:
+        assert error in (answer.error or "")
+
+
+@pytest.mark.slow
+def test_the_command_compares_in_fresh_processes(tmp_path: Path) -> None:
+    command = (
+        "-m benchmarks.speed --preset tiny --rounds 1 --warmup 1 --steps 2 --contenders qlora,peft_tuned"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run(
+        [sys.executable, *shlex.split(command), "--name", "it", "--cache", tmp_path, "--out", tmp_path],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    data = json.loads((tmp_path / "it.json").read_text())
+    assert data["comparison"]["failed"] == {}
+    assert {score["contender"]["program"] for score in data["comparison"]["scores"]} == {
+        "qlora",
+        "peft_tuned",
+    }
+    assert "qlora +ckpt" in (tmp_path / "it.md").read_text()
