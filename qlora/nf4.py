@@ -10,6 +10,7 @@ dequantization kernel returns garbage for rows that are no multiple of the block
 blocks as its rows.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -30,12 +31,14 @@ __all__ = [
     "autocast",
     "dense",
     "dequantize",
+    "from_tensors",
     "frozen_linear",
     "is_nf4",
     "protect",
     "quant_state",
     "quantize",
     "synthetic_weight",
+    "to_tensors",
     "weight_bytes",
 ]
 
@@ -122,6 +125,26 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
 def dense(weight: Tensor, state: QuantState | None, dtype: torch.dtype) -> Tensor:
     """The frozen weight [out, in] in `dtype`: dequantized if it has a quant state, cast if it has none."""
     return weight.detach().to(dtype) if state is None else dequantize(weight, state, dtype)
+
+
+def to_tensors(weight: Params4bit) -> dict[str, Tensor]:
+    """A quantized weight as bitsandbytes stores it: "" is the packed bytes, ".absmax" and so on the statistics.
+
+    The names go behind that of the weight; `transformers` reads such a file as an NF4 checkpoint.
+    """
+    statistics = weight.quant_state.as_dict(packed=True)
+    return {"": weight.data, **{f".{name}": tensor for name, tensor in statistics.items()}}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
+    """The weight that `to_tensors` gave, on the device of its bytes. Raises ModelError if a part is missing."""
+    packed = tensors[""]
+    statistics = {name: tensor for name, tensor in tensors.items() if name}
+    try:
+        state = QuantState.from_dict(statistics, device=packed.device)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"statistics of a 4-bit weight are missing or unknown: {error}") from error
+    return _parameter(packed, state)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Tensor | None) -> Tensor:

@@ -29,22 +29,24 @@ def load_trained(folder: str | Path, *, device: str = "auto", with_adapter: bool
 
     `with_adapter=False` loads its base alone. Raises ModelError if there is no such result.
     """
-    adapter = _find(Path(folder))
+    adapter = find_trained(Path(folder))
     recipe = Recipe.load(adapter / "recipe.yaml")
-    where = torch.device(
-        "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    )
     base = recipe.base
-    if recipe.adapter.method == "full":
+    if recipe.adapter.method == "full" and with_adapter:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
-    model: nn.Module = load_base(base, where, seed=recipe.training.seed)
+    model: nn.Module = load_base(base, device_named(device), seed=recipe.training.seed)
     if with_adapter and recipe.adapter.method == "lora":
         load_adapter(model, adapter)
     return Trained(recipe, model.eval(), load_tokenizer(recipe.base))
 
 
-def _find(folder: Path) -> Path:
-    """The result in a run's folder, or the folder itself if it is one."""
+def device_named(name: str) -> torch.device:
+    """auto is the GPU where there is one."""
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def find_trained(folder: Path) -> Path:
+    """The result in a run's folder, or the folder itself if it is one. Raises ModelError if there is none."""
     for place in (folder, folder / "adapter", folder / "model"):
         weights = (place / "adapter_config.json", place / "config.json")
         if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
@@ -52,6 +54,14 @@ def _find(folder: Path) -> Path:
     if (folder / "recipe.yaml").is_file():
         raise ModelError(f"{folder}: the run has not come to its end; go on with `qlora train ... --resume`")
     raise ModelError(f"{folder}: no trained adapter here. Give a run's folder, or the adapter/ folder in it")
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter in a run's folder, or the folder itself if it is one, of ours or PEFT's; else ModelError."""
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            return place
+    raise ModelError(f"{folder}: no adapter here. Give a run's folder, or one with an adapter_config.json")
 
 
 def held_out_loss(trained: Trained) -> tuple[float, int]:

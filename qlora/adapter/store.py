@@ -87,7 +87,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
 
     A model without LoRA layers is adapted as the config says, A and B in the folder's dtype. One that has
-    them is switched: same layers, same ranks, and A, B, alpha, scaling and dropout become the folder's.
+    them is switched: same layers, same ranks, and A, B, alpha, scaling and dropout become the folder's. Of a
+    model on the meta device A and B alone become real, on the CPU.
     Raises ModelError, and leaves the model as it was, if a file is missing or damaged, the config asks for
     something unknown here, or tensors and model do not fit.
     """
@@ -105,8 +106,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         adapt(model, targets=list(ranks), rank_pattern=ranks, dtype=pairs[names[0]][0].dtype)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
-            layer.lora_a.copy_(pairs[name][0])
-            layer.lora_b.copy_(pairs[name][1])
+            if layer.lora_a.is_meta:
+                layer.lora_a, layer.lora_b = (nn.Parameter(half) for half in pairs[name])
+            else:
+                layer.lora_a.copy_(pairs[name][0])
+                layer.lora_b.copy_(pairs[name][1])
             layer.rank, layer.alpha, layer.scaling = settings[name]
             layer.dropout = float(config.get("lora_dropout") or 0.0)
     return model

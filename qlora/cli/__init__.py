@@ -7,10 +7,12 @@ from types import FrameType
 import typer
 
 from qlora.cli import recipes
+from qlora.cli.chat import chat
 from qlora.cli.check import check
 from qlora.cli.data import data
 from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
+from qlora.cli.merge import merge
 from qlora.cli.train import train
 from qlora.errors import QloraError
 
@@ -26,6 +28,8 @@ app.command("check")(check)
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("merge")(merge)
 app.add_typer(recipes.app, name="recipes")
 
 

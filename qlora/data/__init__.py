@@ -1,7 +1,8 @@
 """Rows -> conversations -> token ids and labels -> batches. The order is a pure function of (seed, epoch)."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
-from qlora.data.dataset import Counts, Dataset, Prompt, encode_prompt, held_out_batches, load_dataset
+from qlora.data.dataset import Counts, Dataset, Prompt, held_out_batches, load_dataset
+from qlora.data.prompts import Prompts, encode_prompt
 
 __all__ = [
     "IGNORE_INDEX",
@@ -11,6 +12,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Prompt",
+    "Prompts",
     "encode_prompt",
     "held_out_batches",
     "load_dataset",

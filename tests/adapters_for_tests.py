@@ -1,0 +1,40 @@
+"""Runs that were never trained: an adapter whose update is not zero, where a run leaves it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.adapter import lora_layers, save_adapter
+from qlora.base import load_base
+from qlora.recipe import Recipe
+from qlora.train import adapt_as
+
+
+def update(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
+    """Give every B of `model` random numbers of this standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator) * size)
+    return model
+
+
+def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter: Any) -> Path:
+    """The folder of a run of `recipe` that ended with an adapter of these settings."""
+    recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
+    model = update(adapt_as(load_base(recipe.base), recipe), size, seed)
+    folder = Path(recipe.output) / "adapter"
+    save_adapter(model, folder, base_model=recipe.base.model)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return folder.parent
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Of every byte of a module: weights, packed ones with their statistics, and everything else."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
