@@ -237,8 +237,6 @@ def _judge(
         raise OutOfMemoryError(
             f"the device has no room to judge {name}: use --device cpu, or --tokens 0 for no verdict"
         ) from error
-    finally:
-        _free_memory()
 
 
 def _decide(onto: Onto | Literal["auto"], judged: Sequence[Judgement]) -> tuple[Onto, str]:

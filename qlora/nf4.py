@@ -46,6 +46,9 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 STATISTICS_BLOCK_SIZE = 256
 """Block of the second quantization, that of the absmax; bitsandbytes fixes it."""
 
+SLICE = 2**22
+"""Values that are quantized at a time, a multiple of every block size."""
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What bitsandbytes can dequantize to."""
 
@@ -65,7 +68,12 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
         raise ModelError(f"NF4 wants a matrix of floats, not {weight.dtype} of shape {tuple(weight.shape)}")
     dtype = weight.dtype if weight.dtype in KERNEL_DTYPES else torch.float32
     weight = weight.detach().to(dtype).contiguous()
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(weight, block_size, "nf4", torch.uint8)
+    # In slices of whole blocks: on a CPU the kernel's temporaries take four times what it is given
+    slices = [
+        torch.ops.bitsandbytes.quantize_4bit(part, block_size, "nf4", torch.uint8)
+        for part in weight.view(-1).split(SLICE)
+    ]
+    packed, absmax = (torch.cat(parts) for parts in zip(*slices, strict=True))
     return _parameter(packed, _state(absmax, weight.shape, dtype, block_size, double_quant))
 
 

@@ -9,8 +9,9 @@ Neither way does the whole model stand in memory: reading takes one tensor, writ
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,35 +37,49 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._place: dict[str, str] = {}
+        self._entries: dict[str, _Entry] = {}
         for file in _files_of(folder):
-            try:
-                self._files[file] = safe_open(folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{folder / file}: missing or damaged: {error}") from error
-            self._place.update(dict.fromkeys(self._files[file].keys(), file))
+            with self._opened(file) as opened:
+                for name in opened.keys():  # noqa: SIM118  (no dictionary)
+                    header = opened.get_slice(name)
+                    elements = math.prod(header.get_shape())
+                    self._entries[name] = _Entry(file, str(header.get_dtype()), elements)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._place
+        return name in self._entries
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU. Raises ModelError if it cannot be read."""
-        try:
-            return self._files[self._place[name]].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{self.folder / self._place[name]}: cannot read {name}: {error}") from error
+        # Opened for each tensor: a file that stays open keeps all that was read of it mapped
+        with self._opened(self._entries[name].file) as opened:
+            return opened.get_tensor(name)
 
     def elements(self, name: str) -> int:
-        """How many numbers the tensor `name` holds; only the file's header is read."""
-        return math.prod(self._files[self._place[name]].get_slice(name).get_shape())
+        """How many numbers the tensor `name` holds."""
+        return self._entries[name].elements
 
     def dtype(self, name: str) -> str:
-        """The dtype of the tensor `name` in safetensors' words, as BF16; only the file's header is read."""
-        return str(self._files[self._place[name]].get_slice(name).get_dtype())
+        """The dtype of the tensor `name` in safetensors' words, as BF16."""
+        return self._entries[name].dtype
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                yield opened
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{self.folder / file}: missing or damaged: {error}") from error
+
+
+class _Entry(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    file: str
+    dtype: str
+    elements: int
 
 
 class ShardWriter:

@@ -47,14 +47,14 @@ def test_the_numbers_are_the_formulas(base: Base, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("qlora.verdict.CHUNK", 3)  # chunks that do not divide the tokens
     batches = [batch_of(1), batch_of(2)]
     live = update(adapt(load_base(base), targets="all-linear"), seed=1).train()
-    other = update(adapt(load_base(base), targets="all-linear"), seed=2)
+    other = update(adapt(load_base(base), targets="all-linear"), size=0.17, seed=1)
     heard = reference(live, batches)
     assert live.training
     found = judge("other", other, heard, weight_bytes=7)
     p, targets = log_probabilities(live, batches)
     q, _ = log_probabilities(other, batches)
-    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
-    assert found.kl > 0.01
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-3)
+    assert found.kl > 0.0001
     losses = F.nll_loss(q, targets, reduction="none")
     assert torch.allclose(found.losses.double(), losses, atol=1e-5)
     assert found.perplexity == pytest.approx(math.exp(losses.mean().item()), rel=1e-5)
@@ -68,7 +68,7 @@ def test_the_numbers_are_the_formulas(base: Base, monkeypatch: pytest.MonkeyPatc
 def judgement(
     name: str, loss: float = 1.0, kl: float = 0.0, noise: float = 0.0, tokens: int = 400
 ) -> Judgement:
-    losses = loss + noise * torch.randn(tokens, generator=torch.Generator().manual_seed(hash(name) % 99))
+    losses = loss + noise * torch.randn(tokens, generator=torch.Generator().manual_seed(len(name)))
     size = 1 if name == "nf4" else 4
     return Judgement(name, kl, math.exp(losses.mean().item()), 1.0, size, losses)
 
@@ -87,7 +87,7 @@ SMALL, LARGE = 0.5 * MATTERS, 3 * MATTERS
         # NF4: unless it is worse by what matters
         ([("dequantized", 1.0, 0.1), ("nf4", 1 + SMALL, 0.2)], "nf4", "25% of the bytes of dequantized"),
         ([("dequantized", 1.0, 0.1), ("nf4", 1 - LARGE, 0.2)], "nf4", "differs by -2.96%"),
-        ([("dequantized", 1.0, 0.1), ("nf4", 1 + LARGE, 0.2)], "dequantized", "nf4, in 25% of the bytes, .* by [+]3.05%"),
+        ([("dequantized", 1.0, 0.1), ("nf4", 1 + LARGE, 0.2)], "dequantized", "nf4, .* by [+]3.05%"),
         ([("original", 1.0, 0.2), ("dequantized", 1.0, 0.1), ("nf4", 1 + LARGE, 0.3)], "dequantized", "closest"),
         ([("nf4", 1.0, 0.2)], "nf4", "nothing else"),
     ],
@@ -101,10 +101,11 @@ def test_the_choice(judged: list[tuple[Any, ...]], expected: str, why: str) -> N
 
 
 def test_what_a_short_text_cannot_tell_decides_nothing() -> None:
-    judged = [judgement("dequantized", kl=0.1), judgement("nf4", kl=0.2, noise=0.5, tokens=40)]
+    judged = [judgement("dequantized", kl=0.1), judgement("nf4", 0.97, kl=0.2, noise=0.5)]
     best, why = choose(judged)
+    assert judged[1].perplexity < judged[0].perplexity
     assert best.name == "dequantized"
-    assert "too short to be sure" in why or "+" in why
+    assert "too short to be sure" in why
     one_token = [judgement("dequantized", tokens=1), judgement("nf4", tokens=1)]
     assert choose(one_token)[0].name == "dequantized"
 

@@ -103,7 +103,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         _check_shapes(name, model.get_submodule(name), pairs[name], settings[name][0], folder / TENSORS_FILE)
     if not layers:
         ranks = {_exactly(name): rank for name, (rank, _, _) in settings.items()}
-        adapt(model, targets=list(ranks), rank_pattern=ranks, dtype=pairs[names[0]][0].dtype)
+        adapt(model, targets=list(ranks), rank_pattern=ranks, init="zero", dtype=pairs[names[0]][0].dtype)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             if layer.lora_a.is_meta:
