@@ -132,8 +132,9 @@ class MergeSource:
     def _read(self, key: str, matrix: _Matrix, *, as_trained: bool) -> tuple[Tensor, nf4.Params4bit | None]:
         """A weight [out, in], and its NF4 form if it has one that the base was trained with."""
         if self.prequantized and matrix.quantized:
-            names = [key, *(name for name in self._statistics if name.startswith(f"{key}."))]
-            packed = nf4.from_tensors({name[len(key) :]: self.reader.read(name) for name in names})
+            names = [name for name in self._statistics if name.startswith(f"{key}.")]
+            parts = {name[len(key) :]: self.reader.read(name) for name in names}
+            packed = nf4.from_tensors({"": self.reader.read(key).to(self.device), **parts})
         else:
             weight = self.reader.read(key).to(self.device)
             weight = weight.T if matrix.transposed else weight

@@ -37,7 +37,14 @@ def invoke(*arguments: str) -> str:
 def test_auto_judges_every_choice_and_keeps_one(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     stages: list[str] = []
-    merged = qlora.merge(run, tmp_path / "new" / "m", progress=lambda what, *_: stages.append(what))
+    on_disk: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        stages.append(what)
+        on_disk.append(sum(path.is_dir() for path in (tmp_path / "new" / ".tmp-m").iterdir()))
+
+    merged = qlora.merge(run, tmp_path / "new" / "m", progress=progress)
+    assert max(on_disk) == 2  # the best so far and the next, as the space was checked for
     names = ["original", "dequantized", "nf4"]
     assert [one.name for one in merged.judged] == names
     expected = [

@@ -81,7 +81,8 @@ class Adapters:
             self._put_back(self.active)
         if name is not None:
             for (parent, attribute), layer in self._layers[name]:
-                layer.train(layer.base.training)  # it was not there when the model's mode was set
+                if layer.training != layer.base.training:  # it was not there when the model's mode was set
+                    layer.train(layer.base.training)
                 setattr(parent, attribute, layer)
         self.active = name
 

@@ -117,7 +117,7 @@ class Terminal:
         if len(speakers) > 1:
             from rich.live import Live
 
-            self._live = Live(self._columns(), console=self._console, vertical_overflow="visible")
+            self._live = Live(self._columns(), console=self._console)
             self._live.start()
 
     def text(self, speaker: str, piece: str) -> None:
@@ -147,7 +147,7 @@ class Terminal:
 
         table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold cyan")
         for speaker in self._answers:
-            table.add_column(speaker, ratio=1)
+            table.add_column(speaker, ratio=1, overflow="fold")
         table.add_row(*(Text(_harmless(answer)) for answer in self._answers.values()))
         return table
 

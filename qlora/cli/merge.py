@@ -68,15 +68,21 @@ def merge(
         )
     if json_output:
         print(json.dumps(merged.as_json()))
-        return
+    else:
+        _show(merged)
+
+
+def _show(merged: "Merged") -> None:
+    """The verdict, why this choice, and what to do with it."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if merged.live is not None:
         console.print(table(merged))
-    console.print(f"{merged.onto}: {merged.why}", soft_wrap=True, markup=False)
+    console.print(f"{merged.onto}: {merged.why}")
+    console.print(f"written  {merged.folder}  ({_mebibytes(merged.weight_bytes)} MiB of weights)")
     console.print(
-        f"written  {merged.folder}  ({_mebibytes(merged.weight_bytes)} MiB of weights)", soft_wrap=True
+        f'use it   AutoModelForCausalLM.from_pretrained("{merged.folder}"), or base.model={merged.folder}'
     )
 
 
