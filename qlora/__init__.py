@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from qlora.adapter.lora import trainable_parameters as trainable_parameters
     from qlora.adapter.store import load_adapter as load_adapter
     from qlora.adapter.store import save_adapter as save_adapter
+    from qlora.adapter.switch import Adapters as Adapters
     from qlora.base import load_base as load_base
     from qlora.base import load_tokenizer as load_tokenizer
     from qlora.data import load_dataset as load_dataset
     from qlora.errors import QloraError as QloraError
     from qlora.generate import answer as answer
+    from qlora.merging import merge as merge
     from qlora.recipe import Recipe as Recipe
     from qlora.train import train as train
 
 _HOME = {
+    "Adapters": "qlora.adapter.switch",
     "LoRALinear": "qlora.adapter.lora",
     "QloraError": "qlora.errors",
     "Recipe": "qlora.recipe",
@@ -39,6 +42,7 @@ _HOME = {
     "load_dataset": "qlora.data",
     "load_tokenizer": "qlora.base",
     "lora_layers": "qlora.adapter.lora",
+    "merge": "qlora.merging",
     "save_adapter": "qlora.adapter.store",
     "train": "qlora.train",
     "trainable_parameters": "qlora.adapter.lora",

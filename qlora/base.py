@@ -13,24 +13,25 @@ Whatever is not a quantized linear (embeddings, norms, the output head) is held 
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from qlora import base_cache, bundled, nf4
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.targets import is_conv1d, is_linear, select
 from qlora.errors import ModelError
+from qlora.quantizer import cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
 
 # Hub ids whose architecture the package knows, so that `init: synthetic` needs no network for a shipped recipe.
@@ -44,6 +45,9 @@ KNOWN_ARCHITECTURES = {
     "mistralai/Mistral-7B-v0.3": "mistral-7b",
     "Qwen/Qwen3-8B": "qwen3-8b",
 }
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+"""What is fetched of a hub model whose files are read one by one."""
 
 
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
@@ -167,10 +171,11 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
 def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
     if prequantized is not None:
-        _require_nf4(base, prequantized)
+        require_nf4(base, prequantized)
     quantize = prequantized is None and base.quantization == "nf4"
     if not quantize or base.trust_remote_code:  # what foreign code makes of a checkpoint has no name
-        return _read(base, device, quantize=quantize)
+        model = _read(base, device, quantize=quantize)
+        return model if prequantized is None else cast_dense(model, compute_dtype(base, device))
     return base_cache.quantized(
         locate(base),
         _revision(base),
@@ -184,25 +189,76 @@ def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedMode
 
 def _read(base: Base, device: torch.device, *, quantize: bool) -> PreTrainedModel:
     """The checkpoint as transformers reads it, its linears quantized on the way if `quantize`."""
-    kwargs: dict[str, Any] = {}
-    if quantize:
-        kwargs["quantization_config"] = _BlockSizedNF4Config(
-            block_size=base.block_size,
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=base.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype(base, device),
-        )
+    dtype = compute_dtype(base, device)
+    kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
             locate(base),
             revision=_revision(base),
             trust_remote_code=base.trust_remote_code,
-            dtype=compute_dtype(base, device),
+            dtype=dtype,
             device_map={"": device},
             **kwargs,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelError(_load_problem(base, error)) from error
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A pretrained base without its weights."""
+
+    model: PreTrainedModel
+    """its modules on the meta device; what NF4 takes is an `nn.Linear`, whatever it is in the original"""
+    quantized: frozenset[str]
+    """names of the linears that NF4 takes: transformers' own decision when it loads the base"""
+    transposed: frozenset[str]
+    """those of them that the original stores as [in, out] (Conv1D, as in GPT-2)"""
+    prequantized: bool
+    """the checkpoint itself is in NF4"""
+
+
+def skeleton(base: Base) -> Skeleton:
+    """What `load_base` would load, from the configuration alone; also of a base that is left unquantized.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    config = load_config(base)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        require_nf4(base, stored)
+    model = blueprint(base, config, torch.bfloat16)
+    with _quiet():
+        quantizer = AutoHfQuantizer.from_config(
+            stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
+        )
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    found = {name: module for name, module in model.named_modules() if nf4.is_nf4(module)}
+    for name, module in found.items():
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        model.set_submodule(name, linear)
+    model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
+    transposed = {name for name, module in found.items() if module.source_cls.__name__ == "Conv1D"}
+    return Skeleton(model, frozenset(found), frozenset(transposed), prequantized=stored is not None)
+
+
+def checkpoint_folder(base: Base) -> Path:
+    """The folder with a pretrained base's files; those of a hub id are downloaded unless the cache has them.
+
+    Raises:
+        ModelError: it was never read from files, or the hub has no such model or cannot be reached.
+    """
+    if base.init != "pretrained":
+        raise ModelError(
+            f"base.init is {base.init}: this base was made from a seed and has no files; only pretrained bases have"
+        )
+    location = locate(base)
+    if Path(location).is_dir():
+        return Path(location)
+    try:
+        return Path(snapshot_download(location, revision=_revision(base), allow_patterns=CHECKPOINT_FILES))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         raise ModelError(_load_problem(base, error)) from error
 
 
@@ -278,41 +334,6 @@ def _materialise(
             else:
                 value.fill_(0.0 if "bias" in name else 1.0)
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-
-class _BlockSizedNF4Config(BitsAndBytesConfig):
-    """bitsandbytes' configuration with the block size, which transformers leaves at bitsandbytes' default of 64."""
-
-    def __init__(self, block_size: int = 64, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.block_size = block_size
-
-
-class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
-    """transformers' 4-bit loader, except that each weight is told its block size before it is quantized."""
-
-    def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, *args, **kwargs)
-        block_size = getattr(self.quantization_config, "block_size", 64)
-        for module in model.modules():
-            if nf4.is_nf4(module):
-                module.weight.blocksize = block_size
-
-
-AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _BlockSizedNF4Quantizer
-
-
-def _require_nf4(base: Base, config: Any) -> None:
-    settings = config if isinstance(config, dict) else config.to_dict()
-    method = settings.get("quant_method", "unknown")
-    kind = settings.get("bnb_4bit_quant_type")
-    if not (str(method).endswith("bitsandbytes") and settings.get("load_in_4bit") and kind == "nf4"):
-        raise ModelError(
-            f"base.model: {base.model!r} is already quantized by {method} ({kind or 'not NF4'}). "
-            "Use its 16-bit version, or one quantized to NF4 by bitsandbytes"
-        )
-    if base.quantization != "nf4":
-        raise ModelError(f"base.model: {base.model!r} is an NF4 checkpoint: set base.quantization=nf4")
 
 
 def _revision(base: Base) -> str:

@@ -58,7 +58,8 @@ def quantized(
             dtype=str(dtype),
             device=device.type,
             made_by=cache.made_by(
-                "base.py", "base_cache.py", "nf4.py", libraries=("transformers", "bitsandbytes", "torch")
+                *("base.py", "base_cache.py", "nf4.py", "quantizer.py"),
+                libraries=("transformers", "bitsandbytes", "torch"),
             ),
         )
 

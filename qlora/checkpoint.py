@@ -44,11 +44,11 @@ def lock(run: Path) -> Iterator[None]:
         ModelError: another process holds it.
         SaveError: the folder cannot be written.
     """
-    with _save_errors(run):
+    with save_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         file = (run / ".lock").open("a+")
     with file:
-        with _save_errors(run):
+        with save_errors(run):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -78,13 +78,13 @@ def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
     """
     checkpoints = run / "checkpoints"
     final = checkpoints / f"step-{step:06d}"
-    with _save_errors(checkpoints):
+    with save_errors(checkpoints):
         checkpoints.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(checkpoints)
         with _temporary(checkpoints, final.name) as folder:
             yield folder
             manifest.write(folder, run_id=run_id, step=step)
-            _fsync_tree(folder)
+            fsync_tree(folder)
             if not (final.exists() and not verify(final, run_id=run_id)):
                 _commit(folder, final)
         _fsync(run)  # `checkpoints` itself may be new
@@ -97,11 +97,11 @@ def replacing(run: Path, name: str) -> Iterator[Path]:
     Raises:
         SaveError: a file cannot be written; the old folder stays.
     """
-    with _save_errors(run / name):
+    with save_errors(run / name):
         _remove_leftovers(run)
         with _temporary(run, name) as folder:
             yield folder
-            _fsync_tree(folder)
+            fsync_tree(folder)
             _commit(folder, run / name)
 
 
@@ -161,7 +161,7 @@ def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
     assert keep >= 1
     own = [folder for folder in _folders(run) if not verify(folder, run_id=run_id, checksums=False)]
     for folder in own[:-keep]:
-        with _save_errors(folder):
+        with save_errors(folder):
             _discard(folder)
     return own[:-keep]
 
@@ -170,7 +170,7 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     """Write named tensors of any device to a safetensors file."""
     from safetensors.torch import save_file
 
-    with _save_errors(path):
+    with save_errors(path):
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -190,7 +190,7 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write counters and other plain values to `<folder>/state.json`."""
-    with _save_errors(folder / "state.json"):
+    with save_errors(folder / "state.json"):
         (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
@@ -272,7 +272,7 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Make a folder and all in it survive a power cut."""
     for path in folder.rglob("*"):
         _fsync(path)
@@ -298,7 +298,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _save_errors(path: Path) -> Iterator[None]:
+def save_errors(path: Path) -> Iterator[None]:
     """Turn what the system says about a failed write into a SaveError."""
     try:
         yield

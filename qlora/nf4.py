@@ -10,6 +10,7 @@ dequantization kernel returns garbage for rows that are no multiple of the block
 blocks as its rows.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "autocast",
     "dense",
     "dequantize",
+    "from_tensors",
     "frozen_linear",
     "is_nf4",
     "protect",
@@ -37,12 +39,16 @@ __all__ = [
     "quantize",
     "statistics",
     "synthetic_weight",
+    "to_tensors",
     "weight_bytes",
 ]
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 STATISTICS_BLOCK_SIZE = 256
 """Block of the second quantization, that of the absmax; bitsandbytes fixes it."""
+
+SLICE = 2**22
+"""Values that are quantized at a time, a multiple of every block size."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What bitsandbytes can dequantize to."""
@@ -63,7 +69,12 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
         raise ModelError(f"NF4 wants a matrix of floats, not {weight.dtype} of shape {tuple(weight.shape)}")
     dtype = weight.dtype if weight.dtype in KERNEL_DTYPES else torch.float32
     weight = weight.detach().to(dtype).contiguous()
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(weight, block_size, "nf4", torch.uint8)
+    # In slices of whole blocks: on a CPU the kernel's temporaries take four times what it is given
+    slices = [
+        torch.ops.bitsandbytes.quantize_4bit(part, block_size, "nf4", torch.uint8)
+        for part in weight.view(-1).split(SLICE)
+    ]
+    packed, absmax = (torch.cat(parts) for parts in zip(*slices, strict=True))
     return _parameter(packed, _state(absmax, weight.shape, dtype, block_size, double_quant))
 
 
@@ -123,6 +134,26 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
 def dense(weight: Tensor, state: QuantState | None, dtype: torch.dtype) -> Tensor:
     """The frozen weight [out, in] in `dtype`: dequantized if it has a quant state, cast if it has none."""
     return weight.detach().to(dtype) if state is None else dequantize(weight, state, dtype)
+
+
+def to_tensors(weight: Params4bit) -> dict[str, Tensor]:
+    """A quantized weight as bitsandbytes stores it: "" is the packed bytes, ".absmax" and so on the statistics.
+
+    The names go behind that of the weight; `transformers` reads such a file as an NF4 checkpoint.
+    """
+    statistics = weight.quant_state.as_dict(packed=True)
+    return {"": weight.data, **{f".{name}": tensor for name, tensor in statistics.items()}}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
+    """The weight that `to_tensors` gave, on the device of its bytes. Raises ModelError if a part is missing."""
+    packed = tensors[""]
+    statistics = {name: tensor for name, tensor in tensors.items() if name}
+    try:
+        state = QuantState.from_dict(statistics, device=packed.device)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"statistics of a 4-bit weight are missing or unknown: {error}") from error
+    return _parameter(packed, state)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Tensor | None) -> Tensor:

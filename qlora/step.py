@@ -14,7 +14,7 @@ and the memory room (`qlora.memory.live`) books live bytes by them.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -37,6 +37,23 @@ class Head:
     bias: Tensor | None  # [vocabulary]
     logit_scale: float
     softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> logits [N, V] in fp32; both on the head's device."""
+        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+            # Tensor cores sum in fp32: take the sums before they are rounded to 16 bits
+            logits = torch.mm(hidden, self.weight.to(hidden.dtype).T, out_dtype=torch.float32)
+        else:
+            logits = hidden.float() @ self.weight.float().T
+        if self.bias is not None:
+            logits += self.bias
+        logits *= self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def to(self, device: torch.device | str) -> "Head":
+        """The same head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -72,6 +89,15 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | No
     decoder = model.get_decoder()  # type: ignore[operator]
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return decoder(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+
+
+def supervised_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The hidden states [N, H] from which the batch's N supervised tokens are predicted, and those tokens [N]."""
+    batch = batch.to(next(model.parameters()).device)
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    supervised = targets != IGNORE_INDEX
+    return hidden[supervised], targets[supervised]
 
 
 LOSS_CHUNK = 1024

@@ -250,7 +250,13 @@ class Session:
             Sample(
                 prompt=prompt.text,
                 reference=prompt.reference,
-                answer=answer(self.model, self.tokenizer, prompt.input_ids, training.sample_tokens),
+                answer=answer(
+                    self.model,
+                    self.tokenizer,
+                    prompt.input_ids,
+                    training.sample_tokens,
+                    stop_ids=self.dataset.stop_ids,
+                ),
             )
             for prompt in self.dataset.prompts[: training.samples]
         ]

@@ -24,6 +24,11 @@ class Trained:
     model: nn.Module
     tokenizer: Any
 
+    @property
+    def identity(self) -> BaseIdentity:
+        """What an adapter that is put into the model must have been trained on."""
+        return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
+
 
 def load_trained(
     folder: str | Path, *, device: str = "auto", with_adapter: bool = True, any_base: bool = False
@@ -33,24 +38,26 @@ def load_trained(
     `with_adapter=False` loads its base alone. Raises ModelError if there is no such result, or if the base,
     tokenizer or template that its recipe names is not what it was trained on any more, unless `any_base`.
     """
-    adapter = _find(Path(folder))
+    adapter = find_trained(Path(folder))
     recipe = Recipe.load(adapter / "recipe.yaml")
-    where = torch.device(
-        "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    )
     base = recipe.base
-    if recipe.adapter.method == "full":
+    if recipe.adapter.method == "full" and with_adapter:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
-    model: nn.Module = load_base(base, where, seed=recipe.training.seed)
-    tokenizer = load_tokenizer(recipe.base)
+    model: nn.Module = load_base(base, device_named(device), seed=recipe.training.seed)
+    trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base))
     if with_adapter and recipe.adapter.method == "lora":
-        known = replace(BaseIdentity.of(model), **prompting(recipe.data, tokenizer))
-        load_adapter(model, adapter, base=known, any_base=any_base)
-    return Trained(recipe, model.eval(), tokenizer)
+        load_adapter(model, adapter, base=trained.identity, any_base=any_base)
+        model.eval()
+    return trained
 
 
-def _find(folder: Path) -> Path:
-    """The result in a run's folder, or the folder itself if it is one."""
+def device_named(name: str) -> torch.device:
+    """auto is the GPU where there is one."""
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def find_trained(folder: Path) -> Path:
+    """The result in a run's folder, or the folder itself if it is one. Raises ModelError if there is none."""
     for place in (folder, folder / "adapter", folder / "model"):
         weights = (place / "adapter_config.json", place / "config.json")
         if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
@@ -58,6 +65,14 @@ def _find(folder: Path) -> Path:
     if (folder / "recipe.yaml").is_file():
         raise ModelError(f"{folder}: the run has not come to its end; go on with `qlora train ... --resume`")
     raise ModelError(f"{folder}: no trained adapter here. Give a run's folder, or the adapter/ folder in it")
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter in a run's folder, or the folder itself if it is one, of ours or PEFT's; else ModelError."""
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            return place
+    raise ModelError(f"{folder}: no adapter here. Give a run's folder, or one with an adapter_config.json")
 
 
 def held_out_loss(trained: Trained) -> tuple[float, int]:

@@ -280,7 +280,7 @@ def test_code_that_reads_the_weight_past_the_layer_is_told() -> None:
         ({"alpha": float("nan")}, "alpha must be above 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"scaling": "alpha"}, "scaling must be alpha/rank or"),
-        ({"init": "zeros"}, "init must be kaiming or gaussian"),
+        ({"init": "zeros"}, "init must be kaiming, gaussian or zero"),
         ({"rank_pattern": {"nothing": 2}}, '"nothing" matches no targeted layer'),
         ({"alpha_pattern": {"(": 2.0}}, "is no regular expression"),
     ],

@@ -63,6 +63,24 @@ def test_quantize_gives_the_bytes_of_bitsandbytes(
     assert all(torch.equal(theirs[key], mine[key]) for key in theirs)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(64, 192), (33, 77), (1, 8192), (3, 2731)])
+def test_slices_make_no_difference(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(rows, width)
+    whole = nf4.quantize(weight)
+    monkeypatch.setattr(nf4, "SLICE", max(nf4.BLOCK_SIZES))
+    sliced = nf4.quantize(weight)
+    assert weight.numel() > nf4.SLICE or rows == 33
+    assert torch.equal(whole, sliced)
+    assert torch.equal(whole.quant_state.absmax, sliced.quant_state.absmax)
+    again = nf4.from_tensors(nf4.to_tensors(sliced))
+    assert torch.equal(
+        nf4.dequantize(again, again.quant_state, torch.float32),
+        nf4.dequantize(whole, whole.quant_state, torch.float32),
+    )
+    with pytest.raises(ModelError, match="statistics of a 4-bit weight are missing"):
+        nf4.from_tensors({"": whole.data, ".absmax": whole.quant_state.absmax})
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 40),

@@ -35,8 +35,9 @@ class LoRALinear(nn.Module):
     base: an `nn.Linear`, 4-bit linear or `Conv1D`, kept as it is and frozen; its bias stays in use.
     rank: of the update. alpha: the update is scaled by alpha/rank (None: alpha = rank, so by 1).
     dropout: on the input of A, in training. scaling: "alpha/rank" or "alpha/sqrt(rank)".
-    init: of A, "kaiming" (uniform, a = sqrt(5): the bound is 1/sqrt(in)) or "gaussian" (standard deviation
-        1/rank); B is zero, so training starts at the base. generator: a CPU generator for A; None: torch's.
+    init: of A, "kaiming" (uniform, a = sqrt(5): the bound is 1/sqrt(in)), "gaussian" (standard deviation
+        1/rank) or "zero" (to read an adapter into); B is zero, so training starts at the base.
+    generator: a CPU generator for A; None: torch's.
 
     There is no `weight` on purpose: code that reads it would pass the update by, and nobody would notice.
     Raises ModelError for a module that is no linear layer, or numbers out of range.
@@ -171,6 +172,8 @@ def _initial(
     """The first A [rank, in], fp32, drawn on the CPU so that every device starts from the same numbers."""
     if device.type == "meta":
         return torch.empty(shape, device=device)
+    if init == "zero":
+        return torch.zeros(shape)
     a = torch.empty(shape)
     if init == "gaussian":
         return a.normal_(0.0, 1 / shape[0], generator=generator)
@@ -231,5 +234,5 @@ def _check(rank: int, alpha: float, dropout: float, scaling: str, init: str) -> 
         raise ModelError(f"dropout must be at least 0 and below 1, not {dropout}")
     if scaling not in SCALINGS:
         raise ModelError(f"scaling must be {' or '.join(SCALINGS)}, not {scaling!r}")
-    if init not in ("kaiming", "gaussian"):
-        raise ModelError(f"init must be kaiming or gaussian, not {init!r}")
+    if init not in ("kaiming", "gaussian", "zero"):
+        raise ModelError(f"init must be kaiming, gaussian or zero, not {init!r}")

@@ -85,7 +85,8 @@ def load_adapter(
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
 
     A model without LoRA layers is adapted as the config says, A and B in the folder's dtype. One that has
-    them is switched: same layers, same ranks, and A, B, alpha, scaling and dropout become the folder's.
+    them is switched: same layers, same ranks, and A, B, alpha, scaling and dropout become the folder's. Of a
+    model on the meta device A and B alone become real, on the CPU.
 
     An adapter that was trained on another base than `base` (None: what `model` tells of itself) is refused,
     unless `any_base` says that another will do. One without a record, as of PEFT, is known by names only.
@@ -107,15 +108,16 @@ def load_adapter(
         _check_shapes(name, model.get_submodule(name), pairs[name], settings[name][0], folder / TENSORS_FILE)
     if not layers:
         protect(model.requires_grad_(False))
-        dtype, generator = pairs[names[0]][0].dtype, torch.Generator()  # torch's own is left as it was
+        dtype = pairs[names[0]][0].dtype
         linears = [(name, model.get_submodule(name), settings[name][0]) for name in names]
-        wrap(
-            model, {n: LoRALinear(base, rank, generator=generator, dtype=dtype) for n, base, rank in linears}
-        )
+        wrap(model, {n: LoRALinear(linear, rank, init="zero", dtype=dtype) for n, linear, rank in linears})
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
-            layer.lora_a.copy_(pairs[name][0])
-            layer.lora_b.copy_(pairs[name][1])
+            if layer.lora_a.is_meta:
+                layer.lora_a, layer.lora_b = (nn.Parameter(half) for half in pairs[name])
+            else:
+                layer.lora_a.copy_(pairs[name][0])
+                layer.lora_b.copy_(pairs[name][1])
             layer.rank, layer.alpha, layer.scaling = settings[name]
             layer.dropout = dropout
     return model

@@ -7,11 +7,13 @@ from types import FrameType
 import typer
 
 from qlora.cli import adapter, cache, recipes
+from qlora.cli.chat import chat
 from qlora.cli.check import check
 from qlora.cli.data import data
 from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
+from qlora.cli.merge import merge
 from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
@@ -31,6 +33,8 @@ app.command("profile")(profile)
 app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("merge")(merge)
 app.command("report")(report)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(recipes.app, name="recipes")

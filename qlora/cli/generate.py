@@ -23,11 +23,12 @@ def generate(
     """
     import sys
 
-    from qlora.data import encode_prompt
+    from qlora.data import Prompts
     from qlora.generate import answer
     from qlora.trained import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
     trained = load_trained(adapter, device=device, with_adapter=not base_only, any_base=any_base)
-    ids = encode_prompt(text, trained.recipe.data, trained.tokenizer)
-    print(answer(trained.model, trained.tokenizer, ids, max_new_tokens))
+    prompts = Prompts(trained.recipe.data, trained.tokenizer)
+    ids = prompts.encode(text)
+    print(answer(trained.model, trained.tokenizer, ids, max_new_tokens, stop_ids=prompts.stop_ids))

@@ -2,8 +2,9 @@
 
 from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
 from qlora.data.cache import load_dataset
-from qlora.data.dataset import Counts, Dataset, Prompt, encode_prompt, held_out_batches, training_batches
+from qlora.data.dataset import Counts, Dataset, Prompt, held_out_batches, training_batches
 from qlora.data.prompting import prompting
+from qlora.data.prompts import Prompts, encode_prompt
 
 __all__ = [
     "IGNORE_INDEX",
@@ -13,6 +14,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Prompt",
+    "Prompts",
     "encode_prompt",
     "held_out_batches",
     "load_dataset",

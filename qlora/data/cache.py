@@ -88,6 +88,7 @@ def _save(dataset: Dataset, folder: Path) -> None:
         "counts": asdict(dataset.counts),
         "fingerprint": dataset.fingerprint,
         "pad_id": dataset.pad_id,
+        "stop_ids": sorted(dataset.stop_ids),
     }
     (folder / "rest.json").write_text(json.dumps(rest))
 
@@ -103,6 +104,7 @@ def _load(folder: Path) -> Dataset:
         counts=Counts(**rest["counts"]),
         fingerprint=rest["fingerprint"],
         pad_id=rest["pad_id"],
+        stop_ids=frozenset(rest["stop_ids"]),
     )
 
 

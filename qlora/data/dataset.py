@@ -14,6 +14,7 @@ from qlora.data.encoding import Encoder
 from qlora.data.layout import Layout
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
+from qlora.data.prompts import answer_ends
 from qlora.data.reading import Kept, Reading, read_examples
 from qlora.errors import DataError
 from qlora.recipe import Data, Recipe
@@ -74,6 +75,8 @@ class Dataset:
     """SHA-256 over all token ids and labels in order: equal exactly if a run would see the same"""
     pad_id: int
     """fills rows up; never trained on, whatever else it means"""
+    stop_ids: frozenset[int]
+    """tokens that end an answer"""
 
 
 def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
@@ -97,20 +100,8 @@ def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
         counts=_counts(readings, train, held_out, section),
         fingerprint=_fingerprint(train, held_out),
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
+        stop_ids=answer_ends(layout, encoder),
     )
-
-
-def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Token ids that ask a model trained on this `data` section to answer `text`, posed as its rows were.
-
-    Raises:
-        DataError: the template cannot be used, or the text holds a NUL character.
-    """
-    if "\0" in text:
-        raise DataError("the prompt holds a NUL character")
-    encoder = Encoder(tokenizer)
-    (encoded,) = encoder.encode([Layout(section, tokenizer, encoder).prompt(text)])
-    return [int(token) for token in encoded.input_ids]
 
 
 def training_batches(dataset: Dataset, recipe: Recipe) -> Batches:

@@ -86,7 +86,8 @@ class Encoder:
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         """the tokenizer puts bos in front of plain text"""
         self._bos = np.array([] if self.bos_id is None else [self.bos_id], dtype=np.int32)
-        self._eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
+        self.eos_id: int = tokenizer.eos_token_id
+        self._eos = np.array([self.eos_id], dtype=np.int32)
         self._backend = _plain_copy(tokenizer)
         self._controls = {
             token_id: token

@@ -1,12 +1,13 @@
 """How a recipe lays its rows out: which format they are read as and which template they are written with."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder
-from qlora.data.formats import Completion, Conversation, Row, parser
+from qlora.data.formats import Completion, Conversation, Message, Row, parser
 from qlora.data.templates import RawText, Renderer, template_text
 from qlora.recipe import Data
 
@@ -63,25 +64,42 @@ class Layout:
             prompt, reference = _beginning(reference)
         return Question(self._raw.prompt(prompt), prompt, reference)
 
-    def prompt(self, text: str) -> Document:
-        """What somebody types, posed as the rows of the data are posed."""
+    def prompt(self, text: str, before: Sequence[Message] = ()) -> Document:
+        """What somebody types, posed as the rows of the data are posed, after the messages `before` it.
+
+        Raises BadRow if the chat template refuses the conversation. Raw text knows no `before`.
+        """
         if self._renderer is None:
             return self._raw.prompt(text)
-        return self._renderer.prompt([{"role": "user", "content": text}])
+        return self._renderer.prompt([*before, {"role": "user", "content": text}])
+
+    def specimen(self) -> Document:
+        """The shortest row there could be."""
+        if self._renderer is None:
+            return self.document(Completion("?", "!"))
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        return self.document(Conversation((question, answer)))
+
+
+def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The template that takes the place of the tokenizer's own; None where that stays."""
+    if section.format == "alpaca" and section.template is None and not tokenizer.chat_template:
+        return "alpaca"
+    return section.template
 
 
 def template_of(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """The jinja source that rows are written with; None where they stay raw or nothing has a template."""
     if _stays_raw(section):
         return None
-    name = _template_name(section, tokenizer)
+    name = template_name(section, tokenizer)
     return tokenizer.chat_template and tokenizer.get_chat_template() if name is None else template_text(name)
 
 
 def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> Renderer | None:
     if _stays_raw(section):
         return None
-    name = _template_name(section, tokenizer)
+    name = template_name(section, tokenizer)
     return Renderer(tokenizer, encoder, None if name is None else template_text(name))
 
 
@@ -89,13 +107,6 @@ def _stays_raw(section: Data) -> bool:
     return section.format == "completion" or (
         section.format == "prompt-completion" and section.template is None
     )
-
-
-def _template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Of `data.template`; None for the tokenizer's own."""
-    if section.format == "alpaca" and section.template is None and not tokenizer.chat_template:
-        return "alpaca"
-    return section.template
 
 
 def _beginning(text: str) -> tuple[str, str]:

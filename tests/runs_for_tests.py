@@ -1,0 +1,44 @@
+"""Runs that were never trained: an adapter whose update is not zero, where a run leaves it."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.adapter import lora_layers, save_adapter
+from qlora.adapter.identity import BaseIdentity
+from qlora.base import load_base, load_tokenizer
+from qlora.data import prompting
+from qlora.model import adapt_as
+from qlora.recipe import Recipe
+
+
+def update(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
+    """Give every B of `model` random numbers of this standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=generator) * size)
+    return model
+
+
+def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter: Any) -> Path:
+    """The folder of a run of `recipe` that ended with an adapter of these settings."""
+    recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
+    model = update(adapt_as(load_base(recipe.base), recipe), size, seed)
+    folder = Path(recipe.output) / "adapter"
+    prompts = prompting(recipe.data, load_tokenizer(recipe.base))
+    save_adapter(model, folder, base=replace(BaseIdentity.of(model), **prompts))
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return folder.parent
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Of every byte of a module: weights, packed ones with their statistics, and everything else."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""A new folder of the user's: whole or not at all, and nothing of the user's is touched."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora.draft import drafting, publish
+from qlora.errors import ModelError, SaveError
+
+
+def test_a_draft_takes_its_place_in_one_step(tmp_path: Path) -> None:
+    final = tmp_path / "models" / "mine"
+    with drafting(final) as drafts:
+        for name in ("first", "second"):
+            (drafts / name).mkdir()
+            (drafts / name / "file").write_text(name)
+        assert not final.exists()
+        publish(drafts / "second", final)
+    assert (final / "file").read_text() == "second"
+    assert [path.name for path in final.parent.iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_is_no_obstacle_and_anything_else_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with drafting(tmp_path / "empty") as drafts:
+        (drafts / "a").mkdir()
+        (drafts / "a" / "file").touch()
+        publish(drafts / "a", tmp_path / "empty")
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("empty", "text", "link"):
+        with pytest.raises(ModelError, match=f"{name}: exists already"):
+            with drafting(tmp_path / name):
+                pass
+    assert (tmp_path / "text").read_text() == "mine"
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    final = tmp_path / "mine"
+    with drafting(final) as drafts:
+        (drafts / "a").mkdir()
+        final.mkdir()
+        (final / "theirs").touch()
+        with pytest.raises(ModelError, match="exists already"):
+            publish(drafts / "a", final)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (final / "theirs").exists()
+
+
+def test_leftovers_are_removed_and_neighbours_are_not(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-mine" / "old").mkdir(parents=True)
+    (tmp_path / ".tmp-other" / "old").mkdir(parents=True)
+    with drafting(tmp_path / "mine") as drafts:
+        assert not (drafts / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-other"]
+
+
+def test_two_at_the_same_place(tmp_path: Path) -> None:
+    with drafting(tmp_path / "mine") as drafts:
+        (drafts / "a").mkdir()
+        with pytest.raises(ModelError, match="in use by process"):
+            with drafting(tmp_path / "mine"):
+                pass
+        assert (drafts / "a").is_dir()
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match="cannot write"), drafting(tmp_path / "file" / "mine"):
+        pass
