@@ -218,7 +218,7 @@ def test_adapters_of_another_base_answer_only_if_told(runs: dict[str, Path]) -> 
     file.write_text(json.dumps({**record, "base": {**record["base"], **own}}))
     assert chat_of(runs)[0].adapters.names == ["clerk", "poet"]
     file.write_text(json.dumps({**record, "base": {**record["base"], "weights": "0" * 32}}))
-    with pytest.raises(ModelError, match="poet/adapter: the adapter was trained on .* differ in weights"):
+    with pytest.raises(ModelError, match=r"poet/adapter: the adapter was trained on .* differ in weights"):
         chat_of(runs)
     assert chat_of(runs, any_base=True)[0].adapters.names == ["clerk", "poet"]
     (runs["clerk"] / "adapter" / "qlora.json").write_text(
