@@ -14,6 +14,7 @@ import pytest
 # Decided before any library reads them: nothing here may reach for a network or a W&B account.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["QLORA_CACHE"] = "off"  # a test has one of its own, see below
 os.environ.pop("WANDB_API_KEY", None)
 
 import torch
