@@ -112,6 +112,10 @@ def test_a_conversation_is_remembered_where_rows_are_conversations(runs: dict[st
     )
     chat.say("/reset")
     assert chat.messages == []
+    chat.say("/both")
+    chat.say("Third question")
+    # of the two answers the adapter's is the one that was said
+    assert heard.answers[-2][1] != heard.answers[-1][1] == chat.messages[-1]["content"]
     single, _ = chat_of(runs)  # the bundled tickets are single questions
     single.say("First question")
     assert single.messages == []

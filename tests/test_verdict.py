@@ -46,7 +46,7 @@ def log_probabilities(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, T
 def test_the_numbers_are_the_formulas(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora.verdict.CHUNK", 3)  # chunks that do not divide the tokens
     batches = [batch_of(1), batch_of(2)]
-    live = update(adapt(load_base(base), targets="all-linear"), seed=1).train()
+    live = update(adapt(load_base(base), targets="all-linear", dropout=0.5), seed=1).train()
     other = update(adapt(load_base(base), targets="all-linear"), size=0.17, seed=1)
     heard = reference(live, batches)
     assert live.training
