@@ -1,4 +1,4 @@
-"""What a recipe makes of a base: adapter, checkpointed layers, optimizer.
+"""What a recipe makes of a base: adapter, passes of the layers, optimizer.
 
 Training and forecast both come through here, so that the one speaks of the other.
 """
@@ -6,6 +6,7 @@ Training and forecast both come through here, so that the one speaks of the othe
 from torch import nn
 
 from qlora.adapter.lora import adapt, trainable_parameters
+from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.step import checkpoint_layers, decoder_layers
@@ -36,8 +37,9 @@ def checkpointed(recipe: Recipe, layers: int) -> int:
     return layers * setting if isinstance(setting, bool) else min(setting, layers)
 
 
-def checkpoint_as(model: nn.Module, recipe: Recipe) -> int:
-    """Checkpoint the layers that the recipe says, the first ones; returns how many."""
+def layers_as(model: nn.Module, recipe: Recipe) -> int:
+    """Give layers that we know our own passes, and recompute those that the recipe says; returns how many."""
+    quicken(model)
     if recipe.training.gradient_checkpointing is False or recipe.training.gradient_checkpointing == 0:
         return 0
     return checkpoint_layers(model, checkpointed(recipe, len(decoder_layers(model))))

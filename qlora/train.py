@@ -30,14 +30,14 @@ from qlora.memory import measure
 from qlora.memory.plan import changed
 from qlora.memory.record import Outlook, budgeted
 from qlora.memory.shortage import out_of_memory_explained
-from qlora.model import adapt_as, checkpoint_as, optimizer_of
+from qlora.model import adapt_as, layers_as, optimizer_of
 from qlora.optim import Optimizer, learning_rate
 from qlora.outcome import Outcome
 from qlora.processes import accelerator_for, together
 from qlora.recipe import Recipe
 from qlora.report.page import write_page
 from qlora.run import RunFolder, check_output, claim, earlier_plan, finished
-from qlora.step import accumulate, check_head, check_packing, evaluate
+from qlora.step import accumulate, check_head, check_packing, evaluate, read_documents
 from qlora.tracking import Sample, Tracker
 
 
@@ -110,10 +110,11 @@ class Session:
         model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
         _check_vocabulary(model, tokenizer, recipe)
         check_head(model)
+        read_documents(model)
         if recipe.data.packing:
             check_packing(model)
         adapt_as(model, recipe)
-        checkpoint_as(model, recipe)
+        layers_as(model, recipe)
         optimizer = optimizer_of(model, recipe)
         return cls(
             recipe, accelerator, tokenizer, dataset, batches, model, optimizer,

@@ -21,7 +21,7 @@ ROOMS = [
     {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
     {"adapter", "data", "optim", "base_cache", "quantizer"},
-    {"base"},
+    {"base", "llama", "attention"},
     {"step"},
     {"model"},
     {"memory", "checkpoint", "tracking", "run", "interrupt", "generate", "trained", "processes"},

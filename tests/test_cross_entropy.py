@@ -25,7 +25,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
-        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         return result
 
 

@@ -19,24 +19,13 @@ from qlora.memory.forecast import Forecast, architecture, forecast
 from qlora.memory.inventory import inventory
 from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.workload import Workload, assumed
-from qlora.model import adapt_as, checkpoint_as, optimizer_of
+from qlora.model import adapt_as, layers_as, optimizer_of
 from qlora.optim.methods import METHODS
 from qlora.recipe import Recipe
-from qlora.step import accumulate, evaluate
+from qlora.step import accumulate, evaluate, read_documents
 
 SAMPLES = 3
 """combinations of settings tried with every architecture, drawn so that every pair of them occurs"""
-
-
-def load_of(recipe: Recipe) -> Workload:
-    """Full rows; packed ones of three documents each."""
-    workload = assumed(recipe)
-    positions = workload.train.position_ids
-    if positions is not None:
-        length = positions.shape[1]
-        cuts = [length // 2, length // 3, length - length // 2 - length // 3]
-        positions[:] = torch.cat([torch.arange(cut) for cut in cuts])
-    return workload
 
 
 def foreseen(recipe: Recipe, workload: Workload, *, cuda: bool = False) -> Forecast:
@@ -46,8 +35,9 @@ def foreseen(recipe: Recipe, workload: Workload, *, cuda: bool = False) -> Forec
 def measured(recipe: Recipe, workload: Workload) -> Trace:
     """A real step and a real evaluation, counted."""
     model = load_base(recipe.base, "cpu")
+    read_documents(model)
     adapt_as(model, recipe)
-    checkpoint_as(model, recipe)
+    layers_as(model, recipe)
     optimizer = optimizer_of(model, recipe)
     chunk = recipe.training.loss_chunk
     with LiveBytes(inventory(model, optimizer)) as live:
@@ -99,7 +89,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
         training={"gradient_checkpointing": checkpointing, "loss_chunk": chunk},
         optimizer={"name": optimizer},
     )
-    workload = load_of(made)
+    workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))
 
 
@@ -147,7 +137,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
         },
     )
     config("llama", **shape).save_pretrained(tmp_path)
-    workload = load_of(made)
+    workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))
 
 
@@ -162,22 +152,22 @@ def test_a_few_layers_tell_what_all_of_them_do(
         training={"gradient_checkpointing": checkpointing},
         data={"held_out": 0},  # an evaluation is the same in every layer, and not stretched
     )
-    stretched = foreseen(made, load_of(made))
+    stretched = foreseen(made, assumed(made))
     monkeypatch.setattr(forecasting, "KEPT_LAYERS", 99)
-    whole = foreseen(made, load_of(made))
+    whole = foreseen(made, assumed(made))
     assert stretched.trace.parts.shape == whole.trace.parts.shape
     assert (stretched.trace.parts == whole.trace.parts).all()
 
 
 def test_a_pattern_for_one_layer_is_not_lost(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=8, adapter={"rank_pattern": {"layers.5.self_attn.q_proj": 64}})
-    workload = load_of(made)
+    workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))
 
 
 def test_a_forecast_leaves_nothing_behind(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", optimizer={"name": "adamw_8bit"})
-    workload = load_of(made)
+    workload = assumed(made)
     before, state = measured(made, workload), torch.get_rng_state()
     foreseen(made, workload, cuda=True)
     assert torch.equal(torch.get_rng_state(), state)
@@ -194,7 +184,7 @@ def test_a_gpu_pages_and_keeps_logits_in_fp32(tmp_path: Path) -> None:
         adapter={"rank": 64},
         optimizer={"name": "paged_adamw_32bit"},
     )
-    cpu, gpu = (foreseen(made, load_of(made), cuda=cuda) for cuda in (False, True))
+    cpu, gpu = (foreseen(made, assumed(made), cuda=cuda) for cuda in (False, True))
     # what rounding left over and two moments of every trained parameter: in managed memory on the GPU
     for found, part in ((cpu, "optimizer_state"), (gpu, "optimizer_state_paged")):
         assert found.trace.peak()[1][part] == 10 * found.trained_parameters

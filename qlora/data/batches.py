@@ -1,7 +1,7 @@
 """Examples -> batches: which rows an optimizer step sees, and how they are laid out in tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,16 +43,40 @@ class Batch:
     """tokens that are not padding"""
     supervised: int
     """labels that the loss sees: not IGNORE_INDEX, and not the first of a document, which nothing predicts"""
+    documents: tuple[tuple[int, ...], ...] | None = None
+    """tokens of each document of each row; None: every row is one document, without padding"""
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row is one document without padding."""
+        width = self.input_ids.shape[1]
+        return self.documents is None or all(row == (width,) for row in self.documents)
+
+    def end_to_end(self) -> tuple["Batch", tuple[int, ...]]:
+        """The same documents in one row without padding, and the tokens of each."""
+        assert self.documents is not None
+        ends = [sum(row) for row in self.documents]
+
+        def joined(rows: Tensor) -> Tensor:
+            return torch.cat([row[:end] for row, end in zip(rows, ends, strict=True)])[None]
+
+        batch = replace(
+            self,
+            input_ids=joined(self.input_ids),
+            labels=joined(self.labels),
+            position_ids=None,
+            documents=None,
+        )
+        return batch, tuple(length for row in self.documents for length in row)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device; the host does not wait for the copy."""
         positions = self.position_ids
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            None if positions is None else positions.to(device, non_blocking=True),
-            self.tokens,
-            self.supervised,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=None if positions is None else positions.to(device, non_blocking=True),
         )
 
 
@@ -126,14 +150,21 @@ class Batches:
         chosen = self._order(epoch)[start : start + self.global_batch_size]
         return self._split(sorted(chosen, key=lambda row: (-self._row_lengths[row], row)))
 
-    def largest(self, steps: int) -> tuple[int, Batch]:
-        """Of the first `steps` steps the one with the largest micro-batch, padding included, and that micro-batch."""
+    def largest(self, steps: int, *, padded: bool = True) -> tuple[int, Batch]:
+        """Of the first `steps` steps the one with the largest micro-batch, and that micro-batch.
+
+        `padded`: whether the padding of its rows counts.
+        """
 
         def first(i: int) -> list[int]:
             return self.step_rows(i)[0]  # a step's longest rows come first
 
+        def size(i: int) -> int:
+            lengths = [self._row_lengths[row] for row in first(i)]
+            return len(lengths) * lengths[0] if padded else sum(lengths)
+
         seen = range(min(steps, self.steps_per_epoch * LARGEST_WITHIN))
-        step = max(seen, key=lambda i: len(first(i)) * self._row_lengths[first(i)[0]])
+        step = max(seen, key=size)
         return step, self._collate(first(step))
 
     def evaluation(self) -> list[Batch]:
@@ -176,4 +207,5 @@ def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool) -> 
         position_ids=torch.from_numpy(positions) if packed else None,
         tokens=tokens,
         supervised=int((labels != IGNORE_INDEX).sum()),
+        documents=tuple(tuple(len(document.input_ids) for document in row) for row in rows),
     )

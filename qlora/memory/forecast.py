@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 
 from qlora.adapter.lora import trainable_parameters
+from qlora.attention import read_documents, reads_documents
 from qlora.base import blueprint, compute_dtype, load_base, load_config
 from qlora.data import Batch
 from qlora.device import standing_for_cuda
@@ -31,7 +32,7 @@ from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
-from qlora.model import adapt_as, checkpoint_as, checkpointed, optimizer_of
+from qlora.model import adapt_as, checkpointed, layers_as, optimizer_of
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
@@ -87,6 +88,11 @@ class Architecture:
     """all decoder layers have the same parameters and the same attention"""
 
     @property
+    def padded(self) -> bool:
+        """Whether the model reads the padding of a batch too, and not its documents end to end."""
+        return not reads_documents(self.model)
+
+    @property
     def layers(self) -> int:
         """Decoder layers."""
         return len(decoder_layers(self.model))
@@ -130,8 +136,9 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
             update={"init": "synthetic", "compute_dtype": str(_dtype(recipe, cuda)).removeprefix("torch.")}
         )
         model = load_base(base, "cpu", config=_shortened(arch, sum(kept)))
+        read_documents(model)
         adapt_as(model, small)
-        checkpoint_as(model, small)
+        layers_as(model, small)
         step, evaluation = _traces(model, optimizer_of(model, small), workload, fake, recipe)
         standing = _standing(model, copies)
         optimizer, update = _trace_of_update(arch, recipe)

@@ -40,10 +40,12 @@ class Outlook:
     @classmethod
     def of(cls, recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, device: torch.device) -> Self:
         """Forecast a run of `steps` steps. Never fails: a run does not depend on being forecast."""
-        workload = of_run(recipe, dataset, batches, steps)
         cuda = device.type == "cuda"
+        workload = of_run(recipe, dataset, batches, steps)
         try:
-            found = forecast(recipe, workload, architecture(recipe, cuda=cuda), cuda=cuda)
+            arch = architecture(recipe, cuda=cuda)
+            workload = of_run(recipe, dataset, batches, steps, padded=arch.padded)
+            found = forecast(recipe, workload, arch, cuda=cuda)
         except QloraError:
             raise  # a recipe's mistake, which the run would find too
         except Exception as error:  # noqa: BLE001 - architectures of others fail in their own ways
@@ -99,13 +101,14 @@ def budgeted(recipe: Recipe, dataset: Dataset, device: torch.device) -> Plan:
     """
     budget, cuda = recipe.training.memory, device.type == "cuda"
     assert budget is not None
+    arch = architecture(recipe, cuda=cuda)
     limit = int(measure.free_bytes(device) * AUTO_SHARE) if budget == "auto" else parse_size(budget)
 
     def workload_of(changed: Recipe) -> Workload:
         batches = training_batches(dataset, changed)
-        return of_run(changed, dataset, batches, batches.steps_per_epoch)
+        return of_run(changed, dataset, batches, batches.steps_per_epoch, padded=arch.padded)
 
-    return plan(recipe, architecture(recipe, cuda=cuda), workload_of, limit, cuda=cuda)
+    return plan(recipe, arch, workload_of, limit, cuda=cuda)
 
 
 def _told(found: Forecast, device: torch.device) -> str:

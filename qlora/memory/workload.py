@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from qlora.data import IGNORE_INDEX, Batch, Batches, Dataset, held_out_batches
 from qlora.recipe import Recipe
@@ -21,13 +20,19 @@ class Workload:
     """the optimizer step (0-based) that has `train` first"""
 
 
-def of_run(recipe: Recipe, dataset: Dataset, batches: Batches, steps: int) -> Workload:
-    """The largest micro-batch of a run's steps and of its evaluations."""
+def of_run(
+    recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, padded: bool = True
+) -> Workload:
+    """The largest micro-batch of a run's steps and of its evaluations. `padded`: the model reads padding too."""
     held_out = held_out_batches(dataset, recipe) if dataset.held_out else []
-    step, train = batches.largest(steps)
+    step, train = batches.largest(steps, padded=padded)
+
+    def size(batch: Batch) -> int:
+        return batch.input_ids.numel() if padded else batch.tokens
+
     return Workload(
         train=train,
-        evaluation=max(held_out, key=lambda batch: batch.input_ids.numel(), default=None),
+        evaluation=max(held_out, key=size, default=None),
         basis="the longest rows of the data",
         step=step,
     )
@@ -39,9 +44,13 @@ def assumed(recipe: Recipe) -> Workload:
     input_ids = torch.zeros(shape, dtype=torch.int64)  # [B, T]
     labels = torch.zeros(shape, dtype=torch.int64)
     labels[:, 0] = IGNORE_INDEX
-    positions = torch.arange(shape[1]).repeat(shape[0], 1) if recipe.data.packing else None
+    positions, documents = None, None
+    if recipe.data.packing:
+        halves = -(shape[1] // -2), shape[1] // 2  # several documents a row, as packing is for
+        positions = torch.cat([torch.arange(half) for half in halves]).repeat(shape[0], 1)
+        documents = (halves,) * shape[0]
     supervised = shape[0] * (shape[1] - 1)
-    batch = Batch(input_ids, labels, positions, tokens=input_ids.numel(), supervised=supervised)
+    batch = Batch(input_ids, labels, positions, input_ids.numel(), supervised, documents)
     return Workload(
         train=batch,
         evaluation=None if recipe.data.held_out == 0 else batch,
@@ -59,11 +68,14 @@ def resized(workload: Workload, *, rows: int | None = None, tokens: int | None =
         before = old.input_ids.shape
         shape = rows or before[0], tokens or before[1]
         input_ids = torch.zeros(shape, dtype=torch.int64)
-        positions = None if old.position_ids is None else _repeated(old.position_ids[:1], shape)
+        positions, documents = None, None
+        if old.position_ids is not None and old.documents is not None:
+            documents = (_repeated(old.documents[0], shape[1]),) * shape[0]
+            positions = torch.cat([torch.arange(length) for length in documents[0]]).repeat(shape[0], 1)
         supervised = max(1, old.supervised * input_ids.numel() // old.input_ids.numel())
         labels = torch.full(shape, IGNORE_INDEX)
         labels.view(-1)[:supervised] = 0
-        return Batch(input_ids, labels, positions, tokens=input_ids.numel(), supervised=supervised)
+        return Batch(input_ids, labels, positions, input_ids.numel(), supervised, documents)
 
     old = workload.evaluation
     larger = old is not None and old.input_ids.numel() > workload.train.input_ids.numel()
@@ -71,7 +83,9 @@ def resized(workload: Workload, *, rows: int | None = None, tokens: int | None =
     return replace(workload, train=batch(workload.train), evaluation=evaluation)
 
 
-def _repeated(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[B, T]: the documents of one row, over and over."""
-    times = -(-shape[1] // positions.shape[1])
-    return positions.repeat(1, times)[:, : shape[1]].repeat(shape[0], 1)
+def _repeated(lengths: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """The documents of one row, over and over, until there are `tokens`."""
+    found: list[int] = []
+    while (left := tokens - sum(found)) > 0:
+        found.append(min(lengths[len(found) % len(lengths)], left))
+    return tuple(found)

@@ -66,9 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight)) if wants[1] else None
         d_bias = None
         loss = torch.zeros((), dtype=_at_least_fp32(hidden), device=hidden.device)
+        scratch = hidden.new_empty(min(chunk, len(index)), len(head), dtype=loss.dtype)
         for part in index.split(chunk):
             rows, targets = hidden.index_select(0, part), labels.index_select(0, part)
-            logits = _logits(rows, head)
+            logits = _logits(rows, head, scratch[: len(part)])
             loss_part, gradient = _loss_and_gradient(logits, bias, targets, softcap, logit_scale, any(wants))
             loss += loss_part
             if gradient is None:
@@ -98,12 +99,13 @@ def _at_least_fp32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _logits(rows: Tensor, head: Tensor) -> Tensor:
-    """rows [n, H] times head [V, H]: [n, V], in fp32 at least."""
-    if on_cuda(rows) and rows.dtype in (torch.bfloat16, torch.float16):
-        # Tensor cores sum in fp32: take the sums before they are rounded to 16 bits
-        return torch.mm(rows, head.T, out_dtype=torch.float32)
-    return (rows @ head.T).to(_at_least_fp32(rows))
+def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """rows [n, H] times head [V, H]: `out` [n, V], in fp32 at least."""
+    if rows.dtype == out.dtype:
+        return torch.mm(rows, head.T, out=out)
+    if on_cuda(rows):  # tensor cores sum in fp32: take the sums before they are rounded to 16 bits
+        return torch.mm(rows, head.T, out_dtype=out.dtype, out=out)
+    return out.copy_(rows @ head.T)
 
 
 def _loss_and_gradient(

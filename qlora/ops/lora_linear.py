@@ -1,19 +1,20 @@
-"""The adapted linear: y = x W^T + bias + scaling * dropout(x) A^T B^T, with its gradients written out.
+"""Adapted linears that read the same input, as one autograd function; the plain case is one of them.
 
-W is frozen, in NF4 or dense, so there is no weight gradient. With g = dL/dy, xd = dropout(x), s = scaling:
-    dB = s g^T (xd A^T)    dA = s (g B)^T xd    dx = g W + s dropout'(g B A)
-Everything is computed in x.dtype; W is dequantized once a pass and never kept. Saved for the backward are x,
-the rank-wide xd A^T, A, B, and with dropout its mask (a byte an element).
+Everything is computed in the input's dtype. Kept for the backward are the input, A, B, the rank-wide products,
+and with dropout its masks (a byte an element). With a norm before the linears it is the norm's input that is
+kept, which the residual stream holds anyway; the normalised rows are rebuilt.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from qlora.nf4 import QuantState, assert_frozen, autocast, dense, frozen_linear
+from qlora.nf4 import QuantState, autocast, frozen_linear
+from qlora.ops.products import Kept, Linear, Update, gradients, project, to_ranks
+from qlora.ops.rms_norm import Norm, normalize, normalize_gradient
 
 
 def lora_linear(
@@ -36,57 +37,61 @@ def lora_linear(
     """
     if lora_a is None or lora_b is None:
         return frozen_linear(x, weight, quant_state, bias)
-    assert_frozen(weight, bias)
-    p = dropout if training else 0.0
-    y: Tensor = _LoRALinear.apply(autocast(x), weight, quant_state, bias, lora_a, lora_b, scaling, p)
-    return y
+    linear = Linear(weight, quant_state, bias, scaling, dropout if training else 0.0)
+    return lora_linears(x, [linear], [Update(lora_a, lora_b)])[0]
 
 
-class _LoRALinear(torch.autograd.Function):
+def lora_linears(
+    x: Tensor, linears: Sequence[Linear], updates: Sequence[Update], norm: Norm | None = None
+) -> tuple[Tensor, ...]:
+    """What each linear, with its update, makes of x [..., in], or of its normalisation: [..., out] each."""
+    for linear in linears:
+        linear.assert_frozen()
+    grad = torch.is_grad_enabled()  # always False inside the function
+    flat = [tensor for update in updates for tensor in update]
+    outputs: tuple[Tensor, ...] = _LoRALinears.apply(autocast(x), norm, linears, grad, *flat)
+    return outputs
+
+
+class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        state: QuantState | None,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, norm: Norm | None, linears: Sequence[Linear], grad: bool, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - p) if p else None
-        scaling = scaling / (1 - p)  # dropout's rescaling, folded into a number
-        low = _drop(rows, mask) @ lora_a.to(x.dtype).T
-        y = F.linear(rows, dense(weight, state, x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(low, lora_b.to(x.dtype).T, alpha=scaling)
-        # The weight stays an attribute: a constant of the run, which hooks on saved tensors must not move
-        ctx.weight, ctx.state, ctx.scaling = weight, state, scaling
-        ctx.save_for_backward(x, mask, low, lora_a, lora_b)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        if norm is not None:
+            rows = normalize(rows, norm)
+        updates = pairs(Update, flat)
+        kept = to_ranks(rows, linears, updates)
+        outputs = project(rows, linears, updates, kept, fold=grad)
+        # Weights stay attributes: constants of the run, which hooks on saved tensors must not move
+        ctx.norm, ctx.linears = norm, linears
+        ctx.save_for_backward(x, *flat, *(tensor for one in kept for tensor in one))
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, low, lora_a, lora_b = ctx.saved_tensors
-        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 4, 5))
-        dx = da = db = None
-        rows = grad.reshape(-1, grad.shape[-1])
-        if needs_b:
-            db = (rows.T @ low).mul_(ctx.scaling).to(lora_b.dtype)
-        low_grad = (rows @ lora_b.to(grad.dtype)).mul_(ctx.scaling)  # [tokens, rank]: dL/d(xd A^T)
-        if needs_a:
-            da = (low_grad.T @ _drop(x.reshape(-1, x.shape[-1]), mask)).to(lora_a.dtype)
-        if needs_x:
-            dx = rows @ dense(ctx.weight, ctx.state, grad.dtype)
-            if mask is None:
-                dx.addmm_(low_grad, lora_a.to(grad.dtype))
-            else:
-                dx += _drop(low_grad @ lora_a.to(grad.dtype), mask)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        flat, kept = saved[: 2 * len(ctx.linears)], saved[2 * len(ctx.linears) :]
+        rows = source = x.reshape(-1, x.shape[-1])
+        if ctx.norm is not None:
+            rows = normalize(source, ctx.norm)
+        wants_input = ctx.needs_input_grad[0]
+        dx, d_updates = gradients(
+            rows,
+            [grad.reshape(-1, grad.shape[-1]) for grad in grads],
+            ctx.linears,
+            pairs(Update, flat),
+            pairs(Kept, kept),
+            wants_input=wants_input,
+        )
+        if dx is not None:
+            dx = dx if ctx.norm is None else normalize_gradient(dx, source, ctx.norm)
             dx = dx.view(x.shape)
-        return dx, None, None, None, da, db, None, None
+        return dx, None, None, None, *(tensor for update in d_updates for tensor in update)
 
 
-def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+def pairs(kind: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
+    """A flat list of tensors, two and two as `kind`."""
+    return [kind(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]

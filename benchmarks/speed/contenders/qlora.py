@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
@@ -16,9 +15,10 @@ from benchmarks.speed.workload import Document, Workload
 from qlora.adapter import adapt, trainable_parameters
 from qlora.base import load_base
 from qlora.data import Batch, Batches, Example
+from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Base
-from qlora.step import accumulate, checkpoint_layers
+from qlora.step import accumulate, checkpoint_layers, read_documents
 
 OPTIMIZER = "paged_adamw_32bit"
 
@@ -28,12 +28,14 @@ class Session:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.model: nn.Module = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
+        self.model = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
+        read_documents(self.model)
         adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
         self.parameters = trainable_parameters(self.model)
         with torch.no_grad():
             for name, value in load_file(job.adapter).items():
                 self.parameters[name].copy_(value)
+        quicken(self.model)
         if "ckpt" in job.flags:
             checkpoint_layers(self.model)
         self.optimizer = Optimizer(self.parameters, name=OPTIMIZER)

@@ -1,0 +1,184 @@
+"""Frozen linears with their low-rank updates, and the gradients of both: what the operations here are made of.
+
+With W frozen there is no weight gradient. For rows x, s = scaling and g = dL/dy:
+    y = x W^T + bias + s (x A^T) B^T
+    dB = s g^T (x A^T)    dA = s (g B)^T x    dx = g W + s (g B) A
+W is dequantized once a pass and never kept. In float32 the update is added to that scratch, where it costs the
+weight's size once; in 16 bits it would be rounded away there, so it is added to the products instead.
+
+Linears that read the same rows go together: what their A make of the rows, and the gradients of the A, are one
+product each. These are plain functions on rows [tokens, features]; autograd sees none of them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlora.nf4 import QuantState, assert_frozen, dense
+
+
+class Linear(NamedTuple):
+    """The constants of a linear with an update."""
+
+    weight: Tensor
+    """packed NF4 with its `state`, or dense [out, in] with None"""
+    state: QuantState | None
+    bias: Tensor | None
+    """[out]"""
+    scaling: float = 1.0
+    dropout: float = 0.0
+    """of the input of A; 0 outside training"""
+
+    @property
+    def factor(self) -> float:
+        """Of the update: the scaling, with dropout's rescaling in it."""
+        return self.scaling / (1 - self.dropout)
+
+    def assert_frozen(self) -> None:
+        """Our products give a base no gradient."""
+        assert_frozen(self.weight, self.bias)
+
+
+class Update(NamedTuple):
+    """A [rank, in] and B [out, rank] of a linear; None both where it has none."""
+
+    a: Tensor | None
+    b: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What the backward of one linear needs besides its rows."""
+
+    low: Tensor | None
+    """[N, rank]: what A made of the rows"""
+    mask: Tensor | None
+    """[N, in]: what dropout let through to A"""
+
+
+def to_ranks(rows: Tensor, linears: Sequence[Linear], updates: Sequence[Update]) -> list[Kept]:
+    """What each A makes of rows [N, in], dropout drawn; to be kept for the backward."""
+    adapted = [update.a for update in updates if update.a is not None]
+    if any(linear.dropout for linear in linears) or len(adapted) < 2:
+        return [_to_rank(rows, linear, a) for linear, (a, _) in zip(linears, updates, strict=True)]
+    together = rows @ torch.cat([a.to(rows.dtype) for a in adapted]).T
+    parts = iter(together.split([len(a) for a in adapted], dim=1))
+    return [Kept(None if a is None else next(parts), None) for a, _ in updates]
+
+
+def project(
+    rows: Tensor,
+    linears: Sequence[Linear],
+    updates: Sequence[Update],
+    kept: Sequence[Kept],
+    *,
+    fold: bool = True,
+) -> list[Tensor]:
+    """rows [N, in] -> what each linear makes of them [N, out], given what its A made of them.
+
+    `fold`: whether updates may be added to the dequantized weights, where that is exact to rounding.
+    """
+    outputs = []
+    for linear, (a, b), (low, _) in zip(linears, updates, kept, strict=True):
+        weight = dense(linear.weight, linear.state, rows.dtype)
+        bias = None if linear.bias is None else linear.bias.to(rows.dtype)
+        if a is None or b is None or low is None:
+            outputs.append(F.linear(rows, weight, bias))
+        elif fold and _foldable(linear, rows, weight):
+            outputs.append(F.linear(rows, _folded(weight, linear, a, b), bias))
+        else:
+            outputs.append(F.linear(rows, weight, bias).addmm_(low, b.to(rows.dtype).T, alpha=linear.factor))
+    return outputs
+
+
+def gradients(
+    rows: Tensor,
+    grads: Sequence[Tensor],
+    linears: Sequence[Linear],
+    updates: Sequence[Update],
+    kept: Sequence[Kept],
+    *,
+    wants_input: bool = True,
+) -> tuple[Tensor | None, list[Update]]:
+    """From dL/dy [N, out] of each linear: dL/dx [N, in] of the rows they share, and those of each A and B."""
+    low_grads = [
+        None if b is None else (grad @ b.to(grad.dtype)).mul_(linear.factor)  # [N, rank]
+        for grad, linear, (_, b) in zip(grads, linears, updates, strict=True)
+    ]
+    d_as = _a_gradients(rows, low_grads, updates, kept)
+    d_bs = [
+        None if b is None or low is None else (grad.T @ low).mul_(linear.factor).to(b.dtype)
+        for grad, linear, (_, b), (low, _) in zip(grads, linears, updates, kept, strict=True)
+    ]
+    dx = None
+    for number in range(len(linears) if wants_input else 0):
+        dx = _input_gradient(
+            grads[number], linears[number], updates[number], low_grads[number], kept[number].mask, dx
+        )
+    return dx, [Update(a, b) for a, b in zip(d_as, d_bs, strict=True)]
+
+
+def _to_rank(rows: Tensor, linear: Linear, a: Tensor | None) -> Kept:
+    if a is None:
+        return Kept(None, None)
+    mask = None
+    if linear.dropout:  # from the device's global generator, so that torch's checkpointing replays it
+        mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - linear.dropout)
+    return Kept(_dropped(rows, mask) @ a.to(rows.dtype).T, mask)
+
+
+def _a_gradients(
+    rows: Tensor, low_grads: Sequence[Tensor | None], updates: Sequence[Update], kept: Sequence[Kept]
+) -> list[Tensor | None]:
+    found = [low_grad for low_grad in low_grads if low_grad is not None]
+    if len(found) < 2 or any(k.mask is not None for k in kept):
+        return [
+            None if low_grad is None or a is None else (low_grad.T @ _dropped(rows, mask)).to(a.dtype)
+            for low_grad, (a, _), (_, mask) in zip(low_grads, updates, kept, strict=True)
+        ]
+    together = torch.cat(found, dim=1).T @ rows
+    parts = iter(together.split([low_grad.shape[1] for low_grad in found]))
+    return [None if a is None else next(parts).to(a.dtype, copy=True) for a, _ in updates]
+
+
+def _input_gradient(
+    grad: Tensor,
+    linear: Linear,
+    update: Update,
+    low_grad: Tensor | None,
+    mask: Tensor | None,
+    into: Tensor | None,
+) -> Tensor:
+    """dL/dx [N, in] from dL/dy [N, out]; added to `into`, in place, if given."""
+    weight, (a, b) = dense(linear.weight, linear.state, grad.dtype), update
+    if a is None or b is None or low_grad is None:
+        return _product(grad, weight, into)
+    if _foldable(linear, grad, weight):
+        return _product(grad, _folded(weight, linear, a, b), into)
+    dx = _product(grad, weight, into)
+    if mask is None:
+        return dx.addmm_(low_grad, a.to(grad.dtype))
+    return dx.add_((low_grad @ a.to(grad.dtype)).mul_(mask))
+
+
+def _product(grad: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
+    return grad @ weight if into is None else into.addmm_(grad, weight)
+
+
+def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask
+
+
+def _foldable(linear: Linear, rows: Tensor, weight: Tensor) -> bool:
+    """Whether to add the update to the weight: exact enough there, the same for all rows, and less work."""
+    exact = weight.dtype in (torch.float32, torch.float64)
+    return exact and not linear.dropout and len(rows) * sum(weight.shape) > weight.numel()
+
+
+def _folded(weight: Tensor, linear: Linear, a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.to(weight.dtype), b.to(weight.dtype)
+    if linear.state is None:  # the base's own weight, not a scratch
+        return torch.addmm(weight, b, a, alpha=linear.factor)
+    return weight.addmm_(b, a, alpha=linear.factor)

@@ -1,0 +1,188 @@
+"""Our Llama-like layer against transformers' own: the same numbers, fewer tensors kept, fewer products repeated."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qlora.adapter.lora import adapt, lora_layers, trainable_parameters
+from qlora.data import Batch
+from qlora.llama import LlamaLayer, quicken
+from qlora.step import accumulate, checkpoint_layers, decoder_layers, loss_sum
+
+HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, RANK = 64, 160, 4, 2, 4
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+    "head_dim": HIDDEN // HEADS,
+    "vocab_size": 90,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
+    """An adapted model whose norms, biases and B are not what they are made as."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    adapt(model, **{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("lora_b"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.train()
+
+
+def batch_of(rows: int = 2, length: int = 12) -> Batch:
+    ids = torch.arange(rows * length).view(rows, length) * 7 % 90
+    return Batch(ids, ids.clone(), None, tokens=rows * length, supervised=rows * (length - 1))
+
+
+def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = accumulate(model, [batch], seed=3, step=0)
+    return loss, {name: p.grad for name, p in trainable_parameters(model).items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]], ids=str)
+def test_losses_and_gradients_are_those_of_transformers(config: PretrainedConfig, targets: Any) -> None:
+    model = model_of(config, targets=targets)
+    loss, grads = pass_over(model, batch_of())
+    ours = quicken(copy.deepcopy(model))
+    assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(ours))
+    our_loss, our_grads = pass_over(ours, batch_of())
+    # transformers normalises in fp32
+    torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
+    assert our_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert grad.any()
+        assert (our_grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dtype) -> None:
+    exact = model_of(CONFIGS["qwen3"])
+    expected = pass_over(exact, batch_of())[1]
+    theirs = pass_over(copy.deepcopy(exact).to(dtype), batch_of())[1]
+    ours = pass_over(quicken(copy.deepcopy(exact).to(dtype)), batch_of())[1]
+
+    def error(found: dict[str, Tensor]) -> float:
+        return sum((found[n].double() - expected[n]).square().sum().item() for n in expected) ** 0.5
+
+    assert 0 < error(ours) <= 1.5 * error(theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_recomputed_layers_give_the_same_bits(config: PretrainedConfig, dropout: float) -> None:
+    model = quicken(model_of(config, torch.float32, dropout=dropout))
+    loss, grads = pass_over(model, batch_of())
+    assert checkpoint_layers(model) == 3
+    for _ in range(2):
+        again, recomputed = pass_over(model, batch_of())
+        assert torch.equal(loss, again)
+        assert all(torch.equal(recomputed[name], grad) for name, grad in grads.items())
+
+
+def test_dropout_is_drawn_as_often_as_without_our_layers() -> None:
+    model = model_of(CONFIGS["llama"], dropout=0.4)
+    theirs = pass_over(model, batch_of())
+    ours = pass_over(quicken(model), batch_of())
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+
+
+def test_a_recompute_leaves_out_the_last_product() -> None:
+    model = quicken(model_of(CONFIGS["llama"], torch.bfloat16))
+    batch = batch_of()
+
+    def operations() -> int:
+        loss = loss_sum(model, batch)
+        with FlopCounterMode(display=False) as counted:
+            loss.backward()
+        return counted.get_total_flops()
+
+    kept = operations()
+    checkpoint_layers(model)
+    extra = (operations() - kept) / (2 * batch.tokens * 3)  # of one token and layer
+    down = HIDDEN * INTERMEDIATE
+    key = HIDDEN // HEADS * KEY_HEADS
+    products = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * key + 2 * down  # q, o, k, v, gate, up
+    ranks = RANK * (4 * HIDDEN + 3 * HIDDEN + INTERMEDIATE)  # x A^T, of o and down too
+    ranks += RANK * (2 * HIDDEN + 2 * key + 2 * INTERMEDIATE)  # (x A^T) B^T, not of down
+    attention = 2 * 12 * HIDDEN
+    assert extra <= products + ranks + attention
+    assert extra < products + down
+
+
+def test_what_is_kept_is_the_minimal_set() -> None:
+    config = copy.deepcopy(CONFIGS["llama"])
+    model = quicken(model_of(config, torch.bfloat16))
+    batch = batch_of(rows=2, length=64)
+    parameters = {p.data_ptr() for p in model.parameters()}
+
+    def kept() -> int:
+        """Bytes of the storages that a forward pass leaves for the backward."""
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[Tensor] = []
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.model.layers[1](hidden, position_embeddings=positions)
+        return sum(storages.values())
+
+    hidden = torch.randn(2, 64, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    positions = model.model.rotary_emb(hidden, torch.arange(64)[None])
+    key = HIDDEN // HEADS * KEY_HEADS
+    values = (
+        HIDDEN + (HIDDEN + 2 * key) + HIDDEN + HIDDEN + 2 * INTERMEDIATE
+    )  # in, q k v, attended, middle, gate up
+    ranks = 7 * RANK
+    expected = batch.tokens * (2 * (values + ranks) + 4 * HEADS)  # attention's log-sum-exp is fp32
+    cos_and_sin = 2 * positions[0].nbytes
+    assert kept() == pytest.approx(expected + cos_and_sin, rel=0.02)
+    model.model.layers[1].recompute = True
+    assert kept() <= hidden.nbytes + cos_and_sin + 16384  # and the random state
+
+
+def test_names_stay_and_a_cache_takes_the_layer_of_transformers() -> None:
+    model = model_of(CONFIGS["qwen3"], torch.float32)
+    names = list(model.state_dict())
+    ids = torch.arange(5)[None]
+    before = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
+    quicken(model)
+    assert list(model.state_dict()) == names
+    assert len(lora_layers(model)) == 21
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), before)
+
+
+def test_layers_that_compute_something_else_stay() -> None:
+    for change in ({"hidden_act": "gelu"}, {"num_hidden_layers": 1, "hidden_act": "relu"}):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | change)).requires_grad_(False)
+        assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(model)))
+    trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(trained)))
