@@ -25,6 +25,7 @@ from qlora.base import load_base, load_tokenizer
 from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, prompting, training_batches
 from qlora.errors import DivergedError, ModelError, SaveError
 from qlora.generate import answer
+from qlora.heap import keep_freed_memory
 from qlora.interrupt import StopRequest
 from qlora.memory import measure
 from qlora.memory.plan import changed
@@ -107,6 +108,8 @@ class Session:
         steps = training.max_steps or training.epochs * batches.steps_per_epoch
         memory = Outlook.of(recipe, dataset, batches, steps, accelerator.device)
 
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
         _check_vocabulary(model, tokenizer, recipe)
         check_head(model)

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
-    {"errors", "device", "manifest"},
+    {"errors", "device", "manifest", "heap"},
     {"atomic"},
     {"bundled", "recipe", "nf4", "cache"},
     {"ops"},

@@ -1,7 +1,7 @@
 """What a key that does not exist was meant to be."""
 
 import re
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 from qlora.recipe.fields import Schema, at, names, resolved
 from qlora.recipe.problems import KeyPath, dotted
@@ -81,6 +81,16 @@ def _meant(name: str, siblings: list[str], everywhere: list[str]) -> list[str]:
         sections.setdefault(key.rpartition(".")[2], []).append(key)
     if name in sections:
         return sections[name]
-    if near := get_close_matches(name, siblings, n=1):
+    if near := _nearest(name, siblings, cutoff=0.6):
         return near
-    return [key for near in get_close_matches(name, sections, n=1, cutoff=0.75) for key in sections[near]]
+    return [key for near in _nearest(name, list(sections), cutoff=0.75) for key in sections[near]]
+
+
+def _nearest(name: str, known: list[str], cutoff: float) -> list[str]:
+    """The known names that are most like `name`: several if they are equally like it."""
+
+    def likeness(other: str) -> float:
+        return SequenceMatcher(None, other, name).ratio()
+
+    near = get_close_matches(name, known, cutoff=cutoff)
+    return [other for other in near if likeness(other) == likeness(near[0])]

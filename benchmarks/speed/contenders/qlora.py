@@ -15,6 +15,7 @@ from benchmarks.speed.workload import Document, Workload
 from qlora.adapter import adapt, trainable_parameters
 from qlora.base import load_base
 from qlora.data import Batch, Batches, Example
+from qlora.heap import keep_freed_memory
 from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Base
@@ -28,6 +29,8 @@ class Session:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        if job.device == "cpu":
+            keep_freed_memory()
         self.model = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
         read_documents(self.model)
         adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
