@@ -1,7 +1,7 @@
 """This package, by the functions that its own loop calls.
 
-The checkpoint is loaded with `load_base`, adapted with `adapt` (bf16 A and B, fp32 master copy in the optimizer), and
-trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
+The checkpoint is loaded with `load_base`, adapted with `adapt` (bf16 A and B, fp32 master copy in the optimizer),
+given our layers with `quicken`, and trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
 from benchmarks.speed.workload import Document, Workload
+from qlora import attention
 from qlora.adapter import adapt, trainable_parameters
 from qlora.base import load_base
 from qlora.data import Batch, Batches, Example
@@ -51,7 +52,9 @@ class Session:
         norm = self.optimizer.clip(self.job.max_grad_norm)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
         self.optimizer.step(self.job.lr)
-        return loss_value, norm_value, sum(batch.input_ids.numel() for batch in batches)
+        padded = self.model.config._attn_implementation != attention.NAME
+        positions = sum(batch.input_ids.numel() if padded else batch.tokens for batch in batches)
+        return loss_value, norm_value, positions
 
 
 def train(job: Job, meter: Meter) -> Answer:
