@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures_for_tests import ARCHITECTURES, recipe
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.profiler import record_function
 
@@ -56,10 +56,11 @@ def assert_right(forecast: Forecast, real: Trace) -> None:
     phase, parts = forecast.trace.peak()
     real_phase, real_parts = real.peak()
     total = sum(real_parts.values())
-    assert phase == real_phase
     assert forecast.total_bytes == pytest.approx(total, rel=0.01)
+    # Where two phases take the same to a rounding, either is right, and they differ in parts
+    assert real.phases()[phase] >= 0.999 * total, (phase, real_phase)
     for part, size in real_parts.items():
-        if size > 0.05 * total:
+        if phase == real_phase and size > 0.05 * total:
             assert parts[part] == pytest.approx(size, rel=0.03), part
     for name, size in real.phases().items():
         assert forecast.trace.phases()[name] == pytest.approx(size, rel=0.01, abs=4096), name
@@ -93,8 +94,24 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
     assert_right(foreseen(made, workload), measured(made, workload))
 
 
+@example(
+    shape={
+        "hidden_size": 192,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 173,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+    },
+    rows=1,
+    tokens=9,
+    checkpointed=0,
+    rank=1,
+    double_quant=False,
+    targets="attention",
+)  # forward and evaluation take the same
 @given(
-    st.fixed_dictionaries(
+    shape=st.fixed_dictionaries(
         {
             "hidden_size": st.sampled_from([64, 128, 192]),
             "intermediate_size": st.sampled_from([64, 160, 256]),
@@ -104,12 +121,12 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
             "num_key_value_heads": st.sampled_from([1, 2, 4]),
         }
     ),
-    st.integers(1, 4),
-    st.integers(9, 150),
-    st.integers(0, 9),
-    st.sampled_from([1, 4, 16]),
-    st.booleans(),
-    st.sampled_from(["attention", "all-linear"]),
+    rows=st.integers(1, 4),
+    tokens=st.integers(9, 150),
+    checkpointed=st.integers(0, 9),
+    rank=st.sampled_from([1, 4, 16]),
+    double_quant=st.booleans(),
+    targets=st.sampled_from(["attention", "all-linear"]),
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_forecast_and_measurement_agree_for_any_shape(
