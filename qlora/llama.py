@@ -132,6 +132,10 @@ def quicken(model: nn.Module) -> nn.Module:
 def _qualifies(layer: Any) -> bool:
     if type(layer).__name__ not in LIKE_LLAMA:
         return False
+    if (
+        layer.self_attn.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS
+    ):  # "eager" is each model's own
+        return False
     trained = {name.rpartition(".")[2] for name, p in layer.named_parameters() if p.requires_grad}
     return isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) and trained <= {"lora_a", "lora_b"}
 

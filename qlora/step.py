@@ -252,8 +252,8 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def read_documents(model: PreTrainedModel) -> None:
-    """Give the model attention over documents end to end, if it can take it and then keeps them apart."""
+def read_documents_if_apart(model: PreTrainedModel) -> None:
+    """Give the model attention over documents end to end, if it can take it and is seen to keep them apart."""
     before = model.config._attn_implementation
     attention.read_documents(model)
     if not _kept_apart(model)[0]:

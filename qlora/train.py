@@ -38,7 +38,7 @@ from qlora.processes import accelerator_for, together
 from qlora.recipe import Recipe
 from qlora.report.page import write_page
 from qlora.run import RunFolder, check_output, claim, earlier_plan, finished
-from qlora.step import accumulate, check_head, check_packing, evaluate, read_documents
+from qlora.step import accumulate, check_head, check_packing, evaluate, read_documents_if_apart
 from qlora.tracking import Sample, Tracker
 
 
@@ -113,7 +113,7 @@ class Session:
         model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
         _check_vocabulary(model, tokenizer, recipe)
         check_head(model)
-        read_documents(model)
+        read_documents_if_apart(model)
         if recipe.data.packing:
             check_packing(model)
         adapt_as(model, recipe)

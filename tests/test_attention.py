@@ -21,7 +21,7 @@ from qlora.attention import NAME, arguments, attend, reads_documents
 from qlora.data import IGNORE_INDEX, Batch, Example
 from qlora.data.batches import collate
 from qlora.device import standing_for_cuda
-from qlora.step import loss_sum, read_documents, supervised_states
+from qlora.step import loss_sum, read_documents_if_apart, supervised_states
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 CONFIGS = {
@@ -88,7 +88,7 @@ def model_of(config: Any) -> nn.Module:
 def test_a_packed_or_padded_batch_costs_what_its_documents_cost(config: Any) -> None:
     model = model_of(config)
     alone = sum(loss_sum(model, rows_of([length])) for length in (9, 4, 12, 2))
-    read_documents(model)
+    read_documents_if_apart(model)
     assert model.config._attn_implementation == NAME
     for rows in ([[9, 4], [12, 2]], [[9], [4], [12], [2]], [[9, 4, 12, 2]]):
         loss = loss_sum(model, rows_of(*rows))
@@ -99,7 +99,7 @@ def test_a_packed_or_padded_batch_costs_what_its_documents_cost(config: Any) -> 
 
 def test_padding_is_never_computed() -> None:
     model = model_of(CONFIGS["llama"])
-    read_documents(model)
+    read_documents_if_apart(model)
     seen: list[int] = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel() // 32))
     batch = rows_of([20], [3], [2])
@@ -121,7 +121,7 @@ def test_generation_is_that_of_sdpa() -> None:
     ids = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     before = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    read_documents(model)
+    read_documents_if_apart(model)
     after = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(before, after)
 
@@ -139,7 +139,7 @@ def test_a_model_that_does_not_keep_documents_apart_keeps_its_own_attention(
 
     original = Batch.end_to_end
     monkeypatch.setattr(Batch, "end_to_end", leaking)
-    read_documents(model)
+    read_documents_if_apart(model)
     assert model.config._attn_implementation == "sdpa"
 
 

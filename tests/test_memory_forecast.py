@@ -22,7 +22,7 @@ from qlora.memory.workload import Workload, assumed
 from qlora.model import adapt_as, layers_as, optimizer_of
 from qlora.optim.methods import METHODS
 from qlora.recipe import Recipe
-from qlora.step import accumulate, evaluate, read_documents
+from qlora.step import accumulate, evaluate, read_documents_if_apart
 
 SAMPLES = 3
 """combinations of settings tried with every architecture, drawn so that every pair of them occurs"""
@@ -35,7 +35,7 @@ def foreseen(recipe: Recipe, workload: Workload, *, cuda: bool = False) -> Forec
 def measured(recipe: Recipe, workload: Workload) -> Trace:
     """A real step and a real evaluation, counted."""
     model = load_base(recipe.base, "cpu")
-    read_documents(model)
+    read_documents_if_apart(model)
     adapt_as(model, recipe)
     layers_as(model, recipe)
     optimizer = optimizer_of(model, recipe)

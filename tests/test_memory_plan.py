@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures_for_tests import recipe
 
+from qlora.base import load_tokenizer
+from qlora.data import load_dataset, training_batches
 from qlora.errors import OutOfMemoryError
 from qlora.memory.forecast import architecture, forecast
 from qlora.memory.outlook import estimate
 from qlora.memory.plan import Plan, needed, plan, sized
+from qlora.memory.record import Outlook
 from qlora.memory.workload import assumed
 from qlora.recipe import Recipe
 from qlora.train import train
@@ -107,3 +111,31 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(made: Recipe) -> None:
     nothing = estimate(large, context // 2)
     assert not nothing.changes
     assert "smaller model" in list(nothing.lines())[-1]
+
+
+def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """Where padding is not computed, the batch with the widest row need not be the largest."""
+    data = tmp_path / "rows.jsonl"
+    words = [90, 2, 2, 2, 2, 2, *[45] * 6]
+    rows = ({"prompt": "a", "completion": " go" * count} for count in words)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"source": str(data), "format": "prompt-completion", "held_out": 2, "limit": None}
+    for seed in range(40):
+        training = {
+            "micro_batch_size": 4,
+            "global_batch_size": 4,
+            "max_steps": 3,
+            "seed": seed,
+            "device": "cpu",
+        }
+        made = Recipe.load(str(recipe_file(data=section, training=training)))
+        dataset = load_dataset(made.data, load_tokenizer(made.base), seed)
+        batches = training_batches(dataset, made)
+        if batches.largest(3, padded=True)[0] != batches.largest(3, padded=False)[0]:
+            break
+    else:
+        raise AssertionError("no order tells the two apart")
+    run = Outlook.of(made, dataset, batches, 3, torch.device("cpu"))
+    assert run.forecast is not None
+    assert run.workload.step == batches.largest(3, padded=False)[0]
+    assert estimate(made).memory["forecast"]["total_bytes"] == run.forecast.total_bytes

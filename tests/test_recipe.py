@@ -283,3 +283,10 @@ def test_qlora_recipes_copy_overwrites_nothing(tmp_path: Path) -> None:
         invoke("copy", "quickstart", str(tmp_path / "nowhere/x.yaml"))
     with pytest.raises(RecipeError, match="did you mean 'llama-7b'"):
         invoke("show", "lama-7b")
+
+
+def test_a_key_that_may_be_two_names_both(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("traiking: {}\n")
+    with pytest.raises(RecipeError, match=r"did you mean 'training' or 'tracking'|'tracking' or 'training'"):
+        Recipe.load(str(file))

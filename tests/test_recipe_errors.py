@@ -68,11 +68,6 @@ def test_the_corpus_has_every_setting() -> None:
     assert {key for _, _, key, _ in KEYS} >= set(names(SCHEMA))
 
 
-def test_a_key_that_may_be_two_names_both(tmp_path: Path) -> None:
-    [said] = [line for line in failure(tmp_path, "traiking: {}\n") if "traiking" in line]
-    assert "did you mean 'tracking' or 'training'?" in said or "'training' or 'tracking'?" in said
-
-
 @everywhere
 @given(st.sampled_from(KEYS), st.data())
 def test_an_unknown_key_is_named_with_the_one_that_was_meant(

@@ -150,7 +150,7 @@ class Batches:
         chosen = self._order(epoch)[start : start + self.global_batch_size]
         return self._split(sorted(chosen, key=lambda row: (-self._row_lengths[row], row)))
 
-    def largest(self, steps: int, *, padded: bool = True) -> tuple[int, Batch]:
+    def largest(self, steps: int, *, padded: bool) -> tuple[int, Batch]:
         """Of the first `steps` steps the one with the largest micro-batch, and that micro-batch.
 
         `padded`: whether the padding of its rows counts.

@@ -96,8 +96,8 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None) -> Estimate:
     if capacity_bytes is None and cuda and torch.cuda.is_available():
         capacity_bytes = measure.capacity_bytes(torch.device("cuda"))
     recipe = _from_config_alone(recipe)
-    workload = _workload(recipe)
     arch = architecture(recipe, cuda=cuda)
+    workload = _workload(recipe, padded=arch.padded)
     found: Plan | None = None
     if recipe.training.memory is not None:
         recipe, found = _planned(recipe, workload, arch, capacity_bytes, cuda)
@@ -138,8 +138,8 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
     )
 
 
-def _workload(recipe: Recipe) -> Workload:
-    """The largest batches of local data; of other data, full rows."""
+def _workload(recipe: Recipe, *, padded: bool) -> Workload:
+    """The largest batches of local data; of other data, full rows. `padded`: the model reads padding too."""
     source = recipe.data.source
     held_out = recipe.data.held_out
     local = LOCAL_FILE.fullmatch(source) and not (
@@ -156,7 +156,7 @@ def _workload(recipe: Recipe) -> Workload:
     plain = changed(recipe, memory=None)
     batches = training_batches(dataset, plain)
     steps = recipe.training.max_steps or recipe.training.epochs * batches.steps_per_epoch
-    return of_run(plain, dataset, batches, steps)
+    return of_run(plain, dataset, batches, steps, padded=padded)
 
 
 def _tokenizer(base: Any) -> Any:

@@ -41,7 +41,7 @@ class Outlook:
     def of(cls, recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, device: torch.device) -> Self:
         """Forecast a run of `steps` steps. Never fails: a run does not depend on being forecast."""
         cuda = device.type == "cuda"
-        workload = of_run(recipe, dataset, batches, steps)
+        workload = None
         try:
             arch = architecture(recipe, cuda=cuda)
             workload = of_run(recipe, dataset, batches, steps, padded=arch.padded)
@@ -49,6 +49,7 @@ class Outlook:
         except QloraError:
             raise  # a recipe's mistake, which the run would find too
         except Exception as error:  # noqa: BLE001 - architectures of others fail in their own ways
+            workload = workload or of_run(recipe, dataset, batches, steps, padded=True)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
         return cls(recipe, workload, device, found, _told(found, device))

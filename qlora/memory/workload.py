@@ -20,9 +20,7 @@ class Workload:
     """the optimizer step (0-based) that has `train` first"""
 
 
-def of_run(
-    recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, padded: bool = True
-) -> Workload:
+def of_run(recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, padded: bool) -> Workload:
     """The largest micro-batch of a run's steps and of its evaluations. `padded`: the model reads padding too."""
     held_out = held_out_batches(dataset, recipe) if dataset.held_out else []
     step, train = batches.largest(steps, padded=padded)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora.nf4 import QuantState, autocast, frozen_linear
-from qlora.ops.products import Kept, Linear, Update, gradients, project, to_ranks
+from qlora.ops.products import Kept, Linear, Update, gradients, pairs, project, to_ranks
 from qlora.ops.rms_norm import Norm, normalize, normalize_gradient
 
 
@@ -90,8 +90,3 @@ class _LoRALinears(torch.autograd.Function):
             dx = dx if ctx.norm is None else normalize_gradient(dx, source, ctx.norm)
             dx = dx.view(x.shape)
         return dx, None, None, None, *(tensor for update in d_updates for tensor in update)
-
-
-def pairs(kind: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """A flat list of tensors, two and two as `kind`."""
-    return [kind(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]

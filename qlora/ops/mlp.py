@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlora.ops.lora_linear import pairs
-from qlora.ops.products import Kept, Linear, Update, gradients, project, to_ranks
+from qlora.ops.products import Kept, Linear, Update, gradients, pairs, project, to_ranks
 from qlora.ops.rms_norm import Norm, normalize, normalize_gradient
 
 

@@ -11,7 +11,7 @@ product each. These are plain functions on rows [tokens, features]; autograd see
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class Kept(NamedTuple):
     """[N, rank]: what A made of the rows"""
     mask: Tensor | None
     """[N, in]: what dropout let through to A"""
+
+
+def pairs(kind: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
+    """A flat list of tensors, two and two as `kind`."""
+    return [kind(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]
 
 
 def to_ranks(rows: Tensor, linears: Sequence[Linear], updates: Sequence[Update]) -> list[Kept]:

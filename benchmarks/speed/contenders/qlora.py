@@ -20,7 +20,7 @@ from qlora.heap import keep_freed_memory
 from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Base
-from qlora.step import accumulate, checkpoint_layers, read_documents
+from qlora.step import accumulate, checkpoint_layers, read_documents_if_apart
 
 OPTIMIZER = "paged_adamw_32bit"
 
@@ -33,7 +33,7 @@ class Session:
         if job.device == "cpu":
             keep_freed_memory()
         self.model = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
-        read_documents(self.model)
+        read_documents_if_apart(self.model)
         adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
         self.parameters = trainable_parameters(self.model)
         with torch.no_grad():
