@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.adapter.lora import LoRALinear
 from qlora.nf4 import quant_state
+from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linears
 from qlora.ops.mlp import gated_mlp
 from qlora.ops.products import Linear, Update
@@ -148,7 +149,7 @@ def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
         linear = Linear(base.weight, quant_state(base), base.bias)
         update = Update(None, None)
         if isinstance(module, LoRALinear):
-            dropout = module.dropout if module.training else 0.0
+            dropout = draw(module.dropout if module.training else 0.0)
             linear = linear._replace(scaling=module.scaling, dropout=dropout)
             update = Update(module.lora_a, module.lora_b)
         linears.append(linear)

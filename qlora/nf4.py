@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qlora.device import on_cuda
 from qlora.errors import ModelError
+from qlora.kernels import Pass
 
 __all__ = [
     "Linear4bit",
@@ -116,19 +118,23 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
             "this 4-bit weight was repacked by bitsandbytes' own forward in eval mode on this CPU, which "
             "cannot be undone exactly: load the base again, and adapt it before running it"
         )
-    absmax, block_size, shape = _absmax(state), state.blocksize, torch.Size(state.shape)
+    shape, block_size = torch.Size(state.shape), state.blocksize
     packed = weight.detach().view(torch.uint8).reshape(-1)
-    rows = shape
+    if on_cuda(packed) and dtype in KERNEL_DTYPES and _is_doubly_quantized_nf4(state):
+        inner, out = state.state2, torch.empty(shape, dtype=dtype, device=packed.device)
+        DEQUANTIZE(out, packed, state.absmax, inner.absmax, inner.code, state.offset, state.code, block_size)
+        return out
+    absmax, rows = _absmax(state), shape
     if packed.device.type == "cpu" and shape[-1] % block_size != 0:
         # The CPU kernel finds a block's absmax by its row and its place in the row: right only where no block
         # crosses rows. So its rows are the blocks themselves, the last one filled up.
         rows = torch.Size((absmax.numel(), block_size))
         packed = F.pad(packed, (0, rows[0] * rows[1] // 2 - packed.numel()))
     written = dtype if dtype in KERNEL_DTYPES else torch.float32
-    out: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         packed, absmax, block_size, state.quant_type, rows, written
     )
-    return out.view(-1)[: shape.numel()].view(shape).to(dtype)
+    return values.view(-1)[: shape.numel()].view(shape).to(dtype)
 
 
 def dense(weight: Tensor, state: QuantState | None, dtype: torch.dtype) -> Tensor:
@@ -273,10 +279,48 @@ def _absmax(state: QuantState) -> Tensor:
     if not state.nested:
         return state.absmax.float()
     inner = state.state2
-    absmax: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-        state.absmax, inner.absmax, inner.code, inner.blocksize, torch.float32
+    return _inner_absmax(state.absmax, inner.absmax, inner.code, state.offset, inner.blocksize)
+
+
+def _inner_absmax(absmax: Tensor, scales: Tensor, table: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    """The absmax [blocks] in fp32, of their 8-bit codes `absmax`."""
+    found: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        absmax, scales, table, block_size, torch.float32
     )
-    return absmax.add_(state.offset)
+    return found.add_(offset)
+
+
+def _is_doubly_quantized_nf4(state: QuantState) -> bool:
+    return state.nested and state.quant_type == "nf4" and state.state2.blocksize == STATISTICS_BLOCK_SIZE
+
+
+def _dequantize_nested(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    block_size: int,
+) -> None:
+    """Into `out` [out, in], on a GPU: bitsandbytes' way, three launches with the fp32 absmax between them."""
+    found = _inner_absmax(absmax, scales, table, offset, STATISTICS_BLOCK_SIZE)
+    torch.ops.bitsandbytes.dequantize_4bit.out(
+        packed, found, block_size, "nf4", out.shape, out.dtype, out=out
+    )
+
+
+def _nested_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A matrix whose last blocks of either quantization are not full."""
+    weight = quantize(torch.randn(130, 300, generator=torch.Generator().manual_seed(0)).to(device))
+    state = weight.quant_state
+    inner, out = state.state2, torch.empty(130, 300, device=device, dtype=dtype)
+    codes = weight.detach().view(torch.uint8).reshape(-1)
+    return out, codes, state.absmax, inner.absmax, inner.code, state.offset, state.code, state.blocksize
+
+
+DEQUANTIZE = Pass(_dequantize_nested, "dequantize", _nested_example)
 
 
 def _state(

@@ -18,6 +18,10 @@ os.environ["QLORA_CACHE"] = "off"  # a test has one of its own, see below
 os.environ.pop("WANDB_API_KEY", None)
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run block by block in numpy; read when Triton is imported
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import bundled

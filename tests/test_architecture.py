@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
     {"errors", "device", "manifest", "heap"},
-    {"atomic"},
+    {"atomic", "kernels"},
     {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
     {"adapter", "data", "optim", "base_cache", "quantizer"},
@@ -45,6 +45,7 @@ DOORS = {
     "ruamel": {"recipe"},
     "datasets": {"data"},
     "accelerate": {"base", "processes", "train"},
+    "triton": {"kernels"},
     "typer": {"cli"},
     "matplotlib": {"memory", "report", "adapter"},
     "peft": set(),

@@ -188,3 +188,20 @@ def test_layers_that_compute_something_else_stay() -> None:
         assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(model)))
     trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(trained)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_on_a_gpu_is_the_same_with_kernels_and_without(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quicken(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).cuda()
+    if recompute:
+        checkpoint_layers(model)
+    loss, grads = pass_over(model, batch_of())
+    monkeypatch.setenv("QLORA_KERNELS", "off")
+    plain_loss, plain = pass_over(model, batch_of())
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-2, atol=0)
+    for name, grad in grads.items():
+        off = (grad - plain[name]).float().norm() / plain[name].float().norm()
+        assert off < 0.05, name

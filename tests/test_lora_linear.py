@@ -145,12 +145,16 @@ def test_gradients_agree_with_finite_differences(dropout: float) -> None:
 def test_dropout_masks_the_input_of_a_alone_and_only_in_training() -> None:
     arguments = case(9, 80, 4, torch.float64)
     x = torch.randn(50, 80, dtype=torch.float64)
+    whole = {**arguments, "lora_a": torch.eye(80), "lora_b": torch.eye(80)}  # shows the mask itself
+    whole["weight"], whole["quant_state"], whole["bias"] = torch.zeros(80, 80), None, None
+    torch.manual_seed(5)
+    mask = lora_linear(torch.ones(50, 80), **whole, dropout=0.25) > 0
+    assert mask.double().mean().item() == pytest.approx(0.75, abs=0.03)
     torch.manual_seed(5)
     y = lora_linear(x, **arguments, scaling=0.5, dropout=0.25)
-    torch.manual_seed(5)
-    mask = torch.empty(50, 80, dtype=torch.bool).bernoulli_(0.75)
-    assert mask.double().mean().item() == pytest.approx(0.75, abs=0.03)
     torch.testing.assert_close(y, reference(x, arguments, 0.5, mask.double() / 0.75))
+    again = lora_linear(x, **arguments, scaling=0.5, dropout=0.25)
+    assert not torch.equal(again, y), "each pass draws a mask of its own"
     calm = lora_linear(x, **arguments, scaling=0.5, dropout=0.25, training=False)
     assert torch.equal(calm, lora_linear(x, **arguments, scaling=0.5))
 
@@ -191,7 +195,7 @@ def test_the_weight_is_dequantized_once_a_pass_and_only_where_needed() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_only_the_input_the_low_rank_and_the_mask_are_saved(dropout: float) -> None:
+def test_only_the_input_and_the_low_rank_are_saved(dropout: float) -> None:
     tokens, width, rank = 12, 256, 4
     arguments = case(512, width, rank)
     x = torch.randn(tokens, width, requires_grad=True)
@@ -205,7 +209,7 @@ def test_only_the_input_the_low_rank_and_the_mask_are_saved(dropout: float) -> N
         lora_linear(x, **arguments, dropout=dropout)
     adapters = {arguments["lora_a"].data_ptr(), arguments["lora_b"].data_ptr()}
     activations = sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in adapters)
-    assert activations == tokens * (4 * width + 4 * rank + (width if dropout else 0))
+    assert activations == tokens * (4 * width + 4 * rank), "dropout's mask is drawn again"
 
 
 def test_an_input_of_any_layout_will_do() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora.device import on_cuda
+from qlora.kernels import loss_and_gradient
 from qlora.nf4 import autocast
 
 IGNORE_INDEX = -100
@@ -66,17 +67,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight)) if wants[1] else None
         d_bias = None
         loss = torch.zeros((), dtype=_at_least_fp32(hidden), device=hidden.device)
-        scratch = hidden.new_empty(min(chunk, len(index)), len(head), dtype=loss.dtype)
+        # One buffer for the logits of all chunks, and one for their gradients where those are of fewer bits
+        rows_at_once = min(chunk, len(index))
+        scratch = hidden.new_empty(rows_at_once, len(head), dtype=loss.dtype)
+        slopes = scratch if hidden.dtype == loss.dtype else torch.empty_like(scratch, dtype=hidden.dtype)
         for part in index.split(chunk):
             rows, targets = hidden.index_select(0, part), labels.index_select(0, part)
             logits = _logits(rows, head, scratch[: len(part)])
-            loss_part, gradient = _loss_and_gradient(logits, bias, targets, softcap, logit_scale, any(wants))
-            loss += loss_part
+            if bias is not None:
+                logits += bias
+            gradient = slopes[: len(part)] if any(wants) else None
+            loss += loss_and_gradient(logits, targets, softcap, logit_scale, gradient).sum()
             if gradient is None:
                 continue
             if wants[2]:
-                d_bias = gradient.sum(0) if d_bias is None else d_bias + gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
+                d_bias = gradient.sum(0, dtype=loss.dtype) + (0 if d_bias is None else d_bias)
             if d_hidden is not None:
                 d_hidden.index_copy_(0, part, gradient @ head)
             if d_weight is not None:
@@ -106,39 +111,3 @@ def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
     if on_cuda(rows):  # tensor cores sum in fp32: take the sums before they are rounded to 16 bits
         return torch.mm(rows, head.T, out_dtype=out.dtype, out=out)
     return out.copy_(rows @ head.T)
-
-
-def _loss_and_gradient(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of the raw products `logits` [n, V], and its gradient if wanted; overwrites `logits`."""
-    if bias is not None:
-        logits += bias
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    slope = None
-    if softcap is not None:
-        logits.div_(softcap).tanh_()
-        slope = 1 - logits.square() if wanted else None
-        logits *= softcap
-    targets = targets[:, None]
-    # log-sum-exp by hand: torch's makes a copy of the logits
-    highest = logits.amax(1, keepdim=True)
-    target = logits.gather(1, targets)
-    exponentials = logits.sub_(highest).exp_()
-    total = exponentials.sum(1, keepdim=True)
-    loss = (highest + total.log() - target).sum()
-    if not wanted:
-        return loss, None
-    gradient = exponentials.div_(total)  # softmax
-    gradient.scatter_add_(1, targets, torch.full_like(target, -1.0))
-    if slope is not None:
-        gradient *= slope
-    if logit_scale != 1.0:
-        gradient *= logit_scale
-    return loss, gradient

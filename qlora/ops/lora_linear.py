@@ -1,8 +1,8 @@
 """Adapted linears that read the same input, as one autograd function; the plain case is one of them.
 
-Everything is computed in the input's dtype. Kept for the backward are the input, A, B, the rank-wide products,
-and with dropout its masks (a byte an element). With a norm before the linears it is the norm's input that is
-kept, which the residual stream holds anyway; the normalised rows are rebuilt.
+Everything is computed in the input's dtype. Kept for the backward are the input, A, B and the rank-wide products.
+With a norm before the linears it is the norm's input that is kept, which the residual stream holds anyway; the
+normalised rows are rebuilt.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.kernels import normalize, normalize_gradient
 from qlora.nf4 import QuantState, autocast, frozen_linear
-from qlora.ops.products import Kept, Linear, Update, gradients, pairs, project, to_ranks
-from qlora.ops.rms_norm import Norm, normalize, normalize_gradient
+from qlora.ops.dropout import draw
+from qlora.ops.products import Linear, Update, gradients, project, to_ranks, updates_of
+from qlora.ops.rms_norm import Norm
 
 
 def lora_linear(
@@ -32,12 +34,11 @@ def lora_linear(
 
     `weight` is packed NF4 with its `quant_state`, or dense [out, in] with None; `bias` is [out] or None;
     `lora_a` [rank, in] and `lora_b` [out, rank] are of any float dtype, in which their gradients come back;
-    both None give the frozen linear alone. `dropout`, of the input of A, acts in training only; its mask
-    comes from the device's global generator, so torch's checkpointing replays it. Computes in x.dtype.
+    both None give the frozen linear alone. `dropout`, of the input of A, acts in training only. Computes in x.dtype.
     """
     if lora_a is None or lora_b is None:
         return frozen_linear(x, weight, quant_state, bias)
-    linear = Linear(weight, quant_state, bias, scaling, dropout if training else 0.0)
+    linear = Linear(weight, quant_state, bias, scaling, draw(dropout if training else 0.0))
     return lora_linears(x, [linear], [Update(lora_a, lora_b)])[0]
 
 
@@ -60,33 +61,34 @@ class _LoRALinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         if norm is not None:
-            rows = normalize(rows, norm)
-        updates = pairs(Update, flat)
-        kept = to_ranks(rows, linears, updates)
-        outputs = project(rows, linears, updates, kept, fold=grad)
+            rows = normalize(rows, *norm)
+        updates = updates_of(flat)
+        lows = to_ranks(rows, linears, updates)
+        outputs = project(rows, linears, updates, lows, fold=grad)
         # Weights stay attributes: constants of the run, which hooks on saved tensors must not move
         ctx.norm, ctx.linears = norm, linears
-        ctx.save_for_backward(x, *flat, *(tensor for one in kept for tensor in one))
+        ctx.save_for_backward(x, *flat, *lows)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        flat, kept = saved[: 2 * len(ctx.linears)], saved[2 * len(ctx.linears) :]
+        flat, lows = saved[: 2 * len(ctx.linears)], saved[2 * len(ctx.linears) :]
         rows = source = x.reshape(-1, x.shape[-1])
         if ctx.norm is not None:
-            rows = normalize(source, ctx.norm)
+            rows = normalize(source, *ctx.norm)
         wants_input = ctx.needs_input_grad[0]
         dx, d_updates = gradients(
             rows,
             [grad.reshape(-1, grad.shape[-1]) for grad in grads],
             ctx.linears,
-            pairs(Update, flat),
-            pairs(Kept, kept),
+            updates_of(flat),
+            lows,
             wants_input=wants_input,
         )
         if dx is not None:
-            dx = dx if ctx.norm is None else normalize_gradient(dx, source, ctx.norm)
+            if ctx.norm is not None:
+                normalize_gradient(dx, source, *ctx.norm)
             dx = dx.view(x.shape)
         return dx, None, None, None, *(tensor for update in d_updates for tensor in update)

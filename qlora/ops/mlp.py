@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from qlora.ops.products import Kept, Linear, Update, gradients, pairs, project, to_ranks
-from qlora.ops.rms_norm import Norm, normalize, normalize_gradient
+from qlora.kernels import normalize, normalize_gradient, silu_gradients, silu_product
+from qlora.ops.products import Linear, Update, gradients, project, to_ranks, updates_of
+from qlora.ops.rms_norm import Norm
 
 
 def gated_mlp(
@@ -44,43 +44,43 @@ class _GatedMLP(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        updates = pairs(Update, flat)
-        normal = normalize(rows, norm)
-        kept = to_ranks(normal, linears[:2], updates[:2])
-        gate, up = project(normal, linears[:2], updates[:2], kept, fold=grad)
+        updates = updates_of(flat)
+        normal = normalize(rows, *norm)
+        lows = to_ranks(normal, linears[:2], updates[:2])
+        gate, up = project(normal, linears[:2], updates[:2], lows, fold=grad)
         del normal
-        product = F.silu(gate).mul_(up)
-        kept += to_ranks(product, linears[2:], updates[2:])
+        product = silu_product(gate, up)
+        lows += to_ranks(product, linears[2:], updates[2:])
         ctx.norm, ctx.linears = norm, linears
-        ctx.save_for_backward(hidden, gate, up, *flat, *(tensor for one in kept for tensor in one))
+        ctx.save_for_backward(hidden, gate, up, *flat, *lows)
         if not output:
             return torch.empty_like(hidden)
-        (y,) = project(product, linears[2:], updates[2:], kept[2:], fold=grad)
+        (y,) = project(product, linears[2:], updates[2:], lows[2:], fold=grad)
         return y.add_(rows).view(hidden.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, gate, up, *saved = ctx.saved_tensors
-        updates, kept = pairs(Update, saved[:6]), pairs(Kept, saved[6:])
+        updates, lows = updates_of(saved[:6]), saved[6:]
         rows, grad_rows = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        silu = F.silu(gate)
-        d_product, d_down = gradients(silu * up, [grad_rows], ctx.linears[2:], updates[2:], kept[2:])
+        product = silu_product(gate, up)
+        d_product, d_down = gradients(product, [grad_rows], ctx.linears[2:], updates[2:], lows[2:])
         assert d_product is not None
-        d_up = silu.mul_(d_product)
-        d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
-        del d_product
-        wanted = ctx.needs_input_grad[0]
-        d_normal, d_wide = gradients(
-            normalize(rows, ctx.norm),
+        d_gate, d_up = d_product, product  # in their places
+        silu_gradients(gate, up, d_gate, d_up)
+        del product, d_product
+        d_hidden, d_wide = gradients(
+            normalize(rows, *ctx.norm),
             [d_gate, d_up],
             ctx.linears[:2],
             updates[:2],
-            kept[:2],
-            wants_input=wanted,
+            lows[:2],
+            wants_input=ctx.needs_input_grad[0],
         )
-        del d_gate, d_up, silu
-        d_hidden = None
-        if d_normal is not None:
-            d_hidden = normalize_gradient(d_normal, rows, ctx.norm).add_(grad_rows).view(hidden.shape)
+        del d_gate, d_up
+        if d_hidden is not None:
+            weight, eps = ctx.norm
+            normalize_gradient(d_hidden, rows, weight, eps, residual=grad_rows)
+            d_hidden = d_hidden.view(hidden.shape)
         return d_hidden, None, None, None, None, *(tensor for pair in [*d_wide, *d_down] for tensor in pair)

@@ -11,13 +11,14 @@ product each. These are plain functions on rows [tokens, features]; autograd see
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.nf4 import QuantState, assert_frozen, dense
+from qlora.ops.dropout import Dropout
 
 
 class Linear(NamedTuple):
@@ -29,13 +30,13 @@ class Linear(NamedTuple):
     bias: Tensor | None
     """[out]"""
     scaling: float = 1.0
-    dropout: float = 0.0
-    """of the input of A; 0 outside training"""
+    dropout: Dropout | None = None
+    """of the input of A"""
 
     @property
     def factor(self) -> float:
         """Of the update: the scaling, with dropout's rescaling in it."""
-        return self.scaling / (1 - self.dropout)
+        return self.scaling if self.dropout is None else self.scaling / (1 - self.dropout.rate)
 
     def assert_frozen(self) -> None:
         """Our products give a base no gradient."""
@@ -49,35 +50,29 @@ class Update(NamedTuple):
     b: Tensor | None
 
 
-class Kept(NamedTuple):
-    """What the backward of one linear needs besides its rows."""
-
-    low: Tensor | None
-    """[N, rank]: what A made of the rows"""
-    mask: Tensor | None
-    """[N, in]: what dropout let through to A"""
+def updates_of(tensors: Sequence[Tensor | None]) -> list[Update]:
+    """A flat list of A, B, A, B and so on, two and two."""
+    return [Update(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]
 
 
-def pairs(kind: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """A flat list of tensors, two and two as `kind`."""
-    return [kind(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]
-
-
-def to_ranks(rows: Tensor, linears: Sequence[Linear], updates: Sequence[Update]) -> list[Kept]:
-    """What each A makes of rows [N, in], dropout drawn; to be kept for the backward."""
+def to_ranks(rows: Tensor, linears: Sequence[Linear], updates: Sequence[Update]) -> list[Tensor | None]:
+    """What each A makes of rows [N, in]: [N, rank] each, to be kept for the backward."""
     adapted = [update.a for update in updates if update.a is not None]
     if any(linear.dropout for linear in linears) or len(adapted) < 2:
-        return [_to_rank(rows, linear, a) for linear, (a, _) in zip(linears, updates, strict=True)]
+        return [
+            None if a is None else _dropped(rows, _mask(rows, linear)) @ a.to(rows.dtype).T
+            for linear, (a, _) in zip(linears, updates, strict=True)
+        ]
     together = rows @ torch.cat([a.to(rows.dtype) for a in adapted]).T
     parts = iter(together.split([len(a) for a in adapted], dim=1))
-    return [Kept(None if a is None else next(parts), None) for a, _ in updates]
+    return [None if a is None else next(parts) for a, _ in updates]
 
 
 def project(
     rows: Tensor,
     linears: Sequence[Linear],
     updates: Sequence[Update],
-    kept: Sequence[Kept],
+    lows: Sequence[Tensor | None],
     *,
     fold: bool = True,
 ) -> list[Tensor]:
@@ -86,7 +81,7 @@ def project(
     `fold`: whether updates may be added to the dequantized weights, where that is exact to rounding.
     """
     outputs = []
-    for linear, (a, b), (low, _) in zip(linears, updates, kept, strict=True):
+    for linear, (a, b), low in zip(linears, updates, lows, strict=True):
         weight = dense(linear.weight, linear.state, rows.dtype)
         bias = None if linear.bias is None else linear.bias.to(rows.dtype)
         if a is None or b is None or low is None:
@@ -103,7 +98,7 @@ def gradients(
     grads: Sequence[Tensor],
     linears: Sequence[Linear],
     updates: Sequence[Update],
-    kept: Sequence[Kept],
+    lows: Sequence[Tensor | None],
     *,
     wants_input: bool = True,
 ) -> tuple[Tensor | None, list[Update]]:
@@ -112,36 +107,31 @@ def gradients(
         None if b is None else (grad @ b.to(grad.dtype)).mul_(linear.factor)  # [N, rank]
         for grad, linear, (_, b) in zip(grads, linears, updates, strict=True)
     ]
-    d_as = _a_gradients(rows, low_grads, updates, kept)
+    masks = [_mask(rows, linear) for linear in linears]
+    d_as = _a_gradients(rows, low_grads, updates, masks)
     d_bs = [
         None if b is None or low is None else (grad.T @ low).mul_(linear.factor).to(b.dtype)
-        for grad, linear, (_, b), (low, _) in zip(grads, linears, updates, kept, strict=True)
+        for grad, linear, (_, b), low in zip(grads, linears, updates, lows, strict=True)
     ]
     dx = None
     for number in range(len(linears) if wants_input else 0):
         dx = _input_gradient(
-            grads[number], linears[number], updates[number], low_grads[number], kept[number].mask, dx
+            grads[number], linears[number], updates[number], low_grads[number], masks[number], dx
         )
     return dx, [Update(a, b) for a, b in zip(d_as, d_bs, strict=True)]
 
 
-def _to_rank(rows: Tensor, linear: Linear, a: Tensor | None) -> Kept:
-    if a is None:
-        return Kept(None, None)
-    mask = None
-    if linear.dropout:  # from the device's global generator, so that torch's checkpointing replays it
-        mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - linear.dropout)
-    return Kept(_dropped(rows, mask) @ a.to(rows.dtype).T, mask)
-
-
 def _a_gradients(
-    rows: Tensor, low_grads: Sequence[Tensor | None], updates: Sequence[Update], kept: Sequence[Kept]
+    rows: Tensor,
+    low_grads: Sequence[Tensor | None],
+    updates: Sequence[Update],
+    masks: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     found = [low_grad for low_grad in low_grads if low_grad is not None]
-    if len(found) < 2 or any(k.mask is not None for k in kept):
+    if len(found) < 2 or any(mask is not None for mask in masks):
         return [
             None if low_grad is None or a is None else (low_grad.T @ _dropped(rows, mask)).to(a.dtype)
-            for low_grad, (a, _), (_, mask) in zip(low_grads, updates, kept, strict=True)
+            for low_grad, (a, _), mask in zip(low_grads, updates, masks, strict=True)
         ]
     together = torch.cat(found, dim=1).T @ rows
     parts = iter(together.split([low_grad.shape[1] for low_grad in found]))
@@ -170,6 +160,10 @@ def _input_gradient(
 
 def _product(grad: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
     return grad @ weight if into is None else into.addmm_(grad, weight)
+
+
+def _mask(rows: Tensor, linear: Linear) -> Tensor | None:
+    return None if linear.dropout is None else linear.dropout.mask(rows)
 
 
 def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:

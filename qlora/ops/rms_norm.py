@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.kernels import normalize, normalize_gradient
+
 
 class Norm(NamedTuple):
     """The constants of a normalisation over the last dimension, H wide."""
@@ -24,39 +26,17 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     return y
 
 
-def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """What `rms_norm` returns, unseen by autograd. Rounds where transformers' Llama does."""
-    wide = x.to(_wide(x))
-    return (wide * _scale(wide, norm.eps)).to(x.dtype).mul_(norm.weight)
-
-
-def normalize_gradient(grad: Tensor, x: Tensor, norm: Norm) -> Tensor:
-    """dL/dx from dL/dy, both [..., H]: with u = x * scale, scale * (g w - u * mean(g w u)). Overwrites `grad`."""
-    wide = x.to(_wide(x))
-    scale = _scale(wide, norm.eps)
-    unit = wide * scale
-    grad = grad.mul_(norm.weight).to(unit.dtype)
-    mean = (grad * unit).mean(-1, keepdim=True)
-    return grad.sub_(unit.mul_(mean)).mul_(scale).to(x.dtype)
-
-
-def _scale(wide: Tensor, eps: float) -> Tensor:
-    return wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         ctx.norm = norm
         ctx.save_for_backward(x)
-        return normalize(x, norm)
+        return normalize(x, *norm)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return normalize_gradient(grad.clone(), x, ctx.norm), None
+        dx = grad.clone(memory_format=torch.contiguous_format)
+        normalize_gradient(dx, x, *ctx.norm)
+        return dx, None

@@ -1,0 +1,21 @@
+"""The passes over memory between the products, each in plain torch and as one launch of a Triton kernel.
+
+A pass writes into tensors that it is given. A GPU takes the kernel, once it is seen to agree there with the plain
+form (`choice`); every other device, and whoever sets QLORA_KERNELS=off, takes the plain form.
+"""
+
+from qlora.kernels.choice import Pass
+from qlora.kernels.gate import silu_gradients, silu_product
+from qlora.kernels.norm import normalize, normalize_gradient
+from qlora.kernels.rotation import rotate
+from qlora.kernels.softmax import loss_and_gradient
+
+__all__ = [
+    "Pass",
+    "loss_and_gradient",
+    "normalize",
+    "normalize_gradient",
+    "rotate",
+    "silu_gradients",
+    "silu_product",
+]

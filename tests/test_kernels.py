@@ -1,0 +1,199 @@
+"""The passes over memory: plain torch against fp64, the Triton kernels against plain torch, and who takes which.
+
+Without a GPU the kernels run in Triton's interpreter (see conftest.py), which executes them block by block in numpy.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from qlora import nf4
+from qlora.device import standing_for_cuda
+from qlora.kernels import choice, gate, norm, rotation, softmax
+from qlora.kernels.choice import Pass
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PASSES = {
+    "silu_product": gate.SILU_PRODUCT,
+    "silu_gradients": gate.SILU_GRADIENTS,
+    "normalize": norm.NORMALIZE,
+    "normalize_gradient": norm.NORMALIZE_GRADIENT,
+    "rotate": rotation.ROTATE,
+    "loss": softmax.LOSS,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors here take the GPU's way, and nothing is proven yet."""
+    choice.proven.cache_clear()
+    with standing_for_cuda():
+        yield
+    choice.proven.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_kernel_does_what_the_plain_form_does(name: str, dtype: torch.dtype) -> None:
+    work = PASSES[name]
+    assert work.kernel == name
+    assert choice.difference(work, torch.device(DEVICE), dtype) is None
+
+
+CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    # What the examples of the proofs leave out: one row, one column, several blocks, no residual, no cap
+    "silu_product": lambda dtype: tuple(random(dtype, 3, 4100, seed=s) for s in range(3)),
+    "silu_gradients": lambda dtype: tuple(random(dtype, 1, 1, seed=s) for s in range(4)),
+    "normalize": lambda dtype: (random(dtype, 5, 3, 128), random(dtype, 128, seed=1), 1e-6, random(dtype, 5, 3, 128)),
+    "normalize_gradient": lambda dtype: (
+        random(dtype, 1, 4099), random(dtype, 1, 4099, seed=1), random(dtype, 4099, seed=2), 1e-6, None
+    ),
+    "rotate": lambda dtype: (
+        random(dtype, 3, 5, 6, 16), *angles(dtype, 1, 5, 16), 1, torch.empty(3, 5, 6, 16, dtype=dtype, device=DEVICE)
+    ),
+    "loss": lambda dtype: (
+        logits := random(dtype, 4, 9000) * 5, torch.tensor([0, 8999, 4096, 5], device=DEVICE), None, 1.0,
+        logits, torch.empty(4, dtype=dtype, device=DEVICE),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_kernel_keeps_to_its_borders(name: str, dtype: torch.dtype) -> None:
+    plain = PASSES[name]
+    other = Pass(plain.plain, plain.kernel, lambda device, dtype: CASES[name](dtype))
+    assert choice.difference(other, torch.device(DEVICE), dtype) is None
+
+
+def test_gradients_of_a_loss_in_fewer_bits_go_where_they_are_wanted() -> None:
+    logits, targets = random(torch.float32, 6, 700) * 3, torch.arange(6, device=DEVICE)
+    expected = F.softmax(logits.double(), dim=1) - F.one_hot(targets, 700)
+    losses = F.cross_entropy(logits.double(), targets, reduction="none")
+    for form in (softmax.LOSS.plain, softmax.LOSS.in_triton):
+        gradient = torch.empty(6, 700, dtype=torch.bfloat16, device=DEVICE)
+        for wanted in (gradient, None):
+            found = torch.empty(6, device=DEVICE)
+            form(logits.clone(), targets, None, 1.0, wanted, found)
+            torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), expected, atol=2e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(130, 300), (64, 64), (3, 4096), (1, 2)])
+@pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_launch_dequantizes_to_the_same_bits(
+    shape: tuple[int, int], block_size: int, dtype: torch.dtype
+) -> None:
+    weight = nf4.quantize(random(torch.float32, *shape), block_size)
+    state = weight.quant_state
+    expected = nf4.dequantize(weight, state, dtype)
+    out = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    codes, inner = weight.detach().view(torch.uint8).reshape(-1), state.state2
+    nf4.DEQUANTIZE.in_triton(
+        out, codes, state.absmax, inner.absmax, inner.code, state.offset, state.code, block_size
+    )
+    # The interpreter cuts bfloat16 off where everything else rounds: there the last of 8 bits may differ
+    cut = DEVICE == "cpu" and dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2**-7 if cut else 0, atol=0)
+
+
+def test_plain_forms_agree_with_autograd_in_fp64() -> None:
+    a, b, c = (random(torch.float64, 5, 24, seed=s).requires_grad_() for s in range(3))
+    weight = random(torch.float64, 24, seed=3)
+    product = F.silu(a) * b
+    torch.testing.assert_close(gate.silu_product(a.detach(), b.detach()), product)
+    expected = torch.autograd.grad(product, (a, b), c)
+    d_gate, d_up = c.detach().clone(), torch.empty_like(c)
+    gate.silu_gradients(a.detach(), b.detach(), d_gate, d_up)
+    torch.testing.assert_close((d_gate, d_up), expected)
+
+    normal = F.rms_norm(a, (24,), weight, 1e-5)
+    torch.testing.assert_close(norm.normalize(a.detach(), weight, 1e-5), normal)
+    (expected_dx,) = torch.autograd.grad(normal, a, c)
+    dx = c.detach().clone()
+    norm.normalize_gradient(dx, a.detach(), weight, 1e-5, residual=b.detach())
+    torch.testing.assert_close(dx, expected_dx + b)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_proven_kernel_takes_the_place_of_the_plain_form() -> None:
+    called = []
+    work = Pass(lambda *arguments: called.append(arguments), "silu_product", gate.SILU_PRODUCT.example)
+    work.plain = gate.SILU_PRODUCT.plain
+    x = random(torch.float32, 4, 40)
+    out = torch.empty_like(x)
+    work(x, x, out)  # proves it
+    work.plain = lambda *arguments: called.append(arguments)
+    work(x, x, out)
+    assert not called
+    torch.testing.assert_close(out, F.silu(x) * x)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kernel", ["silu_product", "no_such_kernel"])
+def test_a_kernel_that_is_wrong_or_missing_is_told_once_and_not_used(kernel: str) -> None:
+    def plain(a: Tensor, b: Tensor, out: Tensor) -> None:
+        out.copy_(a + b)  # not what the kernel does
+
+    work = Pass(plain, kernel, gate.SILU_PRODUCT.example)
+    x = random(torch.float32, 4, 40)
+    out = torch.empty_like(x)
+    with pytest.warns(UserWarning, match=f"the kernel {kernel} does not run on {DEVICE}.*QLORA_KERNELS=off"):
+        work(x, x, out)
+    assert torch.equal(out, x + x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        work(x, x, out)
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "off")
+    called = []
+    with standing_for_cuda():
+        Pass(lambda *arguments: called.append(arguments), "no_such_kernel", gate.SILU_PRODUCT.example)(
+            random(torch.float32, 2)
+        )
+    assert called
+
+
+def test_a_forecast_for_a_gpu_counts_no_temporaries_of_a_pass() -> None:
+    with FakeTensorMode(), standing_for_cuda():
+        x = torch.empty(8, 64)
+        y = norm.normalize(x, torch.empty(64), 1e-5)
+        assert y.shape == x.shape
+
+
+def random(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    return choice.numbers(torch.device(DEVICE), dtype, *shape, seed=seed)
+
+
+def angles(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
+    half = random(torch.float32, *shape[:-1], shape[-1] // 2, seed=1).repeat(1, 1, 2)
+    return half.cos().to(dtype), half.sin().to(dtype)
+
+
+def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
+    """Triton brings its compiler: what no GPU has run here is at least code for one."""
+    command = [sys.executable, str(Path(__file__).with_name("kernels_for_tests.py")), "80", "90"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    out = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    lines = [line.split() for line in out.stdout.splitlines()]
+    assert len({name for name, _, _ in lines}) == 7
+    assert len(lines) == 14
+    assert all(int(size) > 1000 for _, _, size in lines)
