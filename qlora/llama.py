@@ -4,11 +4,13 @@ Of a layer's forward pass the backward needs: the layer's input, the queries, ke
 read, attention's output, the stream between the two halves, gate and up. Everything else is rebuilt from these
 without a matrix product. transformers' own layer around the same linears keeps nearly twice as much.
 
-A layer that is recomputed keeps its input alone, and in the recompute leaves out the last product of the MLP: its
-output is the next layer's input, which nobody needs again. That product is a quarter of the layer.
+A layer can keep less and compute more: without gate and up, half of what it keeps, its MLP computes those two again;
+recomputed as a whole it keeps its input alone. Either way the last product of the MLP is left out: its output is the
+next layer's input, which nobody needs again. That product is a quarter of the layer.
 """
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -30,11 +32,19 @@ LIKE_LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "
 """transformers' layers that compute what is written here"""
 
 
+class Recompute(Enum):
+    """The part of a layer that is computed again in the backward."""
+
+    NOTHING = "nothing"
+    MLP = "gate and up of its MLP"
+    ALL = "all but its last product"
+
+
 class LlamaLayer(nn.Module):
     """One of transformers' Llama-like layers with our passes; its modules and their names stay the same.
 
     original: the layer whose modules are used. It still runs where there is a cache of keys and values.
-    recompute: keep nothing but the input, and compute the rest again in the backward.
+    recompute: what is not kept but computed again in the backward.
     """
 
     self_attn: Any
@@ -48,7 +58,7 @@ class LlamaLayer(nn.Module):
         for name, module in original.named_children():
             self.add_module(name, module)
         object.__setattr__(self, "original", original)  # its modules are ours: not to be listed twice
-        self.recompute = False
+        self.recompute = Recompute.NOTHING
         self.train(original.training)
 
     def forward(
@@ -63,17 +73,27 @@ class LlamaLayer(nn.Module):
         rest = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
         if past_key_values is not None or position_embeddings is None:
             return self.original(hidden_states, past_key_values=past_key_values, **rest)
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()):
             return self._run(hidden_states, **rest)
+        if self.recompute is not Recompute.ALL:
+            return self._run(hidden_states, keep=self.recompute is Recompute.NOTHING, **rest)
         passes = iter([True])  # the first is the forward pass, the second a recompute
         return cast(
             Tensor,
             checkpoint(
-                lambda hidden: self._run(hidden, output=next(passes, False), **rest),
+                lambda hidden: self._run(hidden, keep=False, output=next(passes, False), **rest),
                 hidden_states,
                 use_reentrant=False,
             ),
         )
+
+    def repeated(self, part: Recompute) -> float:
+        """The products of weights that a recompute of this part repeats, as a share of a forward pass."""
+        attention, mlp = self.self_attn, self.mlp
+        others = sum(map(_weights, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)))
+        twice, down = _weights(mlp.gate_proj) + _weights(mlp.up_proj), _weights(mlp.down_proj)
+        again = {Recompute.NOTHING: 0, Recompute.MLP: twice, Recompute.ALL: others + twice}[part]
+        return again / (others + twice + down)
 
     def _run(
         self,
@@ -81,10 +101,11 @@ class LlamaLayer(nn.Module):
         *,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
+        keep: bool = True,
         output: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        """The layer from top to bottom; without `output`, only as far as a backward needs it."""
+        """The layer from top to bottom; `keep` and `output` are those of its MLP."""
         attention, mlp = self.self_attn, self.mlp
         norm = _norm(self.input_layernorm)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -98,7 +119,8 @@ class LlamaLayer(nn.Module):
         (change,) = lora_linears(attended, *_linears([attention.o_proj]))
         hidden = hidden + change
         norm = _norm(self.post_attention_layernorm)
-        return gated_mlp(hidden, norm, *_linears([mlp.gate_proj, mlp.up_proj, mlp.down_proj]), output=output)
+        linears, updates = _linears([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+        return gated_mlp(hidden, norm, linears, updates, keep=keep, output=output)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
@@ -155,6 +177,10 @@ def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
         linears.append(linear)
         updates.append(update)
     return linears, updates
+
+
+def _weights(linear: Any) -> int:
+    return int(linear.in_features * linear.out_features)
 
 
 def _norm(module: Any) -> Norm:

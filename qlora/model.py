@@ -31,18 +31,21 @@ def adapt_as(model: nn.Module, recipe: Recipe) -> nn.Module:
     )
 
 
-def checkpointed(recipe: Recipe, layers: int) -> int:
-    """How many of a model's decoder layers the recipe recomputes in the backward pass."""
-    setting = recipe.training.gradient_checkpointing
-    return layers * setting if isinstance(setting, bool) else min(setting, layers)
+def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
+    """Of so many decoder layers, those that the recipe recomputes in the backward, and those whose MLP alone."""
+    training = recipe.training
+    whole, mlps = (
+        layers * setting if isinstance(setting, bool) else min(setting, layers)
+        for setting in (training.gradient_checkpointing, training.mlp_checkpointing)
+    )
+    return whole, min(mlps, layers - whole)
 
 
-def layers_as(model: nn.Module, recipe: Recipe) -> int:
-    """Give layers that we know our own passes, and recompute those that the recipe says; returns how many."""
+def layers_as(model: nn.Module, recipe: Recipe) -> None:
+    """Give layers that we know our own passes, and recompute what the recipe says."""
     quicken(model)
-    if recipe.training.gradient_checkpointing is False or recipe.training.gradient_checkpointing == 0:
-        return 0
-    return checkpoint_layers(model, checkpointed(recipe, len(decoder_layers(model))))
+    if recipe.training.gradient_checkpointing or recipe.training.mlp_checkpointing:
+        checkpoint_layers(model, *checkpointed(recipe, len(decoder_layers(model))))
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:

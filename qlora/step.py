@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora import attention
 from qlora.data import Batch
 from qlora.errors import ModelError
-from qlora.llama import LlamaLayer
+from qlora.llama import LlamaLayer, Recompute
 from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 
@@ -210,11 +210,12 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | LlamaL
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def checkpoint_layers(model: nn.Module, layers: int | None = None) -> int:
+def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0) -> int:
     """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
 
-    Non-reentrant, so frozen embeddings need no artificial gradient, and with the random state kept, so dropout
-    draws the same mask twice. Returns how many layers are checkpointed.
+    Of the `mlps` layers after those, the MLP alone is recomputed. Non-reentrant, so frozen embeddings need no
+    artificial gradient, and with the random state kept, so dropout draws the same mask twice. Returns how many
+    layers are checkpointed whole.
     """
     found = decoder_layers(model)
     if not found:
@@ -223,11 +224,19 @@ def checkpoint_layers(model: nn.Module, layers: int | None = None) -> int:
         )
     count = len(found) if layers is None else min(layers, len(found))
     for index, layer in enumerate(found):
+        alone = count <= index < count + mlps
         if isinstance(layer, LlamaLayer):
-            layer.recompute = index < count
-        else:
-            layer.gradient_checkpointing = index < count
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.recompute = (
+                Recompute.ALL if index < count else Recompute.MLP if alone else Recompute.NOTHING
+            )
+            continue
+        if alone:
+            raise ModelError(
+                f"{type(model).__name__} has no layers whose MLP can be recomputed alone: "
+                "set training.mlp_checkpointing=false"
+            )
+        layer.gradient_checkpointing = index < count
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return count
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from qlora.adapter.lora import adapt, lora_layers, trainable_parameters
 from qlora.data import Batch
-from qlora.llama import LlamaLayer, quicken
+from qlora.llama import LlamaLayer, Recompute, quicken
 from qlora.step import accumulate, checkpoint_layers, decoder_layers, loss_sum
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, RANK = 64, 160, 4, 2, 4
@@ -92,12 +92,15 @@ def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dt
     assert 0 < error(ours) <= 1.5 * error(theirs)
 
 
+@pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3), (1, 1)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_recomputed_layers_give_the_same_bits(config: PretrainedConfig, dropout: float) -> None:
+def test_recomputed_layers_give_the_same_bits(
+    config: PretrainedConfig, dropout: float, layers: int, mlps: int
+) -> None:
     model = quicken(model_of(config, torch.float32, dropout=dropout))
     loss, grads = pass_over(model, batch_of())
-    assert checkpoint_layers(model) == 3
+    assert checkpoint_layers(model, layers, mlps) == layers
     for _ in range(2):
         again, recomputed = pass_over(model, batch_of())
         assert torch.equal(loss, again)
@@ -121,6 +124,8 @@ def test_a_recompute_leaves_out_the_last_product() -> None:
             loss.backward()
         return counted.get_total_flops()
 
+    layer = decoder_layers(model)[0]
+    assert isinstance(layer, LlamaLayer)
     kept = operations()
     checkpoint_layers(model)
     extra = (operations() - kept) / (2 * batch.tokens * 3)  # of one token and layer
@@ -132,6 +137,13 @@ def test_a_recompute_leaves_out_the_last_product() -> None:
     attention = 2 * 12 * HIDDEN
     assert extra <= products + ranks + attention
     assert extra < products + down
+    assert layer.repeated(Recompute.ALL) == products / (products + down)
+
+    checkpoint_layers(model, 0, 3)
+    extra = (operations() - kept) / (2 * batch.tokens * 3)
+    ranks = RANK * (2 * HIDDEN + INTERMEDIATE) + RANK * 2 * INTERMEDIATE
+    assert 2 * down < extra <= 2 * down + ranks
+    assert layer.repeated(Recompute.MLP) == 2 * down / (products + down)
 
 
 def test_what_is_kept_is_the_minimal_set() -> None:
@@ -167,7 +179,10 @@ def test_what_is_kept_is_the_minimal_set() -> None:
     quicken(model)
     assert theirs > 1.7 * kept(), "transformers' layer around the same linears"
     assert kept() == pytest.approx(expected + cos_and_sin, rel=0.02)
-    model.model.layers[1].recompute = True
+    model.model.layers[1].recompute = Recompute.MLP
+    mlp = batch.tokens * 2 * (2 * INTERMEDIATE + 3 * RANK)
+    assert kept() == pytest.approx(expected - mlp + cos_and_sin, rel=0.02)
+    model.model.layers[1].recompute = Recompute.ALL
     assert kept() <= hidden.nbytes + cos_and_sin + 16384  # and the random state
 
 

@@ -58,7 +58,7 @@ def assert_right(forecast: Forecast, real: Trace) -> None:
     total = sum(real_parts.values())
     assert forecast.total_bytes == pytest.approx(total, rel=0.01)
     # Where two phases take the same to a rounding, either is right, and they differ in parts
-    assert real.phases()[phase] >= 0.999 * total, (phase, real_phase)
+    assert real.phases()[phase] >= total - max(4096, 0.001 * total), (phase, real_phase)
     for part, size in real_parts.items():
         if phase == real_phase and size > 0.05 * total:
             assert parts[part] == pytest.approx(size, rel=0.03), part
@@ -78,7 +78,9 @@ SETTINGS = list(
 def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, number: int) -> None:
     # seven layers: more than are run for a forecast
     draw = random.Random(f"{architecture} {number}")
-    checkpointing = (True, False, 3)[number % 3]
+    layers, mlps = ((True, False), (False, 4), (2, 3))[number % SAMPLES]
+    if architecture not in ("llama", "mistral", "qwen2", "qwen3"):
+        mlps = False
     _, packing, optimizer, dtype, dropout, chunk = draw.choice(SETTINGS)
     made = recipe(
         tmp_path,
@@ -87,7 +89,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
         base={"compute_dtype": dtype},
         adapter={} if architecture == "gpt2" else {"dropout": dropout},
         data={"packing": packing},
-        training={"gradient_checkpointing": checkpointing, "loss_chunk": chunk},
+        training={"gradient_checkpointing": layers, "mlp_checkpointing": mlps, "loss_chunk": chunk},
         optimizer={"name": optimizer},
     )
     workload = assumed(made)
@@ -106,6 +108,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
     rows=1,
     tokens=9,
     checkpointed=0,
+    mlps=0,
     rank=1,
     double_quant=False,
     targets="attention",
@@ -124,6 +127,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
     rows=st.integers(1, 4),
     tokens=st.integers(9, 150),
     checkpointed=st.integers(0, 9),
+    mlps=st.integers(0, 9),
     rank=st.sampled_from([1, 4, 16]),
     double_quant=st.booleans(),
     targets=st.sampled_from(["attention", "all-linear"]),
@@ -135,6 +139,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
     rows: int,
     tokens: int,
     checkpointed: int,
+    mlps: int,
     rank: int,
     double_quant: bool,
     targets: str,
@@ -151,6 +156,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
             "micro_batch_size": rows,
             "global_batch_size": rows,
             "gradient_checkpointing": checkpointed,
+            "mlp_checkpointing": mlps,
         },
     )
     config("llama", **shape).save_pretrained(tmp_path)
@@ -158,15 +164,18 @@ def test_forecast_and_measurement_agree_for_any_shape(
     assert_right(foreseen(made, workload), measured(made, workload))
 
 
-@pytest.mark.parametrize(("architecture", "checkpointing"), [("llama", True), ("qwen3", False), ("phi3", 5)])
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing", "mlps"),
+    [("llama", True, 0), ("qwen3", False, 0), ("phi3", 5, 0), ("qwen2", 4, 3), ("mistral", False, 5)],
+)
 def test_a_few_layers_tell_what_all_of_them_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, checkpointing: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, checkpointing: Any, mlps: int
 ) -> None:
     made = recipe(
         tmp_path,
         architecture,
         layers=11,
-        training={"gradient_checkpointing": checkpointing},
+        training={"gradient_checkpointing": checkpointing, "mlp_checkpointing": mlps},
         data={"held_out": 0},  # an evaluation is the same in every layer, and not stretched
     )
     stretched = foreseen(made, assumed(made))

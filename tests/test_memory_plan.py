@@ -11,7 +11,7 @@ from architectures_for_tests import recipe
 
 from qlora.base import load_tokenizer
 from qlora.data import load_dataset, training_batches
-from qlora.errors import OutOfMemoryError
+from qlora.errors import ModelError, OutOfMemoryError
 from qlora.memory.forecast import architecture, forecast
 from qlora.memory.outlook import estimate
 from qlora.memory.plan import Plan, needed, plan, sized
@@ -48,12 +48,36 @@ def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
     low, middle, high = (planned(made, budget) for budget in (smallest, 4 * MIB, 100 * MIB))
     for found in (low, middle, high):
         assert takes(found.apply(made)) == found.needed_bytes <= found.budget_bytes
-    assert (low.micro_batch_size, low.checkpointed_layers) == (1, 6)
-    assert (high.micro_batch_size, high.checkpointed_layers) == (4, 0)
-    # one layer more would not fit
-    assert 0 < middle.checkpointed_layers < 6
-    spared = with_training(middle.apply(made), gradient_checkpointing=middle.checkpointed_layers - 1)
-    assert takes(spared) > middle.budget_bytes
+    assert (low.micro_batch_size, low.checkpointed_layers, low.checkpointed_mlps) == (1, 6, 0)
+    assert (high.micro_batch_size, high.checkpointed_layers, high.checkpointed_mlps) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.8])
+def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
+    """MLPs are recomputed before whole layers are, and one part of one layer less would not fit."""
+    made = with_training(made, global_batch_size=1)
+    least, most = (takes(with_training(made, gradient_checkpointing=layers)) for layers in (6, 0))
+    found = planned(made, int(least + share * (most - least)))
+    whole, mlps = found.checkpointed_layers, found.checkpointed_mlps
+    assert takes(found.apply(made)) == found.needed_bytes <= found.budget_bytes
+    assert mlps > 0
+    assert whole == 0 or whole + mlps == 6
+    fewer = (whole - 1, mlps + 1) if whole else (0, mlps - 1)
+    spared = with_training(found.apply(made), gradient_checkpointing=fewer[0], mlp_checkpointing=fewer[1])
+    assert takes(spared) > found.budget_bytes
+
+
+def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "opt", layers=4, training={"global_batch_size": 1, "micro_batch_size": 1})
+    least, most = (takes(with_training(made, gradient_checkpointing=layers)) for layers in (4, 0))
+    found = planned(made, (least + most) // 2)
+    assert 0 < found.checkpointed_layers < 4
+    assert found.checkpointed_mlps == 0
+    wrong = with_training(made, gradient_checkpointing=False, mlp_checkpointing=True)
+    with pytest.raises(
+        ModelError, match=r"no layers whose MLP can be recomputed alone.*mlp_checkpointing=false"
+    ):
+        takes(wrong)
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) -> None:
@@ -67,7 +91,7 @@ def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_p
     tight = train(Recipe.load(file, [f"output={tmp_path}/tight", "training.memory=2MiB"]), terminal=False)
     assert plain.loss_after == pytest.approx(tight.loss_after, rel=1e-4)
     chosen = json.loads((tmp_path / "tight/run.json").read_text())["plan"]
-    assert chosen["gradient_checkpointing"] > 0
+    assert chosen["gradient_checkpointing"] + chosen["mlp_checkpointing"] > 0
     memory = json.loads((tmp_path / "tight/memory.json").read_text())
     assert memory["measured"]["total_bytes"] <= 2 * MIB
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)

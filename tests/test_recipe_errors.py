@@ -221,6 +221,7 @@ CASES = {
     "training: {save_every: null, keep_checkpoints: 3}": "has no effect with training.save_every: null",
     "optimizer: {name: lion, eps: 1e-6}": "optimizer.eps: has no effect with optimizer.name: lion",
     "tracking: {wandb: {mode: disabled, tags: [a]}}": "has no effect with tracking.wandb.mode: disabled",
+    "training: {mlp_checkpointing: 4}": "gradient_checkpointing: true recomputes every layer whole; set that to false",
     "training: {micro_batch_size: 3}": "global_batch_size (16) must be a multiple of micro_batch_size (3),",
     "training: {global_batch_size: 6}": "3:12: training.global_batch_size: global_batch_size (6) must be a",
     "optimizer: {warmup_steps: 9}\ntraining: {max_steps: 9}": "warmup_steps (9) must be below max_steps (9)",

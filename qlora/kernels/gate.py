@@ -10,6 +10,8 @@ from qlora.kernels.choice import Pass, numbers
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [N, I] and contiguous."""
+    assert gate.is_contiguous()
+    assert up.is_contiguous()
     product = torch.empty_like(gate)
     SILU_PRODUCT(gate, up, product)
     return product
@@ -17,6 +19,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
     """From `grad`, that of the product, the gradient of gate, in the place of `grad`, and that of up, in `d_up`."""
+    assert all(tensor.is_contiguous() for tensor in (gate, up, grad, d_up))
     SILU_GRADIENTS(gate, up, grad, d_up)
 
 

@@ -22,6 +22,8 @@ def normalize_gradient(
 
     With u = x * scale: scale * (g w - u * mean(g w u)).
     """
+    assert grad.is_contiguous()
+    residual = None if residual is None else residual.contiguous()  # autograd expands gradients of sums
     NORMALIZE_GRADIENT(grad, x.contiguous(), weight, eps, residual)
 
 

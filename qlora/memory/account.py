@@ -41,6 +41,7 @@ def account(
             "packing": recipe.data.packing,
             "supervised": workload.train.supervised,
             "checkpointed_layers": forecast.checkpointed_layers,
+            "checkpointed_mlps": forecast.checkpointed_mlps,
             "layers": forecast.layers,
             "loss_chunk": recipe.training.loss_chunk,
             "basis": workload.basis,

@@ -141,10 +141,12 @@ class Comparison:
     def workload(self) -> str:
         """What was computed: the batch, and how."""
         work = self.memory["workload"]
+        mlps = work.get("checkpointed_mlps")  # older records have none
         return (
             f"micro-batches of {work['micro_batch_size']} × {work['row_tokens']:,} tokens"
             f"{', packed' if work['packing'] else ''}, {work['supervised']:,} supervised ({work['basis']}); "
-            f"{work['checkpointed_layers']} of {work['layers']} layers checkpointed; "
+            f"{work['checkpointed_layers']} of {work['layers']} layers checkpointed"
+            f"{f', the MLP alone in {mlps}' if mlps else ''}; "
             f"loss in chunks of {work['loss_chunk']:,} tokens"
         )
 

@@ -7,7 +7,8 @@ constants.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from qlora.base import blueprint, compute_dtype, load_base, load_config
 from qlora.data import Batch
 from qlora.device import standing_for_cuda
 from qlora.errors import ModelError
+from qlora.llama import LlamaLayer, Recompute, quicken
 from qlora.memory import inventory
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
@@ -67,6 +69,8 @@ class Forecast:
     trace: Trace
     layers: int
     checkpointed_layers: int
+    checkpointed_mlps: int
+    """layers beside those of which the MLP alone is recomputed"""
     parameters: int
     """of the whole model, adapters not counted"""
     trained_parameters: int
@@ -83,7 +87,7 @@ class Architecture:
 
     config: Any
     model: PreTrainedModel
-    """on the meta device, adapted"""
+    """on the meta device, adapted, with our passes"""
     alike: bool
     """all decoder layers have the same parameters and the same attention"""
 
@@ -96,6 +100,17 @@ class Architecture:
     def layers(self) -> int:
         """Decoder layers."""
         return len(decoder_layers(self.model))
+
+    @property
+    def recomputed(self) -> tuple[float, float | None]:
+        """Products that a recomputed layer repeats, as a share of its forward pass, and those of its MLP alone.
+
+        The latter is None where the MLP cannot be recomputed alone.
+        """
+        layer = decoder_layers(self.model)[0]
+        if not isinstance(layer, LlamaLayer):
+            return 1.0, None
+        return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
 
 
 def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
@@ -110,7 +125,7 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
     adapt_as(model, recipe)
-    return Architecture(config, model, _alike(model, config))
+    return Architecture(config, quicken(model), _alike(model, config))
 
 
 def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bool) -> Forecast:
@@ -124,9 +139,9 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
 
     >>> forecast(recipe, assumed(recipe), architecture(recipe, cuda=True), cuda=True).total_bytes
     """
-    count = checkpointed(recipe, arch.layers)
-    kept, copies = _kept(arch, count)
-    small = _with_checkpointing(recipe, kept[0])
+    whole, mlps = checkpointed(recipe, arch.layers)
+    kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps))
+    small = _with_checkpointing(recipe, *kept[:2])
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         standing_for_cuda(cuda),
@@ -151,7 +166,8 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     return Forecast(
         Trace(rows, trace.marks),
         layers=arch.layers,
-        checkpointed_layers=count,
+        checkpointed_layers=whole,
+        checkpointed_mlps=mlps,
         parameters=total if recipe.adapter.method == "full" else total - trained,
         trained_parameters=trained,
     )
@@ -251,13 +267,13 @@ def _beside_the_tensors(rows: Rows) -> Row:
     return row
 
 
-def _kept(arch: Architecture, count: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-    """How many (checkpointed, other) layers are run, and which of them stand for how many more."""
-    rest = arch.layers - count
+def _kept(arch: Architecture, counts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """How many layers are run of each kind, of which there are `counts`, and which stand for how many more."""
     if not arch.alike:
-        return (count, rest), []
-    kept = min(count, KEPT_LAYERS), min(rest, KEPT_LAYERS)
-    copies = [(1, count - kept[0]), (kept[0] + 1, rest - kept[1])]
+        return list(counts), []
+    kept = [min(count, KEPT_LAYERS) for count in counts]
+    firsts = [0, *itertools.accumulate(kept)]
+    copies = [(first + 1, count - few) for first, count, few in zip(firsts, counts, kept, strict=False)]
     return kept, [(layer, missing) for layer, missing in copies if missing > 0]
 
 
@@ -287,8 +303,10 @@ def _dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
     return compute_dtype(recipe.base, torch.device("cuda" if cuda else "cpu"))
 
 
-def _with_checkpointing(recipe: Recipe, layers: int) -> Recipe:
-    training = recipe.training.model_copy(update={"gradient_checkpointing": layers})
+def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
+    training = recipe.training.model_copy(
+        update={"gradient_checkpointing": layers, "mlp_checkpointing": mlps}
+    )
     return recipe.model_copy(update={"training": training})
 
 

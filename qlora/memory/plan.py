@@ -1,9 +1,10 @@
 """A budget instead of knobs: the fastest way to run a recipe that is forecast to fit into so much memory.
 
 With a frozen base an optimizer step is two passes of matrix products over the tokens, forward and input
-gradients, and a third for every layer that is recomputed. What free memory can hold is therefore not recomputed:
-checkpointing all layers costs up to half as much again. Each pass also dequantizes every weight once, however few
-the tokens, which speaks for large micro-batches.
+gradients, and most of a third for every layer that is recomputed. What free memory can hold is therefore not
+recomputed: checkpointing all layers costs up to half as much again. Where memory falls short, layers first give up
+what their MLPs keep, and only when all have done so what their attention keeps: that costs a recompute of attention
+besides. Each pass also dequantizes every weight once, however few the tokens, which speaks for large micro-batches.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,8 @@ class Plan:
 
     micro_batch_size: int
     checkpointed_layers: int
+    checkpointed_mlps: int
+    """of the layers beside those"""
     layers: int
     loss_chunk: int
     needed_bytes: int
@@ -39,6 +42,7 @@ class Plan:
         return {
             "micro_batch_size": self.micro_batch_size,
             "gradient_checkpointing": self.checkpointed_layers,
+            "mlp_checkpointing": self.checkpointed_mlps,
             "loss_chunk": self.loss_chunk,
         }
 
@@ -49,14 +53,15 @@ class Plan:
     @property
     def why(self) -> str:
         """The plan in one line."""
-        recomputed = {0: "no layer", self.layers: f"all {self.layers} layers"}.get(
-            self.checkpointed_layers, f"{self.checkpointed_layers} of {self.layers} layers"
-        )
+        counts = {self.checkpointed_layers: "{} of {} layers", self.layers: "all {1} layers", 0: "no layer"}
+        recomputed = counts[self.checkpointed_layers].format(self.checkpointed_layers, self.layers)
+        mlps = f"mlp_checkpointing={self.checkpointed_mlps}, " if self.checkpointed_mlps else ""
+        more = f", the MLP alone in {self.checkpointed_mlps}" if self.checkpointed_mlps else ""
         unit = unit_for(self.budget_bytes)
         return (
             f"plan for {unit.text(self.budget_bytes)}: micro_batch_size={self.micro_batch_size}, "
-            f"gradient_checkpointing={self.checkpointed_layers} ({recomputed} recomputed), "
-            f"loss_chunk={self.loss_chunk}; forecast {unit.text(self.needed_bytes)}"
+            f"gradient_checkpointing={self.checkpointed_layers}, {mlps}loss_chunk={self.loss_chunk} "
+            f"({recomputed} recomputed{more}); forecast {unit.text(self.needed_bytes)}"
         )
 
 
@@ -82,12 +87,12 @@ def plan(
     fitting: list[Plan] = []
     total = recipe.training.global_batch_size
     for rows in (rows for rows in range(1, total + 1) if total % rows == 0):
-        least = search.run(rows, arch.layers, recipe.training.loss_chunk)
+        least = search.run(rows, search.levels, recipe.training.loss_chunk)
         if least.needed_bytes > budget_bytes:
             break
         fitting.append(least)
     if not fitting:
-        fitting = [search.run(1, arch.layers, SMALL_LOSS_CHUNK)]
+        fitting = [search.run(1, search.levels, SMALL_LOSS_CHUNK)]
         if fitting[0].needed_bytes > budget_bytes:
             unit = unit_for(budget_bytes)
             raise OutOfMemoryError(
@@ -95,53 +100,85 @@ def plan(
                 f"{unit.text(fitting[0].needed_bytes)} of {unit.text(budget_bytes)}. `qlora estimate` with "
                 "--gpu tells what else could be changed"
             )
-    best = search.fewest_checkpointed(fitting.pop())
+    best = search.least_work(fitting.pop())
     for least in reversed(fitting):
-        if search.work(replace(least, checkpointed_layers=0)) < search.work(best):
-            best = min(best, search.fewest_checkpointed(least), key=search.work)
-    if best.checkpointed_layers and best.loss_chunk > SMALL_LOSS_CHUNK:
+        if search.work(replace(least, checkpointed_layers=0, checkpointed_mlps=0)) < search.work(best):
+            best = min(best, search.least_work(least), key=search.work)
+    if search.level(best) and best.loss_chunk > SMALL_LOSS_CHUNK:
         # Smaller pieces of logits may make room for another layer
-        smaller = search.fewest_checkpointed(search.run(best.micro_batch_size, arch.layers, SMALL_LOSS_CHUNK))
+        smaller = search.least_work(search.run(best.micro_batch_size, search.levels, SMALL_LOSS_CHUNK))
         best = min(best, smaller, key=search.work)
     return best
 
 
 @dataclass(frozen=True)
 class _Search:
+    """Plans by level: how much is recomputed, one part of one layer after the other, MLPs first."""
+
     recipe: Recipe
     arch: Architecture
     workload_of: Callable[[Recipe], Workload]
     budget_bytes: int
     cuda: bool
 
-    def run(self, rows: int, checkpointed: int, loss_chunk: int) -> Plan:
+    @property
+    def levels(self) -> int:
+        """The level at which every layer is recomputed whole."""
+        _, mlp = self.arch.recomputed
+        return self.arch.layers * (1 if mlp is None else 2)
+
+    def level(self, plan: Plan) -> int:
+        """Where a plan stands between 0, nothing recomputed, and `levels`."""
+        return plan.checkpointed_layers * self.levels // self.arch.layers + plan.checkpointed_mlps
+
+    def run(self, rows: int, level: int, loss_chunk: int) -> Plan:
         """What these settings take."""
-        wanted = Plan(rows, checkpointed, self.arch.layers, loss_chunk, 0, self.budget_bytes)
+        layers = self.arch.layers
+        whole, mlps = (
+            (level, 0) if self.levels == layers else (max(0, level - layers), layers - abs(level - layers))
+        )
+        wanted = Plan(rows, whole, mlps, layers, loss_chunk, 0, self.budget_bytes)
         recipe = wanted.apply(self.recipe)
         found = forecast(recipe, self.workload_of(recipe), self.arch, cuda=self.cuda)
-        return Plan(rows, checkpointed, self.arch.layers, loss_chunk, needed(found), self.budget_bytes)
+        return replace(wanted, needed_bytes=needed(found))
 
-    def fewest_checkpointed(self, least: Plan) -> Plan:
-        """`least`, which fits with all layers checkpointed, with as many spared as the budget allows.
-
-        Live bytes fall by as much with every layer that is checkpointed, so the number is read off a line and
-        then proved.
-        """
-        most = self.run(least.micro_batch_size, 0, least.loss_chunk)
-        if most.needed_bytes <= self.budget_bytes:
-            return most
-        per_layer = max(1, (most.needed_bytes - least.needed_bytes) // self.arch.layers)
-        count = min(self.arch.layers, -((self.budget_bytes - most.needed_bytes) // per_layer))
-        while count < self.arch.layers:
-            found = self.run(least.micro_batch_size, count, least.loss_chunk)
-            if found.needed_bytes <= self.budget_bytes:
-                return found
-            count += max(1, (found.needed_bytes - self.budget_bytes) // per_layer)
+    def least_work(self, least: Plan) -> Plan:
+        """`least`, which fits with everything recomputed, with as much spared as the budget allows."""
+        layers = self.arch.layers
+        for level in range(0, self.levels, layers):
+            most = self.run(least.micro_batch_size, level, least.loss_chunk)
+            if most.needed_bytes <= self.budget_bytes:
+                return most
+            lower = least
+            if level + layers < self.levels:
+                lower = self.run(least.micro_batch_size, level + layers, least.loss_chunk)
+            if lower.needed_bytes <= self.budget_bytes:
+                return self._between(most, lower)
         return least
+
+    def _between(self, most: Plan, least: Plan) -> Plan:
+        """The lowest level that fits, of those between one that does not and one that does.
+
+        Live bytes fall by about as much with every level, so it is read off a line; its neighbours prove it.
+        """
+        low, high = self.level(most), self.level(least)
+        per_level = max(1, (most.needed_bytes - least.needed_bytes) // (high - low))
+        level = low - (self.budget_bytes - most.needed_bytes) // per_level
+        fits, fails = {high: least}, {low}
+        while low < level < high and level not in fits and level not in fails:
+            found = self.run(least.micro_batch_size, level, least.loss_chunk)
+            if found.needed_bytes <= self.budget_bytes:
+                fits[level] = found
+                level -= 1
+            else:
+                fails.add(level)
+                level += max(1, (found.needed_bytes - self.budget_bytes) // per_level)
+        return fits[min(fits)]
 
     def work(self, plan: Plan) -> tuple[float, int]:
         """Work of a step in tokens through all weights, and, among equals, the memory."""
-        passes = 2 + plan.checkpointed_layers / plan.layers
+        whole, mlp = self.arch.recomputed
+        passes = 2 + (whole * plan.checkpointed_layers + (mlp or 0) * plan.checkpointed_mlps) / plan.layers
         batch = self.workload_of(plan.apply(self.recipe)).train
         tokens = batch.input_ids.shape[1] * self.recipe.training.global_batch_size
         micro_batches = self.recipe.training.global_batch_size / plan.micro_batch_size

@@ -93,6 +93,7 @@ def conflicts(settings: Settings, given: Settings) -> list[Finding]:
         *_steps(settings, given),
         *_rows(settings),
         *_memory(settings),
+        *_checkpointing(settings, given),
         *_columns(settings),
         *_patterns(settings),
     ]
@@ -133,6 +134,15 @@ def _memory(settings: Settings) -> Iterator[Finding]:
             parse_size(memory)
         except ValueError as error:
             yield "training.memory", f"{error}, or auto for what is free"
+
+
+def _checkpointing(settings: Settings, given: Settings) -> Iterator[Finding]:
+    mlps, layers = settings.get("training.mlp_checkpointing"), settings.get("training.gradient_checkpointing")
+    if mlps and layers is True and "training.mlp_checkpointing" in given:
+        text = (
+            "gradient_checkpointing: true recomputes every layer whole; set that to false, or to some layers"
+        )
+        yield "training.mlp_checkpointing", text
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:

@@ -118,11 +118,13 @@ class Training(Section):
     global_batch_size: Count = 16
     """Rows, packed or not, an optimizer step (QLoRA, appendix B.2: 16); a multiple of `micro_batch_size`."""
     memory: Text | None = None
-    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next three keys; null: they hold."""
+    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next four keys; null: they hold."""
     micro_batch_size: Count = 4
     """Rows in one forward and backward pass: memory grows with it."""
     gradient_checkpointing: bool | CountOrZero = True
     """Recompute activations in the backward pass (arXiv:1604.06174), of all layers or of the first so many."""
+    mlp_checkpointing: bool | CountOrZero = False
+    """Of the other layers, if they are Llama-like, or of so many of them, recompute the MLP alone."""
     loss_chunk: Count = 1024
     """Trained tokens whose logits are in memory at once."""
     max_grad_norm: Positive = 0.3
