@@ -24,7 +24,7 @@ class StepFlops:
     head: float
     """forward and input gradient, supervised tokens only"""
     recompute: float
-    """everything in the layers a second time"""
+    """what is computed a second time in the layers"""
 
     @property
     def needed(self) -> float:
@@ -37,10 +37,19 @@ class StepFlops:
         return self.needed + self.recompute
 
 
+REPEATED = {
+    "nothing": 0,
+    "layers": 7,
+    "layers without down_proj": 6,
+    "gate and up": 2,
+}
+"""What a step computes twice -> how many of a layer's seven linears; more than two of them, attention too."""
+
+
 def step_flops(
-    shape: Shape, rank: int, lengths: Sequence[int], supervised: int, recompute: bool
+    shape: Shape, rank: int, lengths: Sequence[int], supervised: int, recompute: str = "nothing"
 ) -> StepFlops:
-    """Of a step over documents of `lengths` tokens, `supervised` of them with a label."""
+    """Of a step over documents of `lengths` tokens, `supervised` of them with a label; `recompute`: see REPEATED."""
     tokens = sum(lengths)
     linears = shape.linears()
     weights = shape.layers * sum(i * o for i, o in linears)
@@ -48,11 +57,15 @@ def step_flops(
     lora = shape.layers * rank * sum(i + o for i, o in linears)
     first_a = rank * sum(i for i, _ in linears[:3])
     squares = sum(length**2 for length in lengths) * shape.heads * shape.head_dim * shape.layers
-    again = tokens * (2 * weights + 2 * lora) + 2 * squares
+    count = REPEATED[recompute]
+    repeated = linears[4:6] if count == 2 else linears[:count]  # q, k, v, o, gate, up, down
+    again = sum(2 * tokens * (i * o + rank * (i + o)) for i, o in repeated) * shape.layers
+    if count > 2:
+        again += 2 * squares
     return StepFlops(
         base=tokens * (4 * weights - 2 * first_qkv),
         lora=tokens * (6 * lora - 2 * first_a),
         attention=7 * squares,
         head=4 * shape.hidden * shape.vocabulary * supervised,
-        recompute=again if recompute else 0.0,
+        recompute=again,
     )

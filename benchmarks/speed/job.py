@@ -36,7 +36,7 @@ class Job:
     lr: float
     max_grad_norm: float
     flags: tuple[str, ...] = ()
-    """of the contender: ckpt, packing, compile, liger, selective, offload"""
+    """of the contender: ckpt, mlp, packing, compile, liger, selective, offload"""
     started: float = 0.0
     """time.time() when the process was started"""
 

@@ -1,6 +1,6 @@
 """Where our own step spends its time, next to the least that its matrix products need.
 
-    python -m benchmarks.speed.profile --preset cpu [--ckpt]
+    python -m benchmarks.speed.profile --preset cpu [--ckpt | --mlp]
 
 One step under torch's profiler, its operators put into groups: products of the base, of A and B, of the head;
 attention; dequantization; the largest of the rest by name. Then, without the profiler, the processor time and page
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.speed.contenders import OURS, Contender
 from benchmarks.speed.contenders.qlora import Session
 from benchmarks.speed.flops import step_flops
 from benchmarks.speed.matmul import rate
@@ -34,7 +35,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
-    parser.add_argument("--ckpt", action="store_true", help="recompute activations")
+    parser.add_argument("--ckpt", action="store_true", help="recompute all layers")
+    parser.add_argument("--mlp", action="store_true", help="recompute the MLPs")
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--cache", default="~/.cache/qlora-speed")
@@ -43,7 +45,8 @@ def main() -> None:
     cache = str(Path(arguments.cache).expanduser())
     setting = Setting(preset, steps=STEPS + 1, dtype=arguments.dtype, cache=cache)
     prepared = prepare(setting)
-    job = prepared.job(setting, flags=("ckpt",) if arguments.ckpt else ())
+    flags = tuple(flag for flag in ("ckpt", "mlp") if getattr(arguments, flag))
+    job = prepared.job(setting, flags=flags)
     session = Session(job)
     steps = Workload.load(job.workload).steps
     session.step(0, steps[0])
@@ -57,7 +60,11 @@ def main() -> None:
     used = [processor_time(session, number, steps[number]) for number in range(2, STEPS)]
 
     needed = step_flops(
-        Shape.of(preset.config), job.rank, prepared.lengths[1], prepared.supervised[1], arguments.ckpt
+        Shape.of(preset.config),
+        job.rank,
+        prepared.lengths[1],
+        prepared.supervised[1],
+        Contender(OURS, flags).recomputed,
     )
     product_rate = rate(job)["both"]
     total = sum(groups.values())

@@ -116,9 +116,9 @@ def _score(comparison: Comparison, contender: Contender, answers: list[Answer]) 
     rates = [rate(answer, prepared.tokens, warmup) for answer in answers]
     middle = median(rates)
     tokens = sum(prepared.tokens)
-    shape, recompute = Shape.of(setting.preset.config), "ckpt" in contender.flags
+    shape = Shape.of(setting.preset.config)
     flops = [
-        step_flops(shape, setting.rank, lengths, supervised, recompute)
+        step_flops(shape, setting.rank, lengths, supervised, contender.recomputed)
         for lengths, supervised in zip(prepared.lengths, prepared.supervised, strict=True)
     ]
     # the machine's rate of the same round, so that a slow round is measured against a slow machine

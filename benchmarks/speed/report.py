@@ -166,7 +166,8 @@ def _speed(comparison: Comparison, found: Sequence[Score]) -> str:
         "",
         table(header, rows),
         "",
-        "`+ckpt` recomputes activations in the backward, the others keep them. Middle (least–most), over rounds; "
+        "`+ckpt` recomputes activations in the backward, `+mlp` those of the MLPs, the others keep them. Middle "
+        "(least–most), over rounds; "
         "seconds over all timed steps. Tokens are those of the data; positions count padding too. Peak memory is "
         "that of the timed steps, highest that of the whole process. The shares compare the operations that a step "
         "needs (with recompute: that it performs) with the rate of matrix products alone.",

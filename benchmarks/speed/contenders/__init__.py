@@ -1,6 +1,7 @@
 """Who competes, with which flags. Each contender is a program of its own: `python -m <its module> JOB.json`.
 
-Flags: `ckpt` recomputes the layers' activations in the backward (without it they are kept), `packing` puts
+Flags: `ckpt` recomputes the layers' activations in the backward (without it they are kept), `mlp`, of ours, only those
+of the MLPs, `packing` puts
 several documents into a row, `compile` is torch.compile, `liger` Liger's kernels, `selective` TRL's
 checkpointing that keeps attention, `offload` Unsloth's checkpointing with its activations on the host.
 """
@@ -24,6 +25,15 @@ class Contender:
         return " +".join((self.program.rsplit("/")[-1].removesuffix(".py"), *self.flags))
 
     @property
+    def recomputed(self) -> str:
+        """What it computes twice, as `flops.REPEATED` names it."""
+        if "mlp" in self.flags:
+            return "gate and up"
+        if "ckpt" not in self.flags:
+            return "nothing"
+        return "layers without down_proj" if self.program == OURS else "layers"
+
+    @property
     def command(self) -> list[str]:
         """What follows the interpreter on its command line."""
         if self.program.endswith(".py"):
@@ -40,14 +50,14 @@ def field(device: str, real: bool) -> list[Contender]:
 
     PEFT's documentation turns checkpointing on, so that contender has no other form.
     """
-    found = _of("qlora", "ckpt", "")
+    found = _of("qlora", "ckpt", "mlp", "")
     found += _of("peft_documented", "ckpt")
     found += _of("peft_tuned", "ckpt", "")
     found += _of("peft_compiled", "ckpt", "")
     found += _of("trainer", "ckpt", "", "compile")
     found += _of("trl", "ckpt", "")
     if real:
-        found += _of("qlora", "ckpt packing", "packing")
+        found += _of("qlora", "ckpt packing", "mlp packing", "packing")
         found += _of("trl", "ckpt packing", "packing")
     if device == "cuda":
         found += _of("trainer", "ckpt liger", "liger")

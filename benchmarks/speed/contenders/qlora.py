@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.speed.contenders import Contender
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
 from benchmarks.speed.workload import Document, Workload
@@ -20,7 +21,7 @@ from qlora.heap import keep_freed_memory
 from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Base
-from qlora.step import accumulate, checkpoint_layers, read_documents_if_apart
+from qlora.step import accumulate, checkpoint_layers, decoder_layers, read_documents_if_apart
 
 OPTIMIZER = "paged_adamw_32bit"
 
@@ -42,6 +43,8 @@ class Session:
         quicken(self.model)
         if "ckpt" in job.flags:
             checkpoint_layers(self.model)
+        elif "mlp" in job.flags:
+            checkpoint_layers(self.model, 0, len(decoder_layers(self.model)))
         self.optimizer = Optimizer(self.parameters, name=OPTIMIZER)
 
     def step(self, number: int, documents: Sequence[Document]) -> tuple[float, float, int]:
@@ -72,7 +75,7 @@ def train(job: Job, meter: Meter) -> Answer:
         {
             "lora_dtype": str(next(iter(parameters.values())).dtype),
             "optimizer": OPTIMIZER,
-            "activations": "recomputed" if "ckpt" in job.flags else "kept",
+            "recomputed": Contender("qlora", job.flags).recomputed,
         },
     )
 
