@@ -260,6 +260,7 @@ def test_contenders_are_chosen_by_name() -> None:
     assert len(set(names)) == len(names)
     assert [c.name for c in chosen("qlora,trl +ckpt", "cpu", real=False)] == [
         "qlora +ckpt",
+        "qlora +mlp",
         "qlora",
         "trl +ckpt",
     ]
