@@ -210,17 +210,17 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | LlamaL
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0) -> int:
+def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0) -> None:
     """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
 
     Of the `mlps` layers after those, the MLP alone is recomputed. Non-reentrant, so frozen embeddings need no
-    artificial gradient, and with the random state kept, so dropout draws the same mask twice. Returns how many
-    layers are checkpointed whole.
+    artificial gradient, and with the random state kept, so dropout draws the same mask twice.
     """
     found = decoder_layers(model)
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false"
+            f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false "
+            "and leave training.mlp_checkpointing out"
         )
     count = len(found) if layers is None else min(layers, len(found))
     for index, layer in enumerate(found):
@@ -232,12 +232,11 @@ def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0
             continue
         if alone:
             raise ModelError(
-                f"{type(model).__name__} has no layers whose MLP can be recomputed alone: "
+                f"{type(model).__name__} has no layers of ours, whose MLP can be recomputed alone: "
                 "set training.mlp_checkpointing=false"
             )
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    return count
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Compiles every kernel for the GPUs named on the command line (80 90 ...), down to their machine code, without one.
 
-Every pass is run on its example with the launch caught on the way, so what is compiled is what would be launched.
-Prints a line a kernel. For a process without Triton's interpreter.
+Every pass is run, with the launch caught on the way, on its example and on arguments as a training step has them; what
+Triton would specialise by the values of numbers is left general. Prints a line a kernel. For a process without
+Triton's interpreter.
 """
 
 import sys
@@ -63,6 +64,12 @@ if __name__ == "__main__":
     for work in passes:
         dtype = torch.float32 if work is softmax.LOSS else torch.bfloat16
         work.in_triton(*work.example(torch.device("cpu"), dtype))
+    rows = torch.empty(2, 16384, dtype=torch.bfloat16)
+    norm.NORMALIZE.in_triton(rows, torch.empty(16384), 1e-5, rows)  # wide, and an fp32 weight
+    norm.NORMALIZE_GRADIENT.in_triton(rows, rows, torch.empty(16384), 1e-5, None)
+    logits, targets = torch.empty(2, 151936), torch.zeros(2, dtype=torch.int64)
+    for gradient in (torch.empty(2, 151936, dtype=torch.bfloat16), None):
+        softmax.LOSS.in_triton(logits, targets, None, 1.0, gradient, torch.empty(2))
     for kernel, args, kwargs in launches:
         for target in map(int, sys.argv[1:]):
             print(kernel.fn.__name__, target, len(compiled(kernel, args, kwargs, target)))

@@ -100,7 +100,7 @@ def test_recomputed_layers_give_the_same_bits(
 ) -> None:
     model = quicken(model_of(config, torch.float32, dropout=dropout))
     loss, grads = pass_over(model, batch_of())
-    assert checkpoint_layers(model, layers, mlps) == layers
+    checkpoint_layers(model, layers, mlps)
     for _ in range(2):
         again, recomputed = pass_over(model, batch_of())
         assert torch.equal(loss, again)
@@ -206,13 +206,12 @@ def test_layers_that_compute_something_else_stay() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("layers", "mlps"), [(0, 0), (0, 3), (3, 0)])
 def test_a_step_on_a_gpu_is_the_same_with_kernels_and_without(
-    recompute: bool, monkeypatch: pytest.MonkeyPatch
+    layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = quicken(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).cuda()
-    if recompute:
-        checkpoint_layers(model)
+    checkpoint_layers(model, layers, mlps)
     loss, grads = pass_over(model, batch_of())
     monkeypatch.setenv("QLORA_KERNELS", "off")
     plain_loss, plain = pass_over(model, batch_of())

@@ -18,6 +18,7 @@ from qlora.memory import forecast as forecasting
 from qlora.memory.forecast import Forecast, architecture, forecast
 from qlora.memory.inventory import inventory
 from qlora.memory.live import LiveBytes, Trace
+from qlora.memory.parts import PARTS
 from qlora.memory.workload import Workload, assumed
 from qlora.model import adapt_as, layers_as, optimizer_of
 from qlora.optim.methods import METHODS
@@ -215,6 +216,9 @@ def test_a_gpu_pages_and_keeps_logits_in_fp32(tmp_path: Path) -> None:
     for found, part in ((cpu, "optimizer_state"), (gpu, "optimizer_state_paged")):
         assert found.trace.peak()[1][part] == 10 * found.trained_parameters
     assert gpu.trace.peak()[1]["device_context"] > 0
+    for found in (cpu, gpu):  # the scratch of dequantized weights has a part of its own on either
+        column = list(PARTS).index("dequantization")
+        assert found.trace.parts[:, column].max() > 0
     assert cpu.trace.peak()[1]["device_context"] == 0
 
 

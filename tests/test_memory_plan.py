@@ -48,7 +48,8 @@ def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
     low, middle, high = (planned(made, budget) for budget in (smallest, 4 * MIB, 100 * MIB))
     for found in (low, middle, high):
         assert takes(found.apply(made)) == found.needed_bytes <= found.budget_bytes
-    assert (low.micro_batch_size, low.checkpointed_layers, low.checkpointed_mlps) == (1, 6, 0)
+    assert low.micro_batch_size == 1
+    assert low.checkpointed_layers + low.checkpointed_mlps == 6
     assert (high.micro_batch_size, high.checkpointed_layers, high.checkpointed_mlps) == (4, 0, 0)
 
 
@@ -67,6 +68,17 @@ def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
     assert takes(spared) > found.budget_bytes
 
 
+@pytest.mark.parametrize("level", [3, 6, 9, 11])
+def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> None:
+    made = with_training(made, global_batch_size=1)
+    counts = (max(0, level - 6), 6 - abs(level - 6))
+    exactly = with_training(made, gradient_checkpointing=counts[0], mlp_checkpointing=counts[1])
+    found = planned(made, takes(exactly))
+    level_found = 2 * found.checkpointed_layers + found.checkpointed_mlps
+    assert level_found <= level
+    assert found.loss_chunk == made.training.loss_chunk
+
+
 def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
     made = recipe(tmp_path, "opt", layers=4, training={"global_batch_size": 1, "micro_batch_size": 1})
     least, most = (takes(with_training(made, gradient_checkpointing=layers)) for layers in (4, 0))
@@ -75,7 +87,7 @@ def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
     assert found.checkpointed_mlps == 0
     wrong = with_training(made, gradient_checkpointing=False, mlp_checkpointing=True)
     with pytest.raises(
-        ModelError, match=r"no layers whose MLP can be recomputed alone.*mlp_checkpointing=false"
+        ModelError, match=r"no layers of ours, whose MLP can be recomputed alone.*mlp_checkpointing=false"
     ):
         takes(wrong)
 
@@ -116,8 +128,11 @@ def test_a_resumed_run_keeps_its_plan(
     assert json.loads(Path(output, "run.json").read_text())["plan"] == before
 
 
-def test_changes_make_it_fit_and_the_cheapest_comes_first(made: Recipe) -> None:
-    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False)
+@pytest.mark.parametrize("mlps", [False, 2])
+def test_changes_make_it_fit_and_the_cheapest_comes_first(
+    made: Recipe, tmp_path: Path, mlps: bool | int
+) -> None:
+    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False, mlp_checkpointing=mlps)
     whole = takes(large)
     found = estimate(large, 600 * MIB)
     assert found.fits
@@ -126,12 +141,16 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(made: Recipe) -> None:
     context = found.needed_bytes - whole
     tight = estimate(large, context + whole // 2)
     assert not tight.fits
-    assert [change.settings[0].split("=")[0] for change in tight.changes][:2] == [
-        "training.micro_batch_size",
-        "training.gradient_checkpointing",
-    ]
+    beside = " training.mlp_checkpointing=false" if mlps else ""
+    assert tight.changes[0].settings[0].startswith("training.micro_batch_size=")
+    assert tight.changes[1].settings == (f"training.gradient_checkpointing=true{beside}",)
+    mild = estimate(large, context + takes(with_training(large, mlp_checkpointing=True)))
+    assert ("training.mlp_checkpointing=true",) in [change.settings for change in mild.changes]
     for change in tight.changes:
         assert change.needed_bytes <= context + whole // 2
+        file = tmp_path / "large.yaml"
+        file.write_text(large.to_yaml())
+        Recipe.load(file, " ".join(change.settings).split())  # what is advised is no contradiction
     nothing = estimate(large, context // 2)
     assert not nothing.changes
     assert "smaller model" in list(nothing.lines())[-1]

@@ -184,9 +184,9 @@ def test_checkpointing_changes_no_bit_of_the_gradients_even_with_dropout() -> No
     model = adapted("llama", dropout=0.2)
     batch = padded(rows([11, 6]))
     loss, plain = gradients(model, [batch])
-    assert checkpoint_layers(model) == 2
+    checkpoint_layers(model)
     checkpointed_loss, checkpointed = gradients(model, [batch])
-    assert checkpoint_layers(model, layers=1) == 1
+    checkpoint_layers(model, layers=1)
     _, partly = gradients(model, [batch])
     assert loss == checkpointed_loss
     for name in plain:

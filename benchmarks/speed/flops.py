@@ -38,12 +38,12 @@ class StepFlops:
 
 
 REPEATED = {
-    "nothing": 0,
-    "layers": 7,
-    "layers without down_proj": 6,
-    "gate and up": 2,
+    "nothing": slice(0),
+    "layers": slice(7),
+    "layers without down_proj": slice(6),
+    "gate and up": slice(4, 6),
 }
-"""What a step computes twice -> how many of a layer's seven linears; more than two of them, attention too."""
+"""What a step computes twice -> which of a layer's linears q, k, v, o, gate, up, down; with q, k, v attention too."""
 
 
 def step_flops(
@@ -57,10 +57,9 @@ def step_flops(
     lora = shape.layers * rank * sum(i + o for i, o in linears)
     first_a = rank * sum(i for i, _ in linears[:3])
     squares = sum(length**2 for length in lengths) * shape.heads * shape.head_dim * shape.layers
-    count = REPEATED[recompute]
-    repeated = linears[4:6] if count == 2 else linears[:count]  # q, k, v, o, gate, up, down
-    again = sum(2 * tokens * (i * o + rank * (i + o)) for i, o in repeated) * shape.layers
-    if count > 2:
+    repeated = REPEATED[recompute]
+    again = sum(2 * tokens * (i * o + rank * (i + o)) for i, o in linears[repeated]) * shape.layers
+    if linears[repeated][:3] == linears[:3]:
         again += 2 * squares
     return StepFlops(
         base=tokens * (4 * weights - 2 * first_qkv),

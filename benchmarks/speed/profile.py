@@ -35,8 +35,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
-    parser.add_argument("--ckpt", action="store_true", help="recompute all layers")
-    parser.add_argument("--mlp", action="store_true", help="recompute the MLPs")
+    recompute = parser.add_mutually_exclusive_group()
+    recompute.add_argument("--ckpt", action="store_true", help="recompute all layers")
+    recompute.add_argument("--mlp", action="store_true", help="recompute the MLPs")
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--cache", default="~/.cache/qlora-speed")
@@ -97,7 +98,7 @@ def _group(operator: str, shapes: Sequence[Sequence[int]], rank: int, vocabulary
         return "products with A and B" if rank in sizes else "products of the base"
     if "attention" in operator:
         return "attention, " + ("backward" if "backward" in operator else "forward")
-    if operator.startswith("bitsandbytes::"):
+    if operator.startswith(("bitsandbytes::", "_dequantize")):
         return "dequantization"
     if vocabulary in sizes:
         return "loss, elementwise"

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,75 +24,94 @@ class Pass:
     """A pass over memory in two forms, which write into (some of) the tensors that they are given.
 
     plain: in torch. kernel: its name in `in_triton`. example: small arguments to compare the two on; their
-    number of rows and columns should be no power of two.
+    number of rows and columns should be no power of two. exact: the two must agree to the bit.
     """
 
-    def __init__(self, plain: Form, kernel: str, example: Example) -> None:
-        self.plain, self.kernel, self.example = plain, kernel, example
+    def __init__(self, plain: Form, kernel: str, example: Example, *, exact: bool = False) -> None:
+        self.plain, self.kernel, self.example, self.exact = plain, kernel, example, exact
+        self._trusted: dict[tuple[torch.device, torch.dtype], bool] = {}
 
     def __call__(self, *arguments: Any) -> None:
         first: Tensor = arguments[0]
-        if not on_cuda(first) or first.dtype not in TOLERANCE or not enabled():
-            self.plain(*arguments)
-        elif isinstance(first, FakeTensor):
-            pass  # a forecast: the kernel takes no memory but its arguments
-        elif proven(self, first.device, first.dtype):
-            self.in_triton(*arguments)
-        else:
-            self.plain(*arguments)
+        if not on_cuda(first) or first.dtype not in TOLERANCE or not wanted():
+            return self.plain(*arguments)
+        if isinstance(first, FakeTensor):
+            return None  # a forecast: the kernel takes no memory but its arguments
+        place = first.device, first.dtype
+        if place not in self._trusted:
+            self._trusted[place] = True
+            self._judge(place, self._problem(*place))
+        if self._trusted[place]:
+            try:
+                return self.in_triton(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - it cannot be compiled for these shapes; nothing is written yet
+                self._judge(place, _text(error))
+        return self.plain(*arguments)
 
     @property
     def in_triton(self) -> Form:
         """The kernel, launched. Raises ImportError where there is no Triton."""
-        return getattr(kernels(), self.kernel)
+        from qlora.kernels import in_triton  # late, for Triton does not exist everywhere
+
+        return getattr(in_triton, self.kernel)
+
+    def difference(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What the two forms disagree in on the example; None if nothing."""
+        expected, found = self.example(device, dtype), self.example(device, dtype)
+        self.plain(*expected)
+        self.in_triton(*found)
+        for number, (right, ours) in enumerate(zip(expected, found, strict=True)):
+            if not isinstance(right, Tensor) or not right.is_floating_point():
+                continue
+            off = (right.double() - ours.double()).abs().max().item()
+            tolerance = 0.0 if self.exact else TOLERANCE[right.dtype]
+            if not off <= tolerance * right.double().abs().max().item():  # nan too
+                return f"argument {number} is off by {off:.2g}"
+        return None
+
+    def _problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        try:
+            return self.difference(device, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a compiler's, a driver's: whatever it is, there is another way
+            return _text(error)
+
+    def _judge(self, place: tuple[torch.device, torch.dtype], problem: str | None) -> None:
+        """Trust the kernel no longer if there is a problem, and say so."""
+        if problem is None:
+            return
+        self._trusted[place] = False
+        warnings.warn(
+            f"the kernel {self.kernel} does not run on {place[0]} as it should ({problem}); plain torch takes its "
+            "place, more slowly. Please report this; QLORA_KERNELS=off silences it",
+            stacklevel=3,
+        )
 
 
-def enabled() -> bool:
-    """Whether kernels are wanted at all: QLORA_KERNELS=off in the environment says no."""
-    return os.environ.get("QLORA_KERNELS") != "off"
-
-
-def kernels() -> ModuleType:
-    """The file of the kernels; imported late, for Triton does not exist everywhere."""
-    from qlora.kernels import in_triton
-
-    return in_triton
+def wanted() -> bool:
+    """Whether kernels are to be used: not with QLORA_KERNELS=off in the environment, nor where there is no Triton."""
+    return os.environ.get("QLORA_KERNELS") != "off" and _installed()
 
 
 @cache
-def proven(work: Pass, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel, on this device, does what the plain form does. Says so, once, where it does not."""
-    try:
-        problem = difference(work, device, dtype)
-    except Exception as error:  # noqa: BLE001 - a compiler's, a driver's: whatever it is, there is another way
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    if problem:
+def _installed() -> bool:
+    """Whether this machine has Triton, or no GPU that could want it: then it is asked about another one."""
+    found = find_spec("triton") is not None or not torch.cuda.is_available()
+    if not found:
         warnings.warn(
-            f"the kernel {work.kernel} does not run on {device} as it should ({problem}); plain torch takes its "
-            "place, more slowly. Please report this; QLORA_KERNELS=off silences it",
-            stacklevel=2,
+            "Triton is not installed: plain torch takes the place of kernels, more slowly", stacklevel=2
         )
-    return not problem
+    return found
 
 
-def difference(work: Pass, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the two forms disagree in on the pass's example; None if nothing."""
-    expected, found = work.example(device, dtype), work.example(device, dtype)
-    work.plain(*expected)
-    work.in_triton(*found)
-    for number, (right, ours) in enumerate(zip(expected, found, strict=True)):
-        if not isinstance(right, Tensor) or not right.is_floating_point():
-            continue
-        off = (right.double() - ours.double()).abs().max().item()
-        allowed = (
-            TOLERANCE[right.dtype if right.dtype in TOLERANCE else dtype] * right.double().abs().max().item()
-        )
-        if not off <= allowed:  # nan too
-            return f"argument {number} is off by {off:.2g}"
-    return None
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def numbers(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     """Normal numbers for an example: the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)

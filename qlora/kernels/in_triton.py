@@ -172,7 +172,7 @@ def _rotate(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)  # of all rows
     row, position = token // length, token % length
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    head, pair = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
     angle = (token if OWN_ANGLES else position) * 2 * half + pair
     c = tl.load(cos + angle, mask=pair < half, other=0.0).to(tl.float32)

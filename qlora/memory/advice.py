@@ -45,7 +45,7 @@ class Advisor:
         alone = []
         together: tuple[Recipe, tuple[str, ...]] = (self.recipe, ())
         for step in _STEPS:
-            for recipe, setting in step(self.recipe):
+            for recipe, setting in step(self.recipe, self.arch):
                 found = self._needed(recipe)
                 if found <= self.capacity_bytes:
                     alone.append(Change((setting,), found))
@@ -53,7 +53,7 @@ class Advisor:
         if alone:
             return alone
         for step in _STEPS:
-            furthest = list(step(together[0]))[-1:]
+            furthest = list(step(together[0], self.arch))[-1:]
             for recipe, setting in furthest:
                 together = recipe, (*together[1], setting)
                 found = self._needed(together[0])
@@ -107,23 +107,30 @@ class Advisor:
 Steps = Iterator[tuple[Recipe, str]]
 
 
-def _micro_batch(recipe: Recipe) -> Steps:
+def _micro_batch(recipe: Recipe, _: Architecture) -> Steps:
     size, total = recipe.training.micro_batch_size, recipe.training.global_batch_size
     for rows in (rows for rows in range(size - 1, 0, -1) if total % rows == 0):
         yield changed(recipe, micro_batch_size=rows), f"training.micro_batch_size={rows}"
 
 
-def _checkpointing(recipe: Recipe) -> Steps:
-    if recipe.training.gradient_checkpointing is not True:
-        yield changed(recipe, gradient_checkpointing=True), "training.gradient_checkpointing=true"
+def _checkpointing(recipe: Recipe, arch: Architecture) -> Steps:
+    training = recipe.training
+    if training.gradient_checkpointing is True:
+        return
+    _, mlp_alone = arch.recomputed
+    if mlp_alone is not None and training.mlp_checkpointing is not True:
+        yield changed(recipe, mlp_checkpointing=True), "training.mlp_checkpointing=true"
+    beside = " training.mlp_checkpointing=false" if training.mlp_checkpointing else ""
+    whole = changed(recipe, gradient_checkpointing=True, mlp_checkpointing=False)
+    yield whole, f"training.gradient_checkpointing=true{beside}"
 
 
-def _loss_chunk(recipe: Recipe) -> Steps:
+def _loss_chunk(recipe: Recipe, _: Architecture) -> Steps:
     if recipe.training.loss_chunk > SMALL_LOSS_CHUNK:
         yield changed(recipe, loss_chunk=SMALL_LOSS_CHUNK), f"training.loss_chunk={SMALL_LOSS_CHUNK}"
 
 
-def _optimizer(recipe: Recipe) -> Steps:
+def _optimizer(recipe: Recipe, _: Architecture) -> Steps:
     rule = "lion" if "lion" in recipe.optimizer.name else "adamw"
     names = [f"paged_{rule}_32bit", f"paged_{rule}_8bit"]
     if recipe.optimizer.name not in names:
@@ -131,7 +138,7 @@ def _optimizer(recipe: Recipe) -> Steps:
         yield recipe.model_copy(update={"optimizer": optimizer}), f"optimizer.name={names[0]}"
 
 
-def _rank(recipe: Recipe) -> Steps:
+def _rank(recipe: Recipe, _: Architecture) -> Steps:
     rank = recipe.adapter.rank
     while recipe.adapter.method == "lora" and (rank := rank // 2) >= SMALLEST_RANK:
         # the scaling stays, so that the learning rate still fits
@@ -141,7 +148,7 @@ def _rank(recipe: Recipe) -> Steps:
         yield recipe.model_copy(update={"adapter": adapter}), setting
 
 
-def _length(recipe: Recipe) -> Steps:
+def _length(recipe: Recipe, _: Architecture) -> Steps:
     length = recipe.data.max_length
     while (length := length // 2) >= SHORTEST_ROW:
         data = recipe.data.model_copy(update={"max_length": length})

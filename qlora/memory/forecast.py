@@ -107,7 +107,7 @@ class Architecture:
 
         The latter is None where the MLP cannot be recomputed alone.
         """
-        layer = decoder_layers(self.model)[0]
+        layer = next(iter(decoder_layers(self.model)), None)
         if not isinstance(layer, LlamaLayer):
             return 1.0, None
         return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)

@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.memory.parts import PARTS
 
 PHASES = ("forward", "loss", "backward", "update", "evaluation")
+PARTS_BY_NAME = {"loss": "logits_and_loss", "dequantization": "dequantization"}
+"""what is announced by these names belongs to a part of its own; a dequantization is no phase"""
 ROUNDING = 512
 """bytes; torch's CUDA allocator hands out multiples of this"""
 
@@ -126,7 +128,7 @@ class _Clock:
     @property
     def phase(self) -> str:
         """An evaluation is one phase, whatever goes on within it."""
-        known = [name for name in self.stack if name]
+        known = [name for name in self.stack if name in PHASES]
         return "evaluation" if "evaluation" in known else known[-1] if known else ""
 
     def mark(self, layer: int | None = None) -> None:
@@ -173,15 +175,15 @@ class LiveBytes(TorchDispatchMode):
                 self._see(tensor, part)
         return out
 
-    def _hear(self, name: str, args: tuple[Any, ...]) -> None:
-        if name.startswith("profiler::_record_function_enter"):
-            phase = args[0] if args[0] in PHASES else None
-            self.clock.stack.append(phase)
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if event.startswith("profiler::_record_function_enter"):
+            name = args[0] if args[0] in PHASES or args[0] in PARTS_BY_NAME else None
+            self.clock.stack.append(name)
         elif self.clock.stack:
-            phase = self.clock.stack.pop()
+            name = self.clock.stack.pop()
         else:
             return
-        if phase:
+        if name in PHASES:
             self.clock.mark()
 
     def _see(self, tensor: Tensor, part: str | None) -> None:
@@ -195,8 +197,9 @@ class LiveBytes(TorchDispatchMode):
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
         if size == 0:
             return
-        if part is None and "loss" in self.clock.stack:
-            part = "logits_and_loss"
+        announced = [PARTS_BY_NAME[name] for name in self.clock.stack if name in PARTS_BY_NAME]
+        if part is None and announced:
+            part = announced[-1]
         self.clock.now += 1
         block = _Block(size, self.clock.now, self.clock.phase, part)
         self._blocks.append(block)

@@ -20,10 +20,16 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
             f"training.micro_batch_size={training.micro_batch_size // 2}"
             if training.micro_batch_size > 1
             else "",
-            "" if training.gradient_checkpointing else "training.gradient_checkpointing=true",
+            "" if training.gradient_checkpointing is True else _whole_layers(recipe),
             f"data.max_length={recipe.data.max_length // 2}",
         ]
         raise OutOfMemoryError(
             f"the device is out of memory ({str(error).splitlines()[0]}). Try "
             + " or ".join(filter(None, advice))
         ) from error
+
+
+def _whole_layers(recipe: Recipe) -> str:
+    """The setting that recomputes every layer, as it fits beside the recipe's others."""
+    beside = " training.mlp_checkpointing=false" if recipe.training.mlp_checkpointing else ""
+    return f"training.gradient_checkpointing=true{beside}"

@@ -70,13 +70,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # One buffer for the logits of all chunks, and one for their gradients where those are of fewer bits
         rows_at_once = min(chunk, len(index))
         scratch = hidden.new_empty(rows_at_once, len(head), dtype=loss.dtype)
-        slopes = scratch if hidden.dtype == loss.dtype else torch.empty_like(scratch, dtype=hidden.dtype)
+        slopes = None
+        if any(wants):
+            slopes = scratch if hidden.dtype == loss.dtype else torch.empty_like(scratch, dtype=hidden.dtype)
         for part in index.split(chunk):
             rows, targets = hidden.index_select(0, part), labels.index_select(0, part)
             logits = _logits(rows, head, scratch[: len(part)])
             if bias is not None:
                 logits += bias
-            gradient = slopes[: len(part)] if any(wants) else None
+            gradient = None if slopes is None else slopes[: len(part)]
             loss += loss_and_gradient(logits, targets, softcap, logit_scale, gradient).sum()
             if gradient is None:
                 continue

@@ -35,7 +35,7 @@ def gated_mlp(
         linear.assert_frozen()
     grad = torch.is_grad_enabled()  # always False inside the function
     flat = [tensor for update in updates for tensor in update]
-    y: Tensor = _GatedMLP.apply(hidden, norm, linears, grad, keep, output, *flat)
+    y: Tensor = _GatedMLP.apply(hidden, norm, linears, grad, keep and grad, output, *flat)
     return y
 
 
@@ -60,8 +60,7 @@ class _GatedMLP(torch.autograd.Function):
         product = silu_product(gate, up)
         lows += to_ranks(product, linears[2:], updates[2:])
         ctx.save_for_backward(hidden, *flat, *([gate, up, *lows] if keep else []))
-        if not keep:
-            del gate, up
+        del gate, up
         (y,) = project(product, linears[2:], updates[2:], lows[2:], fold=grad)
         return y.add_(rows).view(hidden.shape)
 

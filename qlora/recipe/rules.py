@@ -138,7 +138,14 @@ def _memory(settings: Settings) -> Iterator[Finding]:
 
 def _checkpointing(settings: Settings, given: Settings) -> Iterator[Finding]:
     mlps, layers = settings.get("training.mlp_checkpointing"), settings.get("training.gradient_checkpointing")
-    if mlps and layers is True and "training.mlp_checkpointing" in given:
+    if settings.get("training.memory") is not None:
+        return  # both are chosen then
+    if mlps and settings.get("adapter.method") == "full":
+        yield (
+            "training.mlp_checkpointing",
+            "is for frozen layers with adapters; with adapter.method: full leave it out",
+        )
+    elif mlps and layers is True and "training.mlp_checkpointing" in given:
         text = (
             "gradient_checkpointing: true recomputes every layer whole; set that to false, or to some layers"
         )

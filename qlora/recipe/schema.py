@@ -124,7 +124,7 @@ class Training(Section):
     gradient_checkpointing: bool | CountOrZero = True
     """Recompute activations in the backward pass (arXiv:1604.06174), of all layers or of the first so many."""
     mlp_checkpointing: bool | CountOrZero = False
-    """Of the other layers, if they are Llama-like, or of so many of them, recompute the MLP alone."""
+    """Of the other layers, or of so many of them, recompute the MLP alone; for Llama-like layers only."""
     loss_chunk: Count = 1024
     """Trained tokens whose logits are in memory at once."""
     max_grad_norm: Positive = 0.3
