@@ -53,7 +53,7 @@ def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
     assert (high.micro_batch_size, high.checkpointed_layers, high.checkpointed_mlps) == (4, 0, 0)
 
 
-@pytest.mark.parametrize("share", [0.15, 0.4, 0.8])
+@pytest.mark.parametrize("share", [0.15, 0.6])
 def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
     """MLPs are recomputed before whole layers are, and one part of one layer less would not fit."""
     made = with_training(made, global_batch_size=1)
@@ -68,7 +68,7 @@ def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
     assert takes(spared) > found.budget_bytes
 
 
-@pytest.mark.parametrize("level", [3, 6, 9, 11])
+@pytest.mark.parametrize("level", [6, 9])
 def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> None:
     made = with_training(made, global_batch_size=1)
     counts = (max(0, level - 6), 6 - abs(level - 6))
@@ -128,11 +128,8 @@ def test_a_resumed_run_keeps_its_plan(
     assert json.loads(Path(output, "run.json").read_text())["plan"] == before
 
 
-@pytest.mark.parametrize("mlps", [False, 2])
-def test_changes_make_it_fit_and_the_cheapest_comes_first(
-    made: Recipe, tmp_path: Path, mlps: bool | int
-) -> None:
-    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False, mlp_checkpointing=mlps)
+def test_changes_make_it_fit_and_the_cheapest_comes_first(made: Recipe, tmp_path: Path) -> None:
+    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False, mlp_checkpointing=2)
     whole = takes(large)
     found = estimate(large, 600 * MIB)
     assert found.fits
@@ -141,9 +138,10 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(
     context = found.needed_bytes - whole
     tight = estimate(large, context + whole // 2)
     assert not tight.fits
-    beside = " training.mlp_checkpointing=false" if mlps else ""
     assert tight.changes[0].settings[0].startswith("training.micro_batch_size=")
-    assert tight.changes[1].settings == (f"training.gradient_checkpointing=true{beside}",)
+    assert tight.changes[1].settings == (
+        "training.gradient_checkpointing=true training.mlp_checkpointing=false",
+    )
     mild = estimate(large, context + takes(with_training(large, mlp_checkpointing=True)))
     assert ("training.mlp_checkpointing=true",) in [change.settings for change in mild.changes]
     for change in tight.changes:

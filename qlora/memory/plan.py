@@ -9,6 +9,7 @@ of 4,096 tokens on. Each pass also dequantizes every weight once, however few th
 micro-batches.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -109,10 +110,12 @@ def plan(
     for least in reversed(fitting):
         if search.work(replace(least, checkpointed_layers=0, checkpointed_mlps=0)) < search.work(best):
             best = min(best, search.least_work(least), key=search.work)
-    if search.level(best) and best.loss_chunk > SMALL_LOSS_CHUNK:
+    level = search.level(best)
+    if level and best.loss_chunk > SMALL_LOSS_CHUNK:
         # Smaller pieces of logits may make room for another layer
-        smaller = search.least_work(search.run(best.micro_batch_size, search.levels, SMALL_LOSS_CHUNK))
-        best = min(best, smaller, key=search.work)
+        smaller = search.run(best.micro_batch_size, level, SMALL_LOSS_CHUNK)
+        if smaller.needed_bytes < best.needed_bytes:
+            best = min(best, search.least_work(smaller), key=search.work)
     return best
 
 
@@ -138,7 +141,9 @@ class _Search:
         return plan.checkpointed_layers * (self.levels // max(1, self.arch.layers)) + plan.checkpointed_mlps
 
     def run(self, rows: int, level: int, loss_chunk: int) -> Plan:
-        """What these settings take."""
+        """What these settings take; each is forecast once."""
+        if (rows, level, loss_chunk) in self.known:
+            return self.known[rows, level, loss_chunk]
         layers = self.arch.layers
         whole, mlps = (
             (level, 0) if self.levels == layers else (max(0, level - layers), layers - abs(level - layers))
@@ -150,7 +155,7 @@ class _Search:
         return self.known[rows, level, loss_chunk]
 
     def least_work(self, least: Plan) -> Plan:
-        """`least`, which fits with everything recomputed, with as much spared as the budget allows."""
+        """`least`, which fits, with as much spared as the budget allows."""
         layers = self.arch.layers
         for level in range(0, self.levels, max(1, layers)):
             most = self.run(least.micro_batch_size, level, least.loss_chunk)
@@ -166,21 +171,25 @@ class _Search:
     def _between(self, most: Plan, least: Plan) -> Plan:
         """The lowest level that fits, of those between one that does not and one that does.
 
-        Live bytes fall by about as much with every level, so it is read off a line; its neighbours prove it.
+        Live bytes fall with the level, by about as much with each: it is read off a line, then proved by its
+        neighbour, else searched for.
         """
         low, high = self.level(most), self.level(least)
+
+        def fits(level: int) -> bool:
+            return self.run(least.micro_batch_size, level, least.loss_chunk).needed_bytes <= self.budget_bytes
+
         per_level = max(1, (most.needed_bytes - least.needed_bytes) // (high - low))
-        level = min(low - (self.budget_bytes - most.needed_bytes) // per_level, high - 1)
-        fits, fails = {high: least}, {low}
-        while low < level < high and level not in fits and level not in fails:
-            found = self.run(least.micro_batch_size, level, least.loss_chunk)
-            if found.needed_bytes <= self.budget_bytes:
-                fits[level] = found
-                level -= 1
-            else:
-                fails.add(level)
-                level = min(level + max(1, (found.needed_bytes - self.budget_bytes) // per_level), high - 1)
-        return fits[min(fits)]
+        guess = min(low - (self.budget_bytes - most.needed_bytes) // per_level, high - 1)
+        if guess > low and fits(guess):
+            high = guess
+            low = low if fits(guess - 1) else guess - 1
+        elif guess > low:
+            low = guess
+            high = guess + 1 if fits(guess + 1) else high
+        levels = range(low + 1, high + 1)
+        level = levels[bisect_left(levels, True, key=fits)]
+        return self.run(least.micro_batch_size, level, least.loss_chunk)
 
     def work(self, plan: Plan) -> tuple[float, int]:
         """Work of a step in tokens through all weights, and, among equals, the memory."""
