@@ -1,7 +1,7 @@
 """Training on a CPU: keep freed memory for the next operation.
 
 glibc gives every large block back to the system when it is freed, and gets it back page by page, each cleared
-anew: a twentieth of a step's processor time (`python -m benchmarks.speed.profile --ckpt`: 0.51 of 10.8 s).
+anew: a twentieth of a step's processor time (`python -m benchmarks.speed.profile --ckpt`: 0.49 of 10.0 s).
 """
 
 import ctypes

@@ -2,9 +2,9 @@
 
     python -m benchmarks.speed.profile --preset cpu [--ckpt | --mlp]
 
-One step under torch's profiler, its operators put into groups: products of the base, of A and B, of the head;
-attention; dequantization; the largest of the rest by name. Then, without the profiler, the processor time and page
-faults of a step. Prints a Markdown table.
+The processor time and page faults of a step; then one under torch's profiler, its operators put into groups: products
+of the base, of A and B, of the head; attention; dequantization; the largest of the rest by name. Prints a Markdown
+table. (The profiler comes last: what it allocates breaks up the heap, and every step after it pays page faults.)
 """
 
 import argparse
@@ -51,20 +51,20 @@ def main() -> None:
     session = Session(job)
     steps = Workload.load(job.workload).steps
     session.step(0, steps[0])
+    used = [processor_time(session, number, steps[number]) for number in range(1, STEPS - 1)]
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if job.device == "cuda" else [])]
     with profile(activities=activities, record_shapes=True) as recorded:
-        session.step(1, steps[1])
+        session.step(STEPS - 1, steps[STEPS - 1])
     groups = grouped(
         recorded.key_averages(group_by_input_shape=True), job.rank, Shape.of(preset.config).vocabulary
     )
-    used = [processor_time(session, number, steps[number]) for number in range(2, STEPS)]
 
     needed = step_flops(
         Shape.of(preset.config),
         job.rank,
-        prepared.lengths[1],
-        prepared.supervised[1],
+        prepared.lengths[STEPS - 1],
+        prepared.supervised[STEPS - 1],
         Contender(OURS, flags).recomputed,
     )
     product_rate = rate(job)["both"]
