@@ -12,24 +12,21 @@ Whatever is not a quantized linear (embeddings, norms, the output head) is held 
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from qlora import base_cache, bundled, nf4
+from qlora import base_cache, bundled, nf4, untrained
 from qlora.adapter.identity import BaseIdentity, quantization_of
-from qlora.adapter.targets import is_conv1d, is_linear, select
 from qlora.errors import ModelError
 from qlora.quantizer import cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
@@ -142,9 +139,11 @@ def load_base(
     device = torch.device(device)
     config = load_config(base) if config is None else config
     torch.manual_seed(seed)
-    build = {"pretrained": _pretrained, "synthetic": _synthetic, "random": _random}[base.init]
+    build = {"pretrained": _pretrained, "synthetic": untrained.synthetic, "random": untrained.random}[
+        base.init
+    ]
     with _quiet():
-        model = build(base, config, device)
+        model = build(base, config, device, compute_dtype(base, device))
     nf4.protect(model)
     model.base_identity = _identity(base, model, seed)
     model.config.use_cache = False
@@ -153,7 +152,7 @@ def load_base(
 
 def blueprint(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model without storage (on the meta device), nothing quantized: names, shapes and counts."""
-    with _quiet(), init_empty_weights(include_buffers=True):
+    with _quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
         ).train()
@@ -168,28 +167,27 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
     return replace(found, name=base.model, revision=base.revision)
 
 
-def _pretrained(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
+def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
     if prequantized is not None:
         require_nf4(base, prequantized)
     quantize = prequantized is None and base.quantization == "nf4"
     if not quantize or base.trust_remote_code:  # what foreign code makes of a checkpoint has no name
-        model = _read(base, device, quantize=quantize)
-        return model if prequantized is None else cast_dense(model, compute_dtype(base, device))
+        model = _read(base, device, dtype, quantize=quantize)
+        return model if prequantized is None else cast_dense(model, dtype)
     return base_cache.quantized(
         locate(base),
         _revision(base),
         block_size=base.block_size,
         double_quant=base.double_quant,
-        dtype=compute_dtype(base, device),
+        dtype=dtype,
         device=device,
-        make=lambda: _read(base, device, quantize=True),
+        make=lambda: _read(base, device, dtype, quantize=True),
     )
 
 
-def _read(base: Base, device: torch.device, *, quantize: bool) -> PreTrainedModel:
+def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: bool) -> PreTrainedModel:
     """The checkpoint as transformers reads it, its linears quantized on the way if `quantize`."""
-    dtype = compute_dtype(base, device)
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -260,80 +258,6 @@ def checkpoint_folder(base: Base) -> Path:
         return Path(snapshot_download(location, revision=_revision(base), allow_patterns=CHECKPOINT_FILES))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         raise ModelError(_load_problem(base, error)) from error
-
-
-def _random(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
-    dtype = compute_dtype(base, device)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=base.trust_remote_code
-        )
-    if base.quantization == "nf4":
-        _replace_linears(
-            model,
-            lambda weight: nf4.quantize(weight, block_size=base.block_size, double_quant=base.double_quant),
-        )
-    return model
-
-
-def _synthetic(base: Base, config: Any, device: torch.device) -> PreTrainedModel:
-    dtype = compute_dtype(base, device)
-    # Parameters without storage, but real buffers: rotary frequencies are computed, not loaded.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=base.trust_remote_code
-        )
-    generator = torch.Generator(device).manual_seed(torch.initial_seed())
-    std = getattr(config.get_text_config(), "initializer_range", None) or 0.02
-    if base.quantization == "nf4":
-        _replace_linears(
-            model,
-            lambda weight: nf4.synthetic_weight(
-                *weight.shape,
-                block_size=base.block_size,
-                double_quant=base.double_quant,
-                device=device,
-                generator=generator,
-                std=std,
-            ),
-            device=device,
-        )
-    _materialise(model, device, dtype, generator, std)
-    model.tie_weights()
-    for module in model.modules():  # the parameters are there already; model.to() cannot move fake ones
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return model
-
-
-def _replace_linears(
-    model: nn.Module, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
-) -> None:
-    """Every linear but the output head becomes an NF4 linear, one at a time; GPT-2's too, as on loading."""
-    for name in select(model, "all-linear"):
-        linear = model.get_submodule(name)
-        assert is_linear(linear)
-        weight = linear.weight.data.T if is_conv1d(linear) else linear.weight.data  # [out, in]
-        bias = None if linear.bias is None else linear.bias.data
-        if bias is not None and bias.is_meta:
-            bias = torch.zeros(bias.shape, dtype=bias.dtype, device=device)
-        model.set_submodule(name, nf4.NF4Linear(quantized(weight), bias))
-
-
-def _materialise(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, generator: torch.Generator, std: float
-) -> None:
-    """Real values for the parameters that still have none: norms one, biases zero, matrices normal."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                continue
-            value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if parameter.ndim > 1:
-                value.normal_(0.0, std, generator=generator)
-            else:
-                value.fill_(0.0 if "bias" in name else 1.0)
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _revision(base: Base) -> str:

@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, masking_utils
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from qlora.adapter.lora import trainable_parameters
 from qlora.attention import read_documents, reads_documents
@@ -30,6 +29,7 @@ from qlora.device import standing_for_cuda
 from qlora.errors import ModelError
 from qlora.llama import LlamaLayer, Recompute, quicken
 from qlora.memory import inventory
+from qlora.memory.faking import MetaKernels, as_packed, faked, keep_all_layers
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
@@ -154,6 +154,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         read_documents(model)
         adapt_as(model, small)
         layers_as(model, small)
+        keep_all_layers(model)
         step, evaluation = _traces(model, optimizer_of(model, small), workload, fake, recipe)
         standing = _standing(model, copies)
         optimizer, update = _trace_of_update(arch, recipe)
@@ -179,11 +180,11 @@ def _traces(
     """A step's passes and an evaluation, without what stands in memory all through the run."""
     known, chunk = inventory.inventory(model, optimizer), recipe.training.loss_chunk
     experts = any("experts" in name for name, _ in model.named_modules())
-    kernels = _MetaKernels() if experts else nullcontext()
+    kernels = MetaKernels() if experts else nullcontext()
 
     def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
-        with LiveBytes(known) as live, _layers_marked(model, live), kernels, _as_packed(batch):
-            run(_faked(batch, fake))
+        with LiveBytes(known) as live, _layers_marked(model, live), kernels, as_packed(batch):
+            run(faked(batch, fake))
         return live.trace().announced().without(_row(known))
 
     def step(batch: Batch) -> None:
@@ -310,38 +311,6 @@ def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
     return recipe.model_copy(update={"training": training})
 
 
-def _faked(batch: Batch, fake: FakeTensorMode) -> Batch:
-    positions = batch.position_ids
-    return replace(
-        batch,
-        input_ids=fake.from_tensor(batch.input_ids),
-        labels=fake.from_tensor(batch.labels),
-        position_ids=None if positions is None else fake.from_tensor(positions),
-    )
-
-
-@contextmanager
-def _as_packed(batch: Batch) -> Iterator[None]:
-    """Tell transformers whether rows hold several documents: it reads that from values, which fake tensors lack.
-
-    Where none does it needs no attention mask, and takes another way through attention.
-    """
-    positions = batch.position_ids
-    with unset_fake_temporarily():
-        several = positions is not None and bool((positions.diff(dim=-1) != 1).any())
-    original = masking_utils.find_packed_sequence_indices
-
-    def find(position_ids: Tensor) -> Tensor | None:
-        found = original(position_ids)
-        return found if several else None
-
-    masking_utils.find_packed_sequence_indices = find
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
 @contextmanager
 def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
     """Note in the trace when the passes enter and leave each decoder layer."""
@@ -372,25 +341,3 @@ def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _MetaKernels(TorchDispatchMode):
-    """Shapes of operations for which torch can tell them of some dtypes only."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard costs more than the mode
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            return _grouped_mm(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *_: Any) -> Tensor:
-    """The products of a mixture's experts: rows [N, K] by [E, K, M], or, for the weights, [K, N] by [N, M]."""
-    if b.ndim == 3:
-        return a.new_empty(a.shape[0], b.shape[2])
-    return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])

@@ -27,9 +27,15 @@ def tuned(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model with its adapter, and its optimizer."""
     model = adapted(load(job), job, getattr(torch, job.dtype))
     if "ckpt" in job.flags:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trainable, lr=job.lr, weight_decay=0.0, fused=True)
+
+
+def recompute(model: nn.Module) -> None:
+    """Every layer in the backward, by the name that this version of transformers has for it."""
+    named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{named}_checkpointing_enable")({"use_reentrant": False})
 
 
 def settings(model: nn.Module) -> dict[str, str]:
