@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from qlora.errors import ModelError
+from qlora.heap import grow_by_pages
 from qlora.recipe import Recipe
 
 Found = TypeVar("Found")
@@ -15,6 +16,7 @@ Found = TypeVar("Found")
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
     """This process and its device. Raises ModelError if the recipe wants a GPU and there is none."""
+    grow_by_pages()
     accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
     if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
         raise ModelError(

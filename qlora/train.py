@@ -119,6 +119,8 @@ class Session:
         adapt_as(model, recipe)
         layers_as(model, recipe)
         optimizer = optimizer_of(model, recipe)
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
         return cls(
             recipe, accelerator, tokenizer, dataset, batches, model, optimizer,
             memory.watched(model, optimizer), plan, [*notes, memory.note],

@@ -45,14 +45,14 @@ KEPT_LAYERS = 3
 
 FEW_CHUNKS = 3
 
-CUBLAS_WORKSPACE_BYTES = 32 * 2**20
-"""torch gives cuBLAS this on Hopper (8 MiB before it); assumed, not measured yet"""
+CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
+"""torch gives cuBLAS 32 MiB on Hopper (8 MiB before it), once for each thread that multiplies: forward, backward"""
 
 DEVICE_CONTEXT_BYTES = 550 * 10**6
 """CUDA context with torch's and bitsandbytes' kernels; assumed, not measured yet"""
 
 ALLOCATOR_SLACK = 0.03
-"""what torch's allocator reserves beyond what lives, as a share of what comes and goes; assumed"""
+"""what torch's allocator reserves beyond what lives, as a share of what comes and goes (`benchmarks/null_gpu`)"""
 
 Row = NDArray[np.int64]
 """[parts]"""

@@ -40,12 +40,13 @@ class FlatGroup:
             self.size += -(-parameter.numel() // BLOCK_SIZE) * BLOCK_SIZE
 
         self.value = torch.zeros(self.size, dtype=first.dtype, device=self.device)
-        self.gradient = torch.zeros_like(self.value)
-        self._gradient_views: list[Tensor] = []
         for name, parameter in self.parameters.items():
             view = self._view(self.value, name)
             view.copy_(parameter.detach())
             parameter.data = view
+        self.gradient = torch.zeros_like(self.value)  # only now: what the parameters were is free again
+        self._gradient_views: list[Tensor] = []
+        for name, parameter in self.parameters.items():
             parameter.grad = self._view(self.gradient, name)
             self._gradient_views.append(parameter.grad)
 
