@@ -2,7 +2,8 @@
 
 transformers' models call attention by the name in their config. `read_documents` gives ours to a model; where a
 pass then comes with `document_lengths`, each document attends on its own: in one kernel over all of them on a
-GPU, one call a document elsewhere. Passes without, such as generation, get transformers' SDPA as before.
+GPU, one call a document elsewhere. Rows that are one document each come with no lengths, (), and attend as they are.
+Passes without the word, such as generation, get transformers' SDPA as before.
 """
 
 from inspect import signature
@@ -39,11 +40,24 @@ def read_documents(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
+def _no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions is passed on as it is: without one, transformers would read the positions to build one.
+
+    On a GPU that means to wait for it before every forward pass.
+    """
+    return torch.empty(1, 1, 0, 0, device=device)
+
+
+def of_whole_rows(length: int, device: torch.device) -> dict[str, Any]:
+    """What a forward pass over rows that are one document each is called with besides."""
+    positions = torch.arange(length, device=device)[None]
+    return {"attention_mask": _no_mask(device), "position_ids": positions, "document_lengths": ()}
+
+
 def arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """What a forward pass over documents of these lengths, end to end in one row, is called with besides."""
     return {
-        # A mask of four dimensions is passed on as it is: without one, transformers would build one from the positions
-        "attention_mask": torch.empty(1, 1, 0, 0, device=device),
+        "attention_mask": _no_mask(device),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(
             device, non_blocking=True
         ),
@@ -69,8 +83,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """query, key, value [B, heads, T, d] (fewer heads in key and value) -> [B, T, heads, d], as transformers wants it.
 
-    `document_lengths`: tokens of each document, all together T; B is 1 then. `document_ends`: where each ends,
-    0 first, int32 on the device.
+    `document_lengths`: tokens of each document, all together T; B is 1 then. (): every row is one. `document_ends`:
+    where each ends, 0 first, int32 on the device.
     """
     if document_lengths is None:
         return sdpa_attention_forward(
@@ -84,6 +98,8 @@ def attend(
             sliding_window=sliding_window,
             **kwargs,
         )
+    if not document_lengths:
+        return _attend_alone(query, key, value, dropout, scaling, sliding_window), None
     if on_cuda(query) and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _attend_all(
             query, key, value, document_ends, max(document_lengths), scaling, sliding_window
@@ -115,7 +131,7 @@ def _attend_all(
 def _attend_alone(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """One document: [1, heads, T, d] each -> [1, T, heads, d]."""
+    """One document a row: [B, heads, T, d] each -> [B, T, heads, d]."""
     length, mask = query.shape[2], None
     if window is not None and length > window:
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device)

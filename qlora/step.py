@@ -92,9 +92,12 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     device = next(model.parameters()).device
     more: dict[str, object] = {}
-    if model.config._attn_implementation == attention.NAME and not batch.plain:  # type: ignore[union-attr]
-        batch, lengths = batch.end_to_end()
-        more = attention.arguments(lengths, device)
+    if model.config._attn_implementation == attention.NAME:  # type: ignore[union-attr]
+        if batch.plain:
+            more = attention.of_whole_rows(batch.input_ids.shape[1], device)
+        else:
+            batch, lengths = batch.end_to_end()
+            more = attention.arguments(lengths, device)
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
     batch = batch.to(device)

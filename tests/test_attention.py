@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    masking_utils,
 )
 
 from qlora.attention import NAME, arguments, attend, reads_documents
@@ -95,6 +96,22 @@ def test_a_packed_or_padded_batch_costs_what_its_documents_cost(config: Any) -> 
         torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
     loss.backward()
     assert model.get_input_embeddings().weight.grad.any()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_whole_rows_cost_the_same_and_are_never_asked_for_a_mask(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads its masks from values on the device: a GPU would be waited for in every forward pass."""
+    model, batch = model_of(config), rows_of([9], [9])
+    expected = loss_sum(model, batch)
+    read_documents_if_apart(model)
+
+    def forbidden(*_: Any) -> Tensor:
+        raise AssertionError("a mask is built")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", forbidden)
+    torch.testing.assert_close(loss_sum(model, batch), expected, rtol=1e-6, atol=0)
 
 
 def test_padding_is_never_computed() -> None:

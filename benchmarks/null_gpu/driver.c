@@ -35,7 +35,7 @@ CUresult cuLaunchKernel(CUfunction f, unsigned a, unsigned b, unsigned c, unsign
 // Memory in pages, for torch's expandable segments
 CUresult cuMemGetAllocationGranularity(size_t *n, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags f) { *n = 2 << 20; return CUDA_SUCCESS; }
 CUresult cuMemAddressReserve(CUdeviceptr *p, size_t n, size_t alignment, CUdeviceptr at, unsigned long long f) {
-    void *start = mmap(NULL, n, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *start = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
     nullgpu_addresses(start, n);
     *p = (CUdeviceptr)start;

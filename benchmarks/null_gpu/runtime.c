@@ -1,6 +1,6 @@
 // A CUDA runtime that computes nothing, loaded before the real one: see README.md.
 //
-// Memory is handed out and counted, but nothing is ever written to it; kernels and products are counted, not run.
+// Memory is handed out and counted, but hardly ever touched; kernels and products are counted, not run.
 // What is not here or in driver.c succeeds and does nothing.
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -102,17 +102,21 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
     return cudaSuccess;
 }
 
-// Copies: nothing is ever written to the device, and whatever is read from it is zero -----------------
+// Copies: of what comes from the host only short texts are kept, such as bitsandbytes' description of a weight; a number
+// that is read from the device, which a kernel should have written, is zero ------------------------------------------
+enum { NUMBER = 64, TEXT = 4096 };
 static cudaError_t copy(void *to, const void *from, size_t n, int waits) {
     enum cudaMemoryType there = kind_of(to), here = kind_of(from);
     int to_device = there == cudaMemoryTypeDevice, from_device = here == cudaMemoryTypeDevice;
     if (to_device && !from_device) {
         COUNT(TO_DEVICE);
         waits |= here == cudaMemoryTypeUnregistered;  // pageable memory: the copy is staged by the host
+        if (n > NUMBER && n <= TEXT) memcpy(to, from, n);
     } else if (from_device && !to_device) {
         COUNT(TO_HOST);
         waits |= there == cudaMemoryTypeUnregistered;
-        memset(to, 0, n);
+        if (n <= NUMBER) memset(to, 0, n);
+        else memcpy(to, from, n);
     } else if (from_device) {
         COUNT(LAUNCHES);
     } else {
@@ -150,7 +154,7 @@ cudaError_t cudaGetDevice(int *n) { *n = 0; return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *n) { *n = 13000; return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);
-    strcpy(p->name, "no GPU: computes nothing");
+    strcpy(p->name, "null GPU");
     p->major = 9, p->minor = 0, p->warpSize = 32, p->multiProcessorCount = 132, p->totalGlobalMem = total_bytes();
     p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048, p->regsPerBlock = p->regsPerMultiprocessor = 65536;
     p->sharedMemPerBlock = 49152, p->sharedMemPerBlockOptin = 232448, p->sharedMemPerMultiprocessor = 233472;

@@ -17,7 +17,7 @@ from qlora import attention
 from qlora.adapter import adapt, trainable_parameters
 from qlora.base import load_base
 from qlora.data import Batch, Batches, Example
-from qlora.heap import keep_freed_memory
+from qlora.heap import grow_by_pages, keep_freed_memory
 from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Base
@@ -33,6 +33,8 @@ class Session:
         self.job = job
         if job.device == "cpu":
             keep_freed_memory()
+        else:
+            grow_by_pages()
         self.model = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
         read_documents_if_apart(self.model)
         adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
@@ -46,6 +48,8 @@ class Session:
         elif "mlp" in job.flags:
             checkpoint_layers(self.model, 0, len(decoder_layers(self.model)))
         self.optimizer = Optimizer(self.parameters, name=OPTIMIZER)
+        if job.device == "cuda":
+            torch.cuda.empty_cache()
 
     def step(self, number: int, documents: Sequence[Document]) -> tuple[float, float, int]:
         """One optimizer step: its loss, its gradient norm, the positions that went through the model."""

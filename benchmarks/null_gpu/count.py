@@ -1,0 +1,83 @@
+"""What a step of ours asks of a GPU: launches, products, copies, and how often the host waits.
+
+    python -m benchmarks.null_gpu -m benchmarks.null_gpu.count [--preset llama-3.1-8b]
+
+Prints a Markdown table over ways to lay out and to recompute. The host's seconds are those of this machine.
+"""
+
+import argparse
+import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.contenders.qlora import Session
+from benchmarks.speed.prepare import Setting, prepare
+from benchmarks.speed.presets import PRESETS
+from benchmarks.speed.report import table
+from benchmarks.speed.workload import Document, Workload
+from qlora.step import checkpoint_layers, decoder_layers
+
+COLUMNS = ("launches", "products among them", "waits", "copies to the device", "to the host")
+"""in the order of runtime.c"""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", default="llama-3.1-8b", choices=PRESETS)
+    parser.add_argument("--cache", default="~/.cache/qlora-null-gpu/bases")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device: start this by `python -m benchmarks.null_gpu -m ...`")
+    preset = PRESETS[arguments.preset]
+    setting = Setting(preset, steps=1, cache=str(Path(arguments.cache).expanduser()))
+    job = prepare(setting).job(setting)
+    session = Session(job)
+    whole = Workload.load(job.workload).steps[0]
+    layers = len(decoder_layers(session.model))
+    forms = {
+        "rows without padding": (whole, (0, 0)),
+        "  MLPs recomputed": (whole, (0, layers)),
+        "  all layers recomputed": (whole, (layers, 0)),
+        "rows of different lengths": ([shortened(document, n) for n, document in enumerate(whole)], (0, 0)),
+    }
+    rows = []
+    for name, (documents, recomputed) in forms.items():
+        checkpoint_layers(session.model, *recomputed)
+        session.step(0, documents)  # warms up
+        counts = [0] * len(COLUMNS)
+        started = time.perf_counter()
+        with counted(counts):
+            session.step(1, documents)
+        rows.append([name, *(f"{count:,}" for count in counts), f"{time.perf_counter() - started:.2f}"])
+    print(f"{preset.name}, {preset.sequences} x {preset.length:,} tokens, one micro-batch, {layers} layers\n")
+    print(table(["a step", *COLUMNS, "host, s"], rows))
+
+
+def shortened(document: Document, by: int) -> Document:
+    """The document without its last `by` tokens."""
+    stop = len(document.input_ids) - by
+    return Document(document.input_ids[:stop], document.labels[:stop])
+
+
+@contextmanager
+def counted(counts: list[int]) -> Iterator[None]:
+    """Adds to `counts` what happens within."""
+    before = _counters()
+    yield
+    for number, (earlier, later) in enumerate(zip(before, _counters(), strict=True)):
+        counts[number] += later - earlier
+
+
+def _counters() -> list[int]:
+    found = (ctypes.c_uint64 * len(COLUMNS))()
+    ctypes.CDLL(None).nullgpu_counters(found)
+    return list(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What ours and its peers take of a GPU, by torch's own allocator: no losses, no speed.
+
+    python -m benchmarks.null_gpu -m benchmarks.null_gpu.peers --preset llama-3.1-8b
+
+The contenders of `benchmarks.speed`, each in a fresh process, three steps. Prints a Markdown table: the most that a
+step held (allocated) and took from the driver for it (reserved), and the same of the whole process, loading included;
+and the host's seconds a step, which is what a GPU must take at least to hide them.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.contenders import Contender, chosen
+from benchmarks.speed.prepare import Setting
+from benchmarks.speed.presets import PRESETS
+from benchmarks.speed.report import table
+from benchmarks.speed.rounds import Runner
+
+GIB = 2**30
+WARMUP, STEPS = 1, 3
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", default="llama-3.1-8b", choices=PRESETS)
+    parser.add_argument("--sequences", type=int)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--contenders")
+    parser.add_argument("--cache", default="~/.cache/qlora-null-gpu/bases")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device: start this by `python -m benchmarks.null_gpu -m ...`")
+    preset = PRESETS[arguments.preset].change(sequences=arguments.sequences, length=arguments.length)
+    setting = Setting(preset, steps=WARMUP + STEPS, cache=str(Path(arguments.cache).expanduser()))
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        runner, folder = Runner(), Path(scratch)
+        job = runner.prepare(setting, folder).job(setting, warmup=WARMUP)
+        for contender in chosen(arguments.contenders, "cuda", real=False):
+            answer = runner.run(contender, job, folder)
+            rows.append(row(contender, answer.memory, answer.seconds, answer.error))
+            print(*rows[-1], flush=True)
+    print(f"\n{preset.name}, {preset.sequences} x {preset.length:,} tokens\n")
+    columns = (
+        "step, allocated",
+        "step, reserved",
+        "process, allocated",
+        "process, reserved",
+        "host, s a step",
+    )
+    print(table(["GiB", *columns], rows))
+
+
+def row(contender: Contender, memory: dict[str, int], seconds: list[float], error: str | None) -> list[str]:
+    """One line of the table."""
+    if error is not None:
+        return [contender.name, error.splitlines()[0][:80], "", "", "", ""]
+    most = [
+        memory["train_allocated"],
+        memory["train_reserved"],
+        max(size for name, size in memory.items() if name.endswith("_allocated")),
+        max(size for name, size in memory.items() if name.endswith("_reserved")),
+    ]
+    return [contender.name, *(f"{size / GIB:.2f}" for size in most), f"{min(seconds[WARMUP:]):.2f}"]
+
+
+if __name__ == "__main__":
+    main()
