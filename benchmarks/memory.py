@@ -195,14 +195,16 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
     length = min(row["tokens"] for row in rows)
     shown = [row for row in rows if row["tokens"] == length]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    measured_on = f"measured on a {device}" + (", without a driver's share" if device == "null GPU" else "")
     figure, axes = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
-    colours = {"documents": "#c3c9cf", "forecast": "#2b5a8c", "measured": "#a8480f"}
+    colours = {"documents": "#c3c9cf", "forecast": "#2b5a8c", measured_on: "#a8480f"}
     for place, row in enumerate(shown):
         real = (row["measured"] or {}).get("total_bytes")
         bars = {
             "documents": row["documents_bytes"],
             "forecast": row["forecast"]["total_bytes"],
-            "measured": real,
+            measured_on: real,
         }
         for offset, (name, size) in enumerate(bars.items()):
             if size:

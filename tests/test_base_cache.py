@@ -39,10 +39,10 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
     read = qlora.base._read
 
-    def logged(base: Base, device: torch.device, *, quantize: bool) -> Any:
+    def logged(base: Base, *rest: Any, quantize: bool) -> Any:
         if quantize:
             log.append(base.model)
-        return read(base, device, quantize=quantize)
+        return read(base, *rest, quantize=quantize)
 
     monkeypatch.setattr(qlora.base, "_read", logged)
     return log

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from memory_for_tests import llama_7b, tiny, whole_model
 from typer.testing import CliRunner
@@ -276,6 +276,7 @@ def test_a_long_run_keeps_its_extremes_and_gets_a_mean() -> None:
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(1, 6))
+@example(6925363.0, 1e-9, 1)
 def test_ticks_are_few_evenly_apart_and_enclose(low: float, span: float, count: int) -> None:
     found = curves.ticks(low, low + span, count)
     assert found[0] <= low + 1e-6 * span + 1e-6 * abs(low)

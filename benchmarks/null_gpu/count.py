@@ -34,7 +34,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device: start this by `python -m benchmarks.null_gpu -m ...`")
     preset = PRESETS[arguments.preset]
-    setting = Setting(preset, steps=1, cache=str(Path(arguments.cache).expanduser()))
+    setting = Setting(preset, steps=2, cache=str(Path(arguments.cache).expanduser()))
     job = prepare(setting).job(setting)
     session = Session(job)
     whole = Workload.load(job.workload).steps[0]

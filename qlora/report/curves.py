@@ -164,7 +164,7 @@ def _value(point: Point) -> float:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` + 1 round numbers from at or below `low` to at or above `high`, evenly apart."""
-    if high <= low:
+    if high - low <= 1e-9 * abs(low):  # nothing, or too little to be written in twelve digits
         high = low + (abs(low) or 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
