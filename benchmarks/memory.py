@@ -3,6 +3,8 @@
     python benchmarks/memory.py                        forecasts: any machine, a minute or two
     python benchmarks/memory.py --measure              where there is a GPU: also runs QLoRA and measures it
 
+Then the ways to spend less or more of it, at Llama 3.1: what is recomputed, and what is kept on the host.
+
 Writes benchmarks/reports/memory_<device>_<yyyy-mm>.md, .json and .png. The setting is that of the QLoRA paper's
 figure 6: one row of 512 tokens, rank 64 on all linear layers, all layers checkpointed; and the same at 2,048 tokens.
 Weights are synthetic: real shapes, random NF4 codes.
@@ -24,6 +26,7 @@ from qlora.memory.outlook import estimate
 from qlora.recipe import Recipe
 
 MODELS = {"7B": "llama-7b", "13B": "llama-13b", "33B": "llama-33b", "65B": "llama-65b"}
+RECIPES = {**MODELS, "Llama 3.1 8B": "llama-3.1-8b", "Llama 3.1 70B": "llama-3.1-70b"}
 LENGTHS = (512, 2048)
 PAPER_GB = {"7B": 6.9, "13B": 11.3, "33B": 24.7, "65B": 45.0}
 """QLoRA (Dettmers et al. 2023), figure 6, at 512 tokens, GB; read off a secondary source, not checked by us"""
@@ -39,6 +42,16 @@ METHODS = {
     "LoRA": ["base.quantization=none", "adapter.rank=64", "adapter.targets=all-linear"],
     "QLoRA": ["adapter.rank=64", "adapter.targets=all-linear"],
 }
+HOST = ["training.offload=true", "base.embedding=host"]
+WAYS: dict[str, list[str]] = {
+    "nothing recomputed": ["training.gradient_checkpointing=false"],
+    "MLPs recomputed": ["training.gradient_checkpointing=false", "training.mlp_checkpointing=true"],
+    "all layers recomputed": [],
+    "and their inputs on the host": ["training.offload=true"],
+    "and the embedding": HOST,
+}
+LONG = [("Llama 3.1 8B", 16384), ("Llama 3.1 8B", 65536), ("Llama 3.1 70B", 4096)]
+"""models and row lengths at which the last three ways are looked at"""
 REPORTS = Path(__file__).parent / "reports"
 GIB = 2**30
 
@@ -59,10 +72,13 @@ def main() -> None:
         for length in arguments.lengths
         for method in METHODS
     ]
+    cells = [("Llama 3.1 8B", 4096, way) for way in WAYS]
+    cells += [(model, length, way) for model, length in LONG for way in list(WAYS)[-3:]]
+    ways = [row(model, "QLoRA", length, arguments.measure, way) for model, length, way in cells]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
     name = f"memory_{device.lower().replace(' ', '-')}_{datetime.now(UTC):%Y-%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), "rows": rows}
+    content = {"environment": environment(), "rows": rows, "ways": ways}
     (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     picture(rows, arguments.out / f"{name}.png")
     text = markdown(content, name)
@@ -70,15 +86,18 @@ def main() -> None:
     print(text)
 
 
-def row(model: str, method: str, length: int, measure: bool) -> dict[str, Any]:
+def row(
+    model: str, method: str, length: int, measure: bool, way: str = "all layers recomputed"
+) -> dict[str, Any]:
     """One cell of the comparison: bytes by the documents, by the forecast, and measured."""
-    overrides = [*COMMON, *METHODS[method], f"data.max_length={length}"]
+    overrides = [*COMMON, *METHODS[method], *WAYS[way], f"data.max_length={length}"]
     found = estimate(recipe_of(model, overrides)).memory
     documents = found["documents"]
     return {
         "model": model,
         "method": method,
         "tokens": length,
+        "way": way,
         # the documents have no arithmetic for a quantized base: theirs for LoRA stands beside it
         "documents_bytes": documents["total_bytes"],
         "forecast": {
@@ -90,7 +109,7 @@ def row(model: str, method: str, length: int, measure: bool) -> dict[str, Any]:
 
 def recipe_of(model: str, overrides: list[str]) -> Recipe:
     """The shipped recipe; keys that a method leaves without effect are taken out."""
-    recipe = Recipe.load(MODELS[model]).to_dict()
+    recipe = Recipe.load(RECIPES[model]).to_dict()
     if "adapter.method=full" in overrides:
         recipe["adapter"] = {"method": "full"}
     if "base.quantization=none" in overrides:
@@ -99,13 +118,14 @@ def recipe_of(model: str, overrides: list[str]) -> Recipe:
     for override in overrides:
         key, value = override.split("=")
         section, name = key.split(".")
-        recipe[section][name] = json.loads(value) if value.lstrip("-").isdigit() else value
+        plain = value.lstrip("-").isdigit() or value in ("true", "false")
+        recipe[section][name] = json.loads(value) if plain else value
     for key in ("split", "columns"):
         recipe["data"].pop(key, None)
     if recipe["data"]["held_out"] == 0:
         for key in ("eval_every", "samples", "sample_tokens"):
             recipe["training"].pop(key, None)
-    return Recipe.from_dict(recipe, MODELS[model])
+    return Recipe.from_dict(recipe, RECIPES[model])
 
 
 def measured(model: str, overrides: list[str]) -> dict[str, Any]:
@@ -116,7 +136,7 @@ def measured(model: str, overrides: list[str]) -> dict[str, Any]:
     settings = [*overrides, "base.init=synthetic", "training.device=cuda"]
     settings = [o for o in settings if not o.startswith("data.source")]
     settings += [f"data.source={rows}", "data.format=completion", "data.too_long=truncate"]
-    command = [sys.executable, "-m", "qlora", "profile", MODELS[model], *settings, "--steps", "2", "--json"]
+    command = [sys.executable, "-m", "qlora", "profile", RECIPES[model], *settings, "--steps", "2", "--json"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         return {"error": run.stderr.strip().splitlines()[-1]}
@@ -162,28 +182,47 @@ def markdown(content: dict[str, Any], name: str) -> str:
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in content["rows"]:
-        forecast, real = entry["forecast"], entry["measured"]
-        total = forecast["total_bytes"]
-        shown, error = "not measured", "–"
-        if real is not None:
-            shown = real.get("error") or f"{real['total_bytes'] / GIB:.2f}"
-            # a null GPU has no driver whose share could be measured
-            context = 0 if "device_context" in real.get("parts", {}) else forecast["parts"]["device_context"]
-            error = f"{(total - context) / real['total_bytes'] - 1:+.1%}" if "total_bytes" in real else "–"
+        forecast = entry["forecast"]
+        shown, error = beside(forecast, entry["measured"])
         paper = PAPER_GB[entry["model"]] if (entry["method"], entry["tokens"]) == ("QLoRA", 512) else "–"
         paged = forecast["parts"].get("optimizer_state_paged", 0)
         lines.append(
             f"| {entry['model']} | {entry['tokens']:,} | {entry['method']} | {entry['documents_bytes'] / GIB:.2f} "
-            f"| {total / GIB:.2f} | {paged / GIB:.2f} | {shown} | {error} | {paper} |"
+            f"| {forecast['total_bytes'] / GIB:.2f} | {paged / GIB:.2f} | {shown} | {error} | {paper} |"
         )
     lines += [
         "",
         "The documents have no arithmetic for a quantized base; beside QLoRA stands theirs for LoRA.",
+        "",
+        "## Ways to spend it",
+        "",
+        "QLoRA as above, rows of so many tokens.",
+        "",
+        "| model | tokens | way | forecast | measured | error |",
+        "|---|---:|---|---:|---:|---:|",
+        *(
+            f"| {entry['model']} | {entry['tokens']:,} | {entry['way']} "
+            f"| {entry['forecast']['total_bytes'] / GIB:.2f} "
+            f"| {' | '.join(beside(entry['forecast'], entry['measured']))} |"
+            for entry in content["ways"]
+        ),
         *(NULL_GPU if content["environment"]["device"] == "null GPU" else []),
         "",
     ]
     lines += [f"- {key}: {value}" for key, value in content["environment"].items()]
     return "\n".join(lines) + "\n"
+
+
+def beside(forecast: dict[str, Any], real: dict[str, Any] | None) -> tuple[str, str]:
+    """A measurement as the tables show it, and by how much the forecast misses it."""
+    if real is None:
+        return "not measured", "–"
+    if "error" in real:
+        return real["error"], "–"
+    # a null GPU has no driver whose share could be measured
+    context = 0 if "device_context" in real["parts"] else forecast["parts"]["device_context"]
+    error = (forecast["total_bytes"] - context) / real["total_bytes"] - 1
+    return f"{real['total_bytes'] / GIB:.2f}", f"{error:+.1%}"
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:

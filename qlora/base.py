@@ -27,7 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import base_cache, bundled, nf4, untrained
 from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.device import on_cuda
 from qlora.errors import ModelError
+from qlora.host import HostEmbedding
 from qlora.quantizer import cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
 
@@ -144,10 +146,27 @@ def load_base(
     ]
     with _quiet():
         model = build(base, config, device, compute_dtype(base, device))
+    if base.embedding == "host" and on_cuda(next(model.parameters())):
+        _embedding_to_host(model, device)
     nf4.protect(model)
     model.base_identity = _identity(base, model, seed)
     model.config.use_cache = False
     return model.train()
+
+
+def embedding_apart(model: PreTrainedModel) -> bool:
+    """Whether the input embedding can stand on the host: a plain one, whose weights the output head does not share."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
+
+
+def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
+    if not embedding_apart(model):
+        raise ModelError(
+            f"base.embedding: the input embedding of {type(model).__name__} cannot stand on the host: its output head "
+            "shares it, or it does more than to look up rows. Leave the key out"
+        )
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings().weight, device))
 
 
 def blueprint(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -11,6 +11,7 @@ next layer's input, which nobody needs again. That product is a quarter of the l
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,7 @@ class LlamaLayer(nn.Module):
 
     original: the layer whose modules are used. It still runs where there is a cache of keys and values.
     recompute: what is not kept but computed again in the backward.
+    checkpoint: calls a function of the layer's input, keeping that alone.
     """
 
     self_attn: Any
@@ -59,6 +61,7 @@ class LlamaLayer(nn.Module):
             self.add_module(name, module)
         object.__setattr__(self, "original", original)  # its modules are ours: not to be listed twice
         self.recompute = Recompute.NOTHING
+        self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.train(original.training)
 
     def forward(
@@ -80,10 +83,9 @@ class LlamaLayer(nn.Module):
         passes = iter([True])  # the first is the forward pass, the second a recompute
         return cast(
             Tensor,
-            checkpoint(
+            self.checkpoint(
                 lambda hidden: self._run(hidden, keep=False, output=next(passes, False), **rest),
                 hidden_states,
-                use_reentrant=False,
             ),
         )
 

@@ -6,6 +6,7 @@ Training and forecast both come through here, so that the one speaks of the othe
 from torch import nn
 
 from qlora.adapter.lora import adapt, trainable_parameters
+from qlora.device import on_cuda
 from qlora.llama import quicken
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
@@ -45,7 +46,9 @@ def layers_as(model: nn.Module, recipe: Recipe) -> None:
     """Give layers that we know our own passes, and recompute what the recipe says."""
     quicken(model)
     if recipe.training.gradient_checkpointing or recipe.training.mlp_checkpointing:
-        checkpoint_layers(model, *checkpointed(recipe, len(decoder_layers(model))))
+        counts = checkpointed(recipe, len(decoder_layers(model)))
+        on_gpu = on_cuda(next(model.parameters()))  # else the host's memory is what the layers compute in
+        checkpoint_layers(model, *counts, offload=recipe.training.offload and on_gpu)
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:

@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora import attention
 from qlora.data import Batch
 from qlora.errors import ModelError
+from qlora.host import Shelf
 from qlora.llama import LlamaLayer, Recompute
 from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
@@ -100,10 +101,11 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             more = attention.arguments(lengths, device)
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
-    batch = batch.to(device)
-    decoder = model.get_decoder()  # type: ignore[operator]
-    hidden = decoder(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state
-    return hidden, F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # type: ignore[operator]
+    labels = batch.labels.to(device, non_blocking=True)
+    return hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def supervised_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -113,15 +115,11 @@ def supervised_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return hidden[supervised], targets[supervised]
 
 
-LOSS_CHUNK = 1024
-"""supervised tokens whose logits are in memory at once"""
-
-
-def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int = LOSS_CHUNK) -> Tensor:
+def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -> Tensor:
     """The summed cross-entropy (nats, fp32 scalar) of the batch's supervised tokens.
 
     Hidden states of tokens that nothing is learned from never reach the head; those of the others do so
-    `loss_chunk` at a time.
+    `loss_chunk` at a time (None: as many as `tokens_at_once` says).
     """
     hidden, targets = hidden_states(model, batch)
     head = head_of(model)
@@ -152,7 +150,7 @@ def accumulate(
     step: int,
     rank: int = 0,
     processes: int = 1,
-    loss_chunk: int = LOSS_CHUNK,
+    loss_chunk: int | None = None,
 ) -> Tensor:
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
@@ -183,7 +181,7 @@ def evaluate(
     *,
     rank: int = 0,
     processes: int = 1,
-    loss_chunk: int = LOSS_CHUNK,
+    loss_chunk: int | None = None,
 ) -> tuple[Tensor, int]:
     """The summed loss (nats, fp32 scalar) over this process's share of `batches`, and the supervised tokens of all.
 
@@ -213,11 +211,14 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | LlamaL
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0) -> None:
+def checkpoint_layers(
+    model: nn.Module, layers: int | None = None, mlps: int = 0, *, offload: bool = False
+) -> None:
     """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
 
     Of the `mlps` layers after those, the MLP alone is recomputed. Non-reentrant, so frozen embeddings need no
-    artificial gradient, and with the random state kept, so dropout draws the same mask twice.
+    artificial gradient, and with the random state kept, so dropout draws the same mask twice. `offload`: what these
+    layers keep, their inputs, lies in host memory meanwhile.
     """
     found = decoder_layers(model)
     if not found:
@@ -226,12 +227,14 @@ def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0
             "and leave training.mlp_checkpointing out"
         )
     count = len(found) if layers is None else min(layers, len(found))
+    kept_by = Shelf().checkpoint if offload else partial(checkpoint, use_reentrant=False)
     for index, layer in enumerate(found):
         alone = count <= index < count + mlps
         if isinstance(layer, LlamaLayer):
             layer.recompute = (
                 Recompute.ALL if index < count else Recompute.MLP if alone else Recompute.NOTHING
             )
+            layer.checkpoint = kept_by
             continue
         if alone:
             raise ModelError(
@@ -239,7 +242,7 @@ def checkpoint_layers(model: nn.Module, layers: int | None = None, mlps: int = 0
                 "set training.mlp_checkpointing=false"
             )
         layer.gradient_checkpointing = index < count
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = kept_by
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ ROOMS = [
     {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
     {"adapter", "data", "optim", "base_cache", "quantizer"},
-    {"untrained"},
+    {"untrained", "host"},
     {"base", "llama", "attention"},
     {"step"},
     {"model"},

@@ -166,22 +166,42 @@ def test_forecast_and_measurement_agree_for_any_shape(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "checkpointing", "mlps"),
-    [("llama", True, 0), ("qwen3", False, 0), ("phi3", 5, 0), ("qwen2", 4, 3), ("mistral", False, 5)],
+    ("architecture", "checkpointing", "mlps", "offload"),
+    [
+        ("llama", True, 0, False),
+        ("qwen3", False, 0, False),
+        ("phi3", 5, 0, False),
+        ("qwen2", 4, 3, False),
+        ("mistral", False, 5, False),
+        ("llama", True, 0, True),
+        ("qwen3", 7, 2, True),
+        ("phi3", 8, 0, True),
+    ],
 )
 def test_a_few_layers_tell_what_all_of_them_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, checkpointing: Any, mlps: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    checkpointing: Any,
+    mlps: int,
+    offload: bool,
 ) -> None:
     made = recipe(
         tmp_path,
         architecture,
         layers=11,
-        training={"gradient_checkpointing": checkpointing, "mlp_checkpointing": mlps},
+        training={
+            "gradient_checkpointing": checkpointing,
+            "mlp_checkpointing": mlps,
+            "offload": offload,
+            "micro_batch_size": 4,
+        },
         data={"held_out": 0},  # an evaluation is the same in every layer, and not stretched
     )
-    stretched = foreseen(made, assumed(made))
+    stretched = foreseen(made, assumed(made), cuda=offload)
     monkeypatch.setattr(forecasting, "KEPT_LAYERS", 99)
-    whole = foreseen(made, assumed(made))
+    monkeypatch.setattr(forecasting, "KEPT_OFFLOADED", 99)
+    whole = foreseen(made, assumed(made), cuda=offload)
     assert stretched.trace.parts.shape == whole.trace.parts.shape
     assert (stretched.trace.parts == whole.trace.parts).all()
 

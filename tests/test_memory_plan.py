@@ -76,7 +76,7 @@ def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> N
     found = planned(made, takes(exactly))
     level_found = 2 * found.checkpointed_layers + found.checkpointed_mlps
     assert level_found <= level
-    assert found.loss_chunk == made.training.loss_chunk
+    assert found.loss_chunk == 1024
 
 
 def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:

@@ -222,6 +222,8 @@ CASES = {
     "optimizer: {name: lion, eps: 1e-6}": "optimizer.eps: has no effect with optimizer.name: lion",
     "tracking: {wandb: {mode: disabled, tags: [a]}}": "has no effect with tracking.wandb.mode: disabled",
     "training: {mlp_checkpointing: 4}": "gradient_checkpointing: true recomputes every layer whole; set that to false",
+    "training: {offload: true, gradient_checkpointing: false}": "3:12: training.offload: is of the inputs of recom",
+    "base: {model: m, quantization: none, embedding: host}\nadapter: {method: full}": "embedding: is for a frozen",
     "training: {micro_batch_size: 3}": "global_batch_size (16) must be a multiple of micro_batch_size (3),",
     "training: {global_batch_size: 6}": "3:12: training.global_batch_size: global_batch_size (6) must be a",
     "optimizer: {warmup_steps: 9}\ntraining: {max_steps: 9}": "warmup_steps (9) must be below max_steps (9)",

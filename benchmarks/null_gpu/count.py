@@ -19,10 +19,13 @@ from benchmarks.speed.prepare import Setting, prepare
 from benchmarks.speed.presets import PRESETS
 from benchmarks.speed.report import table
 from benchmarks.speed.workload import Document, Workload
+from qlora.host import HostEmbedding
 from qlora.step import checkpoint_layers, decoder_layers
 
 COLUMNS = ("launches", "products among them", "waits", "copies to the device", "to the host")
 """in the order of runtime.c"""
+
+EMBEDDING = "  and the embedding"
 
 
 def main() -> None:
@@ -39,15 +42,21 @@ def main() -> None:
     session = Session(job)
     whole = Workload.load(job.workload).steps[0]
     layers = len(decoder_layers(session.model))
+    uneven = [shortened(document, n) for n, document in enumerate(whole)]
     forms = {
-        "rows without padding": (whole, (0, 0)),
-        "  MLPs recomputed": (whole, (0, layers)),
-        "  all layers recomputed": (whole, (layers, 0)),
-        "rows of different lengths": ([shortened(document, n) for n, document in enumerate(whole)], (0, 0)),
+        "rows without padding": (whole, (0, 0), False),
+        "  MLPs recomputed": (whole, (0, layers), False),
+        "  all layers recomputed": (whole, (layers, 0), False),
+        "  and their inputs on the host": (whole, (layers, 0), True),
+        EMBEDDING: (whole, (layers, 0), True),
+        "rows of different lengths": (uneven, (0, 0), False),
     }
     rows = []
-    for name, (documents, recomputed) in forms.items():
-        checkpoint_layers(session.model, *recomputed)
+    for name, (documents, recomputed, offload) in forms.items():
+        checkpoint_layers(session.model, *recomputed, offload=offload)
+        if name == EMBEDDING:  # and for the rows after it
+            embedding = session.model.get_input_embeddings()
+            session.model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cuda", 0)))
         session.step(0, documents)  # warms up
         counts = [0] * len(COLUMNS)
         started = time.perf_counter()

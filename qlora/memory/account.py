@@ -43,7 +43,7 @@ def account(
             "checkpointed_layers": forecast.checkpointed_layers,
             "checkpointed_mlps": forecast.checkpointed_mlps,
             "layers": forecast.layers,
-            "loss_chunk": recipe.training.loss_chunk,
+            "loss_chunk": forecast.loss_chunk,
             "basis": workload.basis,
         },
         "documents": documents.as_json(

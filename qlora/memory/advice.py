@@ -125,8 +125,19 @@ def _checkpointing(recipe: Recipe, arch: Architecture) -> Steps:
     yield whole, f"training.gradient_checkpointing=true{beside}"
 
 
-def _loss_chunk(recipe: Recipe, _: Architecture) -> Steps:
-    if recipe.training.loss_chunk > SMALL_LOSS_CHUNK:
+def _offload(recipe: Recipe, _: Architecture) -> Steps:
+    if recipe.training.gradient_checkpointing and not recipe.training.offload:
+        yield changed(recipe, offload=True), "training.offload=true"
+
+
+def _embedding(recipe: Recipe, arch: Architecture) -> Steps:
+    if recipe.base.embedding == "device" and recipe.adapter.method == "lora" and arch.embedding_apart:
+        base = recipe.base.model_copy(update={"embedding": "host"})
+        yield recipe.model_copy(update={"base": base}), "base.embedding=host"
+
+
+def _loss_chunk(recipe: Recipe, arch: Architecture) -> Steps:
+    if arch.loss_chunk(recipe) > SMALL_LOSS_CHUNK:
         yield changed(recipe, loss_chunk=SMALL_LOSS_CHUNK), f"training.loss_chunk={SMALL_LOSS_CHUNK}"
 
 
@@ -155,5 +166,5 @@ def _length(recipe: Recipe, _: Architecture) -> Steps:
         yield recipe.model_copy(update={"data": data}), f"data.max_length={length}"
 
 
-_STEPS = (_micro_batch, _checkpointing, _loss_chunk, _optimizer, _rank, _length)
+_STEPS = (_micro_batch, _checkpointing, _offload, _embedding, _loss_chunk, _optimizer, _rank, _length)
 """from what costs nothing but time to what changes what is learned"""

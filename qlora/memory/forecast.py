@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.lora import trainable_parameters
 from qlora.attention import read_documents, reads_documents
-from qlora.base import blueprint, compute_dtype, load_base, load_config
+from qlora.base import blueprint, compute_dtype, embedding_apart, load_base, load_config
 from qlora.data import Batch
 from qlora.device import standing_for_cuda
 from qlora.errors import ModelError
@@ -35,13 +35,17 @@ from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model import adapt_as, checkpointed, layers_as, optimizer_of
+from qlora.ops.cross_entropy import tokens_at_once
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
-from qlora.step import accumulate, decoder_layers, evaluate
+from qlora.step import accumulate, decoder_layers, evaluate, head_of
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
+
+KEPT_OFFLOADED = 5
+"""the same where their inputs go to the host, each as the next layer begins: the first's, the embeddings, stays too"""
 
 FEW_CHUNKS = 3
 
@@ -51,8 +55,20 @@ CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
 DEVICE_CONTEXT_BYTES = 550 * 10**6
 """CUDA context with torch's and bitsandbytes' kernels; assumed, not measured yet"""
 
-ALLOCATOR_SLACK = 0.03
-"""what torch's allocator reserves beyond what lives, as a share of what comes and goes (`benchmarks/null_gpu`)"""
+SLACK_OF_STANDING, SLACK_OF_PASSING = 0.006, 0.09
+"""what torch's allocator reserves beyond what lives: gaps that the making of the model left, as a share of it, and
+those between the tensors of a layer in flight, as a share of these (`benchmarks/null_gpu`). What is saved for the
+backward lies close together"""
+
+_STANDING = (
+    "base_nf4",
+    "quantization_statistics",
+    "base_unquantized",
+    "adapters",
+    "gradients",
+    "optimizer_state",
+)
+_PASSING = ("working_set", "logits_and_loss", "dequantization")
 
 Row = NDArray[np.int64]
 """[parts]"""
@@ -71,6 +87,7 @@ class Forecast:
     checkpointed_layers: int
     checkpointed_mlps: int
     """layers beside those of which the MLP alone is recomputed"""
+    loss_chunk: int
     parameters: int
     """of the whole model, adapters not counted"""
     trained_parameters: int
@@ -100,6 +117,15 @@ class Architecture:
     def layers(self) -> int:
         """Decoder layers."""
         return len(decoder_layers(self.model))
+
+    def loss_chunk(self, recipe: Recipe) -> int:
+        """Trained tokens that go through the head at a time."""
+        return recipe.training.loss_chunk or tokens_at_once(len(head_of(self.model).weight))
+
+    @property
+    def embedding_apart(self) -> bool:
+        """Whether the input embedding is a plain one whose weights the output head does not share."""
+        return embedding_apart(self.model)
 
     @property
     def recomputed(self) -> tuple[float, float | None]:
@@ -140,7 +166,8 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     >>> forecast(recipe, assumed(recipe), architecture(recipe, cuda=True), cuda=True).total_bytes
     """
     whole, mlps = checkpointed(recipe, arch.layers)
-    kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps))
+    few = KEPT_OFFLOADED if cuda and recipe.training.offload else KEPT_LAYERS
+    kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
     small = _with_checkpointing(recipe, *kept[:2])
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
@@ -169,6 +196,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         layers=arch.layers,
         checkpointed_layers=whole,
         checkpointed_mlps=mlps,
+        loss_chunk=arch.loss_chunk(recipe),
         parameters=total if recipe.adapter.method == "full" else total - trained,
         trained_parameters=trained,
     )
@@ -259,22 +287,24 @@ def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
 def _beside_the_tensors(rows: Rows) -> Row:
     """[parts]: what a process takes of a GPU beside its tensors."""
     row = np.zeros(len(PARTS), dtype=np.int64)
-    moving = [
-        _COLUMN[part] for part in ("saved_activations", "working_set", "logits_and_loss", "dequantization")
-    ]
+    standing, passing = (
+        rows[:, [_COLUMN[part] for part in parts]].sum(axis=1).max() for parts in (_STANDING, _PASSING)
+    )
     row[_COLUMN["working_set"]] = CUBLAS_WORKSPACE_BYTES
-    row[_COLUMN["allocator_slack"]] = int(ALLOCATOR_SLACK * rows[:, moving].sum(axis=1).max())
+    row[_COLUMN["allocator_slack"]] = int(SLACK_OF_STANDING * standing + SLACK_OF_PASSING * passing)
     row[_COLUMN["device_context"]] = DEVICE_CONTEXT_BYTES
     return row
 
 
-def _kept(arch: Architecture, counts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int], list[tuple[int, int]]]:
     """How many layers are run of each kind, of which there are `counts`, and which stand for how many more."""
     if not arch.alike:
         return list(counts), []
-    kept = [min(count, KEPT_LAYERS) for count in counts]
+    kept = [min(count, few) for count in counts]
     firsts = [0, *itertools.accumulate(kept)]
-    copies = [(first + 1, count - few) for first, count, few in zip(firsts, counts, kept, strict=False)]
+    copies = [
+        (first + few // 2, count - run) for first, count, run in zip(firsts, counts, kept, strict=False)
+    ]
     return kept, [(layer, missing) for layer, missing in copies if missing > 0]
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora.host import HOST
 from qlora.memory.parts import PARTS
 
 PHASES = ("forward", "loss", "backward", "update", "evaluation")
@@ -177,7 +178,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event.startswith("profiler::_record_function_enter"):
-            name = args[0] if args[0] in PHASES or args[0] in PARTS_BY_NAME else None
+            name = args[0] if args[0] in (*PHASES, *PARTS_BY_NAME, HOST) else None
             self.clock.stack.append(name)
         elif self.clock.stack:
             name = self.clock.stack.pop()
@@ -197,6 +198,8 @@ class LiveBytes(TorchDispatchMode):
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
         if size == 0:
             return
+        if HOST in self.clock.stack:
+            size = 0  # from here on, wherever it is seen again
         announced = [PARTS_BY_NAME[name] for name in self.clock.stack if name in PARTS_BY_NAME]
         if part is None and announced:
             part = announced[-1]

@@ -93,7 +93,7 @@ def plan(
     fitting: list[Plan] = []
     total = recipe.training.global_batch_size
     for rows in (rows for rows in range(1, total + 1) if total % rows == 0):
-        least = search.run(rows, search.levels, recipe.training.loss_chunk)
+        least = search.run(rows, search.levels, arch.loss_chunk(recipe))
         if least.needed_bytes > budget_bytes:
             break
         fitting.append(least)

@@ -18,6 +18,18 @@ from qlora.nf4 import autocast
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""
 
+LARGEST_CHUNK, LOGITS_BYTES = 1024, 2**28
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Trained tokens that go through the head together where nobody says how many: 1,024, whose products fill a GPU.
+
+    Of a large vocabulary fewer, in steps of 128, so that their logits in fp32 take 256 MiB at most. Blocks above that
+    find no room between others (8B, 4,096 tokens: 0.2 GiB less reserved with 512 than with 1,024, `benchmarks/LOG.md`).
+    """
+    fitting = LOGITS_BYTES // (4 * vocabulary) // 128 * 128
+    return min(LARGEST_CHUNK, max(128, fitting))
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -26,15 +38,16 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
     supervised: int | None = None,
 ) -> Tensor:
     """Sum (not mean) of the cross-entropies of the tokens whose label is not IGNORE_INDEX: fp32 scalar, nats.
 
     `hidden` [N, H] belongs to `labels` [N] (shifted by the caller); `weight` is [V, H], `bias` [V]. Logits
     are `logit_scale * (hidden W^T + bias)`, then `softcap * tanh(logits / softcap)` where a model caps them
-    (Gemma 2). Ignored tokens never reach the head. `supervised`, the number of labels that are not ignored,
-    spares a device synchronisation where the caller knows it, and must be given under FakeTensorMode.
+    (Gemma 2). Ignored tokens never reach the head, the others do so `chunk` at a time (None: as many as
+    `tokens_at_once` says). `supervised`, the number of labels that are not ignored, spares a device synchronisation
+    where the caller knows it, and must be given under FakeTensorMode.
     `hidden`, `weight` and `bias` get gradients if they require them, summed in fp32.
     """
     trained = labels != IGNORE_INDEX
@@ -42,7 +55,15 @@ def linear_cross_entropy(
     index = torch.nonzero_static(trained, size=count).squeeze(1)
     grad = torch.is_grad_enabled()  # always False inside the function
     loss: Tensor = _LinearCrossEntropy.apply(
-        autocast(hidden), weight, bias, labels, index, softcap, logit_scale, chunk, grad
+        autocast(hidden),
+        weight,
+        bias,
+        labels,
+        index,
+        softcap,
+        logit_scale,
+        chunk or tokens_at_once(len(weight)),
+        grad,
     )
     return loss
 

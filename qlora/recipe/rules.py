@@ -110,6 +110,8 @@ def _method(settings: Settings, given: Settings) -> Iterator[Finding]:
     if (settings.get("base.quantization"), settings.get("adapter.method")) == ("nf4", "full"):
         key = "base.quantization" if "base.quantization" in given else "adapter.method"
         yield key, "full needs base.quantization: none, since weights in NF4 cannot be trained"
+    if (settings.get("base.embedding"), settings.get("adapter.method")) == ("host", "full"):
+        yield "base.embedding", "is for a frozen base; with adapter.method: full leave it out"
 
 
 def _steps(settings: Settings, given: Settings) -> Iterator[Finding]:
@@ -140,6 +142,11 @@ def _checkpointing(settings: Settings, given: Settings) -> Iterator[Finding]:
     mlps, layers = settings.get("training.mlp_checkpointing"), settings.get("training.gradient_checkpointing")
     if settings.get("training.memory") is not None:
         return  # both are chosen then
+    if settings.get("training.offload") and layers in (False, 0):
+        yield (
+            "training.offload",
+            "is of the inputs of recomputed layers; without training.gradient_checkpointing leave it out",
+        )
     if mlps and settings.get("adapter.method") == "full":
         yield (
             "training.mlp_checkpointing",

@@ -47,6 +47,8 @@ class Base(Section):
     """Weights that share one quantization constant (QLoRA, section 3: 64)."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the products; auto: bfloat16 (QLoRA, section 3), or float32 where the device is slow at it."""
+    embedding: Literal["device", "host"] = "device"
+    """Where the input embedding stands; host: beside the GPU, which is sent rows of it. Not if the head shares it."""
     trust_remote_code: bool = False
     """Run the Python code that a hub model brings along; the one switch for it, off."""
 
@@ -125,8 +127,10 @@ class Training(Section):
     """Recompute activations in the backward pass (arXiv:1604.06174), of all layers or of the first so many."""
     mlp_checkpointing: bool | CountOrZero = False
     """Of the other layers, or of so many of them, recompute the MLP alone; for Llama-like layers only."""
-    loss_chunk: Count = 1024
-    """Trained tokens whose logits are in memory at once."""
+    offload: bool = False
+    """Keep the inputs of recomputed layers beside the GPU, in host memory, until the backward pass needs them."""
+    loss_chunk: Count | None = None
+    """Trained tokens whose logits are in memory at once; null: 1024, or as many as have 256 MiB of logits."""
     max_grad_norm: Positive = 0.3
     """Gradients are scaled down to this L2 norm (QLoRA, appendix B.2: 0.3)."""
     eval_every: Count | None = 100
