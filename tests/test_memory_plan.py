@@ -97,6 +97,28 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) 
         planned(made, MIB // 2)
 
 
+def test_where_nothing_fits_inputs_go_to_the_host(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "llama", layers=9, data={"max_length": 256}, training={"global_batch_size": 2})
+    arch = architecture(made, cuda=True)
+
+    def planned_within(budget: int) -> Plan:
+        return plan(made, arch, lambda changed: sized(changed, assumed(made)), budget, cuda=True)
+
+    smallest = with_training(made, micro_batch_size=1, loss_chunk=256)
+    least, less = (
+        needed(forecast(one, sized(one, assumed(made)), arch, cuda=True))
+        for one in (smallest, with_training(smallest, offload=True))
+    )
+    assert not planned_within(least).offload
+    found = planned_within(least - 1)
+    assert found.offload
+    assert found.needed_bytes < least
+    assert found.apply(made).training.offload
+    assert "offload=true" in found.why
+    with pytest.raises(OutOfMemoryError, match=r"training\.memory: one row"):
+        planned_within(less - 1)
+
+
 def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_path: Path) -> None:
     file = recipe_file()
     plain = train(Recipe.load(file, [f"output={tmp_path}/plain"]), terminal=False)

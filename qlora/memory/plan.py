@@ -35,17 +35,20 @@ class Plan:
     checkpointed_mlps: int
     """of the layers beside those"""
     layers: int
+    offload: bool
+    """the inputs of those that are recomputed are kept on the host"""
     loss_chunk: int
     needed_bytes: int
     budget_bytes: int
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int | bool]:
         """The plan as keys of the recipe's section `training`."""
         return {
             "micro_batch_size": self.micro_batch_size,
             "gradient_checkpointing": self.checkpointed_layers,
             "mlp_checkpointing": self.checkpointed_mlps,
+            "offload": self.offload,
             "loss_chunk": self.loss_chunk,
         }
 
@@ -63,10 +66,11 @@ class Plan:
         if self.checkpointed_mlps:
             mlps = f"mlp_checkpointing={self.checkpointed_mlps}, "
             more = f", the MLP alone in {self.checkpointed_mlps}"
+        offload = "offload=true, " if self.offload else ""
         unit = unit_for(self.budget_bytes)
         return (
             f"plan for {unit.text(self.budget_bytes)}: micro_batch_size={self.micro_batch_size}, "
-            f"gradient_checkpointing={self.checkpointed_layers}, {mlps}loss_chunk={self.loss_chunk} "
+            f"gradient_checkpointing={self.checkpointed_layers}, {mlps}{offload}loss_chunk={self.loss_chunk} "
             f"({recomputed} recomputed{more}); forecast {unit.text(self.needed_bytes)}"
         )
 
@@ -82,7 +86,8 @@ def plan(
     """The settings with the least work a step among those forecast to fit.
 
     Args:
-        recipe: its global batch stays; micro-batch, checkpointing and loss chunk are chosen.
+        recipe: its global batch stays; micro-batch, checkpointing and loss chunk are chosen. Inputs of layers go to
+            the host if it says so, or if nothing fits else.
         workload_of: the largest batches of a recipe's run, for its micro-batch size.
         budget_bytes: of a GPU, paged optimizer state not counted, for it may leave.
 
@@ -99,6 +104,8 @@ def plan(
         fitting.append(least)
     if not fitting:
         fitting = [search.run(1, search.levels, SMALL_LOSS_CHUNK)]
+        if fitting[0].needed_bytes > budget_bytes and cuda and not recipe.training.offload:
+            return plan(changed(recipe, offload=True), arch, workload_of, budget_bytes, cuda=cuda)
         if fitting[0].needed_bytes > budget_bytes:
             unit = unit_for(budget_bytes)
             raise OutOfMemoryError(
@@ -148,7 +155,8 @@ class _Search:
         whole, mlps = (
             (level, 0) if self.levels == layers else (max(0, level - layers), layers - abs(level - layers))
         )
-        wanted = Plan(rows, whole, mlps, layers, loss_chunk, 0, self.budget_bytes)
+        offload = self.recipe.training.offload
+        wanted = Plan(rows, whole, mlps, layers, offload, loss_chunk, 0, self.budget_bytes)
         recipe = wanted.apply(self.recipe)
         found = forecast(recipe, self.workload_of(recipe), self.arch, cuda=self.cuda)
         self.known[rows, level, loss_chunk] = replace(wanted, needed_bytes=needed(found))

@@ -20,13 +20,17 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
             f"training.micro_batch_size={training.micro_batch_size // 2}"
             if training.micro_batch_size > 1
             else "",
-            "" if training.gradient_checkpointing is True else _whole_layers(recipe),
+            _offload(recipe) if training.gradient_checkpointing is True else _whole_layers(recipe),
             f"data.max_length={recipe.data.max_length // 2}",
         ]
         raise OutOfMemoryError(
             f"the device is out of memory ({str(error).splitlines()[0]}). Try "
             + " or ".join(filter(None, advice))
         ) from error
+
+
+def _offload(recipe: Recipe) -> str:
+    return "" if recipe.training.offload else "training.offload=true"
 
 
 def _whole_layers(recipe: Recipe) -> str:

@@ -120,7 +120,7 @@ class Training(Section):
     global_batch_size: Count = 16
     """Rows, packed or not, an optimizer step (QLoRA, appendix B.2: 16); a multiple of `micro_batch_size`."""
     memory: Text | None = None
-    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next four keys; null: they hold."""
+    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next five keys; null: they hold."""
     micro_batch_size: Count = 4
     """Rows in one forward and backward pass: memory grows with it."""
     gradient_checkpointing: bool | CountOrZero = True
