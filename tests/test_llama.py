@@ -20,6 +20,9 @@ from transformers import (
 from qlora.adapter.lora import adapt, lora_layers, trainable_parameters
 from qlora.data import Batch
 from qlora.llama import LlamaLayer, Recompute, quicken
+from qlora.memory.live import LiveBytes
+from qlora.ops import dropout as dropout_module
+from qlora.ops import mlp as mlp_module
 from qlora.step import accumulate, checkpoint_layers, decoder_layers, loss_sum
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, RANK = 64, 160, 4, 2, 4
@@ -105,6 +108,33 @@ def test_recomputed_layers_give_the_same_bits(
         again, recomputed = pass_over(model, batch_of())
         assert torch.equal(loss, again)
         assert all(torch.equal(recomputed[name], grad) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3)])
+def test_a_long_row_goes_through_the_mlp_in_pieces(
+    dropout: float, layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result, whatever is recomputed, and the wide tensors of one piece in memory at a time."""
+    model = quicken(model_of(CONFIGS["llama"], dropout=dropout))
+    batch = batch_of(rows=2, length=60)
+
+    def most_live() -> int:
+        with LiveBytes() as live:
+            pass_over(model, batch)
+        return live.trace().phases()["backward"]
+
+    checkpoint_layers(model, layers, mlps)
+    whole = most_live()
+    for module in (dropout_module, mlp_module):
+        monkeypatch.setattr(module, "PIECE", 16)  # the last of 120 tokens has 8
+    assert most_live() < whole - 104 * INTERMEDIATE * 8
+    in_pieces, grads = pass_over(model, batch)
+    checkpoint_layers(model, 0, 0)
+    kept, expected = pass_over(model, batch)
+    torch.testing.assert_close(in_pieces, kept, rtol=1e-12, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_dropout_is_drawn_as_often_as_without_our_layers() -> None:
