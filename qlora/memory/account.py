@@ -71,6 +71,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "timeline": forecast.trace.timeline(),
         "allocated_bytes": total - beside,
         "reserved_bytes": total - beside + parts["allocator_slack"],
+        "host_bytes": forecast.host_bytes,
     }
 
 

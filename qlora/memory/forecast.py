@@ -88,6 +88,8 @@ class Forecast:
     checkpointed_mlps: int
     """layers beside those of which the MLP alone is recomputed"""
     loss_chunk: int
+    host_bytes: int
+    """of host memory, for what a GPU is spared; paged optimizer state, which may come, is not counted"""
     parameters: int
     """of the whole model, adapters not counted"""
     trained_parameters: int
@@ -197,6 +199,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         checkpointed_layers=whole,
         checkpointed_mlps=mlps,
         loss_chunk=arch.loss_chunk(recipe),
+        host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
         parameters=total if recipe.adapter.method == "full" else total - trained,
         trained_parameters=trained,
     )
@@ -294,6 +297,17 @@ def _beside_the_tensors(rows: Rows) -> Row:
     row[_COLUMN["allocator_slack"]] = int(SLACK_OF_STANDING * standing + SLACK_OF_PASSING * passing)
     row[_COLUMN["device_context"]] = DEVICE_CONTEXT_BYTES
     return row
+
+
+def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -> int:
+    """What `qlora.host` takes: the embedding, and inputs of so many layers, each in a block of a power of two."""
+    embedding = arch.model.get_input_embeddings().weight
+    found = embedding.nbytes if recipe.base.embedding == "host" else 0
+    if recipe.training.offload and layers:
+        tokens = batch.input_ids.numel() if arch.padded else batch.tokens
+        hidden = arch.config.get_text_config().hidden_size
+        found += layers * (1 << (tokens * hidden * embedding.itemsize - 1).bit_length())
+    return found
 
 
 def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int], list[tuple[int, int]]]:

@@ -56,6 +56,8 @@ class Estimate:
         """The verdict, for people."""
         if self.plan is not None:
             yield self.plan.why
+        if (host_bytes := self.memory["forecast"]["host_bytes"]) > 0:
+            yield f"Besides, it takes {unit_for(host_bytes).text(host_bytes)} of the host's memory, to spare the GPU."
         if self.capacity_bytes is None:
             yield "Whether it fits: --gpu 24GiB, or the size of yours, tells."
             return

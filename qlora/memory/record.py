@@ -120,6 +120,11 @@ def _told(found: Forecast, device: torch.device) -> str:
     line = f"memory forecast {unit.text(total)}, the most in {phase}"
     if paged:
         line += f"; {unit.text(paged)} of it may move to the host"
+    if found.host_bytes:
+        line += f"; and {unit.text(found.host_bytes)} of the host"
+        free = measure.free_bytes(torch.device("cpu"))
+        if found.host_bytes > free:
+            line += f", which has {unit.text(free)} free: it will not do without training.offload=false"
     capacity = measure.capacity_bytes(device)
     if capacity is not None and needed(found) > capacity:
         line += (
