@@ -59,8 +59,10 @@ class _Shelved:
     def leave(self) -> None:
         """Give the device's memory back, to what is computed after the copy."""
         if self._device is not None:
-            _wait_for(self._copied)
+            _wait_for(self._copied, self._home)
             self._device = None
+
+    __del__ = leave  # where nobody took it: a copy may be under way
 
     def come(self) -> None:
         """Begin to be on the device, if it is not."""
@@ -71,7 +73,7 @@ class _Shelved:
     def take(self) -> Tensor:
         """The tensor, for the one who asks to own; the input of the layer below begins to come."""
         self.come()
-        _wait_for(self._copied)
+        _wait_for(self._copied, self._home)
         tensor, self._device = self._device, None
         if (below := self._below()) is not None:
             below.come()
@@ -88,10 +90,14 @@ class Shelf:
 
     def checkpoint(self, layer: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
         """torch's checkpoint of `layer(hidden, *rest)`, whose `hidden` is in host memory until the backward."""
-        storage = hidden.untyped_storage()._cdata
+        wanted = {hidden.untyped_storage()._cdata}
 
         def put(tensor: Tensor) -> Tensor | _Shelved:
-            return self._put(tensor) if tensor.untyped_storage()._cdata == storage else tensor
+            storage = tensor.untyped_storage()._cdata
+            if storage not in wanted:
+                return tensor
+            wanted.remove(storage)  # once, should another argument share it
+            return self._put(tensor)
 
         def take(kept: Tensor | _Shelved) -> Tensor:
             return kept.take() if isinstance(kept, _Shelved) else kept
@@ -127,7 +133,7 @@ def _copy(to: Tensor, source: Tensor) -> torch.cuda.Event | None:
         return stream.record_event()
 
 
-def _wait_for(copied: torch.cuda.Event | None) -> None:
+def _wait_for(copied: torch.cuda.Event | None, device: torch.device) -> None:
     """What the device is asked for from now on happens after the copy; the host goes on."""
     if copied is not None:
-        torch.cuda.current_stream().wait_event(copied)
+        torch.cuda.current_stream(device).wait_event(copied)

@@ -23,7 +23,7 @@ CONTENTS = (
 # Keys that a resumed run may change: they do not touch the mathematics of the steps already taken.
 MAY_CHANGE = {
     "output", "tracking", "training.max_steps", "training.epochs", "training.eval_every", "training.save_every",
-    "training.keep_checkpoints", "training.samples", "training.sample_tokens",
+    "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.offload", "base.embedding",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora import attention
 from qlora.data import Batch
 from qlora.errors import ModelError
-from qlora.host import Shelf
+from qlora.host import HostEmbedding, Shelf
 from qlora.llama import LlamaLayer, Recompute
 from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
@@ -255,7 +255,16 @@ def check_head(model: nn.Module) -> None:
     ids = torch.arange(8)[None] * 7 % vocabulary  # [1, 8]
     batch = Batch(input_ids=ids, labels=ids.clone(), position_ids=None, tokens=8, supervised=7)
     with evaluation_mode(model):
-        ours = loss_sum(model, batch).item()
+        try:
+            ours = loss_sum(model, batch).item()
+        except RuntimeError as error:
+            embedding = model.get_input_embeddings()  # type: ignore[operator]
+            if not isinstance(embedding, HostEmbedding):
+                raise
+            raise ModelError(
+                f"base.embedding: {type(model).__name__} needs the token ids on the GPU too, so leave the key out "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         device = next(model.parameters()).device
         logits = model(input_ids=ids.to(device), use_cache=False).logits.float()  # [1, 8, V]
         theirs = F.cross_entropy(logits[0, :-1], ids[0, 1:].to(device), reduction="sum").item()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from qlora import host
 from qlora.adapter.lora import adapt, trainable_parameters
 from qlora.base import load_base
 from qlora.data import Batch
@@ -27,7 +28,8 @@ from qlora.memory.parts import PARTS
 from qlora.memory.record import _told
 from qlora.memory.workload import assumed
 from qlora.recipe import Recipe
-from qlora.step import accumulate, checkpoint_layers, loss_sum
+from qlora.run import check_output, claim
+from qlora.step import accumulate, check_head, checkpoint_layers, loss_sum
 
 LAYERS, ROWS, TOKENS, HIDDEN = 5, 4, 32, 64
 INPUT_BYTES = ROWS * TOKENS * HIDDEN * 4
@@ -110,6 +112,32 @@ def test_what_no_backward_came_for_is_let_go(monkeypatch: pytest.MonkeyPatch) ->
     assert all(map(torch.equal, pass_over(model), pass_over(expected)))
 
 
+def test_every_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the backward stops half way: memory that is given back under a copy would be overwritten by it."""
+    begun: list[object] = []
+    waited: list[object] = []
+
+    def copy(to: Tensor, source: Tensor) -> object:
+        to.copy_(source)
+        begun.append(object())
+        return begun[-1]
+
+    monkeypatch.setattr(host, "_copy", copy)
+    monkeypatch.setattr(host, "_wait_for", lambda copied, device: waited.append(copied))
+    model = model_of("llama")
+    checkpoint_layers(model, offload=True)
+    pass_over(model)
+    assert len(begun) == 2 * (LAYERS + LAYERS - 1)  # all out, and all but the last layer's back
+    assert set(begun) == set(waited)
+    loss = loss_sum(model, batch_of(1))
+    upper = [parameter for name, parameter in model.named_parameters() if ".4." in name and "lora_b" in name]
+    torch.autograd.grad(loss, upper)
+    assert set(begun) != set(waited)
+    del loss
+    gc.collect()
+    assert set(begun) == set(waited)
+
+
 def test_a_second_backward_finds_the_inputs_again() -> None:
     model = model_of("llama")
     checkpoint_layers(model, offload=True)
@@ -150,6 +178,23 @@ def test_a_shared_embedding_stays(tmp_path: Path) -> None:
         load_base(made.base)
 
 
+def test_a_model_that_wants_the_ids_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Expected all tensors to be on the same device\nand so on")
+
+    monkeypatch.setattr(model.get_decoder(), "forward", fails)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="and so on"):
+        check_head(model)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cpu")))  # type: ignore[operator]
+    with pytest.raises(
+        ModelError, match=r"base\.embedding: Llama.* leave the key out \(Expected all .* device\)$"
+    ):
+        check_head(model)
+
+
 def foreseen(made: Recipe, *, cuda: bool = True) -> Forecast:
     return forecast(made, assumed(made), architecture(made, cuda=cuda), cuda=cuda)
 
@@ -181,7 +226,7 @@ def test_a_host_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert "of the host" in _told(foreseen(made), cpu)
     assert "which has" not in _told(foreseen(made), cpu)
     monkeypatch.setattr(measure, "free_bytes", lambda device: 2**16)
-    assert "of the host, which has 0.0625 MiB free" in _told(foreseen(made), cpu)
+    assert "of the host, which has 0.0625 MiB free: leave" in _told(foreseen(made), cpu)
 
 
 def test_both_are_among_the_advice(tmp_path: Path) -> None:
@@ -203,9 +248,25 @@ def test_both_are_among_the_advice(tmp_path: Path) -> None:
     assert ("base.embedding=host",) not in found["qwen2"]
 
 
+def test_a_run_goes_on_with_or_without_them(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "model", "llama", data={"held_out": 0})
+    claim(made, tmp_path / "run", resume=False, fresh=False)
+    offloaded = made.model_copy(update={"training": made.training.model_copy(update={"offload": True})})
+    assert check_output(with_base(offloaded, embedding="host"), tmp_path / "run", resume=True, fresh=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers", [LAYERS, 3])
 def test_a_step_on_a_gpu_is_the_same_to_the_bit(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With copies so slow that whoever does not wait for one reads or overwrites what is not there yet."""
+    copy = host._copy
+
+    def slowly(to: Tensor, source: Tensor) -> Any:
+        with torch.cuda.stream(host._stream(torch.device("cuda", 0))):
+            torch.cuda._sleep(20_000_000)  # cycles: 10 ms
+        return copy(to, source)
+
+    monkeypatch.setattr(host, "_copy", slowly)
     model = model_of("llama").cuda()
     checkpoint_layers(model, layers)
     plain = pass_over(model)

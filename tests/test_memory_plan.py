@@ -119,6 +119,16 @@ def test_where_nothing_fits_inputs_go_to_the_host(tmp_path: Path) -> None:
         planned_within(less - 1)
 
 
+def test_what_a_plan_makes_of_a_recipe_can_be_written_and_read(made: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "planned.yaml"
+    for offload in (False, True):
+        wanted = with_training(made, offload=offload, memory="100MiB")
+        for budget in (4 * MIB, 100 * MIB):  # where some is recomputed, and where nothing is
+            applied = planned(wanted, budget).apply(wanted)
+            file.write_text(applied.to_yaml())
+            assert Recipe.load(file) == applied
+
+
 def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_path: Path) -> None:
     file = recipe_file()
     plain = train(Recipe.load(file, [f"output={tmp_path}/plain"]), terminal=False)

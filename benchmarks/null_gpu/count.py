@@ -25,7 +25,7 @@ from qlora.step import checkpoint_layers, decoder_layers
 COLUMNS = ("launches", "products among them", "waits", "copies to the device", "to the host")
 """in the order of runtime.c"""
 
-EMBEDDING = "  and the embedding"
+EMBEDDING = "all layers recomputed, inputs and embedding on the host"
 
 
 def main() -> None:
@@ -48,13 +48,13 @@ def main() -> None:
         "  MLPs recomputed": (whole, (0, layers), False),
         "  all layers recomputed": (whole, (layers, 0), False),
         "  and their inputs on the host": (whole, (layers, 0), True),
-        EMBEDDING: (whole, (layers, 0), True),
         "rows of different lengths": (uneven, (0, 0), False),
+        EMBEDDING: (whole, (layers, 0), True),
     }
     rows = []
     for name, (documents, recomputed, offload) in forms.items():
         checkpoint_layers(session.model, *recomputed, offload=offload)
-        if name == EMBEDDING:  # and for the rows after it
+        if name == EMBEDDING:  # the last, for it stays there
             embedding = session.model.get_input_embeddings()
             session.model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cuda", 0)))
         session.step(0, documents)  # warms up

@@ -190,7 +190,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     trace = _joined(repeat_all(step, copies), update, evaluation)
     rows = trace.parts + standing + optimizer
     if cuda:
-        rows = rows + _beside_the_tensors(rows)
+        rows = rows + _beside_the_tensors(rows, offload=recipe.training.offload)
     trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
     total = sum(parameter.numel() for parameter in arch.model.parameters())
     return Forecast(
@@ -287,11 +287,12 @@ def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
     return row
 
 
-def _beside_the_tensors(rows: Rows) -> Row:
-    """[parts]: what a process takes of a GPU beside its tensors."""
+def _beside_the_tensors(rows: Rows, *, offload: bool) -> Row:
+    """[parts]: what a process takes of a GPU beside its tensors. `offload`: what is saved comes and goes as well."""
     row = np.zeros(len(PARTS), dtype=np.int64)
     standing, passing = (
-        rows[:, [_COLUMN[part] for part in parts]].sum(axis=1).max() for parts in (_STANDING, _PASSING)
+        rows[:, [_COLUMN[part] for part in parts]].sum(axis=1).max()
+        for parts in (_STANDING, (*_PASSING, "saved_activations") if offload else _PASSING)
     )
     row[_COLUMN["working_set"]] = CUBLAS_WORKSPACE_BYTES
     row[_COLUMN["allocator_slack"]] = int(SLACK_OF_STANDING * standing + SLACK_OF_PASSING * passing)
@@ -300,7 +301,10 @@ def _beside_the_tensors(rows: Rows) -> Row:
 
 
 def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -> int:
-    """What `qlora.host` takes: the embedding, and inputs of so many layers, each in a block of a power of two."""
+    """What `qlora.host` takes: the embedding, and inputs of so many layers, each in a block of a power of two.
+
+    Up to twice as much where micro-batches are of many sizes: torch keeps pinned blocks of each.
+    """
     embedding = arch.model.get_input_embeddings().weight
     found = embedding.nbytes if recipe.base.embedding == "host" else 0
     if recipe.training.offload and layers:

@@ -103,7 +103,7 @@ def plan(
             break
         fitting.append(least)
     if not fitting:
-        fitting = [search.run(1, search.levels, SMALL_LOSS_CHUNK)]
+        fitting = [search.run(1, search.levels, min(SMALL_LOSS_CHUNK, arch.loss_chunk(recipe)))]
         if fitting[0].needed_bytes > budget_bytes and cuda and not recipe.training.offload:
             return plan(changed(recipe, offload=True), arch, workload_of, budget_bytes, cuda=cuda)
         if fitting[0].needed_bytes > budget_bytes:
@@ -155,7 +155,7 @@ class _Search:
         whole, mlps = (
             (level, 0) if self.levels == layers else (max(0, level - layers), layers - abs(level - layers))
         )
-        offload = self.recipe.training.offload
+        offload = self.recipe.training.offload and whole > 0
         wanted = Plan(rows, whole, mlps, layers, offload, loss_chunk, 0, self.budget_bytes)
         recipe = wanted.apply(self.recipe)
         found = forecast(recipe, self.workload_of(recipe), self.arch, cuda=self.cuda)

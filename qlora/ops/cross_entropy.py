@@ -24,7 +24,7 @@ LARGEST_CHUNK, LOGITS_BYTES = 1024, 2**28
 def tokens_at_once(vocabulary: int) -> int:
     """Trained tokens that go through the head together where nobody says how many: 1,024, whose products fill a GPU.
 
-    Of a large vocabulary fewer, in steps of 128, so that their logits in fp32 take 256 MiB at most. Blocks above that
+    Of a large vocabulary fewer, 128 or a multiple, so that their logits in fp32 take 256 MiB at most. Blocks above that
     find no room between others: 0.2 GiB less is reserved at 8B with 512 than with 1,024 (`benchmarks/speed/LOG.md`).
     """
     fitting = LOGITS_BYTES // (4 * vocabulary) // 128 * 128

@@ -3,7 +3,7 @@
 Shazeer 2020, "GLU Variants Improve Transformer". Autograd would keep seven tensors as wide as the block; of
 these gate and up suffice. The normalised input, silu(gate) and the product are rebuilt from them. Or nothing but h is
 kept, and gate and up are computed again: two of the three products, for W_down's is no part of any gradient. Then no
-more of the wide tensors needs to be in memory than those of some tokens: of a long row one piece after the other.
+more of the wide tensors needs to be in memory than those of some tokens: many go through one piece after the other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -90,6 +90,7 @@ class _GatedMLP(torch.autograd.Function):
                     tensor if before is None or tensor is None else before.add_(tensor)
                     for before, tensor in zip_longest(d_updates, more)
                 ]
+                del d_part, more  # not while the next piece is worked on
         d_hidden = None if d_rows is None else d_rows.view(hidden.shape)
         return (d_hidden, None, None, None, None, None, *d_updates)
 
