@@ -186,6 +186,22 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(made: Recipe, tmp_path
     assert "smaller model" in list(nothing.lines())[-1]
 
 
+def test_what_costs_time_alone_is_advised_before_what_is_learned_changes(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path,
+        "llama",
+        layers=9,
+        data={"max_length": 256},
+        training={"micro_batch_size": 2, "global_batch_size": 2, "device": "auto"},
+    )
+    arch = architecture(made, cuda=True)
+    single = with_training(made, micro_batch_size=1)
+    least = needed(forecast(single, sized(single, assumed(made)), arch, cuda=True))
+    settings = [change.settings for change in estimate(made, least - 1).changes]
+    assert settings[0] == ("training.micro_batch_size=1", "training.offload=true")
+    assert settings[1:] == [("data.max_length=128",)]
+
+
 def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
     """Where padding is not computed, the batch with the widest row need not be the largest."""
     data = tmp_path / "rows.jsonl"

@@ -1,6 +1,6 @@
 """Will it fit? If it does, how much more would; if not, the smallest changes that make it fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,27 +38,33 @@ class Advisor:
     cuda: bool
 
     def changes(self) -> list[Change]:
-        """Single changes that make the run fit, the cheapest first; if none does alone, several together.
+        """Single changes that make the run fit, the cheapest first; where none does at the cost of time, several.
 
         Empty when nothing of what can be asked for is enough.
         """
-        alone = []
-        together: tuple[Recipe, tuple[str, ...]] = (self.recipe, ())
-        for step in _STEPS:
+        cheap, dear = (self._alone(steps) for steps in (_COST_TIME, _CHANGE_WHAT_IS_LEARNED))
+        if cheap:
+            return cheap + dear
+        return self._together(_COST_TIME) + dear or self._together(_COST_TIME + _CHANGE_WHAT_IS_LEARNED)
+
+    def _alone(self, steps: Sequence["Step"]) -> list[Change]:
+        """Of every step the mildest change that makes the run fit by itself."""
+        found = []
+        for step in steps:
             for recipe, setting in step(self.recipe, self.arch):
-                found = self._needed(recipe)
-                if found <= self.capacity_bytes:
-                    alone.append(Change((setting,), found))
+                if (size := self._needed(recipe)) <= self.capacity_bytes:
+                    found.append(Change((setting,), size))
                     break
-        if alone:
-            return alone
-        for step in _STEPS:
-            furthest = list(step(together[0], self.arch))[-1:]
-            for recipe, setting in furthest:
-                together = recipe, (*together[1], setting)
-                found = self._needed(together[0])
-                if found <= self.capacity_bytes:
-                    return [Change(together[1], found)]
+        return found
+
+    def _together(self, steps: Sequence["Step"]) -> list[Change]:
+        """As many of the steps, each as far as it goes, as make the run fit."""
+        together, settings = self.recipe, tuple[str, ...]()
+        for step in steps:
+            for recipe, setting in list(step(together, self.arch))[-1:]:
+                together, settings = recipe, (*settings, setting)
+                if (size := self._needed(together)) <= self.capacity_bytes:
+                    return [Change(settings, size)]
         return []
 
     def largest_micro_batch(self) -> int:
@@ -105,6 +111,7 @@ class Advisor:
 
 
 Steps = Iterator[tuple[Recipe, str]]
+Step = Callable[[Recipe, Architecture], Steps]
 
 
 def _micro_batch(recipe: Recipe, _: Architecture) -> Steps:
@@ -166,5 +173,5 @@ def _length(recipe: Recipe, _: Architecture) -> Steps:
         yield recipe.model_copy(update={"data": data}), f"data.max_length={length}"
 
 
-_STEPS = (_micro_batch, _checkpointing, _offload, _embedding, _loss_chunk, _optimizer, _rank, _length)
-"""from what costs nothing but time to what changes what is learned"""
+_COST_TIME: tuple[Step, ...] = (_micro_batch, _checkpointing, _offload, _embedding, _loss_chunk, _optimizer)
+_CHANGE_WHAT_IS_LEARNED: tuple[Step, ...] = (_rank, _length)
