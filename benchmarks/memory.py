@@ -249,7 +249,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             if size:
                 x = place + 0.27 * (offset - 1)
                 axes.bar(x, size / GIB, 0.25, color=colours[name], label=name if place == 2 else None)
-                axes.text(x, size / GIB * 1.04, f"{size / GIB:.3g}", ha="center", fontsize=7.5)
+                axes.text(x, size / GIB * 1.04, f"{size / GIB:.3g}", ha="center", fontsize=6.3)
     axes.set_yscale("log", base=2)
     axes.set_yticks([4, 8, 16, 24, 48, 80, 160, 320, 640, 1280], [4, 8, 16, 24, 48, 80, 160, 320, 640, 1280])
     axes.set_xticks(range(len(shown)), [f"{row['method']}\n{row['model']}" for row in shown])
