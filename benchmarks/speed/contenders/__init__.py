@@ -1,9 +1,9 @@
 """Who competes, with which flags. Each contender is a program of its own: `python -m <its module> JOB.json`.
 
 Flags: `ckpt` recomputes the layers' activations in the backward (without it they are kept), `mlp`, of ours, only those
-of the MLPs, `packing` puts
-several documents into a row, `compile` is torch.compile, `liger` Liger's kernels, `selective` TRL's
-checkpointing that keeps attention, `offload` Unsloth's checkpointing with its activations on the host.
+of the MLPs, `packing` puts several documents into a row, `compile` is torch.compile, `liger` Liger's kernels,
+`selective` TRL's checkpointing that keeps attention, `offload` checkpointing with its activations on the host, of ours
+with the embedding there too.
 """
 
 from dataclasses import dataclass
@@ -60,6 +60,7 @@ def field(device: str, real: bool) -> list[Contender]:
         found += _of("qlora", "ckpt packing", "mlp packing", "packing")
         found += _of("trl", "ckpt packing", "packing")
     if device == "cuda":
+        found += _of("qlora", "ckpt offload")
         found += _of("trainer", "ckpt liger", "liger")
         found += _of("trl", "ckpt liger", "liger", "ckpt selective")
         found += _of("unsloth", "ckpt offload", "ckpt", "")

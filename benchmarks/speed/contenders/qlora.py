@@ -35,7 +35,9 @@ class Session:
             keep_freed_memory()
         else:
             grow_by_pages()
-        self.model = load_base(Base(model=job.base, compute_dtype=job.dtype), job.device)
+        offload = "offload" in job.flags
+        base = Base(model=job.base, compute_dtype=job.dtype, embedding="host" if offload else "device")
+        self.model = load_base(base, job.device)
         read_documents_if_apart(self.model)
         adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
         self.parameters = trainable_parameters(self.model)
@@ -44,7 +46,7 @@ class Session:
                 self.parameters[name].copy_(value)
         quicken(self.model)
         if "ckpt" in job.flags:
-            checkpoint_layers(self.model)
+            checkpoint_layers(self.model, offload=offload)
         elif "mlp" in job.flags:
             checkpoint_layers(self.model, 0, len(decoder_layers(self.model)))
         self.optimizer = Optimizer(self.parameters, name=OPTIMIZER)
