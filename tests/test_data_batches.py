@@ -183,17 +183,6 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert one.step_rows(0) != other.step_rows(0)
 
 
-def test_a_batch_moves_to_a_device_whole() -> None:
-    rows = [example(10, number) for number in range(2)]
-    arguments = {"micro_batch_size": 2, "global_batch_size": 2, "max_length": 30, "pad_id": PAD, "seed": 0}
-    for packing in (True, False):
-        (batch,) = Batches(rows, packing=packing, **arguments).evaluation()
-        moved = batch.to("meta")
-        assert moved.input_ids.device.type == moved.labels.device.type == "meta"
-        assert (moved.position_ids is not None) == packing
-        assert (moved.tokens, moved.supervised) == (batch.tokens, batch.supervised)
-
-
 def test_no_rows_make_no_batches() -> None:
     arguments = {"micro_batch_size": 2, "global_batch_size": 2, "max_length": 30, "pad_id": PAD, "seed": 0}
     for packing in (True, False):

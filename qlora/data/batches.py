@@ -69,16 +69,6 @@ class Batch:
         )
         return batch, tuple(length for row in self.documents for length in row)
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device; the host does not wait for the copy."""
-        positions = self.position_ids
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=None if positions is None else positions.to(device, non_blocking=True),
-        )
-
 
 class Batches:
     """All optimizer steps over a list of examples.
