@@ -250,7 +250,7 @@ GIB = 2**30
     [("llama-7b", 5, 9), ("llama-13b", 9, 14), ("llama-33b", 22, 28), ("llama-65b", 40, 49)],
 )
 def test_published_sizes(name: str, low: float, high: float) -> None:
-    """One row of 512 tokens, as QLoRA's figure 6 has it: 6.9, 11.3, 24.7 and 45.0 GB. Ours has an fp32 master copy too."""
+    """One row of 512 tokens, as QLoRA's figure 6 has it: 6.9, 11.3, 24.7 and 45.0 GB."""
     from qlora.memory.outlook import estimate
 
     overrides = ["training.micro_batch_size=1", "data.max_length=512", "training.device=auto"]
