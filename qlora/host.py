@@ -51,10 +51,11 @@ class _Shelved:
 
     def __init__(self, tensor: Tensor, below: Callable[[], "_Shelved | None"]) -> None:
         self._below, self._home = below, tensor.device
-        self._device: Tensor | None = tensor
+        self._device: Tensor | None = None  # while there is no copy yet: the host may have no memory for one
         with record_function(HOST):
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._copied = _copy(self._host, tensor)
+        self._device = tensor
 
     def leave(self) -> None:
         """Give the device's memory back, to what is computed after the copy."""

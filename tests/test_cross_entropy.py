@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.ops import IGNORE_INDEX, linear_cross_entropy
+from qlora.ops.cross_entropy import tokens_at_once
 
 
 class Recorder(TorchDispatchMode):
@@ -114,6 +115,15 @@ def test_the_logits_never_stand_in_memory_as_a_whole() -> None:
     with Recorder() as recorder:
         linear_cross_entropy(hidden, weight.detach(), labels, chunk=chunk).backward()
     assert recorder.largest == chunk * vocabulary < tokens * vocabulary / 10
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens"), [(2_048, 1024), (32_000, 1024), (128_256, 512), (256_000, 256), (2**20, 128)]
+)
+def test_of_a_large_vocabulary_fewer_tokens_go_together(vocabulary: int, tokens: int) -> None:
+    """At most 256 MiB of logits in fp32, but 128 tokens at least."""
+    assert tokens_at_once(vocabulary) == tokens
+    assert tokens == 128 or 4 * tokens * vocabulary <= 2**28
 
 
 def test_a_frozen_head_costs_two_products_and_an_evaluation_one() -> None:

@@ -45,7 +45,7 @@ class Advisor:
         cheap, dear = (self._alone(steps) for steps in (_COST_TIME, _CHANGE_WHAT_IS_LEARNED))
         if cheap:
             return cheap + dear
-        return self._together(_COST_TIME) + dear or self._together(_COST_TIME + _CHANGE_WHAT_IS_LEARNED)
+        return self._together(_COST_TIME if dear else _COST_TIME + _CHANGE_WHAT_IS_LEARNED) + dear
 
     def _alone(self, steps: Sequence["Step"]) -> list[Change]:
         """Of every step the mildest change that makes the run fit by itself."""
