@@ -19,11 +19,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora.device import on_cuda
+from qlora.errors import ModelError
 
 NAME = "qlora_documents"
 
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """fewer heads in keys and values: later torch wants to be told, torch 2.11 takes them as they are"""
+
+
+NOTHING_ASKED = (("use_cache", False), ("output_attentions", False), ("is_causal", True))
+"""what models say to their attention that is so in any case"""
 
 
 def reads_documents(model: Any) -> bool:
@@ -79,12 +84,15 @@ def attend(
     sliding_window: int | None = None,
     document_lengths: tuple[int, ...] | None = None,
     document_ends: Tensor | None = None,
-    **kwargs: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """query, key, value [B, heads, T, d] (fewer heads in key and value) -> [B, T, heads, d], as transformers wants it.
 
     `document_lengths`: tokens of each document, all together T; B is 1 then. (): every row is one. `document_ends`:
-    where each ends, 0 first, int32 on the device.
+    where each ends, 0 first, int32 on the device. `others`: what else a model says to its attention.
+
+    Raises:
+        ModelError: attention over documents cannot do what one of the others asks for.
     """
     if document_lengths is None:
         return sdpa_attention_forward(
@@ -96,8 +104,9 @@ def attend(
             dropout,
             scaling,
             sliding_window=sliding_window,
-            **kwargs,
+            **others,
         )
+    _check_nothing_is_lost(module, others)
     if not document_lengths:
         return _attend_alone(query, key, value, dropout, scaling, sliding_window), None
     if on_cuda(query) and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
@@ -107,6 +116,17 @@ def attend(
     parts = (x.split(document_lengths, dim=2) for x in (query, key, value))
     alone = [_attend_alone(q, k, v, dropout, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(alone, dim=1), None
+
+
+def _check_nothing_is_lost(module: nn.Module, others: dict[str, Any]) -> None:
+    """Raise ModelError where a model asks its attention for something that we would leave out, such as sinks."""
+    asked = {
+        name for name, value in others.items() if value is not None and (name, value) not in NOTHING_ASKED
+    }
+    if lost := asked - {"position_ids"}:  # the lengths say where documents begin
+        raise ModelError(
+            f"attention over documents does not know {', '.join(sorted(lost))}, which {type(module).__name__} asks for"
+        )
 
 
 def _attend_all(

@@ -33,6 +33,16 @@ LIKE_LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "
 """transformers' layers that compute what is written here"""
 
 
+COMPUTED_WITH = (
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "document_lengths",
+    "document_ends",
+)
+"""keywords of a layer's call that our passes read"""
+
+
 class Recompute(Enum):
     """The part of a layer that is computed again in the backward."""
 
@@ -44,7 +54,8 @@ class Recompute(Enum):
 class LlamaLayer(nn.Module):
     """One of transformers' Llama-like layers with our passes; its modules and their names stay the same.
 
-    original: the layer whose modules are used. It still runs where there is a cache of keys and values.
+    original: the layer whose modules are used. It still runs where a call says more than our passes know, such as a
+    cache of keys and values.
     recompute: what is not kept but computed again in the backward.
     checkpoint: calls a function of the layer's input, keeping that alone.
     """
@@ -64,27 +75,24 @@ class LlamaLayer(nn.Module):
         self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.train(original.training)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """hidden_states [B, T, H] -> [B, T, H]."""
-        rest = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
-        if past_key_values is not None or position_embeddings is None:
-            return self.original(hidden_states, past_key_values=past_key_values, **rest)
+    def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
+        """hidden_states [B, T, H] -> [B, T, H].
+
+        `call`: the keywords that transformers' models pass to their layers. Where one is a cache, or anything else
+        that our passes do not compute with, the layer of transformers takes the whole call.
+        """
+        if not _computes(call):
+            return self.original(hidden_states, **call)
+        known: dict[str, Any] = {name: call.get(name) for name in COMPUTED_WITH}
         if not (self.training and torch.is_grad_enabled()):
-            return self._run(hidden_states, **rest)
+            return self._run(hidden_states, **known)
         if self.recompute is not Recompute.ALL:
-            return self._run(hidden_states, keep=self.recompute is Recompute.NOTHING, **rest)
+            return self._run(hidden_states, keep=self.recompute is Recompute.NOTHING, **known)
         passes = iter([True])  # the first is the forward pass, the second a recompute
         return cast(
             Tensor,
             self.checkpoint(
-                lambda hidden: self._run(hidden, keep=False, output=next(passes, False), **rest),
+                lambda hidden: self._run(hidden, keep=False, output=next(passes, False), **known),
                 hidden_states,
             ),
         )
@@ -105,7 +113,7 @@ class LlamaLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         keep: bool = True,
         output: bool = True,
-        **kwargs: Any,
+        **documents: Any,
     ) -> Tensor:
         """The layer from top to bottom; `keep` and `output` are those of its MLP."""
         attention, mlp = self.self_attn, self.mlp
@@ -117,7 +125,7 @@ class LlamaLayer(nn.Module):
             query, key = rms_norm(query, _norm(attention.q_norm)), rms_norm(key, _norm(attention.k_norm))
         cos, sin = position_embeddings  # [B or 1, T, head_dim]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        attended = self._attend(query, key, value, attention_mask, kwargs)
+        attended = self._attend(query, key, value, attention_mask, documents)
         (change,) = lora_linears(attended, *_linears([attention.o_proj]))
         hidden = hidden + change
         norm = _norm(self.post_attention_layernorm)
@@ -125,7 +133,7 @@ class LlamaLayer(nn.Module):
         return gated_mlp(hidden, norm, linears, updates, keep=keep, output=output)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, documents: dict[str, Any]
     ) -> Tensor:
         """[B, T, heads, head_dim] each -> [B, T, heads * head_dim], by the model's attention implementation."""
         attention = self.self_attn
@@ -137,7 +145,7 @@ class LlamaLayer(nn.Module):
             dropout=attention.attention_dropout if self.training else 0.0,
             scaling=attention.scaling,
             sliding_window=_window(attention),
-            **kwargs,
+            **documents,
         )
         return attended.flatten(2)
 
@@ -152,6 +160,14 @@ def quicken(model: nn.Module) -> nn.Module:
             if _qualifies(child):
                 setattr(module, name, LlamaLayer(child))
     return model
+
+
+def _computes(call: dict[str, Any]) -> bool:
+    """Whether our passes compute what a layer is called for: a keyword without a value asks for nothing."""
+    asked = {
+        name for name, value in call.items() if value is not None and (name, value) != ("use_cache", False)
+    }
+    return "position_embeddings" in asked and asked <= set(COMPUTED_WITH)
 
 
 def _qualifies(layer: Any) -> bool:

@@ -279,7 +279,16 @@ def read_documents_if_apart(model: PreTrainedModel) -> None:
     """Give the model attention over documents end to end, if it can take it and is seen to keep them apart."""
     before = model.config._attn_implementation
     attention.read_documents(model)
-    if not _kept_apart(model)[0]:
+    try:
+        apart = _kept_apart(model)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ModelError,
+        RuntimeError,
+    ):  # its attention wants more than ours gives: sinks, or a mask in any case
+        apart = False
+    if not apart:
         model.set_attn_implementation(before)
 
 

@@ -1,5 +1,7 @@
 """Documents end to end: each sees itself alone, and padding is never computed."""
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     OPTConfig,
     masking_utils,
 )
@@ -22,6 +25,7 @@ from qlora.attention import NAME, arguments, attend, reads_documents
 from qlora.data import IGNORE_INDEX, Batch, Example
 from qlora.data.batches import collate
 from qlora.device import standing_for_cuda
+from qlora.errors import ModelError
 from qlora.step import loss_sum, read_documents_if_apart, supervised_states
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
@@ -82,7 +86,7 @@ def rows_of(*rows: list[int]) -> Batch:
 
 def model_of(config: Any) -> nn.Module:
     torch.manual_seed(2)
-    return AutoModelForCausalLM.from_config(config).double()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).double()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -158,6 +162,39 @@ def test_a_model_that_does_not_keep_documents_apart_keeps_its_own_attention(
     monkeypatch.setattr(Batch, "end_to_end", leaking)
     read_documents_if_apart(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_a_model_asks_its_attention_for_is_never_left_out() -> None:
+    query = torch.randn(1, 4, 8, 8)
+    for asked in (
+        {"s_aux": torch.ones(4)},
+        {"softcap": 30.0},
+        {"is_causal": False},
+        {"position_bias": query},
+    ):
+        with pytest.raises(ModelError, match=next(iter(asked))):
+            attend(nn.Module(), query, query, query, None, document_lengths=(5, 3), **asked)
+    nothing = {"position_ids": torch.arange(8)[None], "use_cache": False, "softcap": None, "is_causal": True}
+    found, _ = attend(nn.Module(), query, query, query, None, document_lengths=(5, 3), **nothing)
+    assert torch.equal(found, attend(nn.Module(), query, query, query, None, document_lengths=(5, 3))[0])
+
+
+def test_a_model_whose_attention_asks_for_more_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(CONFIGS["llama"])
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.self_attn, "forward", partial(layer.self_attn.forward, s_aux=torch.ones(4)))
+    read_documents_if_apart(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert loss_sum(model, rows_of([7], [5])).isfinite()
+
+
+def test_a_model_that_cannot_go_without_a_mask_keeps_its_own() -> None:
+    """Nemotron's layers drop the words that say so, and add the empty mask to their scores."""
+    model = model_of(NemotronConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8))
+    assert reads_documents(model)
+    read_documents_if_apart(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert loss_sum(model, rows_of([7], [5])).isfinite()
 
 
 def test_on_a_gpu_all_documents_are_one_kernel() -> None:

@@ -1,6 +1,8 @@
 """Our Llama-like layer against transformers' own: the same numbers, fewer tensors kept, fewer products repeated."""
 
 import copy
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -18,8 +22,9 @@ from transformers import (
 )
 
 from qlora.adapter.lora import adapt, lora_layers, trainable_parameters
+from qlora.attention import read_documents
 from qlora.data import Batch
-from qlora.llama import LlamaLayer, Recompute, quicken
+from qlora.llama import LIKE_LLAMA, LlamaLayer, Recompute, quicken
 from qlora.memory.live import LiveBytes
 from qlora.ops import dropout as dropout_module
 from qlora.ops import mlp as mlp_module
@@ -41,6 +46,8 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
 }
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""what the installed transformers calls the keys and values of earlier tokens: renamed in 5.24"""
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
@@ -64,6 +71,11 @@ def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
     model.zero_grad()
     loss = accumulate(model, [batch], seed=3, step=0)
     return loss, {name: p.grad for name, p in trainable_parameters(model).items()}
+
+
+def test_every_architecture_that_gets_our_layers_is_tried_here() -> None:
+    layers = {type(model_of(config).model.layers[0]).__name__ for config in CONFIGS.values()}
+    assert layers == LIKE_LLAMA
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -216,15 +228,84 @@ def test_what_is_kept_is_the_minimal_set() -> None:
     assert kept() <= hidden.nbytes + cos_and_sin + 16384  # and the random state
 
 
-def test_names_stay_and_a_cache_takes_the_layer_of_transformers() -> None:
+def test_names_stay() -> None:
     model = model_of(CONFIGS["qwen3"], torch.float32)
     names = list(model.state_dict())
-    ids = torch.arange(5)[None]
-    before = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
     quicken(model)
     assert list(model.state_dict()) == names
     assert len(lora_layers(model)) == 21
-    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), before)
+
+
+def talkative(config: PretrainedConfig) -> nn.Module:
+    """A model whose next token depends on the earlier ones: its matrices are large."""
+    model = model_of(config, torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model
+
+
+def continuation(model: nn.Module, **settings: Any) -> list[int]:
+    """Twelve tokens after a prompt of ten, which is longer than Mistral's window here."""
+    ids = torch.arange(10)[None] * 7
+    return model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, **settings)[0].tolist()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) -> None:
+    """With the cache under whatever name the installed transformers gives it: once it was renamed and lost."""
+    model = talkative(config)
+    expected = continuation(model)
+    assert len(set(expected[10:])) > 3
+    quicken(model)
+    assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(model))
+    assert continuation(model) == expected
+    assert continuation(model.train()) == expected, "a model in training mode generates too"
+    assert continuation(model, use_cache=False) == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_cache_sees_every_token_in_every_layer(config: PretrainedConfig) -> None:
+    model = quicken(talkative(config))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for ids in (torch.arange(5)[None], torch.tensor([[7]])):
+            model(ids, use_cache=True, **{CACHE: cache})
+    assert [layer.keys.shape[2] for layer in cache.layers] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("documents", [None, ((7, 5), (9, 3))], ids=["plain", "documents"])
+def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
+    config: PretrainedConfig, documents: tuple[tuple[int, ...], ...] | None
+) -> None:
+    """What the installed transformers passes in training: a keyword that is new or renamed is an error here."""
+    model = quicken(model_of(config, torch.float32))
+    read_documents(model)
+    for layer in decoder_layers(model):
+        layer.original.forward = None  # whoever calls it fails
+    loss, _ = pass_over(model, replace(batch_of(), documents=documents))
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("keyword", ["cache", "past_key_values", "renamed_again", "use_cache"])
+def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: str, training: bool) -> None:
+    """With everything else that came: nothing is swallowed."""
+    model = quicken(model_of(CONFIGS["llama"], torch.float32)).train(training)
+    layer, calls = decoder_layers(model)[1], []
+    assert isinstance(layer, LlamaLayer)
+    hidden, value = torch.randn(1, 4, HIDDEN), object()
+    call = {"position_embeddings": (torch.ones(1), torch.zeros(1)), "attention_mask": None, keyword: value}
+
+    def original(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append((args, kwargs))
+        return hidden
+
+    object.__setattr__(layer, "original", original)
+    assert layer(hidden, **call) is hidden
+    assert calls == [((hidden,), call)]
 
 
 def test_layers_that_compute_something_else_stay() -> None:
