@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import base_cache, bundled, nf4, untrained
 from qlora.adapter.identity import BaseIdentity, quantization_of
-from qlora.device import on_cuda
+from qlora.device import multiplies_bfloat16, on_cuda
 from qlora.errors import ModelError
 from qlora.host import HostEmbedding
 from qlora.quantizer import cast_dense, nf4_config, require_nf4
@@ -52,12 +52,11 @@ CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """The dtype of activations, norms and embeddings on `device`.
 
-    `auto` is bfloat16 wherever the device multiplies bfloat16 in hardware. A CPU without such instructions
-    emulates them 8 to 100 times slower than float32, so there `auto` is float32.
+    `auto` is bfloat16 wherever the device multiplies bfloat16 in hardware, else float32.
     """
     if base.compute_dtype != "auto":
         return getattr(torch, base.compute_dtype)
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and not multiplies_bfloat16():
         return torch.float32
     return torch.bfloat16
 

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora import attention
 from qlora.data import Batch
+from qlora.device import tokens_together
 from qlora.errors import ModelError
 from qlora.host import HostEmbedding, Shelf
 from qlora.llama import LlamaLayer, Recompute
@@ -87,21 +88,23 @@ def head_of(model: nn.Module) -> Head:
 def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The decoder's last hidden states [B, T, H], and for each position the token that it predicts [B, T].
 
-    A model that reads documents gets them end to end in one row, B = 1, unless the rows have no padding to lose.
+    A model that reads documents gets them end to end in one row, B = 1, unless the rows have no padding to lose; on
+    some devices filled up to a multiple of tokens, see `tokens_together`.
     To others no attention mask is ever passed: padding stands on the right, where a causal model cannot look, and
     position ids that restart at 0 make transformers keep the documents of a packed row apart.
     """
     device = next(model.parameters()).device
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
     more: dict[str, object] = {}
     if model.config._attn_implementation == attention.NAME:  # type: ignore[union-attr]
-        if batch.plain:
+        multiple = tokens_together(device, embedding.weight.dtype)
+        if batch.plain and batch.input_ids.numel() % multiple == 0:
             more = attention.of_whole_rows(batch.input_ids.shape[1], device)
         else:
-            batch, lengths = batch.end_to_end()
+            batch, lengths = batch.end_to_end(multiple)
             more = attention.arguments(lengths, device)
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
     ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # type: ignore[operator]
     labels = batch.labels.to(device, non_blocking=True)

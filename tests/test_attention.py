@@ -20,11 +20,12 @@ from transformers import (
     OPTConfig,
     masking_utils,
 )
+from transformers.pytorch_utils import Conv1D
 
 from qlora.attention import NAME, arguments, attend, reads_documents
 from qlora.data import IGNORE_INDEX, Batch, Example
 from qlora.data.batches import collate
-from qlora.device import standing_for_cuda
+from qlora.device import standing_for_cuda, tokens_together
 from qlora.errors import ModelError
 from qlora.step import loss_sum, read_documents_if_apart, supervised_states
 
@@ -131,6 +132,45 @@ def test_padding_is_never_computed() -> None:
     assert len(hidden) == len(targets) == batch.supervised
 
 
+@pytest.mark.parametrize("rows", [([20], [3], [2]), ([9], [9]), ([16],), ([7, 4], [5])], ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tokens_that_fill_a_pass_up_change_nothing(
+    config: Any, rows: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_of(config), rows_of(*rows)
+    read_documents_if_apart(model)
+    computed: list[int] = []
+    model.get_output_embeddings().weight.requires_grad_(False)
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    layer.register_forward_pre_hook(lambda _, args: computed.append(args[0].numel() // 32))
+
+    def learned() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        loss = loss_sum(model, batch)
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
+
+    expected, gradients = learned()
+    monkeypatch.setattr("qlora.step.tokens_together", lambda device, dtype: 8)
+    loss, filled = learned()
+    assert computed == [batch.tokens, -(-batch.tokens // 8) * 8]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for gradient, without in zip(filled, gradients, strict=True):  # Gemma's norms are fp32
+        torch.testing.assert_close(gradient, without, rtol=1e-6, atol=1e-8)
+    _, targets = supervised_states(model, batch)
+    assert len(targets) == batch.supervised
+
+
+def test_passes_are_filled_up_where_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for compiles, together in ((True, 128), (False, 1)):
+        monkeypatch.setattr("qlora.device.multiplies_bfloat16", lambda compiles=compiles: compiles)
+        assert tokens_together(cpu, torch.bfloat16) == together
+        assert tokens_together(cpu, torch.float32) == tokens_together(gpu, torch.bfloat16) == 1
+        with standing_for_cuda():
+            assert tokens_together(cpu, torch.bfloat16) == 1
+
+
 def test_rows_without_padding_stay_as_they_are() -> None:
     assert rows_of([7], [7]).plain
     assert not rows_of([7], [6]).plain
@@ -154,8 +194,8 @@ def test_a_model_that_does_not_keep_documents_apart_keeps_its_own_attention(
     model = model_of(config)
     assert reads_documents(model)
 
-    def leaking(batch: Batch) -> tuple[Batch, tuple[int, ...]]:
-        one, lengths = original(batch)
+    def leaking(batch: Batch, multiple: int) -> tuple[Batch, tuple[int, ...]]:
+        one, lengths = original(batch, multiple)
         return one, (sum(lengths),)
 
     original = Batch.end_to_end

@@ -52,22 +52,30 @@ class Batch:
         width = self.input_ids.shape[1]
         return self.documents is None or all(row == (width,) for row in self.documents)
 
-    def end_to_end(self) -> tuple["Batch", tuple[int, ...]]:
-        """The same documents in one row without padding, and the tokens of each."""
-        assert self.documents is not None
-        ends = [sum(row) for row in self.documents]
+    def end_to_end(self, multiple: int = 1) -> tuple["Batch", tuple[int, ...]]:
+        """Lay the documents end to end in one row, without padding; also returns the tokens of each.
 
-        def joined(rows: Tensor) -> Tensor:
-            return torch.cat([row[:end] for row, end in zip(rows, ends, strict=True)])[None]
+        Where their tokens are not a multiple of `multiple`, one more document of token 0 fills the row up; nothing is
+        learned from it.
+        """
+        rows = self.documents or ((self.input_ids.shape[1],),) * len(self.input_ids)
+        ends = [sum(row) for row in rows]
+        lengths = [length for row in rows for length in row]
+        if filler := -sum(ends) % multiple:
+            lengths.append(filler)
+
+        def joined(tensor: Tensor, fill: int) -> Tensor:
+            parts = [row[:end] for row, end in zip(tensor, ends, strict=True)]
+            return torch.cat([*parts, tensor.new_full((filler,), fill)])[None]
 
         batch = replace(
             self,
-            input_ids=joined(self.input_ids),
-            labels=joined(self.labels),
+            input_ids=joined(self.input_ids, 0),
+            labels=joined(self.labels, IGNORE_INDEX),
             position_ids=None,
             documents=None,
         )
-        return batch, tuple(length for row in self.documents for length in row)
+        return batch, tuple(lengths)
 
 
 class Batches:
