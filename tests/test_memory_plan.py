@@ -17,6 +17,7 @@ from qlora.memory.outlook import estimate
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.record import Outlook
 from qlora.memory.workload import assumed
+from qlora.profile import profile
 from qlora.recipe import Recipe
 from qlora.train import train
 
@@ -228,3 +229,31 @@ def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_pa
     assert run.forecast is not None
     assert run.workload.step == batches.largest(3, padded=False)[0]
     assert estimate(made).memory["forecast"]["total_bytes"] == run.forecast.total_bytes
+
+
+@pytest.mark.parametrize(
+    "words", [(40, 60), (90, 4)], ids=["the loss takes the most", "the longest row does"]
+)
+def test_of_long_rows_and_rows_that_are_trained_much_the_dearer_is_foreseen(
+    recipe_file: RecipeFile, tmp_path: Path, words: tuple[int, int]
+) -> None:
+    """The longest row trains two tokens; another is shorter and trains most of its own."""
+    data, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "a", "completion": " go"}))
+    asked, told = words
+    rows = [
+        {"prompt": " go" * 100, "completion": " go"},
+        {"prompt": " go" * asked, "completion": " go" * told},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = recipe_file(
+        base={"compute_dtype": "bfloat16"},
+        data={"source": str(data), "format": "prompt-completion", "held_out": str(held_out), "limit": None},
+        training={"micro_batch_size": 1, "global_batch_size": 1, "max_steps": 2},
+    )
+    found = profile(Recipe.load(file), 2, terminal=False)
+    assert found["forecast"]["total_bytes"] == pytest.approx(found["measured"]["total_bytes"], rel=0.01)
+    assert found["forecast"]["peak"] == found["measured"]["peak"]
+    assert (found["workload"]["supervised"] > 10) == (told > 50)
+    trained = train(Recipe.load(file), terminal=False).run / "memory.json"
+    assert json.loads(trained.read_text())["measured"]["total_bytes"] == found["measured"]["total_bytes"]

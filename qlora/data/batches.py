@@ -1,9 +1,9 @@
 """Examples -> batches: which rows an optimizer step sees, and how they are laid out in tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -153,17 +153,34 @@ class Batches:
 
         `padded`: whether the padding of its rows counts.
         """
+        return self._most(steps, lambda rows: self._tokens(rows, padded=padded))
 
-        def first(i: int) -> list[int]:
-            return self.step_rows(i)[0]  # a step's longest rows come first
+    def densest(self, steps: int, *, padded: bool, enough: int) -> tuple[int, Batch]:
+        """The same of the micro-batch with the most supervised tokens; of those with `enough`, the largest."""
 
-        def size(i: int) -> int:
-            lengths = [self._row_lengths[row] for row in first(i)]
-            return len(lengths) * lengths[0] if padded else sum(lengths)
+        def density(rows: Sequence[int]) -> tuple[int, int]:
+            supervised = sum(self._row_supervised[row] for row in rows)
+            return min(supervised, enough), self._tokens(rows, padded=padded)
 
+        return self._most(steps, density)
+
+    def _most(self, steps: int, weigh: Callable[[Sequence[int]], Any]) -> tuple[int, Batch]:
         seen = range(min(steps, self.steps_per_epoch * LARGEST_WITHIN))
-        step = max(seen, key=size)
-        return step, self._collate(first(step))
+        step, rows = max(
+            ((step, rows) for step in seen for rows in self.step_rows(step)),
+            key=lambda found: weigh(found[1]),
+        )
+        return step, self._collate(rows)
+
+    def _tokens(self, rows: Sequence[int], *, padded: bool) -> int:
+        lengths = [self._row_lengths[row] for row in rows]
+        return len(lengths) * max(lengths) if padded else sum(lengths)
+
+    @cached_property
+    def _row_supervised(self) -> list[int]:
+        """Supervised tokens of each row; nothing predicts the first of a document."""
+        each = [int(np.count_nonzero(one.labels[1:] != IGNORE_INDEX)) for one in self.examples]
+        return [sum(each[index] for index in row) for row in self.rows]
 
     def evaluation(self) -> list[Batch]:
         """Micro-batches over all rows, each once, in order."""

@@ -36,10 +36,10 @@ def account(
             "capacity_bytes": capacity_bytes,
         },
         "workload": {
-            "micro_batch_size": workload.train.input_ids.shape[0],
-            "row_tokens": workload.train.input_ids.shape[1],
+            "micro_batch_size": forecast.batch.input_ids.shape[0],
+            "row_tokens": forecast.batch.input_ids.shape[1],
             "packing": recipe.data.packing,
-            "supervised": workload.train.supervised,
+            "supervised": forecast.batch.supervised,
             "checkpointed_layers": forecast.checkpointed_layers,
             "checkpointed_mlps": forecast.checkpointed_mlps,
             "layers": forecast.layers,

@@ -83,6 +83,8 @@ class Forecast:
     """What a run will take."""
 
     trace: Trace
+    batch: Batch
+    """the micro-batch that takes the most"""
     layers: int
     checkpointed_layers: int
     checkpointed_mlps: int
@@ -184,10 +186,10 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         adapt_as(model, small)
         layers_as(model, small)
         keep_all_layers(model)
-        step, evaluation = _traces(model, optimizer_of(model, small), workload, fake, recipe)
+        batch, step, evaluation = _traces(model, optimizer_of(model, small), workload, fake, recipe, copies)
         standing = _standing(model, copies)
         optimizer, update = _trace_of_update(arch, recipe)
-    trace = _joined(repeat_all(step, copies), update, evaluation)
+    trace = _joined(step, update, evaluation)
     rows = trace.parts + standing + optimizer
     if cuda:
         rows = rows + _beside_the_tensors(rows, offload=recipe.training.offload)
@@ -195,20 +197,30 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     total = sum(parameter.numel() for parameter in arch.model.parameters())
     return Forecast(
         Trace(rows, trace.marks),
+        batch=batch,
         layers=arch.layers,
         checkpointed_layers=whole,
         checkpointed_mlps=mlps,
         loss_chunk=arch.loss_chunk(recipe),
-        host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
+        host_bytes=_host_bytes(recipe, batch, arch, whole) if cuda else 0,
         parameters=total if recipe.adapter.method == "full" else total - trained,
         trained_parameters=trained,
     )
 
 
 def _traces(
-    model: nn.Module, optimizer: Optimizer, workload: Workload, fake: FakeTensorMode, recipe: Recipe
-) -> tuple[Trace, Trace | None]:
-    """A step's passes and an evaluation, without what stands in memory all through the run."""
+    model: nn.Module,
+    optimizer: Optimizer,
+    workload: Workload,
+    fake: FakeTensorMode,
+    recipe: Recipe,
+    copies: list[tuple[int, int]],
+) -> tuple[Batch, Trace, Trace | None]:
+    """The micro-batch that takes the most, its passes, and an evaluation.
+
+    Passes are those of the whole model, see `repeat_all` about the `copies` of its layers; what stands in memory all
+    through the run is left out.
+    """
     known, chunk = inventory.inventory(model, optimizer), recipe.training.loss_chunk
     experts = any("experts" in name for name, _ in model.named_modules())
     kernels = MetaKernels() if experts else nullcontext()
@@ -222,10 +234,16 @@ def _traces(
         optimizer.zero_grad()
         accumulate(model, [batch], seed=0, step=0, loss_chunk=chunk)
 
+    def passes(batch: Batch) -> Trace:
+        return repeat_all(trace(batch, step), copies)
+
+    batch, most = workload.train, passes(workload.train)
+    if workload.densest is not None and (dense := passes(workload.densest)).totals.max() > most.totals.max():
+        batch, most = workload.densest, dense
     evaluation = None
     if workload.evaluation is not None:
         evaluation = trace(workload.evaluation, lambda batch: evaluate(model, [batch], loss_chunk=chunk))
-    return trace(workload.train, step), evaluation
+    return batch, most, evaluation
 
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:

@@ -12,7 +12,7 @@ from qlora.data import load_dataset, training_batches
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.advice import Advisor, Change
-from qlora.memory.forecast import architecture, forecast
+from qlora.memory.forecast import Architecture, architecture, forecast
 from qlora.memory.plan import Plan, changed, needed, plan, sized
 from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, assumed, of_run
@@ -99,7 +99,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None) -> Estimate:
         capacity_bytes = measure.capacity_bytes(torch.device("cuda"))
     recipe = _from_config_alone(recipe)
     arch = architecture(recipe, cuda=cuda)
-    workload = _workload(recipe, padded=arch.padded)
+    workload = _workload(recipe, arch)
     found: Plan | None = None
     if recipe.training.memory is not None:
         recipe, found = _planned(recipe, workload, arch, capacity_bytes, cuda)
@@ -118,7 +118,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None) -> Estimate:
 
 
 def _planned(
-    recipe: Recipe, workload: Workload, arch: Any, capacity_bytes: int | None, cuda: bool
+    recipe: Recipe, workload: Workload, arch: Architecture, capacity_bytes: int | None, cuda: bool
 ) -> tuple[Recipe, Plan]:
     """The recipe as its budget lets it run; `auto` is the GPU in question."""
     budget = recipe.training.memory
@@ -140,8 +140,8 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
     )
 
 
-def _workload(recipe: Recipe, *, padded: bool) -> Workload:
-    """The largest batches of local data; of other data, full rows. `padded`: the model reads padding too."""
+def _workload(recipe: Recipe, arch: Architecture) -> Workload:
+    """The largest batches of local data; of other data, full rows."""
     source = recipe.data.source
     held_out = recipe.data.held_out
     local = LOCAL_FILE.fullmatch(source) and not (
@@ -158,7 +158,8 @@ def _workload(recipe: Recipe, *, padded: bool) -> Workload:
     plain = changed(recipe, memory=None)
     batches = training_batches(dataset, plain)
     steps = recipe.training.max_steps or recipe.training.epochs * batches.steps_per_epoch
-    return of_run(plain, dataset, batches, steps, padded=padded)
+    chunk = arch.loss_chunk(recipe)
+    return of_run(plain, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
 
 
 def _tokenizer(base: Any) -> Any:

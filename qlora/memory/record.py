@@ -44,22 +44,23 @@ class Outlook:
         workload = None
         try:
             arch = architecture(recipe, cuda=cuda)
-            workload = of_run(recipe, dataset, batches, steps, padded=arch.padded)
+            chunk = arch.loss_chunk(recipe)
+            workload = of_run(recipe, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
             found = forecast(recipe, workload, arch, cuda=cuda)
         except QloraError:
             raise  # a recipe's mistake, which the run would find too
         except Exception as error:  # noqa: BLE001 - architectures of others fail in their own ways
-            workload = workload or of_run(recipe, dataset, batches, steps, padded=True)
+            workload = workload or of_run(recipe, dataset, batches, steps, padded=True, loss_chunk=0)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
         return cls(recipe, workload, device, found, _told(found, device))
 
     def watched(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "Outlook":
-        """With a watch over the step that has the run's largest micro-batch, or over all."""
-        largest = self.workload.step
+        """With a watch over the steps that have the run's largest micro-batches, or over all."""
+        largest = {self.workload.step, self.workload.densest_step}
 
         def wanted(step: int) -> bool:
-            return every_step or step == largest
+            return every_step or step in largest
 
         return replace(self, watch=measure.Watch(model, optimizer, self.device, wanted))
 
@@ -107,7 +108,8 @@ def budgeted(recipe: Recipe, dataset: Dataset, device: torch.device) -> Plan:
 
     def workload_of(changed: Recipe) -> Workload:
         batches = training_batches(dataset, changed)
-        return of_run(changed, dataset, batches, batches.steps_per_epoch, padded=arch.padded)
+        steps, chunk = batches.steps_per_epoch, arch.loss_chunk(changed)
+        return of_run(changed, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
 
     return plan(recipe, arch, workload_of, limit, cuda=cuda)
 

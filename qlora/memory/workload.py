@@ -17,13 +17,24 @@ class Workload:
     basis: str
     """where the shapes come from, in words"""
     step: int = 0
-    """the optimizer step (0-based) that has `train` first"""
+    """the optimizer step (0-based) that has `train`"""
+    densest: Batch | None = None
+    """the micro-batch that trains the most tokens, if those are more than in `train`: its logits may take more"""
+    densest_step: int = 0
+    """the optimizer step (0-based) that has `densest`"""
 
 
-def of_run(recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, padded: bool) -> Workload:
-    """The largest micro-batch of a run's steps and of its evaluations. `padded`: the model reads padding too."""
+def of_run(
+    recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, padded: bool, loss_chunk: int
+) -> Workload:
+    """The largest micro-batches of a run's steps and of its evaluations.
+
+    `padded`: the model reads padding too. `loss_chunk`: supervised tokens that go through the head at a time.
+    """
     held_out = held_out_batches(dataset, recipe) if dataset.held_out else []
     step, train = batches.largest(steps, padded=padded)
+    densest_step, densest = batches.densest(steps, padded=padded, enough=loss_chunk)
+    denser = densest.supervised > train.supervised < loss_chunk
 
     def size(batch: Batch) -> int:
         return batch.input_ids.numel() if padded else batch.tokens
@@ -33,6 +44,8 @@ def of_run(recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, pa
         evaluation=max(held_out, key=size, default=None),
         basis="the longest rows of the data",
         step=step,
+        densest=densest if denser else None,
+        densest_step=densest_step if denser else step,
     )
 
 
@@ -78,7 +91,8 @@ def resized(workload: Workload, *, rows: int | None = None, tokens: int | None =
     old = workload.evaluation
     larger = old is not None and old.input_ids.numel() > workload.train.input_ids.numel()
     evaluation = batch(old) if old is not None and larger else None
-    return replace(workload, train=batch(workload.train), evaluation=evaluation)
+    densest = workload.densest and batch(workload.densest)
+    return replace(workload, train=batch(workload.train), evaluation=evaluation, densest=densest)
 
 
 def _repeated(lengths: tuple[int, ...], tokens: int) -> tuple[int, ...]:
