@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
 from qlora.base import load_base, load_tokenizer
 from qlora.data import held_out_batches, load_dataset, prompting
 from qlora.errors import ModelError
+from qlora.llama import quicken
 from qlora.recipe import Recipe
-from qlora.step import evaluate
+from qlora.step import evaluate, read_documents_if_apart
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Trained:
     """A base with its adapter, and the recipe that made it."""
 
     recipe: Recipe
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
 
     @property
@@ -43,7 +44,7 @@ def load_trained(
     base = recipe.base
     if recipe.adapter.method == "full" and with_adapter:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
-    model: nn.Module = load_base(base, device_named(device), seed=recipe.training.seed)
+    model = load_base(base, device_named(device), seed=recipe.training.seed)
     trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base))
     if with_adapter and recipe.adapter.method == "lora":
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)
@@ -76,7 +77,13 @@ def find_adapter(folder: Path) -> Path:
 
 
 def held_out_loss(trained: Trained) -> tuple[float, int]:
-    """Mean loss (nats) per supervised token over the recipe's held-out rows, and how many tokens those are."""
+    """Mean loss (nats) per supervised token over the recipe's held-out rows, and how many tokens those are.
+
+    Computed as in training, in the same layers and attention: the very number that the run told.
+    """
+    read_documents_if_apart(trained.model)
+    if trained.recipe.adapter.method == "lora":
+        quicken(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
     batches = held_out_batches(dataset, trained.recipe)
     total, tokens = evaluate(trained.model, batches)

@@ -73,7 +73,7 @@ def recipe_file(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
         import json
 
         recipe: dict[str, Any] = {
-            "base": {"model": str(tiny_llama)},
+            "base": {"model": str(tiny_llama), "compute_dtype": "float32"},  # auto is another on another CPU
             "adapter": {"rank": 4, "targets": "all-linear"},
             "data": {
                 "source": "bundled/tickets/train.jsonl",

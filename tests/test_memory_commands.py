@@ -1,22 +1,17 @@
 """`qlora estimate` and `qlora profile` as a user meets them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands_for_tests import qlora
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.recipe.sizes import UNITS, parse_size
 
 RecipeFile = Callable[..., Path]
-
-
-def qlora(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "qlora", *arguments], capture_output=True, text=True)
 
 
 def test_estimate_answers_from_the_config_alone() -> None:
@@ -69,9 +64,12 @@ def test_an_unknown_architecture_gets_one_clear_line(tmp_path: Path) -> None:
     assert "config.json" in run.stderr
 
 
-def test_profile_sets_the_three_numbers_side_by_side(recipe_file: RecipeFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_profile_sets_the_three_numbers_side_by_side(
+    recipe_file: RecipeFile, tmp_path: Path, dtype: str
+) -> None:
     out = tmp_path / "out"
-    file = recipe_file()
+    file = recipe_file(base={"compute_dtype": dtype})
     run = qlora("profile", str(file), "--steps", "2", "--json", "--out", str(out))
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
