@@ -1,0 +1,74 @@
+"""Prints pyproject.toml's dependencies for pip, or what their newest releases mean for the upper bounds.
+
+.ci/requirements.py oldest                         the lowest version of each that is admitted: constraints
+.ci/requirements.py newest [--hold NAME ...]       each without its upper bound, tests' own too: requirements
+.ci/requirements.py beyond                         the installed versions that lie beyond their bound
+"""
+
+import argparse
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+UPPER = {"<", "<=", "==", "~="}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["oldest", "newest", "beyond"])
+    parser.add_argument("--hold", metavar="NAME", action="append", default=[], help="keep this upper bound")
+    arguments = parser.parse_args()
+    held = {canonicalize_name(name) for name in arguments.hold}
+    if unknown := held - {canonicalize_name(wanted.name) for wanted in needed("test")}:
+        parser.error(f"--hold: pyproject.toml does not ask for {', '.join(sorted(unknown))}")
+    lines = {
+        "oldest": lambda: [oldest(wanted) for wanted in needed()],
+        "newest": lambda: [newest(wanted, held) for wanted in needed("test")],
+        "beyond": lambda: [found for wanted in needed("test") if (found := beyond(wanted))],
+    }
+    for line in lines[arguments.what]():
+        print(line)
+
+
+def needed(*extras: str) -> list[Requirement]:
+    """What the package needs, and what these extras add to it."""
+    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return [Requirement(line) for lines in groups for line in lines]
+
+
+def oldest(wanted: Requirement) -> str:
+    """The lowest admitted version: `>=2.11` is `==2.11.*`, a lower bound of three numbers is that release."""
+    (lowest,) = (clause.version for clause in wanted.specifier if clause.operator == ">=")
+    return f"{wanted.name}=={lowest}" + (".*" if lowest.count(".") < 2 else "")
+
+
+def newest(wanted: Requirement, held: set[str]) -> str:
+    """The requirement without its upper bound, unless its name is in `held`."""
+    if canonicalize_name(wanted.name) not in held:
+        wanted.specifier = SpecifierSet(
+            ",".join(str(clause) for clause in wanted.specifier if clause.operator not in UPPER)
+        )
+    return str(wanted)
+
+
+def beyond(wanted: Requirement) -> str | None:
+    """The requirement and the installed version, if that one lies outside; None if it is admitted."""
+    try:
+        installed = version(wanted.name)
+    except PackageNotFoundError:  # its marker excludes this machine
+        return None
+    if wanted.specifier.contains(installed, prereleases=True):
+        return None
+    return f"{wanted.name} {installed} lies outside {wanted.specifier}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What pyproject.toml asks of other packages, and what a release holds."""
+
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+CALLED_DEEPLY = {
+    "torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "huggingface_hub", "typer",
+    "wandb", "peft", "trl", "triton",
+}  # fmt: skip
+"""Libraries whose minor releases have broken us, or can: they end at the next minor release."""
+
+
+def others(lines: list[str]) -> list[Requirement]:
+    """Requirements without those on the package itself, which have no version."""
+    return [wanted for line in lines if (wanted := Requirement(line)).name != PROJECT["name"]]
+
+
+def requirements() -> list[Requirement]:
+    return others(sum(EXTRAS.values(), PYPROJECT["build-system"]["requires"] + PROJECT["dependencies"]))
+
+
+def bound(wanted: Requirement, operator: str) -> Version:
+    (found,) = (clause.version for clause in wanted.specifier if clause.operator == operator)
+    return Version(found)
+
+
+@pytest.mark.parametrize("wanted", requirements(), ids=lambda wanted: wanted.name)
+def test_every_dependency_has_an_upper_bound_that_is_near(wanted: Requirement) -> None:
+    upper = bound(wanted, "<")
+    by_minor = wanted.name in CALLED_DEEPLY or upper.major == 0
+    assert len(upper.release) == (2 if by_minor else 1), f"{wanted}"
+
+
+@pytest.mark.parametrize("wanted", requirements(), ids=lambda wanted: wanted.name)
+def test_the_installed_versions_are_within_the_bounds(wanted: Requirement) -> None:
+    """`.ci/newest` leaves this test out by its name."""
+    try:
+        installed = version(wanted.name)
+    except PackageNotFoundError:
+        pytest.skip("not installed here")
+    assert wanted.specifier.contains(installed, prereleases=True), f"{installed} is not {wanted.specifier}"
+
+
+def ask(*arguments: str) -> list[str]:
+    command = [sys.executable, str(ROOT / ".ci/requirements.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_oldest_pins_every_dependency_to_its_lower_bound() -> None:
+    wanted = others(PROJECT["dependencies"])
+    lines = [Requirement(line) for line in ask("oldest")]
+    assert [line.name for line in lines] == [each.name for each in wanted]
+    for line, each in zip(lines, wanted, strict=True):
+        lowest = bound(each, ">=")
+        assert line.specifier.contains(lowest)
+        assert each.specifier.contains(lowest)
+
+
+def test_newest_frees_every_dependency_but_those_that_are_held() -> None:
+    wanted = others(PROJECT["dependencies"] + EXTRAS["test"])
+    lines = [Requirement(line) for line in ask("newest", "--hold", "torch", "--hold", "huggingface-hub")]
+    assert [line.name for line in lines] == [each.name for each in wanted]
+    for line, each in zip(lines, wanted, strict=True):
+        held = each.name in {"torch", "huggingface_hub"}
+        assert line.specifier.contains(bound(each, "<")) != held
+        assert not line.specifier.contains("0.0.1")
+        assert line.marker == each.marker
+
+
+def test_newest_refuses_to_hold_what_is_not_needed() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        ask("newest", "--hold", "tortch")
+    assert "does not ask for tortch" in refused.value.stderr
+
+
+def test_newest_leaves_out_a_test_that_exists() -> None:
+    assert test_the_installed_versions_are_within_the_bounds.__name__ in (ROOT / ".ci/newest").read_text()
