@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
-from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
-from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.profiler import record_function
 
+from qlora.bnb import Linear4bit, Params4bit, QuantState, create_dynamic_map, get_4bit_type
 from qlora.device import on_cuda
 from qlora.errors import ModelError
 from qlora.kernels import Pass

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
-    {"errors", "device", "manifest", "heap"},
+    {"errors", "device", "manifest", "heap", "bnb"},
     {"atomic", "kernels"},
     {"bundled", "recipe", "nf4", "cache"},
     {"ops"},
@@ -40,7 +40,7 @@ SAME_ROOM: set[tuple[str, str]] = set()
 
 # Libraries that only these rooms may open. Anything not named here is free.
 DOORS = {
-    "bitsandbytes": {"nf4", "optim"},
+    "bitsandbytes": {"bnb"},
     "wandb": {"tracking"},
     "pydantic": {"recipe"},
     "ruamel": {"recipe"},

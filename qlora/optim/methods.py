@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from qlora.bnb import create_dynamic_map
+from qlora.bnb import functional as bnb
 
 # The 256 values of bitsandbytes' dynamic data type: signed for the first moment, unsigned for the second. As plain
 # numbers: a tensor made once under FakeTensorMode would be fake for ever
@@ -101,8 +103,6 @@ def _bitsandbytes_32bit(
     method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
 ) -> None:
     """AdamW or Lion with fp32 states."""
-    import bitsandbytes.functional as bnb
-
     bnb.optimizer_update_32bit(
         method.rule,
         gradient,
@@ -122,8 +122,6 @@ def _bitsandbytes_8bit(
     method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
 ) -> None:
     """AdamW or Lion with states of 8-bit codes, one fp32 scale a block of 256."""
-    import bitsandbytes.functional as bnb
-
     bnb.optimizer_update_8bit_blockwise(
         method.rule,
         gradient,

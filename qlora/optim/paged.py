@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.bnb import functional as bnb
+
 MIN_SIZE = 100_000
 """elements below which a tensor is not paged, as bitsandbytes has it: managed memory moves in large pages"""
 
@@ -21,8 +23,6 @@ def paged_zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> Tenso
     bitsandbytes has no call that frees such memory: it lives as long as the process. In a forecast, where a CPU
     tensor stands for it, only the name is given.
     """
-    import bitsandbytes.functional as bnb
-
     tensor: Any
     if device.type == "cpu":
         tensor = torch.zeros(size, dtype=dtype)
@@ -41,8 +41,6 @@ def is_paged(tensor: Tensor) -> bool:
 
 def prefetch(tensor: Any) -> None:
     """Ask the driver to bring the pages of a managed tensor (or of a part of one) to its GPU in bulk."""
-    import bitsandbytes.functional as bnb
-
     if not tensor.is_cuda:
         return
     tensor.is_paged, tensor.page_deviceid = True, tensor.device.index

@@ -1,0 +1,50 @@
+"""The door to bitsandbytes: nothing is downloaded, nothing is printed, and `kernels` stays importable."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qlora import bnb
+
+PROGRAM = """
+import kernels, sys
+import qlora.train
+assert sys.modules["kernels"] is kernels
+kernels.get_kernel("nothing")
+"""
+
+
+def test_the_package_asks_no_hub_for_kernels_and_prints_nothing(tmp_path: Path) -> None:
+    """A fresh process, in which `kernels` is installed and imported already. Bites on AVX512-BF16 alone."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(name, **_): print('asked for', name)")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("asked for nothing\n", "")
+
+
+@pytest.mark.parametrize("before", [ModuleType("kernels"), None])
+def test_kernels_are_out_of_reach_only_while_bitsandbytes_is_imported(
+    before: ModuleType | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    if before is not None:
+        monkeypatch.setitem(sys.modules, "kernels", before)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with bnb._without_kernels():
+        with pytest.raises(ImportError):
+            import kernels  # noqa: F401
+        logger.warning(f"{bnb.ABSENT}: %s. Please install it", "import failed")
+        logger.warning("Something else")
+    assert sys.modules.get("kernels") is before
+    logger.warning(bnb.ABSENT)
+    assert [record.getMessage() for record in caplog.records] == ["Something else", bnb.ABSENT]
