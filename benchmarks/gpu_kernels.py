@@ -1,6 +1,6 @@
 """What each kernel gains over plain torch, on a GPU, at the shapes of Llama 3.1 8B.
 
-    python benchmarks/kernels.py [--tokens 4096] [--json FILE]
+    python benchmarks/gpu_kernels.py [--tokens 4096] [--json FILE]
 
 A line a pass: time of either form, and the rate at which the kernel reads and writes (each tensor once). A kernel that
 gains nothing is to be deleted.
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
-            "benchmarks/kernels.py needs a GPU: on a CPU the plain forms run, and there is nothing to compare"
+            "benchmarks/gpu_kernels.py needs a GPU: on a CPU the plain forms run, and there is nothing to compare"
         )
     found = []
     print(f"{'pass':20}{'torch, ms':>12}{'kernel, ms':>12}{'gain':>8}{'GB/s':>8}")
