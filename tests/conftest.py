@@ -5,7 +5,7 @@ The tiers: `pytest` (seconds to minutes, no GPU), `pytest -m slow`, `pytest -m g
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run block by block in numpy; read when Triton is imported
 
+from deprecations_for_tests import heard_deprecations, say_once_again
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import bundled
@@ -41,6 +42,23 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heard() -> Iterator[list[str]]:
+    with heard_deprecations() as heard:
+        yield heard
+
+
+@pytest.fixture(autouse=True)
+def deprecations(_heard: list[str]) -> Iterator[list[str]]:
+    """What a library has logged as deprecated since the last test, fixtures included: an error, as a warning is."""
+    say_once_again()
+    yield _heard
+    found = list(dict.fromkeys(_heard))
+    _heard.clear()
+    if found:
+        pytest.fail("a library logged a deprecation:\n" + "\n".join(found), pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,45 @@
+"""The tests hear what a library logs as deprecated, even while its logs are silenced."""
+
+import logging
+import warnings
+
+import pytest
+from accelerate import PartialState
+from accelerate.logging import get_logger
+
+from qlora.base import _quiet
+
+
+@pytest.mark.parametrize("again", [False, True])  # said once a process, heard in every test
+def test_what_transformers_says_once_is_heard_in_every_test(again: bool, deprecations: list[str]) -> None:
+    logger = logging.getLogger("transformers.models.llama")
+    with _quiet():
+        assert logging.getLogger("transformers").level == logging.ERROR
+        logger.warning_once("`past` is deprecated")  # type: ignore[attr-defined]
+    assert deprecations == ["transformers.models.llama: `past` is deprecated"]
+    deprecations.clear()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_accelerate_says_once_is_heard_in_every_test(again: bool, deprecations: list[str]) -> None:
+    PartialState(cpu=True)  # its loggers ask which process they are in
+    get_logger("accelerate.utils").warning_once("%s will be removed in 2.0", "this")
+    assert deprecations == ["accelerate.utils: [RANK 0] this will be removed in 2.0"]
+    deprecations.clear()
+
+
+def test_other_records_and_other_loggers_are_nobodys_error(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("accelerate").warning("all is well")
+    logging.getLogger("qlora").warning("this key is deprecated")
+    assert [record.getMessage() for record in caplog.records] == ["all is well", "this key is deprecated"]
+
+
+def test_silence_stays_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with _quiet():
+        logging.getLogger("transformers").warning("not for the terminal")
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_hides_no_warning() -> None:
+    with pytest.raises(FutureWarning), _quiet():
+        warnings.warn("gone soon", FutureWarning, stacklevel=1)
