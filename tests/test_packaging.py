@@ -1,10 +1,13 @@
 """What pyproject.toml asks of other packages, and what a release holds."""
 
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -87,3 +90,54 @@ def test_newest_refuses_to_hold_what_is_not_needed() -> None:
 
 def test_newest_leaves_out_a_test_that_exists() -> None:
     assert test_the_installed_versions_are_within_the_bounds.__name__ in (ROOT / ".ci/newest").read_text()
+
+
+# what a release holds
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel of this checkout."""
+    pytest.importorskip("hatchling")
+    return build(ROOT, tmp_path_factory.mktemp("dist"))
+
+
+def build(root: Path, folder: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
+    subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return folder
+
+
+def wheel(folder: Path) -> Path:
+    (found,) = folder.glob("qlora_train-*.whl")
+    return found
+
+
+def test_a_wheel_holds_every_file_of_the_package_and_the_recipes(release: Path) -> None:
+    package, recipes = ROOT / "qlora", ROOT / "recipes"
+    expected = {f"qlora/_recipes/{file.name}" for file in recipes.iterdir()} | {
+        str(file.relative_to(ROOT))
+        for file in package.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    with ZipFile(wheel(release)) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == expected
+    assert {Path(name).suffix for name in names} >= {".css", ".js", ".j2", ".jinja", ".jsonl", ".safetensors"}
+    assert {"qlora/py.typed", "qlora/_recipes/quickstart.yaml"} <= names
+
+
+def test_the_sdist_builds_the_same_wheel(release: Path, tmp_path: Path) -> None:
+    (source,) = release.glob("qlora_train-*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    again = build(tmp_path / source.name.removesuffix(".tar.gz"), tmp_path / "dist")
+    assert wheel(again).read_bytes() == wheel(release).read_bytes()
+
+
+def test_nothing_asks_for_the_version_of_the_other_qlora() -> None:
+    """`qlora` on the package index is somebody else's: its version would not be ours."""
+    asked = [path for path in ROOT.glob("qlora/**/*.py") if re.search(r"version\(.qlora", path.read_text())]
+    assert not asked
+    assert PROJECT["name"] == "qlora-train"
+    assert PROJECT["scripts"] == {"qlora": "qlora.cli:main"}
