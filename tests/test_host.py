@@ -21,7 +21,8 @@ from qlora.errors import ModelError
 from qlora.host import HostEmbedding, Shelf
 from qlora.llama import quicken
 from qlora.memory import measure
-from qlora.memory.forecast import Forecast, architecture, forecast
+from qlora.memory.architecture import architecture
+from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.live import LiveBytes
 from qlora.memory.outlook import estimate
 from qlora.memory.parts import PARTS

@@ -15,7 +15,8 @@ from torch.profiler import record_function
 from qlora.base import load_base
 from qlora.device import on_cuda
 from qlora.memory import forecast as forecasting
-from qlora.memory.forecast import Forecast, architecture, forecast
+from qlora.memory.architecture import architecture
+from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.inventory import inventory
 from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.parts import PARTS

@@ -12,7 +12,8 @@ from architectures_for_tests import recipe
 from qlora.base import load_tokenizer
 from qlora.data import load_dataset, training_batches
 from qlora.errors import ModelError, OutOfMemoryError
-from qlora.memory.forecast import architecture, forecast
+from qlora.memory.architecture import architecture
+from qlora.memory.forecast import forecast
 from qlora.memory.outlook import estimate
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.record import Outlook

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.memory.forecast import Architecture, architecture, forecast
+from qlora.memory.architecture import Architecture, architecture
+from qlora.memory.forecast import forecast
 from qlora.memory.plan import SMALL_LOSS_CHUNK, changed, needed, sized
 from qlora.memory.workload import Workload, resized
 from qlora.recipe import Recipe

@@ -19,27 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
 
 from qlora.adapter.lora import trainable_parameters
-from qlora.attention import read_documents, reads_documents
-from qlora.base import blueprint, compute_dtype, embedding_apart, load_base, load_config
+from qlora.attention import read_documents
+from qlora.base import load_base
 from qlora.data import Batch
 from qlora.device import standing_for_cuda
-from qlora.errors import ModelError
-from qlora.llama import LlamaLayer, Recompute, quicken
 from qlora.memory import inventory
+from qlora.memory.architecture import Architecture, dtype_on
 from qlora.memory.faking import MetaKernels, as_packed, faked, keep_all_layers
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model import adapt_as, checkpointed, layers_as, optimizer_of
-from qlora.ops.cross_entropy import tokens_at_once
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
-from qlora.step import accumulate, decoder_layers, evaluate, head_of
+from qlora.step import accumulate, decoder_layers, evaluate
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
@@ -102,62 +99,6 @@ class Forecast:
         return int(self.trace.totals.max())
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A model's names, shapes and counts: read once, for as many forecasts as are wanted."""
-
-    config: Any
-    model: PreTrainedModel
-    """on the meta device, adapted, with our passes"""
-    alike: bool
-    """all decoder layers have the same parameters and the same attention"""
-
-    @property
-    def padded(self) -> bool:
-        """Whether the model reads the padding of a batch too, and not its documents end to end."""
-        return not reads_documents(self.model)
-
-    @property
-    def layers(self) -> int:
-        """Decoder layers."""
-        return len(decoder_layers(self.model))
-
-    def loss_chunk(self, recipe: Recipe) -> int:
-        """Trained tokens that go through the head at a time."""
-        return recipe.training.loss_chunk or tokens_at_once(len(head_of(self.model).weight))
-
-    @property
-    def embedding_apart(self) -> bool:
-        """Whether the input embedding is a plain one whose weights the output head does not share."""
-        return embedding_apart(self.model)
-
-    @property
-    def recomputed(self) -> tuple[float, float | None]:
-        """Products that a recomputed layer repeats, as a share of its forward pass, and those of its MLP alone.
-
-        The latter is None where the MLP cannot be recomputed alone.
-        """
-        layer = next(iter(decoder_layers(self.model)), None)
-        if not isinstance(layer, LlamaLayer):
-            return 1.0, None
-        return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
-
-
-def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
-    """Read the architecture of a recipe's base. Raises ModelError if there is none, or no layer to adapt."""
-    config = load_config(recipe.base) if config is None else config
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # a quantized checkpoint has the shapes of ours
-    try:
-        model = blueprint(recipe.base, config, _dtype(recipe, cuda))
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
-    adapt_as(model, recipe)
-    return Architecture(config, quicken(model), _alike(model, config))
-
-
 def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bool) -> Forecast:
     """Live bytes of an optimizer step and an evaluation on the largest batches of a run.
 
@@ -179,7 +120,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         torch.random.fork_rng([]),
     ):
         base = recipe.base.model_copy(
-            update={"init": "synthetic", "compute_dtype": str(_dtype(recipe, cuda)).removeprefix("torch.")}
+            update={"init": "synthetic", "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch.")}
         )
         model = load_base(base, "cpu", config=_shortened(arch, sum(kept)))
         read_documents(model)
@@ -353,21 +294,6 @@ def _shortened(arch: Architecture, layers: int) -> Any:
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     return config
-
-
-def _alike(model: nn.Module, config: Any) -> bool:
-    """Whether every decoder layer is like the others, its adapters too."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    layers = decoder_layers(model)
-    looks = {
-        tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-        for layer in layers
-    }
-    return len(set(kinds)) <= 1 and len(looks) == 1
-
-
-def _dtype(recipe: Recipe, cuda: bool) -> torch.dtype:
-    return compute_dtype(recipe.base, torch.device("cuda" if cuda else "cpu"))
 
 
 def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:

@@ -12,7 +12,8 @@ from qlora.data import load_dataset, training_batches
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.advice import Advisor, Change
-from qlora.memory.forecast import Architecture, architecture, forecast
+from qlora.memory.architecture import Architecture, architecture
+from qlora.memory.forecast import forecast
 from qlora.memory.plan import Plan, changed, needed, plan, sized
 from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, assumed, of_run

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from qlora.errors import OutOfMemoryError
-from qlora.memory.forecast import Architecture, Forecast, forecast
+from qlora.memory.architecture import Architecture
+from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, resized
 from qlora.recipe import Recipe

@@ -14,7 +14,8 @@ from qlora.data import Batches, Dataset, training_batches
 from qlora.errors import QloraError
 from qlora.memory import measure, report
 from qlora.memory.account import account
-from qlora.memory.forecast import Forecast, architecture, forecast
+from qlora.memory.architecture import architecture
+from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.plan import Plan, needed, plan
 from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, of_run

@@ -1,0 +1,90 @@
+"""A model's names, shapes and counts, read from its configuration: what forecasts are made of."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora.attention import reads_documents
+from qlora.base import blueprint, compute_dtype, embedding_apart, load_config
+from qlora.errors import ModelError
+from qlora.llama import LlamaLayer, Recompute, quicken
+from qlora.model import adapt_as
+from qlora.ops.cross_entropy import tokens_at_once
+from qlora.recipe import Recipe
+from qlora.step import decoder_layers, head_of
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's names, shapes and counts: read once, for as many forecasts as are wanted."""
+
+    config: Any
+    model: PreTrainedModel
+    """on the meta device, adapted, with our passes"""
+    alike: bool
+    """all decoder layers have the same parameters and the same attention"""
+
+    @property
+    def padded(self) -> bool:
+        """Whether the model reads the padding of a batch too, and not its documents end to end."""
+        return not reads_documents(self.model)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(decoder_layers(self.model))
+
+    def loss_chunk(self, recipe: Recipe) -> int:
+        """Trained tokens that go through the head at a time."""
+        return recipe.training.loss_chunk or tokens_at_once(len(head_of(self.model).weight))
+
+    @property
+    def embedding_apart(self) -> bool:
+        """Whether the input embedding is a plain one whose weights the output head does not share."""
+        return embedding_apart(self.model)
+
+    @property
+    def recomputed(self) -> tuple[float, float | None]:
+        """Products that a recomputed layer repeats, as a share of its forward pass, and those of its MLP alone.
+
+        The latter is None where the MLP cannot be recomputed alone.
+        """
+        layer = next(iter(decoder_layers(self.model)), None)
+        if not isinstance(layer, LlamaLayer):
+            return 1.0, None
+        return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
+
+
+def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
+    """Read the architecture of a recipe's base. Raises ModelError if there is none, or no layer to adapt."""
+    config = load_config(recipe.base) if config is None else config
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # a quantized checkpoint has the shapes of ours
+    try:
+        model = blueprint(recipe.base, config, dtype_on(recipe, cuda))
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
+    adapt_as(model, recipe)
+    return Architecture(config, quicken(model), _alike(model, config))
+
+
+def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
+    """What the recipe computes in, on a GPU or on this machine's CPU."""
+    return compute_dtype(recipe.base, torch.device("cuda" if cuda else "cpu"))
+
+
+def _alike(model: nn.Module, config: Any) -> bool:
+    """Whether every decoder layer is like the others, its adapters too."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    layers = decoder_layers(model)
+    looks = {
+        tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        for layer in layers
+    }
+    return len(set(kinds)) <= 1 and len(looks) == 1
