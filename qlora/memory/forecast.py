@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import record_function
 
 from qlora.adapter.lora import trainable_parameters
 from qlora.attention import read_documents
@@ -36,7 +37,7 @@ from qlora.model import adapt_as, checkpointed, layers_as, optimizer_of
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
-from qlora.step import accumulate, decoder_layers, evaluate
+from qlora.step import accumulate, decoder_layers, evaluate, loss_sum
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
@@ -175,12 +176,18 @@ def _traces(
         optimizer.zero_grad()
         accumulate(model, [batch], seed=0, step=0, loss_chunk=chunk)
 
-    def passes(batch: Batch) -> Trace:
-        return repeat_all(trace(batch, step), copies)
+    def to_loss(batch: Batch) -> None:
+        with record_function("forward"):
+            loss_sum(model, batch, loss_chunk=chunk)
 
-    batch, most = workload.train, passes(workload.train)
-    if workload.densest is not None and (dense := passes(workload.densest)).totals.max() > most.totals.max():
-        batch, most = workload.densest, dense
+    def whole(trace: Trace) -> Trace:
+        return repeat_all(trace, copies)
+
+    batch, most = workload.train, whole(trace(workload.train, step))
+    # With fewer tokens than the largest, the densest can only take more in the loss: half a step tells
+    dense = workload.densest
+    if dense is not None and whole(trace(dense, to_loss)).totals.max() > most.totals.max():
+        batch, most = dense, whole(trace(dense, step))
     evaluation = None
     if workload.evaluation is not None:
         evaluation = trace(workload.evaluation, lambda batch: evaluate(model, [batch], loss_chunk=chunk))
