@@ -117,7 +117,8 @@ def load_tokenizer(base: Base) -> Tokenizer:
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"base.model: no tokenizer in {base.model!r}: {_first_line(error)}") from error
+        problem = _code_wanted(error) or _first_line(error)
+        raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
 
 
 def load_base(
@@ -286,13 +287,23 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def _code_wanted(error: BaseException) -> str:
+    """What to do where transformers would have to run the model's own code; empty if that is not the problem."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return (
+        "it brings code of its own, which has to run. Read it; if you trust it, set base.trust_remote_code=true, or "
+        "add --trust-remote-code to a command that takes no recipe"
+    )
+
+
 def _load_problem(base: Base, error: BaseException) -> str:
     """One line that names the model and what to do."""
-    text = _first_line(error)
+    text = _code_wanted(error) or _first_line(error)
     from_hub = not Path(base.model).exists() and not base.model.startswith("bundled/")
     if from_hub and ("gated" in text.lower() or "401" in text or "403" in text):
         text = "the hub refuses access: accept the model's licence there and log in with `hf auth login`"
-    elif from_hub:
+    elif from_hub and not _code_wanted(error):
         text = (
             "the hub cannot be reached, or has no such model, and it is not in the local cache. Check the name, "
             "download it on a machine with network, or give a local folder"

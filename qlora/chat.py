@@ -16,8 +16,7 @@ from qlora.data import Prompts
 from qlora.errors import ModelError, QloraError, RecipeError
 from qlora.generate import answer
 from qlora.interrupt import StopRequest
-from qlora.recipe import Recipe
-from qlora.trained import find_adapter, find_trained, load_trained
+from qlora.trained import find_adapter, find_trained, load_trained, recipe_of
 
 BASE = "base"
 """who answers without an adapter"""
@@ -214,6 +213,7 @@ def open_chat(
     history: bool | None = None,
     device: str = "auto",
     any_base: bool = False,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Chat:
     """A chat with the model in a run's or an adapter's folder, and with `others`: adapters' folders by name.
@@ -221,16 +221,18 @@ def open_chat(
     `history` None is what the rows were that the model learned from: conversations, or single questions. It and
     `settings` are those of `Chat`. `any_base` lets adapters answer that were trained on another base; of the run's
     own one, tokenizer and template count too. Raises ModelError if an adapter is missing, does not fit, or was
-    trained on another base.
+    trained on another base, and as `load_trained` if the base would run code of its own.
     """
-    recipe = Recipe.load(find_trained(Path(folder)) / "recipe.yaml")
+    recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
     places = {recipe.name: folder} if recipe.adapter.method == "lora" else {}
     if not places and others:
         raise ModelError(f"{folder}: all weights were trained, so adapters of its base do not fit it")
     if BASE in others or places.keys() & others.keys():
         raise RecipeError(f"--adapter: {BASE!r} and {recipe.name!r} are taken, choose other names")
     found = {name: find_adapter(Path(place)) for name, place in {**places, **others}.items()}
-    trained = load_trained(folder, device=device, with_adapter=not places)
+    trained = load_trained(
+        folder, device=device, with_adapter=not places, trust_remote_code=trust_remote_code
+    )
     adapters = Adapters(trained.model)
     for name, place in found.items():
         known = trained.identity if name in places else None  # the others are asked in the first one's way

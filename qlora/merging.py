@@ -17,7 +17,7 @@ from qlora.draft import check_absent, drafting, publish
 from qlora.errors import DataError, ModelError, OutOfMemoryError, RecipeError
 from qlora.merged import MergeSource, Onto, write_merged
 from qlora.recipe import Recipe
-from qlora.trained import device_named, find_trained, load_trained
+from qlora.trained import device_named, find_trained, load_trained, recipe_of
 from qlora.verdict import Judgement, Reference, choose, judge, reference, stored_bytes
 
 GiB = 2**30
@@ -62,6 +62,7 @@ def merge(
     max_tokens: int = 20_000,
     device: str = "auto",
     any_base: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Merged:
     """Write base + adapter as one model to the new folder `to`, and judge it on held-out text.
@@ -79,13 +80,16 @@ def merge(
         device: where to compute: auto, cpu or cuda.
         any_base: merge although the recipe's base or tokenizer is another than in training. What `original`
             names is taken at its word either way.
+        trust_remote_code: let the base's own code run, where the recipe that came with the adapter asks for it.
 
     Raises:
         QloraError: something is missing, does not fit, or there is no room. Nothing is left behind.
     """
     to = Path(to)
     check_absent(to)
-    plan = _prepare(Path(adapter), to, onto, data, original, max_tokens, device_named(device), any_base)
+    folder = find_trained(Path(adapter))
+    recipe = recipe_of(folder, trust_remote_code=trust_remote_code)
+    plan = _prepare(folder, recipe, to, onto, data, original, max_tokens, device_named(device), any_base)
     with drafting(to) as drafts:
         live, heard = _hear(plan, progress) if plan.batches else (None, None)
         sizes, judged = {}, []
@@ -118,7 +122,8 @@ class _Plan:
 
 
 def _prepare(
-    adapter: Path,
+    folder: Path,
+    recipe: Recipe,
     to: Path,
     onto: str,
     data: str | None,
@@ -128,8 +133,6 @@ def _prepare(
     any_base: bool,
 ) -> _Plan:
     """Everything that can go wrong without writing goes wrong here."""
-    folder = find_trained(adapter)
-    recipe = Recipe.load(folder / "recipe.yaml")
     _check_mergeable(recipe, folder, onto, max_tokens)
     sources = _sources(recipe, folder, onto, original, device, any_base)
     _check_space(sources, to)
@@ -218,7 +221,12 @@ def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int)
 def _hear(plan: _Plan, progress: Progress) -> tuple[Judgement, Reference]:
     """The live base + adapter: how it does itself, and what the merged models are compared with."""
     progress("hearing base + adapter", 0, 1)
-    trained = load_trained(plan.adapter, device=plan.device.type, any_base=plan.any_base)
+    trained = load_trained(
+        plan.adapter,
+        device=plan.device.type,
+        any_base=plan.any_base,
+        trust_remote_code=plan.recipe.base.trust_remote_code,  # it has been consented to
+    )
     heard = reference(trained.model, plan.batches)
     return judge("live", trained.model, heard, stored_bytes(trained.model)), heard
 

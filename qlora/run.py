@@ -104,7 +104,7 @@ def claim(
 
 
 def _check_same(recipe: Recipe, path: Path) -> None:
-    before = Recipe.load(path / "recipe.yaml").to_dict()
+    before = Recipe.recorded(path / "recipe.yaml").to_dict()
     changed = list(_differences(before, recipe.to_dict()))
     if changed:
         lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, old, new in changed)

@@ -1,5 +1,6 @@
 """A fine-tuned model, found again: from a run's or an adapter's folder to base, adapter and tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,21 @@ class Trained:
 
 
 def load_trained(
-    folder: str | Path, *, device: str = "auto", with_adapter: bool = True, any_base: bool = False
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    with_adapter: bool = True,
+    any_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> Trained:
     """The model that the run or adapter in `folder` stands for, on `device`, in evaluation mode.
 
-    `with_adapter=False` loads its base alone. Raises ModelError if there is no such result, or if the base,
-    tokenizer or template that its recipe names is not what it was trained on any more, unless `any_base`.
+    `with_adapter=False` loads its base alone. Raises ModelError if there is no such result; if the base,
+    tokenizer or template that its recipe names is not what it was trained on any more, unless `any_base`; or if
+    the base would run code of its own, unless `trust_remote_code`.
     """
     adapter = find_trained(Path(folder))
-    recipe = Recipe.load(adapter / "recipe.yaml")
+    recipe = recipe_of(adapter, trust_remote_code=trust_remote_code)
     base = recipe.base
     if recipe.adapter.method == "full" and with_adapter:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
@@ -50,6 +57,25 @@ def load_trained(
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)
         model.eval()
     return trained
+
+
+def recipe_of(result: Path, changes: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
+    """The recipe beside a trained adapter or model, with `changes` (`section.key=value`): the only way to load by it.
+
+    The folder may come from a stranger, so its recipe is no consent to run the base's own code.
+
+    Raises:
+        ModelError: the recipe would run such code, and `trust_remote_code` does not allow it.
+    """
+    file = result / "recipe.yaml"
+    recipe = Recipe.recorded(file, changes)
+    if recipe.base.trust_remote_code and not trust_remote_code:
+        raise ModelError(
+            f"{file}: would run code of {recipe.base.model} (base.trust_remote_code: true), and a recipe that came "
+            "with results is no consent. Read that code; if you trust it, add --trust-remote-code, in Python "
+            "trust_remote_code=True"
+        )
+    return recipe
 
 
 def device_named(name: str) -> torch.device:

@@ -127,6 +127,12 @@ def test_there_is_one_backward() -> None:
     assert found == ["step.py"]
 
 
+def test_recorded_recipes_are_read_only_where_nothing_is_loaded_by_them() -> None:
+    """Whoever loads a base by a recipe that came with results asks `trained.recipe_of`, which wants consent."""
+    found = {room_of(path) for path in files() if ".recorded(" in path.read_text()}
+    assert found == {"run", "report", "trained"}
+
+
 def test_no_drawers_and_no_hidden_code() -> None:
     assert not [path for path in files() if path.stem in FORBIDDEN_NAMES]
     wrong = []

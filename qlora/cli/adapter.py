@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qlora.cli.arguments import Json
+from qlora.cli.arguments import Json, TrustRemoteCode
 from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
 from qlora.errors import ModelError, RecipeError
 
@@ -123,6 +123,7 @@ def extract(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where differences are decomposed.")
     ] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
@@ -142,11 +143,12 @@ def extract(
 
     folder.require_free(to)
     tuned_folder = find_checkpoint(tuned)
+    companions = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)
     found = extracting.extract(
         Weights(tuned_folder),
         Weights(find_checkpoint(base)),
-        load_architecture(Base(model=str(tuned_folder))),
+        load_architecture(Base(model=str(tuned_folder), trust_remote_code=trust_remote_code)),
         rank=rank,
         energy=energy,
         base_model=base,
@@ -154,7 +156,7 @@ def extract(
         device=device,
         progress=lambda names: track(names, "layers", console=console, disable=not console.is_terminal),
     )
-    made = replace(found.adapter, companions=_recipe_of(tuned_folder, base))
+    made = replace(found.adapter, companions=companions)
     _save(made, to, found.deviations, per_layer, json_output, found.not_captured)
 
 
@@ -234,14 +236,14 @@ def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":
     )
 
 
-def _recipe_of(tuned: Path, base: str) -> dict[str, str]:
+def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str]:
     """The recipe of a run of full training, if that is what was tuned, with an adapter on `base` instead."""
-    from qlora.recipe import Recipe
+    from qlora.trained import recipe_of
 
     if not (tuned / "recipe.yaml").is_file():
         return {}
     changes = ["adapter.method=lora", f"base.model={json.dumps(base)}", "base.init=pretrained"]
-    return {"recipe.yaml": Recipe.load(tuned / "recipe.yaml", changes).to_yaml()}
+    return {"recipe.yaml": recipe_of(tuned, changes, trust_remote_code=trust_remote_code).to_yaml()}
 
 
 def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":

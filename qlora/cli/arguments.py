@@ -20,6 +20,13 @@ AnyBase = Annotated[
         "--any-base", help="Use the adapter although its base or tokenizer is another than in training."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let the base run code of its own, in this call: a recipe that came with results cannot allow it.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
 ]

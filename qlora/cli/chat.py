@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.arguments import AnyBase
+from qlora.cli.arguments import AnyBase, TrustRemoteCode
 
 
 def chat(
@@ -34,6 +34,7 @@ def chat(
         ),
     ] = None,
     any_base: AnyBase = False,
+    trust_remote_code: TrustRemoteCode = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Chat with base + adapter; /help lists what else a line can be.
@@ -46,7 +47,7 @@ def chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Terminal() if interactive else Plain()
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    settings |= {"device": device, "any_base": any_base}
+    settings |= {"device": device, "any_base": any_base, "trust_remote_code": trust_remote_code}
     conversation = open_chat(adapter, named, screen, history=history, **settings)
     if interactive:
         with suppress(ImportError):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase, Json
+from qlora.cli.arguments import AnyBase, Json, TrustRemoteCode
 
 
 def evaluate(
@@ -14,13 +14,20 @@ def evaluate(
     ],
     base_only: Annotated[bool, typer.Option("--base", help="Judge the base without the adapter.")] = False,
     any_base: AnyBase = False,
+    trust_remote_code: TrustRemoteCode = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_output: Json = False,
 ) -> None:
     """Held-out loss (nats per supervised token) over the held-out rows of the run's recipe."""
     from qlora.trained import held_out_loss, load_trained
 
-    trained = load_trained(adapter, device=device, with_adapter=not base_only, any_base=any_base)
+    trained = load_trained(
+        adapter,
+        device=device,
+        with_adapter=not base_only,
+        any_base=any_base,
+        trust_remote_code=trust_remote_code,
+    )
     loss, tokens = held_out_loss(trained)
     if json_output:
         print(json.dumps({"eval_loss": loss, "eval_tokens": tokens}))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase
+from qlora.cli.arguments import AnyBase, TrustRemoteCode
 
 
 def generate(
@@ -14,6 +14,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; `-` reads standard input.")],
     base_only: Annotated[bool, typer.Option("--base", help="Ask the base without the adapter.")] = False,
     any_base: AnyBase = False,
+    trust_remote_code: TrustRemoteCode = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -28,7 +29,13 @@ def generate(
     from qlora.trained import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    trained = load_trained(adapter, device=device, with_adapter=not base_only, any_base=any_base)
+    trained = load_trained(
+        adapter,
+        device=device,
+        with_adapter=not base_only,
+        any_base=any_base,
+        trust_remote_code=trust_remote_code,
+    )
     prompts = Prompts(trained.recipe.data, trained.tokenizer)
     ids = prompts.encode(text)
     print(answer(trained.model, trained.tokenizer, ids, max_new_tokens, stop_ids=prompts.stop_ids))

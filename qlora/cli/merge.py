@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase, Json
+from qlora.cli.arguments import AnyBase, Json, TrustRemoteCode
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +45,7 @@ def merge(
         int, typer.Option(min=0, help="Judge by so many supervised tokens at most; 0: no verdict.")
     ] = 20_000,
     any_base: AnyBase = False,
+    trust_remote_code: TrustRemoteCode = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_output: Json = False,
 ) -> None:
@@ -66,6 +67,7 @@ def merge(
             max_tokens=tokens,
             device=device,
             any_base=any_base,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_output:

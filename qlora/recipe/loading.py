@@ -1,4 +1,4 @@
-"""Finding a recipe and reading its file."""
+"""Find a recipe, read its file, and tell a person's own from one that came with results."""
 
 import os
 import stat
@@ -10,22 +10,67 @@ from qlora.errors import RecipeError
 from qlora.recipe import shipped
 from qlora.recipe.checking import check
 from qlora.recipe.overrides import override
-from qlora.recipe.problems import FORBIDDEN, Document, Place, shorten
+from qlora.recipe.problems import FORBIDDEN, Document, Place, Problem, shorten
 from qlora.recipe.reading import read
 from qlora.recipe.schema import Recipe
+
+RESULTS = ("adapter_config.json", "run.json")
+"""files that make a folder, with all below it, one of an adapter or a run"""
+
+RESULTS_HERE = ("config.json", "manifest.json", "adapter/adapter_config.json", "model/recipe.yaml")
+"""files that show the same of the very folder that a recipe lies in"""
 
 MAX_BYTES = 64 * 1024  # the longest shipped recipe is 1 KiB; parsing takes time in proportion
 
 
 def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe; raises `RecipeError` with one line a problem."""
+    """Read, override and check a recipe; raises `RecipeError` with one line a problem.
+
+    A file that lies among results may be a stranger's, so it cannot allow the base's code to run; an override can.
+    """
     path = locate(name_or_path)
+    document = _document(path, overrides)
+    _refuse_code_of_results(document, path)
+    return check(document, path.stem)
+
+
+def load_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe that came with a run or an adapter as it is; see `Recipe.recorded`."""
+    return check(_document(path, overrides), path.stem)
+
+
+def _document(path: Path, overrides: Sequence[str]) -> Document:
     document = read(_text(path), str(path))
     if document.value is None:
         document.value = {}
     for argument in overrides:
         override(document, argument)
-    return check(document, path.stem)
+    return document
+
+
+def _refuse_code_of_results(document: Document, path: Path) -> None:
+    """Note a problem where a recipe among results, and not the command line, lets the base's code run."""
+    key = ("base", "trust_remote_code")
+    place = document.place(key)
+    base = document.value.get("base") if isinstance(document.value, dict) else None
+    if not (isinstance(base, dict) and base.get("trust_remote_code") is True and place.line):
+        return
+    if (folder := _results_around(path)) is not None:
+        text = (
+            f"would run code of {shorten(str(base.get('model')), 200)!r}, and a recipe among results ({folder}) is no "
+            "consent. If you trust that code, say base.trust_remote_code=true on the command line"
+        )
+        document.problems.append(Problem(place, key, text))
+
+
+def _results_around(path: Path) -> Path | None:
+    """The folder of a run, an adapter, a checkpoint or a whole model that a recipe lies in; None if in none."""
+    for file in (path.absolute(), path.resolve()):
+        for folder in file.parents:
+            names = RESULTS + RESULTS_HERE if folder == file.parent else RESULTS
+            if any((folder / name).is_file() for name in names):
+                return folder
+    return None
 
 
 def from_dict(settings: Mapping[str, Any], name: str) -> Recipe:

@@ -229,11 +229,23 @@ class Recipe(Section):
         """Read a recipe from a YAML file, or a shipped one by its name, and check it.
 
         `overrides` are `section.key=value` with the value in YAML; they get the same checks.
+        A file in the folder of a run or an adapter must not set `base.trust_remote_code`; an override may.
         Raises `RecipeError` with one line a problem, all problems at once.
         """
         from qlora.recipe.loading import load
 
         return load(name_or_path, overrides)
+
+    @classmethod
+    def recorded(cls, file: Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read the recipe that came with a run or an adapter, to show it or to compare it.
+
+        It says what its author allowed, not what you allow: whoever loads a base by it takes
+        `qlora.trained.recipe_of` instead. Raises `RecipeError` as `load` does.
+        """
+        from qlora.recipe.loading import load_recorded
+
+        return load_recorded(file, overrides)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], name: str = "recipe") -> "Recipe":

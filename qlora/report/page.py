@@ -44,7 +44,7 @@ def render(run: Path) -> str:
 
     if not ((run / "recipe.yaml").is_file() and (run / "run.json").is_file()):
         raise ModelError(f"{run}: no run here. Give the folder of a run, as in runs/quickstart")
-    recipe = Recipe.load(run / "recipe.yaml")
+    recipe = Recipe.recorded(run / "recipe.yaml")
     records, result = history.read(run / "metrics.jsonl"), _json(run / "result.json")
     memory = _json(run / "memory.json")
     script = (HERE / "page.js").read_text()
