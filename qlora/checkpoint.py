@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from qlora import manifest
+from qlora.atomic import sync
 from qlora.errors import ModelError, SaveError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+TEMPORARY, TRASH = ".tmp-", ".trash-"
+"""before the name of what is being written, and of what is being removed"""
 
 _warn = logging.getLogger("qlora").warning
 
@@ -87,7 +89,7 @@ def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
             fsync_tree(folder)
             if not (final.exists() and not verify(final, run_id=run_id)):
                 _commit(folder, final)
-        _fsync(run)  # `checkpoints` itself may be new
+        sync(run)  # `checkpoints` itself may be new
 
 
 @contextmanager
@@ -105,12 +107,47 @@ def replacing(run: Path, name: str) -> Iterator[Path]:
             _commit(folder, run / name)
 
 
-def newest(run: Path, *, run_id: str | None = None, report: Callable[[str], object] = _warn) -> Path | None:
+def recover(run: Path) -> None:
+    """Give the folders their names that a kill caught in between: the old one set aside, the new one not yet in place.
+
+    The caller holds the run's lock.
+
+    Raises:
+        SaveError: a folder cannot be renamed.
+    """
+    with save_errors(run):
+        for parent in (run, run / "checkpoints"):
+            _finish_commits(parent)
+
+
+def clear(run: Path, names: Iterable[str]) -> None:
+    """Remove files and folders of a run, and what a killed process left there; no folder is ever half there.
+
+    Raises:
+        SaveError: one of them cannot be removed.
+    """
+    with save_errors(run):
+        _remove_leftovers(run)
+        for path in (run / name for name in names):
+            if path.is_dir() and not path.is_symlink():
+                _discard(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def newest(
+    run: Path,
+    *,
+    run_id: str | None = None,
+    checksums: bool = True,
+    report: Callable[[str], object] = _warn,
+) -> Path | None:
     """The newest checkpoint whose manifest fits its files; None where there are none.
 
     Args:
         run: the run's folder.
         run_id: only checkpoints of this run count, when given.
+        checksums: see `verify`.
         report: called with a line for every newer checkpoint that had to be passed over.
 
     Raises:
@@ -118,7 +155,7 @@ def newest(run: Path, *, run_id: str | None = None, report: Callable[[str], obje
     """
     rejected: list[str] = []
     for folder in reversed(_folders(run)):
-        problems = verify(folder, run_id=run_id)
+        problems = verify(folder, run_id=run_id, checksums=checksums)
         if not problems:
             for line in rejected:
                 report(f"checkpoint passed over: {line}; going on from {folder.name}")
@@ -225,7 +262,7 @@ def _step(folder: Path) -> int:
 @contextmanager
 def _temporary(parent: Path, name: str) -> Iterator[Path]:
     """A new folder beside its later place; gone when the body raises."""
-    folder = parent / f"{_TEMPORARY}{name}"
+    folder = parent / f"{TEMPORARY}{name}"
     folder.mkdir()
     try:
         yield folder
@@ -235,7 +272,7 @@ def _temporary(parent: Path, name: str) -> Iterator[Path]:
 
 def _commit(folder: Path, final: Path) -> None:
     """Give a finished folder its name, setting aside what has it now."""
-    aside = final.with_name(f"{_TRASH}{final.name}")
+    aside = final.with_name(f"{TRASH}{final.name}")
     replaces = final.exists() or final.is_symlink()
     if replaces:
         final.rename(aside)
@@ -245,21 +282,32 @@ def _commit(folder: Path, final: Path) -> None:
         if replaces:
             aside.rename(final)
         raise
-    _fsync(final.parent)
+    sync(final.parent)
     if replaces:
         _remove(aside)
 
 
 def _discard(folder: Path) -> None:
     """Remove a folder so that no half of it is ever seen under its name."""
-    trash = folder.rename(folder.with_name(f"{_TRASH}{folder.name}"))
-    _fsync(trash.parent)
+    trash = folder.rename(folder.with_name(f"{TRASH}{folder.name}"))
+    sync(trash.parent)
     _remove(trash)
+
+
+def _finish_commits(parent: Path) -> None:
+    """Do the second rename of `_commit` where a kill came before it: the new folder is whole by then."""
+    for aside in parent.glob(f"{TRASH}*"):
+        name = aside.name.removeprefix(TRASH)
+        folder, final = parent / f"{TEMPORARY}{name}", parent / name
+        if folder.is_dir() and not (final.exists() or final.is_symlink()):
+            folder.rename(final)
+            sync(parent)
 
 
 def _remove_leftovers(parent: Path) -> None:
     """Remove what a killed process left; the caller holds the run's lock, so nobody is writing there."""
-    for prefix in (_TEMPORARY, _TRASH):
+    _finish_commits(parent)
+    for prefix in (TEMPORARY, TRASH):
         for path in parent.glob(f"{prefix}*"):
             _remove(path)
 
@@ -275,17 +323,8 @@ def _remove(path: Path) -> None:
 def fsync_tree(folder: Path) -> None:
     """Make a folder and all in it survive a power cut."""
     for path in folder.rglob("*"):
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    with _naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+    sync(folder)
 
 
 @contextmanager

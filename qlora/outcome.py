@@ -1,10 +1,12 @@
-"""What a run came to."""
+"""How a run ended."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from qlora.memory.measure import Peak
+from qlora.run import damaged_result
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,18 @@ class Outcome:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """What `as_json` gave."""
-        places = {"run": Path(values["run"]), "result": Path(values["result"])}
-        return cls(**{**values, **places, "memory": Peak(**values["memory"])})
+    def from_json(cls, values: Mapping[str, Any], file: Path) -> Self:
+        """The outcome that result.json, at `file`, states. Raises ModelError if it cannot be one."""
+        about = {name: value for name, value in values.items() if name != "run_id"}
+        try:
+            places = {"run": Path(about["run"]), "result": Path(about["result"])}
+            found = cls(**{**about, **places, "memory": Peak(**about["memory"])})
+        except (KeyError, TypeError) as error:
+            raise damaged_result(file, f"it states no outcome: {error}") from error
+        numbers = [found.steps, found.total_steps, found.seconds, found.memory.resident_bytes]
+        or_none = [found.loss_before, found.loss_after, found.stopped_by, *astuple(found.memory)]
+        if not all(
+            isinstance(number, int | float) for number in numbers + [x for x in or_none if x is not None]
+        ):
+            raise damaged_result(file, "one of its numbers is none")
+        return found

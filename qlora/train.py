@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
     check_output(recipe, path, resume=resume, fresh=fresh)
     with checkpoint.lock(path) if accelerator.is_main_process else nullcontext():
         if resume and (summary := finished(path)) is not None:
-            return Outcome.from_json(summary)
+            return Outcome.from_json(summary, path / "result.json")
         with out_of_memory_explained(recipe):
             session = Session.prepare(recipe, accelerator, earlier_plan(path) if resume else None)
             # Only now, when all input has proved good, is an older run replaced.
@@ -278,7 +278,12 @@ class Session:
                 checkpoint.save_tensors(folder / "optimizer.safetensors", self.optimizer.state())
                 checkpoint.write_state(
                     folder,
-                    {"step": step, "loss_before": self.loss_before, "data": self.dataset.fingerprint},
+                    {
+                        "step": step,
+                        "loss_before": self.loss_before,
+                        "data": self.dataset.fingerprint,
+                        "plan": self.plan,  # the run goes on by it even if run.json is lost
+                    },
                 )
             checkpoint.rotate(self.run.path, training.keep_checkpoints, self.run.run_id)
         except SaveError as error:

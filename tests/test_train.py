@@ -186,6 +186,23 @@ def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: P
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_a_fresh_run_killed_as_it_begins_resumes_to_the_adapter_of_an_undisturbed_one(
+    recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    file = recipe_file(training={"save_every": 2})
+    whole = run(file, "training.seed=1", f"output={tmp_path / 'whole'}")
+    old = run(file)
+    with pytest.MonkeyPatch.context() as patch:
+        # The old run is given up, and nothing of it removed yet: what a kill leaves at that instant.
+        patch.setattr(checkpoint, "clear", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(file, "training.seed=1", fresh=True)
+    assert (old.run / ADAPTER).is_file()
+    resumed = run(file, "training.seed=1", resume=True)
+    assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert metrics(resumed.run) == metrics(whole.run)
+
+
 def test_bad_input_costs_no_older_run_and_leaves_none(recipe_file: RecipeFile, tmp_path: Path) -> None:
     file = recipe_file()
     first = run(file)
