@@ -5,13 +5,20 @@ Ctrl-C stops at once; checkpoints written before stay whole, since they are comm
 """
 
 import signal
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of these signals that may end this process: not a hangup that it was started to ignore, as by nohup."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangup)]
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM are noted in `signal_number` instead of ending the process.
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `signal_number` instead of ending the process.
 
     with StopRequest() as stop:
         while not stop.signal_number: ...
@@ -21,7 +28,7 @@ class StopRequest:
         self.signal_number: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in heeded(SIGNALS)}
         return self
 
     def __exit__(

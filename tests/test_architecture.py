@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
-    {"errors", "device", "manifest", "heap", "bnb"},
+    {"errors", "device", "manifest", "heap", "bnb", "streams"},
     {"atomic", "kernels"},
     {"bundled", "recipe", "nf4", "cache", "checkpoint"},
     {"ops"},
@@ -53,7 +53,7 @@ DOORS = {
     "pickle": set(),
 }
 WITHOUT_TORCH = {
-    "errors", "atomic", "manifest", "cache", "bundled", "recipe", "run", "interrupt", "report", "cli",
+    "errors", "atomic", "manifest", "cache", "bundled", "recipe", "run", "interrupt", "report", "cli", "streams",
 }  # fmt: skip
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}

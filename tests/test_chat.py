@@ -205,6 +205,15 @@ def test_in_a_pipe(runs: dict[str, Path], tmp_path: Path) -> None:
     assert (end.exit_code, end.stdout) == (0, "")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_in_an_answer_is_told_by_the_exit_code(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    monkeypatch.setattr(Chat, "say", lambda self, line: number)
+    result = CliRunner().invoke(cli.app, ["chat", str(runs["clerk"])], input="Hi\nnever asked\n")
+    assert result.exit_code == code
+
+
 def test_what_cannot_be_opened(runs: dict[str, Path], recipe_file: RecipeFile, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere: no adapter here"):
         open_chat(str(runs["clerk"]), {"a": str(tmp_path / "nowhere")}, Heard())

@@ -146,12 +146,13 @@ def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_p
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
 
 
+@pytest.mark.parametrize("lost", ["result.json", "run.json"])
 def test_a_resumed_run_keeps_its_plan(
-    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     import qlora.memory.record as record
 
-    file = recipe_file(training={"save_every": 2, "max_steps": 2, "memory": "auto"})
+    file = recipe_file(training={"save_every": 2, "max_steps": 3, "memory": "auto"})
     train(Recipe.load(file), terminal=False)
     output = Recipe.load(file).output
     before = json.loads(Path(output, "run.json").read_text())["plan"]
@@ -161,6 +162,7 @@ def test_a_resumed_run_keeps_its_plan(
 
     monkeypatch.setattr(record, "plan", forbidden)
     Path(output, "result.json").unlink()
+    Path(output, lost).unlink(missing_ok=True)
     train(Recipe.load(file, ["training.max_steps=4"]), resume=True, terminal=False)
     assert json.loads(Path(output, "run.json").read_text())["plan"] == before
 

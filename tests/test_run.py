@@ -183,6 +183,9 @@ def test_a_result_counts_for_its_own_run_only(run: Path) -> None:
     assert outcome(run) == found
     (run / "result.json").write_text(json.dumps({**SUMMARY, "run_id": "another"}))
     assert outcome(run) is None
+    (run / "result.json").write_text(json.dumps(SUMMARY))
+    (run / "run.json").write_text('{"run_id": "a", "starting": true}')
+    assert outcome(run) is None
 
 
 @pytest.mark.parametrize("name", ["run.json", "result.json"])

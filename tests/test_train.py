@@ -116,7 +116,12 @@ def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "qlora", "train", str(file), *arguments]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )
 
 
@@ -152,7 +157,9 @@ def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
     assert metrics(tmp_path / "run") == metrics(whole.run)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
     recipe_file: RecipeFile, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -18,6 +18,8 @@ from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
 from qlora.errors import QloraError
+from qlora.interrupt import heeded
+from qlora.streams import unbreakable_output
 
 app = typer.Typer(
     help="Fine-tune 7B-65B language models on one GPU from a recipe.",
@@ -43,14 +45,16 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """The `qlora` program. Errors meant for the user are one message on standard error and their exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app()
-    except QloraError as error:
-        print(f"qlora: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    for number in heeded([signal.SIGTERM, signal.SIGHUP]):
+        signal.signal(number, _terminate)
+    with unbreakable_output():
+        try:
+            app()
+        except QloraError as error:
+            print(f"qlora: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

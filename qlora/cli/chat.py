@@ -57,8 +57,9 @@ def chat(
             screen.note("each question is posed on its own, as the rows were that the model learned from")
     while (line := _read(interactive)) not in (None, "/quit", "/exit"):
         assert line is not None
-        if conversation.say(line) == signal.SIGTERM:
-            sys.exit(128 + signal.SIGTERM)
+        stopped_by = conversation.say(line)
+        if stopped_by in (signal.SIGTERM, signal.SIGHUP):
+            sys.exit(128 + stopped_by)
 
 
 def _read(interactive: bool) -> str | None:

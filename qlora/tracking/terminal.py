@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from qlora.streams import Unbreakable
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 LINE_SECONDS = 5.0
@@ -129,27 +129,6 @@ class Bar(_Printing):
         """Leaves the line as it is and gives the terminal back."""
         self.progress.update(self.task, left="")
         self.progress.stop()
-
-
-class Unbreakable:
-    """A text file whose reader may go away (`| head`, a closed terminal) without ending the training."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, text: str) -> int:
-        """Writes if that is possible."""
-        with suppress(OSError):
-            self._file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes if that is possible."""
-        with suppress(OSError):
-            self._file.flush()
 
 
 def one_line(text: str) -> Text:

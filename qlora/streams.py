@@ -1,0 +1,70 @@
+"""Standard output and error whose reader may go away: a terminal that is closed, a pipe into `head`."""
+
+import errno
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
+
+GONE = (errno.EPIPE, errno.EIO)
+"""what a write comes to when nobody reads any more: the end of a pipe, of a terminal"""
+
+
+class Unbreakable:
+    """A text file that can be written to whether or not somebody reads it.
+
+    `forgiven`: the errors that are passed over; all, if left out.
+    """
+
+    def __init__(self, file: IO[str], forgiven: Collection[int] | None = None) -> None:
+        self._file, self._forgiven = file, forgiven
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """Write if that is possible."""
+        with self._forgiving():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if that is possible."""
+        with self._forgiving():
+            self._file.flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in GONE:
+                _let_go(self._file)
+            elif self._forgiven is not None and error.errno not in self._forgiven:
+                raise
+
+
+@contextmanager
+def unbreakable_output() -> Iterator[None]:
+    """Let no reader who goes away end this process, or change its exit code.
+
+    A full disk is another matter: on standard output it is an error.
+    """
+    before = sys.stdout, sys.stderr
+    output, errors = Unbreakable(sys.stdout, GONE), Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = cast(Any, output), cast(Any, errors)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        errors.flush()
+        output.flush()
+
+
+def _let_go(file: IO[str]) -> None:
+    """Let a file's descriptor lead nowhere: what its buffer holds would fail again when the process ends."""
+    with suppress(OSError):  # it has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
