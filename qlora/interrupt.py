@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those of these signals that may end this process: not a hangup that it was started to ignore, as by nohup."""
+    """Leave out a hangup that this process was started to ignore, as by nohup."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangup)]
 

@@ -35,7 +35,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], file: Path) -> Self:
-        """The outcome that result.json, at `file`, states. Raises ModelError if it cannot be one."""
+        """Read what `as_json` gave back from the content of `file`. Raises ModelError if that cannot be right."""
         about = {name: value for name, value in values.items() if name != "run_id"}
         try:
             places = {"run": Path(about["run"]), "result": Path(about["result"])}
@@ -43,9 +43,8 @@ class Outcome:
         except (KeyError, TypeError) as error:
             raise damaged_result(file, f"it states no outcome: {error}") from error
         numbers = [found.steps, found.total_steps, found.seconds, found.memory.resident_bytes]
-        or_none = [found.loss_before, found.loss_after, found.stopped_by, *astuple(found.memory)]
-        if not all(
-            isinstance(number, int | float) for number in numbers + [x for x in or_none if x is not None]
-        ):
-            raise damaged_result(file, "one of its numbers is none")
+        optional = [found.loss_before, found.loss_after, found.stopped_by, *astuple(found.memory)]
+        numbers += [number for number in optional if number is not None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise damaged_result(file, "where a number belongs there is none")
         return found

@@ -26,7 +26,7 @@ CONTENTS = (
     "report.html", "memory.json", "memory.md", "memory.png",
 )  # fmt: skip
 
-# What a process that is at work, or was killed, leaves beside it.
+# Beginnings of the names that a process at work, or one that was killed, leaves beside it.
 TRACES = (".lock", checkpoint.TEMPORARY, checkpoint.TRASH)
 
 # Keys that a resumed run may change: they do not touch the mathematics of the steps already taken.
@@ -49,7 +49,8 @@ class RunFolder:
 
     def write_result(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
-        atomic.write(self.path / "result.json", _json({**summary, "run_id": self.run_id}))
+        content = json.dumps({**summary, "run_id": self.run_id}, indent=2) + "\n"
+        atomic.write(self.path / "result.json", content.encode())
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def finished(path: Path) -> dict[str, Any] | None:
 
 
 def damaged_result(file: Path, why: str) -> ModelError:
-    """What to tell of a result.json that cannot be right."""
+    """Build the error for a result.json that cannot be right."""
     return ModelError(
         f"{file}: damaged ({why}). Put it back from a copy, or remove it and go on from the newest checkpoint with "
         "--resume"
@@ -156,9 +157,8 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
     with checkpoint.save_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         atomic.sync(run.path.parent)
-    atomic.write(
-        run.path / "run.json", _json({"run_id": run.run_id, "starting": True})
-    )  # the old run ends here
+    # The old run, if there is one, ends with this file.
+    atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "starting": True}))
     checkpoint.clear(run.path, [name for name in CONTENTS if name not in ("run.json", "recipe.yaml")])
     atomic.write(run.path / "recipe.yaml", recipe.to_yaml().encode())
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
@@ -182,7 +182,7 @@ def _is_ours(path: Path, names: set[str]) -> bool:
 
 
 def _earlier(path: Path) -> _Earlier | None:
-    """The run in a folder, by run.json or, where that is missing or damaged, by what else carries its id.
+    """Find the run in a folder: by run.json, else by its newest checkpoint, else by result.json.
 
     Raises:
         ModelError: there is something to lose, and nothing tells which run it belongs to.
@@ -237,7 +237,7 @@ def _check_same(recipe: Recipe, path: Path) -> None:
 
 
 def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None, set[str]]:
-    """The settings that the run was begun with, and the keys that may differ now; None if nothing was trained by any.
+    """Find the settings that the run was begun with, and the keys that may differ now; None if no step was taken.
 
     Where recipe.yaml is missing or damaged, the newest checkpoint has a copy, in which the plan is carried out.
     """
@@ -297,4 +297,4 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return (json.dumps(content) + "\n").encode()

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 GONE = (errno.EPIPE, errno.EIO)
-"""what a write comes to when nobody reads any more: the end of a pipe, of a terminal"""
+"""errors of a write that nobody reads any more: to a pipe, to a terminal"""
 
 
 class Unbreakable:
@@ -47,9 +47,9 @@ class Unbreakable:
 
 @contextmanager
 def unbreakable_output() -> Iterator[None]:
-    """Let no reader who goes away end this process, or change its exit code.
+    """Keep a reader who goes away from ending this process or changing its exit code.
 
-    A full disk is another matter: on standard output it is an error.
+    A full disk is another matter: on standard output it stays an error.
     """
     before = sys.stdout, sys.stderr
     output, errors = Unbreakable(sys.stdout, GONE), Unbreakable(sys.stderr)
@@ -63,7 +63,7 @@ def unbreakable_output() -> Iterator[None]:
 
 
 def _let_go(file: IO[str]) -> None:
-    """Let a file's descriptor lead nowhere: what its buffer holds would fail again when the process ends."""
+    """Point a file's descriptor at /dev/null: what its buffer holds would fail again when the process ends."""
     with suppress(OSError):  # it has no descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())

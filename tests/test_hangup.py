@@ -109,7 +109,8 @@ def code_without_reader(kind: str, *arguments: str) -> tuple[int, str]:
     if "missing" in arguments:
         streams = {"stdout": subprocess.PIPE, "stderr": writer}
     command = [sys.executable, "-m", "qlora", *arguments]
-    process = subprocess.Popen(command, text=True, **streams)  # type: ignore[call-overload]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(command, text=True, env=buffered, **streams)  # type: ignore[call-overload]
     os.close(writer)
     out, err = process.communicate(timeout=60)
     return process.returncode, (out or "") + (err or "")
@@ -118,6 +119,10 @@ def code_without_reader(kind: str, *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 def test_without_a_reader_a_command_ends_as_it_would_with_one(kind: str) -> None:
     assert code_without_reader(kind, "recipes", "schema") == (0, "")
+    assert code_without_reader(kind, "recipes", "list") == (
+        0,
+        "",
+    )  # so short that it is written at the very end
     assert code_without_reader(kind, "check", "missing") == (2, "")
 
 
