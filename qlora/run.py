@@ -26,6 +26,9 @@ CONTENTS = (
     "report.html", "memory.json", "memory.md", "memory.png",
 )  # fmt: skip
 
+# Of these, what may as well be somebody's own where nothing else of a run lies beside it.
+COMMON_NAMES = {"adapter", "model"}
+
 # Beginnings of the names that a process at work, or one that was killed, leaves beside it.
 TRACES = (".lock", checkpoint.TEMPORARY, checkpoint.TRASH)
 
@@ -178,7 +181,8 @@ def _is_ours(path: Path, names: set[str]) -> bool:
     """Whether a run may work in a folder of these names: it holds a run, or nothing but what runs leave."""
     if {"run.json", "recipe.yaml"} <= names or any(path.glob("checkpoints/step-*/manifest.json")):
         return True  # whatever else the user keeps there
-    return all(name in CONTENTS or name.startswith(TRACES) for name in names)
+    left = {name for name in names if not name.startswith(TRACES)}
+    return not left or (left <= set(CONTENTS) and not left <= COMMON_NAMES)
 
 
 def _earlier(path: Path) -> _Earlier | None:

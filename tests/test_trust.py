@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora.chat import open_chat
 from qlora.cli import main
 from qlora.cli.chat import Plain
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError
 from qlora.merging import merge
 from qlora.recipe import Recipe
 from qlora.report.page import render
@@ -210,7 +210,7 @@ def test_a_recipe_among_results_is_consent_on_the_command_line_only(
 ) -> None:
     files = places(stranger)
     for file in files:
-        assert call(monkeypatch, command, file, f"output={tmp_path / 'new'}") == 2, file
+        assert call(monkeypatch, command, file, f"output={tmp_path / 'new'}") == 4, file
         message = capsys.readouterr().err
         assert "base.trust_remote_code=true" in message
         assert str(stranger.base) in message
@@ -232,7 +232,7 @@ def test_a_recipe_of_ones_own_stays_consent(stranger: Stranger, tmp_path: Path) 
     mine.parent.mkdir()
     mine.write_text((stranger.adapter / "recipe.yaml").read_text())
     assert Recipe.load(mine).base.trust_remote_code
-    with pytest.raises(RecipeError, match="trust_remote_code"):
+    with pytest.raises(ModelError, match="trust_remote_code"):
         Recipe.load(stranger.adapter / "recipe.yaml")
 
 

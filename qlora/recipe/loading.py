@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import RecipeError
+from qlora.errors import ModelError, RecipeError
 from qlora.recipe import shipped
 from qlora.recipe.checking import check
 from qlora.recipe.overrides import override
-from qlora.recipe.problems import FORBIDDEN, Document, Place, Problem, shorten
+from qlora.recipe.problems import FORBIDDEN, Document, Place, shorten
 from qlora.recipe.reading import read
 from qlora.recipe.schema import Recipe
 
@@ -26,7 +26,8 @@ MAX_BYTES = 64 * 1024  # the longest shipped recipe is 1 KiB; parsing takes time
 def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe; raises `RecipeError` with one line a problem.
 
-    A file that lies among results may be a stranger's, so it cannot allow the base's code to run; an override can.
+    A file that lies among results may be a stranger's, so it cannot allow the base's code to run: `ModelError`. An
+    override can.
     """
     path = locate(name_or_path)
     document = _document(path, overrides)
@@ -49,18 +50,17 @@ def _document(path: Path, overrides: Sequence[str]) -> Document:
 
 
 def _refuse_code_of_results(document: Document, path: Path) -> None:
-    """Note a problem where a recipe among results, and not the command line, lets the base's code run."""
-    key = ("base", "trust_remote_code")
-    place = document.place(key)
+    """Raise ModelError where a recipe among results, and not the command line, lets the base's code run."""
+    place = document.place(("base", "trust_remote_code"))
     base = document.value.get("base") if isinstance(document.value, dict) else None
     if not (isinstance(base, dict) and base.get("trust_remote_code") is True and place.line):
         return
     if (folder := _results_around(path)) is not None:
-        text = (
-            f"would run code of {shorten(str(base.get('model')), 200)!r}, and a recipe among results ({folder}) is no "
-            "consent. If you trust that code, say base.trust_remote_code=true on the command line"
+        raise ModelError(
+            f"{place}: base.trust_remote_code: would run code of {shorten(str(base.get('model')), 200)!r}, and a "
+            f"recipe among results ({folder}) is no consent. If you trust that code, say base.trust_remote_code=true "
+            "on the command line"
         )
-        document.problems.append(Problem(place, key, text))
 
 
 def _results_around(path: Path) -> Path | None:

@@ -229,8 +229,8 @@ class Recipe(Section):
         """Read a recipe from a YAML file, or a shipped one by its name, and check it.
 
         `overrides` are `section.key=value` with the value in YAML; they get the same checks.
-        A file in the folder of a run or an adapter must not set `base.trust_remote_code`; an override may.
-        Raises `RecipeError` with one line a problem, all problems at once.
+        A file in the folder of a run or an adapter must not set `base.trust_remote_code` (`ModelError`); an override
+        may. Raises `RecipeError` with one line a problem, all problems at once.
         """
         from qlora.recipe.loading import load
 
