@@ -1,17 +1,18 @@
 """Whole runs: they learn, repeat to the bit, survive being killed, and never overwrite anything in silence."""
 
 import json
-import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from processes_for_tests import Process
 
 from qlora import checkpoint
 from qlora.errors import DataError, DivergedError, ModelError, RecipeError
@@ -37,7 +38,9 @@ LONG = {
 
 
 def run(file: Path, *overrides: str, **kwargs: bool) -> Outcome:
-    return train(Recipe.load(file, overrides), terminal=False, **kwargs)
+    """A run without its forecast, which takes longer than the run does and changes nothing in it."""
+    with patch("qlora.memory.record.forecast", side_effect=RuntimeError("not asked for")):
+        return train(Recipe.load(file, overrides), terminal=False, **kwargs)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -54,12 +57,13 @@ def test_a_run_learns_and_leaves_what_it_promises(recipe_file: RecipeFile, dtype
         training={"max_steps": 12, "eval_every": 6, "save_every": 5},
         optimizer={"lr": 1e-2},
     )
-    outcome = run(file)
+    outcome = train(Recipe.load(file), terminal=False)
     assert outcome.loss_before is not None
     assert outcome.loss_after is not None
     assert outcome.loss_after < outcome.loss_before - 0.3
     left = {path.name for path in outcome.run.iterdir()}
-    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "result.json"} <= left
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "result.json", "report.html"} <= left
+    assert {"memory.json", "memory.md", "memory.png"} <= left
     assert Recipe.load(outcome.run / "recipe.yaml").to_dict() == Recipe.load(file).to_dict()
     record = metrics(outcome.run)
     steps = [line for line in record if "loss" in line]
@@ -112,47 +116,20 @@ def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(
     assert resumed.loss_before == whole.loss_before
 
 
-def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "qlora", "train", str(file), *arguments]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
-    )
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        file = folder / "metrics.jsonl"
-        if file.is_file() and f'"step": {step},' in file.read_text():
-            return
-        time.sleep(0.01)
-    pytest.fail(f"never came to step {step}: {process.communicate()}")
-
-
 def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
     recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     file = recipe_file(**LONG)
-    whole = run(
-        file, f"output={tmp_path / 'whole'}"
-    )  # one thread, as in the killed process: sums depend on it
+    whole = run(file, f"output={tmp_path / 'whole'}")
     for step in (1, 5):
-        process = start(file, "--resume")
-        wait_for_step(process, tmp_path / "run", step)
+        process = Process("train", file, "--resume", folder=tmp_path)
+        process.wait_for_step(tmp_path / "run", step)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         assert not (tmp_path / "run" / "result.json").exists()
-    process = start(file, "--resume")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert "held-out loss" in out
+    process = Process("train", file, "--resume", folder=tmp_path)
+    assert process.wait() == 0, process.err
+    assert "held-out loss" in process.out
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
     assert metrics(tmp_path / "run") == metrics(whole.run)
 
@@ -163,14 +140,12 @@ def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
 def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
     recipe_file: RecipeFile, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    file = recipe_file(training={"max_steps": 500})
-    process = start(file)
-    wait_for_step(process, tmp_path / "run", 3)
+    process = Process("train", recipe_file(training={"max_steps": 500}), folder=tmp_path)
+    process.wait_for_step(tmp_path / "run", 3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    assert "--resume" in out
+    assert process.wait() == code, process.err
+    assert "Traceback" not in process.err
+    assert "--resume" in process.out
     newest = checkpoint.newest(tmp_path / "run")
     assert newest is not None
     assert checkpoint.read_state(newest)["step"] == metrics(tmp_path / "run")[-1]["step"] >= 3
@@ -278,19 +253,40 @@ def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, 
     assert held_out_loss(load_trained(resumed.run))[0] == pytest.approx(whole.loss_after, rel=1e-5)
 
 
-def test_two_processes_take_the_steps_of_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+def in_two_processes(file: Path, folder: Path) -> tuple[int, str, str]:
+    """As a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [
+        Process("train", file, folder=folder, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    codes = [process.wait() for process in ranks]
+    return max(codes), "".join(process.out for process in ranks), "".join(process.err for process in ranks)
+
+
+def by_torchrun(file: Path, folder: Path) -> tuple[int, str, str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "qlora", "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("launch", [in_two_processes, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_take_the_steps_of_one(
+    recipe_file: RecipeFile, tmp_path: Path, launch: Callable[[Path, Path], tuple[int, str, str]]
+) -> None:
     file = recipe_file(
         adapter={"dropout": 0.1},
         training={"global_batch_size": 6, "eval_every": 2},
         optimizer={"name": "adamw"},
     )
     alone = run(file, f"output={tmp_path / 'alone'}")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, "-m", "qlora", "train", str(file)], capture_output=True, text=True, timeout=200
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("held-out loss") == 1
+    code, out, err = launch(file, tmp_path)
+    assert code == 0, err
+    assert out.count("held-out loss") == 1
     one, two = metrics(alone.run), metrics(tmp_path / "run")
     assert len(one) == len(two)
     for left, right in zip(one, two, strict=True):

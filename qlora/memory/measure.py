@@ -59,6 +59,18 @@ def capacity_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection meanwhile, whose moment is chance: what is garbage already does not die in a step."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class Watch:
     """Watches those steps and evaluations of a run that `wanted` names by their number.
 
@@ -83,9 +95,8 @@ class Watch:
         if not self._wanted(step):
             yield
             return
-        gc.collect()  # what is garbage already shall not die in the middle of the step
         known = inventory.inventory(self._model, self._optimizer)
-        with LiveBytes(known, self._device.type) as live:
+        with _uncollected(), LiveBytes(known, self._device.type) as live:
             yield
         self._take(live.trace())
         self._steps += not evaluation

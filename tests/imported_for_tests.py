@@ -1,0 +1,9 @@
+"""What `qlora train` imports, imported once for the processes that tests fork; see `processes_for_tests`."""
+
+import torch
+
+import qlora.chat
+import qlora.cli
+import qlora.train  # noqa: F401
+
+torch.set_num_threads(1)

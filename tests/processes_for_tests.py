@@ -1,0 +1,90 @@
+"""The command line in processes of its own, to be killed: forked from one that has imported everything already.
+
+A process that starts from nothing imports for seconds, and tests that kill runs start many.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["imported_for_tests"])
+
+
+def _start_server() -> None:
+    """Start the process that has imported everything; Python 3.11's does not take over where modules are found."""
+    here = str(Path(__file__).parent)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([here, *sys.path])):
+        ensure_running()
+
+
+class Process:
+    """`qlora ...` at work, with one thread, as in the tests themselves: sums depend on it."""
+
+    def __init__(
+        self, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`folder`: where the files lie that hold what it prints; `environment`: what it has besides the tests' own."""
+        _start_server()
+        name = f"{time.monotonic_ns()}"
+        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
+        environment = {**os.environ, **(environment or {})}
+        given = (["qlora", *map(str, arguments)], str(self._out), str(self._err), environment)
+        self._process = _CONTEXT.Process(target=run, args=given)
+        self._process.start()
+
+    @property
+    def out(self) -> str:
+        """What it has printed."""
+        return self._out.read_text() if self._out.exists() else ""
+
+    @property
+    def err(self) -> str:
+        """The same of standard error."""
+        return self._err.read_text() if self._err.exists() else ""
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float = 100) -> int:
+        """Wait for its end. Returns its exit code, or the number of the signal that ended it, negative."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            self._process.kill()
+            pytest.fail(f"not done after {seconds} s: {self.out}{self.err}")
+        return self._process.exitcode
+
+    def wait_for_step(self, run_folder: Path, step: int) -> None:
+        """Wait until its record holds a step."""
+        file, deadline = run_folder / "metrics.jsonl", time.monotonic() + 100
+        while time.monotonic() < deadline and self._process.is_alive():
+            if file.is_file() and f'"step": {step},' in file.read_text():
+                return
+            time.sleep(0.005)
+        pytest.fail(f"never came to step {step}: {self.out}{self.err}")
+
+
+def run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+    """What the process does: become `qlora`."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = arguments
+    from qlora.cli import main
+
+    main()
