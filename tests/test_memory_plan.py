@@ -182,13 +182,20 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(tmp_path: Path) -> Non
     assert tight.changes[1].settings == (
         "training.gradient_checkpointing=true training.mlp_checkpointing=false",
     )
-    mild = estimate(large, context + takes(with_training(large, mlp_checkpointing=True)))
-    assert ("training.mlp_checkpointing=true",) in [change.settings for change in mild.changes]
     for change in tight.changes:
         assert change.needed_bytes <= context + whole // 2
         file = tmp_path / "large.yaml"
         file.write_text(large.to_yaml())
         Recipe.load(file, " ".join(change.settings).split())  # what is advised is no contradiction
+
+
+@pytest.mark.slow
+def test_of_a_change_the_mildest_that_fits_is_advised_and_nothing_where_none_does(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "llama", layers=6, training={"global_batch_size": 4})
+    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False, mlp_checkpointing=2)
+    context = estimate(large, 600 * MIB).needed_bytes - takes(large)
+    mild = estimate(large, context + takes(with_training(large, mlp_checkpointing=True)))
+    assert ("training.mlp_checkpointing=true",) in [change.settings for change in mild.changes]
     nothing = estimate(large, context // 2)
     assert not nothing.changes
     assert "smaller model" in list(nothing.lines())[-1]
