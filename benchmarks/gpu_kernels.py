@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora import nf4
-from qlora.kernels import Pass, gate, norm, rotation, softmax
+from qlora.kernels import Pass, cross_entropy, gate, norm, rotary
+from qlora.quantization import nf4
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY, CHUNK = 4096, 14336, 32, 128, 128256, 1024
 REPEATS = 30
@@ -43,8 +43,8 @@ def passes(tokens: int) -> dict[Pass, tuple[Any, ...]]:
         gate.SILU_GRADIENTS: tuple(wide),
         norm.NORMALIZE: (rows[0], weight, 1e-5, rows[1]),
         norm.NORMALIZE_GRADIENT: (rows[0], rows[1], weight, 1e-5, rows[2]),
-        rotation.ROTATE: (heads, angles, angles, 1, torch.empty_like(heads)),
-        softmax.LOSS: (
+        rotary.ROTATE: (heads, angles, angles, 1, torch.empty_like(heads)),
+        cross_entropy.LOSS: (
             logits, targets, None, 1.0, logits.to(torch.bfloat16), torch.empty(CHUNK, device="cuda")
         ),
         nf4.DEQUANTIZE: (

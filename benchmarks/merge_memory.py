@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from qlora import bundled
-from qlora.adapter.lora import adapt, lora_layers
+from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.adapter.store import save_adapter
-from qlora.base import skeleton
 from qlora.memory.measure import peak
-from qlora.merging import merge
+from qlora.merging.merge import merge
+from qlora.model.load import skeleton
 from qlora.recipe import Base, Recipe
-from qlora.shards import ShardWriter
+from qlora.storage.safetensors_files import ShardWriter
 
 GiB = 2**30
 

@@ -8,11 +8,11 @@ TEXT.jsonl holds plain text in the field `text`; the loss is in nats per token. 
 import argparse
 from itertools import chain
 
-from qlora.base import load_base, load_tokenizer
 from qlora.data import Batches, load_dataset
-from qlora.nf4 import is_nf4, weight_bytes
+from qlora.model.load import load_base, load_tokenizer
+from qlora.objective.step import evaluate
+from qlora.quantization.nf4 import is_nf4, weight_bytes
 from qlora.recipe import Base, Data
-from qlora.step import evaluate
 
 VARIANTS = {
     "float32": {"quantization": "none", "compute_dtype": "float32"},

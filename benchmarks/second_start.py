@@ -71,8 +71,8 @@ def load(folder: Path) -> dict[str, Any]:
     """Seconds to load data and base, and a checksum over both."""
     import torch
 
-    from qlora.base import load_base, load_tokenizer
     from qlora.data import Batches, load_dataset
+    from qlora.model.load import load_base, load_tokenizer
     from qlora.recipe import Base, Data
 
     base = Base(model=str(folder), compute_dtype="bfloat16")

@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora import bundled
 from qlora.adapter import Adapters, adapt, lora_layers, save_adapter
-from qlora.base import load_base, skeleton
+from qlora.model.load import load_base, skeleton
 from qlora.recipe import Base
 
 MiB = 2**20

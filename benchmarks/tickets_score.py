@@ -7,8 +7,8 @@ import argparse
 
 from qlora.bundled.tickets import score
 from qlora.data import load_dataset
-from qlora.generate import answer
-from qlora.trained import load_trained
+from qlora.inference.generate import answer
+from qlora.inference.load import load_trained
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora import checkpoint
+from qlora.training import checkpoint
 
 RUN_ID = "0123abcd"
 

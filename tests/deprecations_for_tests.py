@@ -17,7 +17,7 @@ SPEAKS_OF_THE_END = re.compile(r"deprecat|will be removed|FutureWarning", re.IGN
 def heard_deprecations() -> Iterator[list[str]]:
     """The deprecations that these libraries log meanwhile, also where their level hides them from everybody else.
 
-    `qlora.base` sets transformers' level to ERROR while it loads a model, and transformers' loggers do not hand
+    `qlora.model.load` sets transformers' level to ERROR while it loads a model, and transformers' loggers do not hand
     their records to the root, so a handler would miss them: the two methods through which every record goes listen.
     """
     heard: list[str] = []

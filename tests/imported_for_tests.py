@@ -2,8 +2,8 @@
 
 import torch
 
-import qlora.chat
 import qlora.cli
-import qlora.train  # noqa: F401
+import qlora.inference.chat
+import qlora.training.train  # noqa: F401
 
 torch.set_num_threads(1)

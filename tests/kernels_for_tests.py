@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from qlora import nf4
-from qlora.kernels import gate, norm, rotation, softmax
+from qlora.kernels import cross_entropy, gate, norm, rotary
+from qlora.quantization import nf4
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -58,18 +58,18 @@ if __name__ == "__main__":
     launches: list[tuple[Any, ...]] = []
     catch(launches)
     passes = [
-        gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_GRADIENT, rotation.ROTATE,
-        softmax.LOSS, nf4.DEQUANTIZE,
+        gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_GRADIENT, rotary.ROTATE,
+        cross_entropy.LOSS, nf4.DEQUANTIZE,
     ]  # fmt: skip
     for work in passes:
-        dtype = torch.float32 if work is softmax.LOSS else torch.bfloat16
+        dtype = torch.float32 if work is cross_entropy.LOSS else torch.bfloat16
         work.in_triton(*work.example(torch.device("cpu"), dtype))
     rows = torch.empty(2, 16384, dtype=torch.bfloat16)
     norm.NORMALIZE.in_triton(rows, torch.empty(16384), 1e-5, rows)  # wide, and an fp32 weight
     norm.NORMALIZE_GRADIENT.in_triton(rows, rows, torch.empty(16384), 1e-5, None)
     logits, targets = torch.empty(2, 151936), torch.zeros(2, dtype=torch.int64)
     for gradient in (torch.empty(2, 151936, dtype=torch.bfloat16), None):
-        softmax.LOSS.in_triton(logits, targets, None, 1.0, gradient, torch.empty(2))
+        cross_entropy.LOSS.in_triton(logits, targets, None, 1.0, gradient, torch.empty(2))
     for kernel, args, kwargs in launches:
         for target in map(int, sys.argv[1:]):
             print(kernel.fn.__name__, target, len(compiled(kernel, args, kwargs, target)))

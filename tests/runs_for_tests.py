@@ -10,9 +10,9 @@ from torch import nn
 
 from qlora.adapter import lora_layers, save_adapter
 from qlora.adapter.identity import BaseIdentity
-from qlora.base import load_base, load_tokenizer
 from qlora.data import prompting
-from qlora.model import adapt_as
+from qlora.model.load import load_base, load_tokenizer
+from qlora.model.prepare import adapt_as
 from qlora.recipe import Recipe
 
 

@@ -13,9 +13,9 @@ from adapters_for_tests import CONFIG, TENSORS, updates, write_adapter
 from typer.testing import CliRunner
 
 from qlora.cli import app, main
+from qlora.inference.load import load_trained
 from qlora.recipe import Recipe
-from qlora.train import train
-from qlora.trained import load_trained
+from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 LAYERS = {f"layers.{i}.{kind}": (12, 10, 6) for i in range(2) for kind in ("up", "q")}

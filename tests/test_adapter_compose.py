@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora.adapter.compose import compose, compress, relative_error
-from qlora.adapter.folder import read, write
+from qlora.adapter.algebra.compose import compose, compress, relative_error
+from qlora.adapter.algebra.tensors import read, write
 from qlora.errors import ModelError
 
 FIRST = {"blocks.0.up": (9, 7, 2), "blocks.0.down": (7, 9, 3), "blocks.1.up": (9, 7, 2)}

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora import nf4
 from qlora.adapter import LoRALinear, adapt, load_adapter, lora_layers, save_adapter, trainable_parameters
 from qlora.adapter.config import HONOURED, INFORMATION, NEUTRAL, NOTHING, REFUSED
-from qlora.base import load_base
 from qlora.errors import ModelError
+from qlora.model.load import load_base
+from qlora.quantization import nf4
 from qlora.recipe import Base
 
 peft = pytest.importorskip("peft")

@@ -9,10 +9,10 @@ from adapters_for_tests import CONFIG, updates
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora.adapter import extract as extracting
-from qlora.adapter.extract import extract
-from qlora.adapter.folder import write
-from qlora.adapter.weights import Weights, find_checkpoint
+from qlora.adapter.algebra import extract as extracting
+from qlora.adapter.algebra.extract import extract
+from qlora.adapter.algebra.tensors import write
+from qlora.adapter.algebra.weights import Weights, find_checkpoint
 from qlora.errors import ModelError
 
 

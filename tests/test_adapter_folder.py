@@ -13,7 +13,7 @@ from adapters_for_tests import CONFIG, TENSORS, updates, write_adapter
 from safetensors.torch import load_file, save_file
 
 from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
-from qlora.adapter.folder import Layer, read, write
+from qlora.adapter.algebra.tensors import Layer, read, write
 from qlora.errors import ModelError, SaveError
 
 LAYERS = {"blocks.0.up": (6, 4, 2), "blocks.0.down": (4, 6, 3), "blocks.1.up": (6, 4, 2)}
@@ -135,7 +135,7 @@ def test_nothing_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     def flip(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
 
-    monkeypatch.setattr("qlora.adapter.folder.save_file", flip)
+    monkeypatch.setattr("qlora.adapter.algebra.tensors.save_file", flip)
     with pytest.raises(SaveError, match="reading back gave other numbers"):
         write(adapter, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora.adapter.lowrank import LowRank, enough
+from qlora.adapter.algebra.low_rank import LowRank, enough
 
 SIZES = st.integers(1, 12)
 WEIGHTS = st.floats(0.01, 3) | st.floats(-3, -0.01)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from qlora.adapter.folder import read
-from qlora.adapter.kinds import places
-from qlora.adapter.picture import draw
-from qlora.adapter.spectrum import Spectrum, judge, spectra
-from qlora.adapter.weights import Weights
+from qlora.adapter.algebra.module_types import places
+from qlora.adapter.algebra.plot import draw
+from qlora.adapter.algebra.spectrum import Spectrum, judge, spectra
+from qlora.adapter.algebra.tensors import read
+from qlora.adapter.algebra.weights import Weights
 from qlora.errors import ModelError, SaveError
 
 LAYERS = {f"model.layers.{i}.{kind}": (12, 10, 4) for i in range(2) for kind in ("mlp.up", "attn.q")}

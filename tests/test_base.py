@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora import nf4
-from qlora.base import KNOWN_ARCHITECTURES, compute_dtype, load_base, load_config, load_tokenizer
 from qlora.errors import ModelError
+from qlora.model.load import KNOWN_ARCHITECTURES, compute_dtype, load_base, load_config, load_tokenizer
+from qlora.quantization import nf4
 from qlora.recipe import Base
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_every_known_architecture_needs_no_network() -> None:
 def test_the_compute_dtype_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base(model="bundled/base")
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("qlora.base.multiplies_bfloat16", lambda s=supported: s)
+        monkeypatch.setattr("qlora.model.load.multiplies_bfloat16", lambda s=supported: s)
         assert compute_dtype(base, CPU) == expected
     assert compute_dtype(base, torch.device("cuda")) == torch.bfloat16
     assert compute_dtype(Base(model="x", compute_dtype="float32"), torch.device("cuda")) == torch.float32

@@ -14,16 +14,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qlora import nf4
 from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
-from qlora.base import load_base, load_tokenizer
 from qlora.cli import app
 from qlora.data import prompting
 from qlora.errors import ModelError
+from qlora.inference.load import load_trained
+from qlora.model.load import load_base, load_tokenizer
+from qlora.quantization import nf4
 from qlora.recipe import Base, Data, Recipe
-from qlora.train import Session, train
-from qlora.trained import load_trained
+from qlora.training.train import Session, train
 
 
 def section(model: Path | str, **settings: Any) -> Base:

@@ -9,11 +9,11 @@ from types import ModuleType
 
 import pytest
 
-from qlora import bnb
+from qlora.runtime import bnb
 
 PROGRAM = """
 import kernels, sys
-import qlora.train
+import qlora.training.train
 assert sys.modules["kernels"] is kernels
 kernels.get_kernel("nothing")
 """

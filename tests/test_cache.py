@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from qlora import cache
 from qlora.cli import app
 from qlora.errors import RecipeError
+from qlora.storage import cache
 
 KEYS = [f"{number:064x}" for number in range(8)]
 
@@ -117,7 +117,7 @@ def test_a_damaged_entry_is_made_again(
 
 def test_an_entry_of_another_layout_is_made_again(get: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("qlora.manifest.FORMAT", 0)
+        patch.setattr("qlora.storage.manifest.FORMAT", 0)
         get()
     assert [get(), get()] == [b"1", b"1"]
 
@@ -258,7 +258,7 @@ def test_the_first_of_two_wins(get: Maker) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from qlora import cache
+from qlora.storage import cache
 def save(value, folder):
     (folder / "value").write_bytes(value)
     print("writing", flush=True)
@@ -312,7 +312,7 @@ def test_the_command_shows_and_clears(get: Maker, cache_folder: Path) -> None:
 def test_a_key_names_code_and_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.py").write_text("1")
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
 
     def key() -> str:
         return cache.digest(made_by=cache.made_by("data", libraries=("tokenizers",)))
@@ -325,10 +325,12 @@ def test_a_key_names_code_and_libraries(tmp_path: Path, monkeypatch: pytest.Monk
     changed = key()
     monkeypatch.setattr(cache, "version", lambda library: "0")
     assert len({first, changed, key()}) == 3
+    with pytest.raises(AssertionError, match="gone"):
+        cache.made_by("gone", libraries=())
 
 
 def test_a_note_reaches_the_user_without_any_set_up(tmp_path: Path) -> None:
-    code = "from qlora import cache; cache._warn('cache: a note')"
+    code = "from qlora.storage import cache; cache._warn('cache: a note')"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stderr == "cache: a note\n"
     assert logging.getLogger("qlora").level == logging.NOTSET

@@ -12,13 +12,13 @@ from tokenizers_for_tests import byte_level, sentencepiece
 from typer.testing import CliRunner
 
 from qlora import cli
-from qlora.chat import Chat, open_chat
 from qlora.cli.chat import Plain, Terminal
 from qlora.data import Prompts
 from qlora.errors import DataError, ModelError, RecipeError
-from qlora.generate import answer
+from qlora.inference.chat import Chat, open_chat
+from qlora.inference.generate import answer
+from qlora.inference.load import load_trained
 from qlora.recipe import Data, Recipe
-from qlora.trained import load_trained
 
 RecipeFile = Callable[..., Path]
 

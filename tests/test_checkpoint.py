@@ -19,8 +19,9 @@ import pytest
 import torch
 from checkpoints_for_tests import RUN_ID, contents, hidden, save
 
-from qlora import checkpoint
 from qlora.errors import ModelError, SaveError
+from qlora.storage import folders
+from qlora.training import checkpoint
 
 # Writing and reading
 
@@ -100,7 +101,7 @@ def test_saving_a_step_again_keeps_a_whole_checkpoint_and_replaces_a_damaged_one
 
 
 def test_importing_it_needs_no_torch() -> None:
-    code = "import qlora.checkpoint, sys; print('torch' in sys.modules)"
+    code = "import qlora.training.checkpoint, sys; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
@@ -207,7 +208,8 @@ def test_a_file_size_limit_is_a_save_error_and_no_signal_death(tmp_path: Path) -
     code = f"""
 import resource
 from pathlib import Path
-from qlora import checkpoint
+from qlora.storage import folders
+from qlora.training import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with checkpoint.writing(Path({str(tmp_path)!r}), 1, "id") as folder:
     (folder / "big").write_bytes(bytes(2000))
@@ -230,9 +232,10 @@ def test_a_path_that_cannot_be_a_folder_is_a_save_error(tmp_path: Path) -> None:
 SAVER = """
 import itertools, sys, time
 from pathlib import Path
-from qlora import checkpoint
+from qlora.storage import folders
+from qlora.training import checkpoint
 run = Path(sys.argv[1])
-with checkpoint.lock(run):
+with folders.lock(run):
     newest = checkpoint.newest(run)
     first = 0 if newest is None else checkpoint.read_state(newest)["step"]
     print("ready", flush=True)
@@ -289,12 +292,12 @@ def test_rotation_keeps_the_newest_and_only_touches_its_own_whole_ones(tmp_path:
 
 def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     for text in ("one", "two"):
-        with checkpoint.replacing(tmp_path, "adapter") as folder:
+        with folders.replacing(tmp_path, "adapter") as folder:
             (folder / "file").write_text(text)
         assert contents(tmp_path / "adapter") == {"file": text.encode()}
 
     def fail() -> None:
-        with checkpoint.replacing(tmp_path, "adapter") as folder:
+        with folders.replacing(tmp_path, "adapter") as folder:
             (folder / "file").write_text("three")
             raise RuntimeError("bug")
 
@@ -307,7 +310,7 @@ def test_any_failing_operation_leaves_the_old_result_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(text: str) -> None:
-        with checkpoint.replacing(tmp_path, "adapter") as folder:
+        with folders.replacing(tmp_path, "adapter") as folder:
             for name in "ab":
                 (folder / name).write_text(text)
 
@@ -332,8 +335,9 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     code = """
 import sys, time
 from pathlib import Path
-from qlora import checkpoint
-with checkpoint.lock(Path(sys.argv[1])):
+from qlora.storage import folders
+from qlora.training import checkpoint
+with folders.lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -349,21 +353,21 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     with pytest.raises(ModelError, match=f"in use by process {holder.pid}") as caught:
-        with checkpoint.lock(tmp_path):
+        with folders.lock(tmp_path):
             pass
     assert caught.value.exit_code == 4
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with checkpoint.lock(tmp_path):
+    with folders.lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
-    with checkpoint.lock(tmp_path):  # released at the end of the block
+    with folders.lock(tmp_path):  # released at the end of the block
         pass
 
 
 def test_the_lock_makes_the_folder(tmp_path: Path) -> None:
-    with checkpoint.lock(tmp_path / "new" / "run"):
+    with folders.lock(tmp_path / "new" / "run"):
         assert (tmp_path / "new" / "run").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match="file"):
-        with checkpoint.lock(tmp_path / "file"):
+        with folders.lock(tmp_path / "file"):
             pass

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from checkpoints_for_tests import RUN_ID, contents, save
 
-from qlora import checkpoint
 from qlora.errors import ModelError
+from qlora.training import checkpoint
 
 
 @pytest.fixture

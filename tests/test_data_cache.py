@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import byte_level, sentencepiece
 
 import qlora.data.cache
-from qlora import cache
 from qlora.data import Dataset, load_dataset
 from qlora.data.dataset import make_dataset
 from qlora.errors import DataError
 from qlora.recipe import Data
+from qlora.storage import cache
 
 TOKENIZERS = {"bytes": byte_level(bos=True, pad="</s>"), "pieces": sentencepiece()}
 

@@ -7,7 +7,7 @@ import pytest
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from qlora.base import _quiet
+from qlora.model.load import _quiet
 
 
 @pytest.mark.parametrize("again", [False, True])  # said once a process, heard in every test

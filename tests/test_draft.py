@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.draft import drafting, publish
 from qlora.errors import ModelError, SaveError
+from qlora.storage.draft import drafting, publish
 
 
 def test_a_draft_takes_its_place_in_one_step(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora import checkpoint, cli
-from qlora.interrupt import StopRequest
+from qlora import cli
 from qlora.recipe import Recipe
-from qlora.train import train
+from qlora.runtime.signals import StopRequest
+from qlora.training import checkpoint
+from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"

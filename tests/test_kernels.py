@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qlora import nf4
-from qlora.device import standing_for_cuda
-from qlora.kernels import choice, gate, norm, rotation, softmax
-from qlora.kernels.choice import Pass
+from qlora.kernels import cross_entropy, dispatch, gate, norm, rotary, triton_kernels
+from qlora.kernels.dispatch import Pass
+from qlora.quantization import nf4
+from qlora.runtime.device import standing_for_cuda
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
@@ -30,8 +30,8 @@ PASSES = {
     "silu_gradients": gate.SILU_GRADIENTS,
     "normalize": norm.NORMALIZE,
     "normalize_gradient": norm.NORMALIZE_GRADIENT,
-    "rotate": rotation.ROTATE,
-    "loss": softmax.LOSS,
+    "rotate": rotary.ROTATE,
+    "loss": cross_entropy.LOSS,
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -81,7 +81,7 @@ def test_gradients_of_a_loss_in_fewer_bits_go_where_they_are_wanted() -> None:
     logits, targets = random(torch.float32, 6, 700) * 3, torch.arange(6, device=DEVICE)
     expected = F.softmax(logits.double(), dim=1) - F.one_hot(targets, 700)
     losses = F.cross_entropy(logits.double(), targets, reduction="none")
-    for form in (softmax.LOSS.plain, softmax.LOSS.in_triton):
+    for form in (cross_entropy.LOSS.plain, cross_entropy.LOSS.in_triton):
         gradient = torch.empty(6, 700, dtype=torch.bfloat16, device=DEVICE)
         for wanted in (gradient, None):
             found = torch.empty(6, device=DEVICE)
@@ -157,14 +157,13 @@ def test_a_kernel_that_is_wrong_or_missing_is_told_once_and_not_used(kernel: str
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_kernel_that_fails_at_the_real_shapes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof is of small shapes; a compiler may refuse larger ones."""
-    from qlora.kernels import in_triton
 
     def compiled_for_few_rows(a: Tensor, b: Tensor, out: Tensor) -> None:
         if len(a) > 100:
             raise RuntimeError("out of resources")
         plus(a, b, out)
 
-    monkeypatch.setattr(in_triton, "plus", compiled_for_few_rows, raising=False)
+    monkeypatch.setattr(triton_kernels, "plus", compiled_for_few_rows, raising=False)
     work = Pass(plus, "plus", gate.SILU_PRODUCT.example)
     x = random(torch.float32, 101, 4)
     out = torch.empty_like(x)
@@ -176,9 +175,10 @@ def test_a_kernel_that_fails_at_the_real_shapes_is_given_up(monkeypatch: pytest.
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_an_exact_kernel_must_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.kernels import in_triton
 
-    monkeypatch.setattr(in_triton, "plus", lambda a, b, out: out.copy_((a + b) * (1 + 1e-6)), raising=False)
+    monkeypatch.setattr(
+        triton_kernels, "plus", lambda a, b, out: out.copy_((a + b) * (1 + 1e-6)), raising=False
+    )
     device, dtype = torch.device(DEVICE), torch.float32
     assert Pass(plus, "plus", gate.SILU_PRODUCT.example).difference(device, dtype) is None
     assert Pass(plus, "plus", gate.SILU_PRODUCT.example, exact=True).difference(device, dtype)
@@ -210,7 +210,7 @@ def forbidden(*_: Any) -> None:
 
 
 def random(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    return choice.numbers(torch.device(DEVICE), dtype, *shape, seed=seed)
+    return dispatch.numbers(torch.device(DEVICE), dtype, *shape, seed=seed)
 
 
 def angles(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from qlora import nf4
 from qlora.adapter import LoRALinear, adapt, lora_layers, save_adapter, trainable_parameters
 from qlora.errors import ModelError
+from qlora.quantization import nf4
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 

@@ -12,8 +12,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.profiler import record_function
 
-from qlora.base import load_base
-from qlora.device import on_cuda
 from qlora.memory import forecast as forecasting
 from qlora.memory.architecture import architecture
 from qlora.memory.forecast import Forecast, forecast
@@ -21,10 +19,13 @@ from qlora.memory.inventory import inventory
 from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.workload import Workload, assumed
-from qlora.model import adapt_as, layers_as, optimizer_of
+from qlora.model.load import load_base
+from qlora.model.prepare import adapt_as, layers_as, optimizer_of
+from qlora.objective.checks import read_documents_if_apart
+from qlora.objective.step import accumulate, evaluate
 from qlora.optim.methods import METHODS
 from qlora.recipe import Recipe
-from qlora.step import accumulate, evaluate, read_documents_if_apart
+from qlora.runtime.device import on_cuda
 
 SAMPLES = 3
 """combinations of settings tried with every architecture, drawn so that every pair of them occurs"""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from architectures_for_tests import recipe
 
-from qlora.base import load_tokenizer
 from qlora.data import load_dataset, training_batches
 from qlora.errors import ModelError, OutOfMemoryError
 from qlora.memory.architecture import architecture
@@ -18,9 +17,10 @@ from qlora.memory.outlook import estimate
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.record import Outlook
 from qlora.memory.workload import assumed
-from qlora.profile import profile
+from qlora.model.load import load_tokenizer
 from qlora.recipe import Recipe
-from qlora.train import train
+from qlora.training.profile import profile
+from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 MIB = 2**20

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from memory_for_tests import llama_7b, run_of, tiny, whole_model
 from rich.console import Console
 
-from qlora import atomic
 from qlora.errors import SaveError
 from qlora.memory import picture, report
 from qlora.memory.comparison import Comparison
 from qlora.memory.parts import PARTS
 from qlora.memory.size import unit_for
+from qlora.storage import atomic
 
 Memory = dict[str, Any]
 EVERY = pytest.mark.parametrize("make", [llama_7b, tiny, whole_model, lambda: llama_7b(None)])

@@ -8,8 +8,8 @@ from runs_for_tests import fingerprint
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora import nf4
 from qlora.adapter import LoRALinear, merged_weight
+from qlora.quantization import nf4
 
 
 def layer_of(base: nn.Module, rank: int = 4, dtype: torch.dtype = torch.bfloat16) -> LoRALinear:

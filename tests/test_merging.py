@@ -15,10 +15,10 @@ import qlora
 from qlora import cli
 from qlora.data import encode_prompt
 from qlora.errors import DataError, ModelError, QloraError, RecipeError
-from qlora.generate import answer
-from qlora.merging import merge
+from qlora.inference.generate import answer
+from qlora.inference.load import load_trained
+from qlora.merging.merge import merge
 from qlora.recipe import Recipe
-from qlora.trained import load_trained
 
 RecipeFile = Callable[..., Path]
 
@@ -192,7 +192,7 @@ def test_a_failure_on_the_way_leaves_nothing(
     before = sorted(tmp_path.iterdir())
     left = tmp_path / ".tmp-m"
     (left / "original").mkdir(parents=True)  # of a process that was killed
-    monkeypatch.setattr("qlora.merging.judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("qlora.merging.merge.judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "m")
     assert sorted(tmp_path.iterdir()) == before

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora import nf4
 from qlora.errors import ModelError
+from qlora.quantization import nf4
 
 DEQUANTIZE = torch.ops.bitsandbytes.dequantize_4bit.default
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlora import checkpoint
 from qlora.errors import ModelError
 from qlora.memory.live import LiveBytes
 from qlora.optim import METHODS, Optimizer, flat, learning_rate, paged
+from qlora.training import checkpoint
 
 SHAPES = {"a": (8, 640), "bias": (37,), "b": (96, 8), "norm": (300,), "c": (13, 7)}
 LR = {"adam": 1e-2, "lion": 1e-3}

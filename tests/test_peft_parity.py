@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qlora import nf4
 from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter, select, trainable_parameters
+from qlora.quantization import nf4
 
 peft = pytest.importorskip("peft")
 # PEFT 0.21 asks transformers 5 for a name of transformers 4

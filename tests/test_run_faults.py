@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from qlora import checkpoint
 from qlora.errors import RecipeError, SaveError
 from qlora.recipe import Recipe
-from qlora.run import claim, earlier_plan, finished
+from qlora.storage import folders
+from qlora.training import checkpoint
+from qlora.training.run_folder import claim, earlier_plan, finished
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -131,7 +132,7 @@ def template(tmp_path: Path) -> Path:
             (folder / "adapter").mkdir()
             (folder / "adapter" / "recipe.yaml").write_text(OLD.to_yaml())
             checkpoint.write_state(folder, {"step": step, "plan": run.plan})
-    with checkpoint.replacing(run.path, "adapter") as folder:
+    with folders.replacing(run.path, "adapter") as folder:
         (folder / "adapter_model.safetensors").write_text("the old result")
     run.write_result({"loss_after": 1.0})
     (run.path / "metrics.jsonl").write_text("old")
@@ -207,7 +208,7 @@ def test_a_result_or_checkpoint_that_is_replaced_keeps_its_name(template: Path) 
     (template / "checkpoints" / "step-000004" / "state.json").write_text("damaged")
 
     def replace(run: Path) -> None:
-        with checkpoint.replacing(run, "adapter") as folder:
+        with folders.replacing(run, "adapter") as folder:
             (folder / "adapter_model.safetensors").write_text("the new result")
         with checkpoint.writing(run, 4, run_id) as folder:
             checkpoint.write_state(folder, {"step": 4, "again": True})

@@ -22,7 +22,7 @@ from benchmarks.speed.meter import Meter
 from benchmarks.speed.prepare import Prepared, Setting, prepare
 from benchmarks.speed.presets import PRESETS, Shape
 from benchmarks.speed.rounds import Comparison, Runner
-from qlora.base import load_base
+from qlora.model.load import load_base
 from qlora.recipe import Base
 
 peft = pytest.importorskip("peft")

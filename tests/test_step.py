@@ -15,19 +15,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora.adapter.lora import adapt, trainable_parameters
+from qlora.adapter.methods.lora import adapt, trainable_parameters
 from qlora.data import Batch
 from qlora.errors import ModelError
-from qlora.step import (
-    accumulate,
-    check_head,
-    check_packing,
-    checkpoint_layers,
-    evaluate,
-    fold_seed,
-    head_of,
-    loss_sum,
-)
+from qlora.model.checkpointing import checkpoint_layers
+from qlora.model.head import head_of
+from qlora.objective.causal_lm import loss_sum
+from qlora.objective.checks import check_head, check_packing
+from qlora.objective.step import accumulate, evaluate, fold_seed
 
 SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qlora.adapter import Adapters, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import BaseIdentity
-from qlora.base import load_base
 from qlora.errors import ModelError
+from qlora.model.load import load_base
 from qlora.recipe import Base
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -14,11 +14,12 @@ import pytest
 import torch
 from processes_for_tests import Process
 
-from qlora import checkpoint
 from qlora.errors import DataError, DivergedError, ModelError, RecipeError
+from qlora.inference.load import held_out_loss, load_trained
 from qlora.recipe import Recipe
-from qlora.train import Outcome, Session, train
-from qlora.trained import held_out_loss, load_trained
+from qlora.storage import folders
+from qlora.training import checkpoint
+from qlora.training.train import Outcome, Session, train
 
 RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -176,7 +177,7 @@ def test_a_fresh_run_killed_as_it_begins_resumes_to_the_adapter_of_an_undisturbe
     old = run(file)
     with pytest.MonkeyPatch.context() as patch:
         # The old run is given up, and nothing of it removed yet: what a kill leaves at that instant.
-        patch.setattr(checkpoint, "clear", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(folders, "clear", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(file, "training.seed=1", fresh=True)
     assert (old.run / ADAPTER).is_file()

@@ -12,15 +12,15 @@ import pytest
 from runs_for_tests import finished_run
 from safetensors.torch import load_file, save_file
 
-from qlora.chat import open_chat
 from qlora.cli import main
 from qlora.cli.chat import Plain
 from qlora.errors import ModelError
-from qlora.merging import merge
+from qlora.inference.chat import open_chat
+from qlora.inference.load import load_trained
+from qlora.merging.merge import merge
 from qlora.recipe import Recipe
 from qlora.report.page import render
-from qlora.run import claim
-from qlora.trained import load_trained
+from qlora.training.run_folder import claim
 
 RecipeFile = Callable[..., Path]
 

@@ -19,8 +19,8 @@ from benchmarks.speed.prepare import Setting, prepare
 from benchmarks.speed.presets import PRESETS
 from benchmarks.speed.report import table
 from benchmarks.speed.workload import Document, Workload
-from qlora.host import HostEmbedding
-from qlora.step import checkpoint_layers, decoder_layers
+from qlora.model.checkpointing import checkpoint_layers, decoder_layers
+from qlora.model.offload import HostEmbedding
 
 COLUMNS = ("launches", "products among them", "waits", "copies to the device", "to the host")
 """in the order of runtime.c"""

@@ -22,10 +22,10 @@ from transformers import BitsAndBytesConfig
 from benchmarks.speed import workload
 from benchmarks.speed.job import Job
 from benchmarks.speed.presets import Preset, Shape
-from qlora import nf4
-from qlora.base import compute_dtype, load_base
-from qlora.checkpoint import replacing
+from qlora.model.load import compute_dtype, load_base
+from qlora.quantization import nf4
 from qlora.recipe import Base
+from qlora.storage.folders import replacing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from benchmarks.speed.contenders.qlora import Session
 from benchmarks.speed.prepare import Setting, prepare
 from benchmarks.speed.presets import PRESETS
 from benchmarks.speed.workload import Workload
-from qlora.step import checkpoint_layers, decoder_layers
+from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.lora import SCALINGS, LoRALinear, pattern_value
+from qlora.adapter.methods.lora import SCALINGS, LoRALinear, pattern_value
 from qlora.adapter.targets import linear_names, offer
 from qlora.errors import ModelError
 

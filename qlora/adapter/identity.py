@@ -18,7 +18,7 @@ from typing import Any, Self
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.nf4 import is_nf4, quant_state
+from qlora.quantization.nf4 import is_nf4, quant_state
 
 IDENTITY_FILE = "qlora.json"
 FORMAT = 1

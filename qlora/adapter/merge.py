@@ -8,8 +8,8 @@ real rounding is the caller's, who stores it in 16 or 4 bits.
 import torch
 from torch import Tensor
 
-from qlora.adapter.lora import LoRALinear
-from qlora.nf4 import dense, quant_state
+from qlora.adapter.methods.lora import LoRALinear
+from qlora.quantization.nf4 import dense, quant_state
 
 
 def merged_weight(layer: LoRALinear, weight: Tensor | None = None) -> Tensor:

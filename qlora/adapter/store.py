@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from qlora.adapter.config import CONFIG_FILE, config_of, dropout_in, layer_settings, read_config, targets_in
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
-from qlora.adapter.lora import LoRALinear, lora_layers, wrap
+from qlora.adapter.methods.lora import LoRALinear, lora_layers, wrap
 from qlora.adapter.targets import features
 from qlora.errors import ModelError, SaveError
-from qlora.nf4 import protect
+from qlora.quantization.nf4 import protect
 
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.lora import LoRALinear, lora_layers
+from qlora.adapter.methods.lora import LoRALinear, lora_layers
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError
 

@@ -8,7 +8,7 @@ from typing import TypeGuard
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.nf4 import is_nf4
+from qlora.quantization.nf4 import is_nf4
 
 # The projections of attention as the architectures call them. The names of the second set are also used for
 # other things (BERT's `output.dense`, T5's `wo`), so count only inside a module named attention.

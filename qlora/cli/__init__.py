@@ -18,8 +18,8 @@ from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
 from qlora.errors import QloraError
-from qlora.interrupt import heeded
-from qlora.streams import unbreakable_output
+from qlora.runtime.signals import heeded
+from qlora.runtime.streams import unbreakable_output
 
 app = typer.Typer(
     help="Fine-tune 7B-65B language models on one GPU from a recipe.",

@@ -16,9 +16,9 @@ from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
 from qlora.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
-    from qlora.adapter.compose import Deviation
-    from qlora.adapter.folder import Adapter
-    from qlora.adapter.weights import Weights
+    from qlora.adapter.algebra.compose import Deviation
+    from qlora.adapter.algebra.tensors import Adapter
+    from qlora.adapter.algebra.weights import Weights
 
 MiB = 2**20
 
@@ -70,13 +70,13 @@ def compose(
     """
     weighted = [_weighted(part) for part in parts]
     _check_size(rank, energy, needed=False)
-    from qlora.adapter import compose as composing
-    from qlora.adapter import folder
+    from qlora.adapter.algebra import compose as composing
+    from qlora.adapter.algebra import tensors
 
-    folder.require_free(to)
-    adapters = [(folder.read(path), weight) for path, weight in weighted]
+    tensors.require_free(to)
+    adapters = [(tensors.read(path), weight) for path, weight in weighted]
     result, deviations = composing.compose(
-        adapters, rank=rank, energy=energy, dtype=folder.DTYPES[dtype], any_base=any_base
+        adapters, rank=rank, energy=energy, dtype=tensors.DTYPES[dtype], any_base=any_base
     )
     _save(_made_by(result, "compose", *parts), to, deviations, per_layer, json_output)
 
@@ -99,12 +99,12 @@ def compress(
     [bold]qlora adapter compress runs/mine --to small --energy 0.99[/bold]
     """
     _check_size(rank, energy, needed=True)
-    from qlora.adapter import compose as composing
-    from qlora.adapter import folder
+    from qlora.adapter.algebra import compose as composing
+    from qlora.adapter.algebra import tensors
 
-    folder.require_free(to)
-    whole = folder.read(adapter)
-    stored_in = None if dtype is None else folder.DTYPES[dtype]
+    tensors.require_free(to)
+    whole = tensors.read(adapter)
+    stored_in = None if dtype is None else tensors.DTYPES[dtype]
     result, deviations = composing.compress(whole, rank=rank, energy=energy, dtype=stored_in)
     made = _made_by(result, "compress", str(adapter), f"--rank {rank}" if rank else f"--energy {energy}")
     _save(made, to, deviations, per_layer, json_output)
@@ -135,13 +135,13 @@ def extract(
     from rich.console import Console
     from rich.progress import track
 
-    from qlora.adapter import extract as extracting
-    from qlora.adapter import folder
-    from qlora.adapter.weights import Weights, find_checkpoint
-    from qlora.base import load_architecture
+    from qlora.adapter.algebra import extract as extracting
+    from qlora.adapter.algebra import tensors
+    from qlora.adapter.algebra.weights import Weights, find_checkpoint
+    from qlora.model.load import load_architecture
     from qlora.recipe import Base
 
-    folder.require_free(to)
+    tensors.require_free(to)
     tuned_folder = find_checkpoint(tuned)
     companions = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)
@@ -152,7 +152,7 @@ def extract(
         rank=rank,
         energy=energy,
         base_model=base,
-        dtype=folder.DTYPES[dtype],
+        dtype=tensors.DTYPES[dtype],
         device=device,
         progress=lambda names: track(names, "layers", console=console, disable=not console.is_terminal),
     )
@@ -177,13 +177,13 @@ def inspect(
 
     [bold]qlora adapter inspect runs/mine --picture spectra.png[/bold]
     """
-    from qlora.adapter import folder
-    from qlora.adapter import picture as drawing
-    from qlora.adapter.spectrum import LIMITS, judge, spectra
+    from qlora.adapter.algebra import plot as drawing
+    from qlora.adapter.algebra import tensors
+    from qlora.adapter.algebra.spectrum import LIMITS, judge, spectra
 
     if picture is not None:
         drawing.require_format(picture)
-    whole = folder.read(adapter)
+    whole = tensors.read(adapter)
     layers = spectra(whole, _base_weights(whole, base))
     verdict = judge(layers)
     if picture is not None:
@@ -238,7 +238,7 @@ def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":
 
 def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str]:
     """The recipe of a run of full training, if that is what was tuned, with an adapter on `base` instead."""
-    from qlora.trained import recipe_of
+    from qlora.inference.load import recipe_of
 
     if not (tuned / "recipe.yaml").is_file():
         return {}
@@ -251,7 +251,7 @@ def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":
 
     A run that made its base up, by base.init, has not used the weights that have its name.
     """
-    from qlora.adapter.weights import Weights, find_checkpoint
+    from qlora.adapter.algebra.weights import Weights, find_checkpoint
 
     if given is not None:
         return Weights(find_checkpoint(given))
@@ -273,11 +273,11 @@ def _save(
     not_captured: dict[str, float | None] | None = None,
 ) -> None:
     """Write the adapter, then say what it is and how far from what was asked."""
-    from qlora.adapter import folder
-    from qlora.adapter.compose import relative_error
+    from qlora.adapter.algebra import tensors
+    from qlora.adapter.algebra.compose import relative_error
 
-    written_bytes = folder.write(adapter, to)
-    dtype = folder.dtype_name(next(iter(adapter.layers.values())).a.dtype)
+    written_bytes = tensors.write(adapter, to)
+    dtype = tensors.dtype_name(next(iter(adapter.layers.values())).a.dtype)
     total = relative_error(deviations.values())
     if json_output:
         layers = {name: {**asdict(x), "relative_error": x.relative} for name, x in deviations.items()}

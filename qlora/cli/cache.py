@@ -19,7 +19,7 @@ def show(json_output: Json = False) -> None:
     """List all entries, the last used first. QLORA_CACHE=FOLDER moves the cache, QLORA_CACHE=off turns it off."""
     import time
 
-    from qlora import cache
+    from qlora.storage import cache
 
     found = cache.entries()[::-1]
     used = sum(entry.bytes for entry in found)
@@ -41,7 +41,7 @@ def clear(
     ] = None,
 ) -> None:
     """Remove what is kept. The next start tokenises and quantizes again."""
-    from qlora import cache
+    from qlora.storage import cache
 
     gone = cache.clear(*([kind] if kind else cache.KINDS))
     print(f"Removed {len(gone)} entries, {_gib(sum(entry.bytes for entry in gone))}")

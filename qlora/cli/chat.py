@@ -42,7 +42,7 @@ def chat(
     [bold]qlora chat runs/quickstart --adapter poet=runs/poet[/bold]
     """
     named = dict(_pair(other) for other in others or [])
-    from qlora.chat import open_chat
+    from qlora.inference.chat import open_chat
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Terminal() if interactive else Plain()

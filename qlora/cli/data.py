@@ -31,8 +31,8 @@ def data(
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
-    from qlora.base import load_tokenizer
     from qlora.data import load_dataset, training_batches
+    from qlora.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(loaded.base)
     dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed)

@@ -19,7 +19,7 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Held-out loss (nats per supervised token) over the held-out rows of the run's recipe."""
-    from qlora.trained import held_out_loss, load_trained
+    from qlora.inference.load import held_out_loss, load_trained
 
     trained = load_trained(
         adapter,

@@ -25,8 +25,8 @@ def generate(
     import sys
 
     from qlora.data import Prompts
-    from qlora.generate import answer
-    from qlora.trained import load_trained
+    from qlora.inference.generate import answer
+    from qlora.inference.load import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
     trained = load_trained(

@@ -13,7 +13,7 @@ from qlora.cli.arguments import AnyBase, Json, TrustRemoteCode
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qlora.merging import Merged, Progress
+    from qlora.merging.merge import Merged, Progress
 
 MiB = 2**20
 
@@ -55,7 +55,7 @@ def merge(
     """
     if onto not in CHOICES:
         raise typer.BadParameter(f"--onto is one of {', '.join(CHOICES)}, not {onto!r}")
-    from qlora.merging import merge as run
+    from qlora.merging.merge import merge as run
 
     with _shown_progress() as progress:
         merged = run(

@@ -26,7 +26,7 @@ def profile(
 
     loaded = Recipe.load(recipe, overrides or [])
     from qlora.memory.report import table, write
-    from qlora.profile import profile as measured
+    from qlora.training.profile import profile as measured
 
     memory = measured(loaded, steps, terminal=not json_output)
     if out is not None:

@@ -5,15 +5,15 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from qlora.adapter.compose import Deviation
-    from qlora.adapter.spectrum import Spectrum
+    from qlora.adapter.algebra.compose import Deviation
+    from qlora.adapter.algebra.spectrum import Spectrum
 
 Value = TypeVar("Value")
 
 
 def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Value]]:
     """The layers by kind, as q_proj, or each on its own."""
-    from qlora.adapter.kinds import places
+    from qlora.adapter.algebra.module_types import places
 
     if per_layer:
         return {name: [value] for name, value in layers.items()}
@@ -25,7 +25,7 @@ def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Valu
 
 def show_deviations(deviations: "Mapping[str, Deviation]", per_layer: bool) -> None:
     """Ranks, and how far the stored updates are from those asked for."""
-    from qlora.adapter.compose import relative_error
+    from qlora.adapter.algebra.compose import relative_error
 
     show(
         ["", "layers", "rank", "relative error"],

@@ -10,7 +10,7 @@ import typer
 from qlora.cli.arguments import Json, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
-    from qlora.outcome import Outcome
+    from qlora.training.result import Outcome
 
 GiB = 2**30
 
@@ -34,7 +34,7 @@ def train(
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])  # before torch is imported: a wrong recipe is said at once
-    from qlora.train import train as run
+    from qlora.training.train import train as run
 
     outcome = run(loaded, resume=resume, fresh=fresh, terminal=not json_output)
     if int(os.environ.get("RANK", "0")) > 0:

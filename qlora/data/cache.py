@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from qlora import cache
 from qlora.data.batches import Example
 from qlora.data.dataset import Counts, Dataset, Prompt, make_dataset
 from qlora.data.sources import identity
 from qlora.data.templates import template_text
 from qlora.recipe import Data
+from qlora.storage import cache
 
 
 def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:

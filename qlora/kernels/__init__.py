@@ -4,11 +4,11 @@ A pass writes into tensors that it is given. A GPU takes the kernel, once it is 
 form (`choice`); every other device, and whoever sets QLORA_KERNELS=off, takes the plain form.
 """
 
-from qlora.kernels.choice import Pass
+from qlora.kernels.cross_entropy import loss_and_gradient
+from qlora.kernels.dispatch import Pass
 from qlora.kernels.gate import silu_gradients, silu_product
 from qlora.kernels.norm import normalize, normalize_gradient
-from qlora.kernels.rotation import rotate
-from qlora.kernels.softmax import loss_and_gradient
+from qlora.kernels.rotary import rotate
 
 __all__ = [
     "Pass",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels.choice import Pass, numbers
+from qlora.kernels.dispatch import Pass, numbers
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.attention import reads_documents
-from qlora.base import blueprint, compute_dtype, embedding_apart, load_config
 from qlora.errors import ModelError
-from qlora.llama import LlamaLayer, Recompute, quicken
-from qlora.model import adapt_as
+from qlora.model.checkpointing import decoder_layers
+from qlora.model.decoder_layer import LlamaLayer, Recompute, quicken
+from qlora.model.head import head_of
+from qlora.model.load import blueprint, compute_dtype, embedding_apart, load_config
+from qlora.model.prepare import adapt_as
+from qlora.model.varlen_attention import reads_documents
 from qlora.ops.cross_entropy import tokens_at_once
 from qlora.recipe import Recipe
-from qlora.step import decoder_layers, head_of
 
 
 @dataclass(frozen=True)

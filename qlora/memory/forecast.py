@@ -1,6 +1,6 @@
 """What memory a run will take, part by part, from its recipe and its model's config.json alone.
 
-The very step of `step.py` is run under FakeTensorMode: tensors with shapes and no storage, no weights, no GPU.
+The very step of `objective/step.py` is run under FakeTensorMode: tensors with shapes and no storage, no weights, no GPU.
 What it would allocate is counted as in a measurement (`live.py`). Of alike layers only a few are run, and the
 trace is stretched (`repeat.py`). What no tensor shows, a GPU's context and the allocator's slack, is added as
 constants.
@@ -21,11 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import record_function
 
-from qlora.adapter.lora import trainable_parameters
-from qlora.attention import read_documents
-from qlora.base import load_base
+from qlora.adapter.methods.lora import trainable_parameters
 from qlora.data import Batch
-from qlora.device import standing_for_cuda
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on
 from qlora.memory.faking import MetaKernels, as_packed, faked, keep_all_layers
@@ -33,11 +30,16 @@ from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
-from qlora.model import adapt_as, checkpointed, layers_as, optimizer_of
+from qlora.model.checkpointing import decoder_layers
+from qlora.model.load import load_base
+from qlora.model.prepare import adapt_as, checkpointed, layers_as, optimizer_of
+from qlora.model.varlen_attention import read_documents
+from qlora.objective.causal_lm import loss_sum
+from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
-from qlora.step import accumulate, decoder_layers, evaluate, loss_sum
+from qlora.runtime.device import standing_for_cuda
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
@@ -267,7 +269,7 @@ def _beside_the_tensors(rows: Rows, *, offload: bool) -> Row:
 
 
 def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -> int:
-    """What `qlora.host` takes: the embedding, and inputs of so many layers, each in a block of a power of two.
+    """What `qlora.model.offload` takes: the embedding, and inputs of so many layers, each in a block of a power of two.
 
     Up to twice as much where micro-batches are of many sizes: torch keeps pinned blocks of each.
     """

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from qlora.nf4 import is_nf4, quant_state, statistics
 from qlora.optim import Optimizer
 from qlora.optim.paged import is_paged
+from qlora.quantization.nf4 import is_nf4, quant_state, statistics
 
 _KINDS = {
     "parameters": "adapters",

@@ -4,7 +4,7 @@ A dispatch mode sees every tensor that an operation returns. The first sight of 
 weak reference tells of its death. (The `MemTracker` of torch.distributed does this too, but refuses frozen
 parameters.) What an operation takes and returns to the allocator inside itself is not seen.
 
-The phases are those that `step.py` and `train.py` announce with `torch.profiler.record_function`, so that a
+The phases are those that `objective` and `training` announce with `torch.profiler.record_function`, so that a
 profiler shows the same words.
 """
 
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.host import HOST
 from qlora.memory.parts import PARTS
+from qlora.model.offload import HOST
 
 PHASES = ("forward", "loss", "backward", "update", "evaluation")
 PARTS_BY_NAME = {"loss": "logits_and_loss", "dequantization": "dequantization"}

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from qlora import bundled
-from qlora.base import KNOWN_ARCHITECTURES, load_tokenizer
 from qlora.data import load_dataset, training_batches
 from qlora.memory import measure
 from qlora.memory.account import account
@@ -17,6 +16,7 @@ from qlora.memory.forecast import forecast
 from qlora.memory.plan import Plan, changed, needed, plan, sized
 from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, assumed, of_run
+from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
 from qlora.recipe import Recipe
 from qlora.recipe.rules import LOCAL_FILE
 from qlora.recipe.sizes import parse_size

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import atomic
 from qlora.memory.comparison import COLUMNS, Comparison, Row
 from qlora.memory.size import Unit
+from qlora.storage import atomic
 
 if TYPE_CHECKING:
     from rich.table import Table

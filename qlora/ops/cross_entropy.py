@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora.device import on_cuda
 from qlora.kernels import loss_and_gradient
-from qlora.nf4 import autocast
+from qlora.quantization.nf4 import autocast
+from qlora.runtime.device import on_cuda
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained."""

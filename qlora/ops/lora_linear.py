@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora.kernels import normalize, normalize_gradient
-from qlora.nf4 import QuantState, autocast, frozen_linear
 from qlora.ops.dropout import draw
 from qlora.ops.products import Linear, Update, gradients, project, to_ranks, updates_of
 from qlora.ops.rms_norm import Norm
+from qlora.quantization.nf4 import QuantState, autocast, frozen_linear
 
 
 def lora_linear(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.nf4 import QuantState, assert_frozen, dense
 from qlora.ops.dropout import Dropout
+from qlora.quantization.nf4 import QuantState, assert_frozen, dense
 
 
 class Linear(NamedTuple):

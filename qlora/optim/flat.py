@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qlora.device import on_cuda
 from qlora.optim import paged
 from qlora.optim.methods import Method, Update, kernel
+from qlora.runtime.device import on_cuda
 
 BLOCK_SIZE = 256
 """Every parameter starts on a multiple of this. It is the block of bitsandbytes' 8-bit states, so no two

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from qlora.bnb import create_dynamic_map
-from qlora.bnb import functional as bnb
+from qlora.runtime.bnb import create_dynamic_map
+from qlora.runtime.bnb import functional as bnb
 
 # The 256 values of bitsandbytes' dynamic data type: signed for the first moment, unsigned for the second. As plain
 # numbers: a tensor made once under FakeTensorMode would be fake for ever

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.bnb import functional as bnb
+from qlora.runtime.bnb import functional as bnb
 
 MIN_SIZE = 100_000
 """elements below which a tensor is not paged, as bitsandbytes has it: managed memory moves in large pages"""

@@ -241,7 +241,7 @@ class Recipe(Section):
         """Read the recipe that came with a run or an adapter, to show it or to compare it.
 
         It says what its author allowed, not what you allow: whoever loads a base by it takes
-        `qlora.trained.recipe_of` instead. Raises `RecipeError` as `load` does.
+        `qlora.inference.load.recipe_of` instead. Raises `RecipeError` as `load` does.
         """
         from qlora.recipe.loading import load_recorded
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora import atomic
 from qlora.errors import ModelError
 from qlora.memory.comparison import COLUMNS, Comparison
 from qlora.recipe import Recipe
@@ -15,6 +14,7 @@ from qlora.report import history
 from qlora.report.curves import SIZE, charts
 from qlora.report.headlines import headlines
 from qlora.report.samples import prompts
+from qlora.storage import atomic
 
 HERE = Path(__file__).parent
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora import atomic
 from qlora.errors import SaveError
+from qlora.storage import atomic
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 

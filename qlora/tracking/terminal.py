@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora.streams import Unbreakable
+from qlora.runtime.streams import Unbreakable
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 LINE_SECONDS = 5.0

@@ -13,15 +13,17 @@ from benchmarks.speed.contenders import Contender
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
 from benchmarks.speed.workload import Document, Workload
-from qlora import attention
 from qlora.adapter import adapt, trainable_parameters
-from qlora.base import load_base
 from qlora.data import Batch, Batches, Example
-from qlora.heap import grow_by_pages, keep_freed_memory
-from qlora.llama import quicken
+from qlora.model import varlen_attention
+from qlora.model.checkpointing import checkpoint_layers, decoder_layers
+from qlora.model.decoder_layer import quicken
+from qlora.model.load import load_base
+from qlora.objective.checks import read_documents_if_apart
+from qlora.objective.step import accumulate
 from qlora.optim import Optimizer
 from qlora.recipe import Base
-from qlora.step import accumulate, checkpoint_layers, decoder_layers, read_documents_if_apart
+from qlora.runtime.allocators import grow_by_pages, keep_freed_memory
 
 OPTIMIZER = "paged_adamw_32bit"
 
@@ -61,7 +63,7 @@ class Session:
         norm = self.optimizer.clip(self.job.max_grad_norm)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
         self.optimizer.step(self.job.lr)
-        padded = self.model.config._attn_implementation != attention.NAME
+        padded = self.model.config._attn_implementation != varlen_attention.NAME
         positions = sum(batch.input_ids.numel() if padded else batch.tokens for batch in batches)
         return loss_value, norm_value, positions
 

@@ -1,0 +1,1 @@
+"""Arithmetic with adapters: their sums, differences, truncations and spectra."""

@@ -1,0 +1,143 @@
+"""What an adapter learned, layer by layer: the norm, spectrum and effective rank of its updates.
+
+The documents leave the rank open ("r = 8 typically sufficient, r = 64 nearly optimal"). The spectrum of a finished
+adapter is evidence: directions that hold no energy (squared singular values) were not needed. It cannot show
+what lies beyond the rank, for that was never learned.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median
+from typing import Any
+
+import torch
+
+from qlora.adapter.algebra.tensors import Adapter
+from qlora.adapter.algebra.weights import Weights
+
+MOST = 0.99
+"""The share of the energy that a rank has to hold to be called enough."""
+
+TOO_LARGE, TOO_SMALL = 0.5, 0.75
+"""Directions that hold that share, as a part of the rank: at most one half in the median layer, and the rank was too
+large; from three quarters on it may have been too small. Set by the quickstart at ranks of 2 to 32 (README)."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of a layer's update, falling; base_norm: the Frobenius norm of the weight beneath."""
+
+    rank: int
+    singular_values: list[float]
+    base_norm: float | None = None
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of scaling * B A."""
+        return math.hypot(*self.singular_values)
+
+    @property
+    def relative_norm(self) -> float | None:
+        """`norm` over that of the base's weight; None where that is not known."""
+        return self.norm / self.base_norm if self.base_norm else None
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the singular values, normalised to sum 1 (Roy and Vetterli 2007); 0 for no update."""
+        total = sum(self.singular_values)
+        shares = [value / total for value in self.singular_values if value > 0]
+        return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
+
+    @property
+    def energy_left(self) -> list[float]:
+        """Share of the energy (squares) beyond the first 0, 1, ... directions: from 1 to 0; [] for no update."""
+        left = list(accumulate((value**2 for value in reversed(self.singular_values)), initial=0.0))
+        return [value / left[-1] for value in reversed(left)] if left[-1] else []
+
+    def rank_for(self, energy: float) -> int:
+        """How many directions hold `energy` (0-1) of all; 0 for no update."""
+        return next((rank for rank, left in enumerate(self.energy_left) if left <= 1 - energy + 1e-12), 0)
+
+    @property
+    def last_quarter(self) -> float:
+        """Share of the energy in the last quarter of the singular values, one of them at least."""
+        count = len(self.singular_values)
+        return self.energy_left[count - max(1, count // 4)] if self.norm else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "rank": self.rank,
+            "norm": self.norm,
+            "relative_norm": self.relative_norm,
+            "effective_rank": self.effective_rank,
+            "rank_90": self.rank_for(0.9),
+            "rank_99": self.rank_for(MOST),
+            "last_quarter": self.last_quarter,
+            "singular_values": self.singular_values,
+        }
+
+
+def spectra(adapter: Adapter, base: Weights | None = None) -> dict[str, Spectrum]:
+    """The spectrum of every layer's update; with `base`, beside the norms of its weights."""
+    return {
+        name: Spectrum(
+            layer.rank,
+            layer.update.singular_values().tolist(),
+            None if base is None else _base_norm(base, name),
+        )
+        for name, layer in adapter.layers.items()
+    }
+
+
+def _base_norm(base: Weights, layer: str) -> float | None:
+    name = base.of_layer(layer)
+    if name is None or base.is_quantized(name):
+        return None
+    return torch.linalg.vector_norm(base[name], dtype=torch.float64).item()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the rank was too large or too small: `kind`, a sentence with the evidence, and a rank that would do."""
+
+    kind: str
+    sentence: str
+    enough: int | None = None
+
+
+LIMITS = (
+    "A spectrum shows what was learned, not what a higher rank would have learned; short or noisy training flattens "
+    "it, and energy is not loss: held-out loss decides."
+)
+
+
+def judge(layers: Mapping[str, Spectrum]) -> Verdict:
+    """What the spectra say about the rank: "too large", "fits", "may be too small", or "unclear"."""
+    learned = [layer for layer in layers.values() if layer.norm > 0]
+    judged = [layer for layer in learned if len(layer.singular_values) > 1]
+    if not learned:
+        return Verdict("unclear", "Every update is zero: nothing was learned.")
+    if not judged:
+        return Verdict("unclear", "One direction a layer is no spectrum: rank 1 cannot be judged by it.")
+    needed = sorted(layer.rank_for(MOST) for layer in judged)
+    share = median(layer.rank_for(MOST) / len(layer.singular_values) for layer in judged)
+    evidence = (
+        f"in the median layer {median(needed):g} directions hold {MOST:.0%} of the energy, and the last quarter of "
+        f"the singular values holds {median(layer.last_quarter for layer in judged):.1%}"
+    )
+    rank = _ranks(judged)
+    if share <= TOO_LARGE:
+        enough = needed[math.ceil(0.9 * len(needed)) - 1]
+        advice = f"Rank {enough} holds as much in nine layers of ten."
+        return Verdict("too large", f"Rank {rank} was more than was used: {evidence}. {advice}", enough)
+    if share >= TOO_SMALL:
+        return Verdict("may be too small", f"Rank {rank} may be too small: {evidence}.")
+    return Verdict("fits", f"Rank {rank} fits what was learned: {evidence}.")
+
+
+def _ranks(layers: list[Spectrum]) -> str:
+    ranks = sorted({layer.rank for layer in layers})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

@@ -1,0 +1,1 @@
+"""Adapter methods, a file each."""

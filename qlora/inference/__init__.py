@@ -1,0 +1,1 @@
+"""A trained model, loaded again and asked."""

@@ -1,0 +1,86 @@
+"""Answers: what a base with its adapter says to a prompt, at once or as it comes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, TextStreamer
+
+from qlora.objective.step import evaluation_mode
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: Sequence[int],
+    max_new_tokens: int = 64,
+    *,
+    stop_ids: Iterable[int] = (),
+    temperature: float = 0.0,
+    on_text: Callable[[str], object] | None = None,
+    stopped: Callable[[], bool] | None = None,
+) -> str:
+    """The model's continuation of `prompt` (token ids), as text without special tokens.
+
+    Args:
+        stop_ids: tokens that end the answer, besides those that the model and the tokenizer end with.
+        temperature: 0 is greedy and deterministic: the same model and prompt give the same answer. Above, tokens
+            are drawn by torch's random numbers.
+        on_text: called with each piece of the answer as it comes, whole words at a time.
+        stopped: asked after every token whether to leave off.
+
+    >>> answer(model, tokenizer, tokenizer("Once upon a time").input_ids, max_new_tokens=32)
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)  # [1, T]
+    ends: set[int | None] = {*stop_ids, *_ends(model), tokenizer.eos_token_id}
+    with evaluation_mode(model):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            eos_token_id=sorted(end for end in ends if end is not None) or None,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+            use_cache=True,
+            streamer=None if on_text is None else _Streamer(tokenizer, on_text),
+            stopping_criteria=None if stopped is None else [_Stop(stopped)],
+        )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _ends(model: nn.Module) -> list[int | None]:
+    """What the model's own generation config ends an answer with."""
+    ends: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return ends if isinstance(ends, list) else [ends]
+
+
+class _Streamer(TextStreamer):
+    """Hands the answer on in pieces, without the white space that it begins and ends with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text, self._space = on_text, ""
+        self._begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each piece."""
+        text = self._space + text if self._begun else text.lstrip()
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        if shown:
+            self._begun = True
+            self._on_text(shown)
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        return torch.full((input_ids.shape[0],), self._stopped(), device=input_ids.device)

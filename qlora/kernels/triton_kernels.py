@@ -1,0 +1,244 @@
+"""The kernels, and how they are launched. Each reads and writes the memory once, and computes in fp32.
+
+Tensors are contiguous unless their strides are asked for. Offsets are 64 bits wide: logits of a long batch have more
+elements than 32 bits count. Triton's interpreter runs all of this without a GPU (`tests/test_kernels.py`).
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 1024
+"""of a program, where a pass goes element by element"""
+VOCABULARY_BLOCK = 4096
+STATISTICS_BLOCK_SIZE = 256
+
+
+def silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
+    """See `gate`."""
+    with _on(gate):
+        _silu_product[_blocks(gate)](gate, up, product, gate.numel(), BLOCK=ELEMENTS)
+
+
+def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
+    """See `gate`."""
+    with _on(gate):
+        _silu_gradients[_blocks(gate)](gate, up, grad, d_up, gate.numel(), BLOCK=ELEMENTS)
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:
+    """See `norm`."""
+    width, rows = x.shape[-1], x.numel() // x.shape[-1]
+    layout = _rows_of(width)
+    with _on(x):
+        _normalize[(triton.cdiv(rows, layout["ROWS"]),)](x, weight, y, rows, width, eps, **layout)
+
+
+def normalize_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
+    """See `norm`."""
+    width, rows = x.shape[-1], x.numel() // x.shape[-1]
+    layout = _rows_of(width)
+    with _on(x):
+        _normalize_gradient[(triton.cdiv(rows, layout["ROWS"]),)](
+            grad, x, weight, grad if residual is None else residual, rows, width, eps,
+            RESIDUAL=residual is not None, **layout,
+        )  # fmt: skip
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor) -> None:
+    """See `rotation`."""
+    batch, length, heads, width = x.shape
+    with _on(x):
+        _rotate[(batch * length,)](
+            x, cos, sin, y, length, heads, width // 2, *x.stride(), float(direction), OWN_ANGLES=len(cos) > 1,
+            HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(width // 2), num_warps=4,
+        )  # fmt: skip
+
+
+def loss(
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    gradient: Tensor | None,
+    losses: Tensor,
+) -> None:
+    """See `softmax`."""
+    with _on(logits):
+        _loss[(len(logits),)](
+            logits, targets, logits if gradient is None else gradient, losses, logit_scale,
+            1.0 if softcap is None else softcap,
+            WIDTH=logits.shape[1], CAPPED=softcap is not None, WANTED=gradient is not None,
+            BLOCK=VOCABULARY_BLOCK, num_warps=8,
+        )  # fmt: skip
+
+
+def dequantize(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    block_size: int,
+) -> None:
+    """See `quantization.nf4`: codes `packed`, each block's 8-bit `absmax`, their own `scales`, `table` and `offset`."""
+    with _on(out):
+        _dequantize[(triton.cdiv(packed.numel(), ELEMENTS),)](
+            out, packed, absmax, scales, table, offset, code, out.numel(),
+            BLOCK_SIZE=block_size, STATISTICS=STATISTICS_BLOCK_SIZE, BYTES=ELEMENTS,
+            enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds the offset
+        )  # fmt: skip
+
+
+def _on(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _blocks(tensor: Tensor) -> tuple[int]:
+    return (triton.cdiv(tensor.numel(), ELEMENTS),)
+
+
+def _rows_of(width: int) -> dict[str, int]:
+    """How a program takes rows of this width: whole, and several where they are short."""
+    block = triton.next_power_of_2(width)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
+@triton.jit
+def _silu_product(gate, up, product, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(product + at, g * tl.sigmoid(g) * u, mask=inside)
+
+
+@triton.jit
+def _silu_gradients(gate, up, grad, d_up, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(d_up + at, d * g * s, mask=inside)
+    tl.store(grad + at, d * u * s * (1 + g * (1 - s)), mask=inside)
+
+
+@triton.jit
+def _normalize(x, weight, y, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < width)
+    at = row * width + column
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / width + eps)
+    unit = (v * scale).to(y.dtype.element_ty).to(tl.float32)  # Llama rounds before the weight
+    tl.store(y + at, unit * w, mask=inside)
+
+
+@triton.jit
+def _normalize_gradient(
+    grad, x, weight, residual, rows, width, eps, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < width)
+    at = row * width + column
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * w
+    scale = tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / width + eps)
+    unit = v * scale
+    mean = tl.sum(d * unit, axis=1, keep_dims=True) / width
+    d = (d - unit * mean) * scale
+    if RESIDUAL:
+        d += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad + at, d, mask=inside)
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, y, length, heads, half, by_row, by_token, by_head, by_feature, direction,
+    OWN_ANGLES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)  # of all rows
+    row, position = token // length, token % length
+    head, pair = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (pair < half)
+    angle = (token if OWN_ANGLES else position) * 2 * half + pair
+    c = tl.load(cos + angle, mask=pair < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=pair < half, other=0.0).to(tl.float32) * direction
+    first = x + row * by_row + position * by_token + head * by_head + pair * by_feature
+    a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(first + half * by_feature, mask=inside, other=0.0).to(tl.float32)
+    to = y + (token * heads + head) * 2 * half + pair
+    tl.store(to, a * c - b * s, mask=inside)
+    tl.store(to + half, b * c + a * s, mask=inside)
+
+
+@triton.jit
+def _capped(products, scale, cap, CAPPED: tl.constexpr):
+    """Logits of the head's raw products."""
+    logits = products * scale
+    if CAPPED:
+        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)  # cap * tanh(logits / cap)
+    return logits
+
+
+@triton.jit
+def _loss(
+    logits, targets, gradient, losses, scale, cap,
+    WIDTH: tl.constexpr, CAPPED: tl.constexpr, WANTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    logits += row * WIDTH
+    gradient += row * WIDTH
+    wanted = _capped(tl.load(logits + target).to(tl.float32), scale, cap, CAPPED)
+    highest = -float("inf")
+    total = 0.0
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        raw = tl.load(logits + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        found = _capped(raw, scale, cap, CAPPED)
+        found = tl.where(column < WIDTH, found, -float("inf"))
+        higher = tl.maximum(highest, tl.max(found))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(found - higher))
+        highest = higher
+    tl.store(losses + row, highest + tl.log(total) - wanted)
+    if WANTED:
+        for start in range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            raw = tl.load(logits + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            found = _capped(raw, scale, cap, CAPPED)
+            slope = tl.exp(found - highest) / total - tl.where(column == target, 1.0, 0.0)
+            if CAPPED:
+                slope *= 1 - (found / cap) * (found / cap)
+            tl.store(gradient + column, slope * scale, mask=column < WIDTH)
+
+
+@triton.jit
+def _dequantize(
+    out, packed, absmax, scales, table, offset, code, count,
+    BLOCK_SIZE: tl.constexpr, STATISTICS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BYTES
+    at = start + tl.arange(0, BYTES)
+    inside = at * 2 < count
+    codes = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+    block = at // (BLOCK_SIZE // 2)
+    level = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+    inner = tl.load(scales + block // STATISTICS, mask=inside, other=0.0)
+    scale = tl.load(table + level) * inner + tl.load(offset)
+    values = tl.interleave(tl.load(code + (codes >> 4)) * scale, tl.load(code + (codes & 15)) * scale)
+    to = start * 2 + tl.arange(0, 2 * BYTES)
+    tl.store(out + to, values, mask=to < count)

@@ -1,0 +1,146 @@
+"""What merging changed: merged models judged on held-out text against the live base + adapter.
+
+Per supervised token: KL(live || merged) over the whole vocabulary, the loss, and whether both models put the
+same token first. The live model is not needed for it, only its last hidden states [N, H] and its output head:
+far less than its distributions [N, V].
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora.data import Batch
+from qlora.model.head import Head, head_of
+from qlora.objective.causal_lm import supervised_states
+from qlora.objective.step import evaluation_mode
+from qlora.quantization import nf4
+
+MATTERS = 0.01
+"""Nats of held-out loss from which a difference counts: 1% of perplexity."""
+
+CHUNK = 1024
+"""tokens whose logits stand in memory at a time"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the live base + adapter says of every batch."""
+
+    batches: Sequence[Batch]
+    states: list[Tensor]  # of each batch, [n, H], on the CPU
+    head: Head  # on the CPU
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One model's worth on the held-out text."""
+
+    name: str
+    kl: float
+    """mean KL(live || this) of a supervised token, nats"""
+    perplexity: float
+    agreement: float
+    """share of the supervised tokens where this model's first choice is the live one's"""
+    weight_bytes: int
+    losses: Tensor = field(repr=False, compare=False)
+    """of every supervised token, fp32 [N], nats"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the losses of single tokens are left out."""
+        return {
+            "name": self.name,
+            "kl": self.kl,
+            "perplexity": self.perplexity,
+            "agreement": self.agreement,
+            "weight_bytes": self.weight_bytes,
+        }
+
+
+@torch.no_grad()
+def reference(model: nn.Module, batches: Sequence[Batch]) -> Reference:
+    """Run the live model over the batches and keep what judging needs."""
+    with evaluation_mode(model):
+        states = [supervised_states(model, batch)[0].cpu() for batch in batches]
+    return Reference(batches, states, head_of(model).to("cpu"))
+
+
+@torch.no_grad()
+def judge(name: str, model: nn.Module, live: Reference, weight_bytes: int) -> Judgement:
+    """Judge `model` by the batches of `live`; the mode it is in does not matter."""
+    head = head_of(model)
+    live_head = live.head.to(head.weight.device)
+    divergences, losses, agreements = [], [], []
+    with evaluation_mode(model):
+        for batch, live_states in zip(live.batches, live.states, strict=True):
+            states, targets = supervised_states(model, batch)
+            for ours, theirs, target in zip(
+                states.split(CHUNK), live_states.split(CHUNK), targets.split(CHUNK), strict=True
+            ):
+                q = head.logits(ours).log_softmax(1)  # [n, V]
+                p = live_head.logits(theirs.to(ours.device)).log_softmax(1)
+                divergences.append(F.kl_div(q, p, log_target=True, reduction="none").sum(1).cpu())
+                losses.append(F.nll_loss(q, target, reduction="none").cpu())
+                agreements.append((q.argmax(1) == p.argmax(1)).float().cpu())
+    loss = torch.cat(losses)
+    return Judgement(
+        name=name,
+        kl=max(0.0, torch.cat(divergences).double().mean().item()),  # rounding can fall below zero
+        perplexity=math.exp(loss.double().mean().item()),
+        agreement=torch.cat(agreements).double().mean().item(),
+        weight_bytes=weight_bytes,
+        losses=loss,
+    )
+
+
+def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
+    """The merge that is best for what it costs, and the reason in a sentence.
+
+    Of those in 16 bits it is the one closest to the live model (the least KL), unless another's perplexity is
+    lower by what matters. NF4 takes its place if its perplexity is not higher by what matters, for it takes
+    about a quarter of the bytes. "By what matters" is 1%, beyond two standard errors of the difference.
+    """
+    nf4s = [one for one in judged if one.name == "nf4"]
+    dense = sorted((one for one in judged if one.name != "nf4"), key=lambda one: one.kl)
+    if not dense:
+        return nf4s[0], "nothing else was judged"
+    best = dense[0]
+    why = f"closest to base + adapter (KL {best.kl:.4f} nats a token)"
+    for other in dense[1:]:
+        change, error = _loss_change(best, other)
+        if change + error < -MATTERS:
+            why = f"its perplexity is {-_percent(change):.1f}% below that of {best.name}, which is closer to live"
+            best = other
+    for small in nf4s:
+        change, error = _loss_change(best, small)
+        ratio = small.weight_bytes / best.weight_bytes
+        if change + error < MATTERS:
+            return small, (
+                f"{ratio:.0%} of the bytes of {best.name}, and a perplexity that differs by "
+                f"{_percent(change):+.2f}% (less than 1%, with two standard errors to spare)"
+            )
+        why += f"; nf4, in {ratio:.0%} of the bytes, changes the perplexity by {_percent(change):+.2f}%"
+        if change < MATTERS:
+            why += ", but this text is too short to be sure that it is less than 1%"
+    return best, why
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the model's weights as files hold them: NF4 with its statistics, all other numbers in 16 bits."""
+    packed = {module.weight: nf4.weight_bytes(module) for module in model.modules() if nf4.is_nf4(module)}
+    return sum(packed.get(parameter, 2 * parameter.numel()) for parameter in model.parameters())
+
+
+def _loss_change(old: Judgement, new: Judgement) -> tuple[float, float]:
+    """How much higher the mean loss of `new` is (nats), and two standard errors of that, token by token."""
+    change = (new.losses - old.losses).double()
+    error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.inf
+    return change.mean().item(), 2 * error
+
+
+def _percent(loss_change: float) -> float:
+    return 100 * math.expm1(loss_change)

@@ -1,0 +1,253 @@
+"""A fine-tuned model as one ordinary checkpoint: the base's files with an adapter added, tensor by tensor.
+
+    original      the adapter added to the 16-bit weights that the base was quantized from
+    dequantized   added to the NF4 weights, dequantized: what it was trained beside
+    nf4           that, quantized to NF4 again (of a base that was never quantized: `original`, quantized)
+
+Sums are fp32 (see `adapter.merge`). What the files hold in their main dtype is stored in bf16, or in NF4 where
+the base is in NF4; the few tensors that they hold in another dtype on purpose (a mixture's routing bias in fp32,
+say) stay as they are. One tensor and one shard stand in memory at a time, and only the base's own files are read.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qlora.adapter.merge import merged_weight
+from qlora.adapter.methods.lora import LoRALinear
+from qlora.adapter.store import load_adapter
+from qlora.data import Prompts
+from qlora.errors import ModelError
+from qlora.model import load as bases
+from qlora.quantization import nf4
+from qlora.quantization.transformers_loader import nf4_config
+from qlora.recipe import Base
+from qlora.storage.folders import save_errors
+from qlora.storage.safetensors_files import INDEX, ShardReader, ShardWriter
+
+Onto = Literal["original", "dequantized", "nf4"]
+
+# Of the base's folder, what is also true of the merged model. (No README: it describes the base.)
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+FLOATS = ("BF16", "F16", "F32")
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""of a weight in NF4 with double quantization, the recipe's default"""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What becomes of one matrix of the checkpoint."""
+
+    name: str
+    """of the layer in the model"""
+    lora: LoRALinear | None
+    quantized: bool
+    """the base holds it in NF4 (or would, were it quantized)"""
+    transposed: bool
+    """stored as [in, out], as GPT-2's Conv1D is"""
+
+
+class MergeSource:
+    """A base's files and the adapter that is to be added.
+
+        >>> source = MergeSource(recipe.base, "runs/mine/adapter")
+        >>> for tensors in source.tensors("dequantized"): ...
+
+    Opening it reads headers and the adapter, so whatever does not fit is told before anything is written.
+    Raises ModelError if the files are missing, are not the model's, or the adapter does not fit it or was
+    trained on other weights (unless `any_base`).
+    """
+
+    def __init__(
+        self, base: Base, adapter: Path, device: torch.device | str = "cpu", *, any_base: bool = False
+    ) -> None:
+        self.base, self.device = base, torch.device(device)
+        self.folder = bases.checkpoint_folder(base)
+        self.reader = ShardReader(self.folder)
+        skeleton = bases.skeleton(base)
+        self.prequantized = skeleton.prequantized
+        load_adapter(skeleton.model, adapter, any_base=any_base)
+        self.matrices = self._locate(skeleton)
+        # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on
+        statistics = {
+            key for key in self.reader if key.rpartition(".weight.")[0] + ".weight" in self.matrices
+        }
+        self.keys = [key for key in self.reader if key not in statistics]
+        """names in the files, without the statistics of 4-bit weights"""
+        self._statistics = statistics
+        sizes: Counter[str] = Counter()
+        for key in self.keys:
+            sizes[self.reader.dtype(key)] += self.reader.elements(key)
+        self._main_dtype = next((dtype for dtype, _ in sizes.most_common() if dtype in FLOATS), None)
+
+    @property
+    def choices(self) -> tuple[Onto, ...]:
+        """What the adapter can be added to with these files."""
+        if self.prequantized:
+            return ("dequantized", "nf4")
+        return ("original", "dequantized", "nf4") if self.base.quantization == "nf4" else ("original", "nf4")
+
+    def bytes(self, onto: Onto) -> int:
+        """About what the merged model's files will take."""
+        total = 0.0
+        for key in self.keys:
+            elements = self.reader.elements(key)
+            if key in self.matrices and self.matrices[key].quantized:
+                elements *= 2 if self.prequantized else 1  # two codes a byte
+                total += elements * (NF4_BYTES if onto == "nf4" else 2)
+            else:
+                total += elements * 2
+        return int(total)
+
+    def tensors(self, onto: Onto) -> Iterator[dict[str, Tensor]]:
+        """For each of `keys`, what is stored in its place: one tensor, or a weight in 4 bits and its statistics."""
+        for key in self.keys:
+            matrix = self.matrices.get(key)
+            if matrix is not None and (matrix.lora is not None or matrix.quantized):
+                yield self._matrix(key, matrix, onto)
+            else:
+                tensor = self.reader.read(key)
+                yield {key: tensor.bfloat16() if self.reader.dtype(key) == self._main_dtype else tensor}
+
+    def _matrix(self, key: str, matrix: _Matrix, onto: Onto) -> dict[str, Tensor]:
+        weight, packed = self._read(key, matrix, as_trained=onto != "original")
+        if matrix.lora is not None:
+            weight = merged_weight(matrix.lora, weight)
+        if onto != "nf4" or not matrix.quantized:
+            return {key: (weight.T if matrix.transposed else weight).bfloat16()}
+        if packed is None or matrix.lora is not None:
+            packed = self._quantize(weight, like=packed)
+        packed.quant_state.dtype = torch.bfloat16  # what others dequantize it to
+        return {key + suffix: tensor for suffix, tensor in nf4.to_tensors(packed).items()}
+
+    def _read(self, key: str, matrix: _Matrix, *, as_trained: bool) -> tuple[Tensor, nf4.Params4bit | None]:
+        """A weight [out, in], and its NF4 form if it has one that the base was trained with."""
+        if self.prequantized and matrix.quantized:
+            names = [name for name in self._statistics if name.startswith(f"{key}.")]
+            parts = {name[len(key) :]: self.reader.read(name) for name in names}
+            packed = nf4.from_tensors({"": self.reader.read(key).to(self.device), **parts})
+        else:
+            weight = self.reader.read(key).to(self.device)
+            weight = weight.T if matrix.transposed else weight
+            if not (as_trained and matrix.quantized and self.base.quantization == "nf4"):
+                return weight, None
+            # In the dtype in which transformers hands it to bitsandbytes when it loads the base
+            packed = self._quantize(weight.to(bases.compute_dtype(self.base, self.device)))
+        return nf4.dequantize(packed, packed.quant_state, torch.float32), packed
+
+    def _quantize(self, weight: Tensor, like: nf4.Params4bit | None = None) -> nf4.Params4bit:
+        """`weight` in NF4 as the recipe says, or, where the files are in NF4 already, as they say."""
+        if like is not None:
+            return nf4.quantize(weight, like.quant_state.blocksize, like.quant_state.nested)
+        return nf4.quantize(weight, self.base.block_size, self.base.double_quant)
+
+    def _locate(self, skeleton: bases.Skeleton) -> dict[str, _Matrix]:
+        """The matrices by their names in the files, which may lack, or have, the decoder's prefix."""
+        modules = dict(skeleton.model.named_modules())
+        prefix = f"{skeleton.model.base_model_prefix}."
+        quantized, prequantized = skeleton.quantized, skeleton.prequantized
+        found = {}
+        for key in self.reader:
+            stem = key.removesuffix(".weight")
+            names = [name for name in (stem, prefix + stem, stem.removeprefix(prefix)) if name in modules]
+            if stem == key or not names:
+                continue
+            module = modules[names[0]]
+            lora = module if isinstance(module, LoRALinear) else None
+            transposed = names[0] in skeleton.transposed and not prequantized
+            found[key] = _Matrix(names[0], lora, names[0] in quantized, transposed)
+        reached = {matrix.name for matrix in found.values()}
+        wanted = quantized | {name for name, module in modules.items() if isinstance(module, LoRALinear)}
+        if missing := sorted(wanted - reached):
+            raise ModelError(
+                f"{self.folder}: {len(missing)} of the model's layers, such as {missing[0]}, have no weight of "
+                "their own in these files (it is tied, or stored under another name), so nothing can be added to it"
+            )
+        return found
+
+
+def write_merged(
+    source: MergeSource,
+    onto: Onto,
+    folder: Path,
+    prompts: Prompts,
+    progress: Callable[[], object] = lambda: None,
+) -> int:
+    """Write the merged model into `folder`, with config, tokenizer, chat template and generation config.
+
+    prompts: of the data that the adapter was trained on: its template becomes the model's chat template, and
+        what ends its answers ends generation. progress: called once for each of `source.keys`.
+
+    Returns the bytes of the weights. Raises SaveError if the disk refuses.
+    """
+    with save_errors(folder):
+        folder.mkdir(parents=True)
+        with ShardWriter(folder) as writer:
+            for tensors in source.tensors(onto):
+                for name, tensor in tensors.items():
+                    writer.add(name, tensor)
+                progress()
+        for pattern in (*COMPANIONS, *(["*.py"] if source.base.trust_remote_code else [])):
+            for file in source.folder.glob(pattern):
+                if file.is_file() and file.name != INDEX:
+                    shutil.copyfile(file, folder / file.name)
+        _write_json(folder / "config.json", _config(source, onto))
+        _end_answers(folder / "generation_config.json", prompts, source.folder / "config.json")
+        if prompts.template is not None:
+            _replace_template(folder, prompts.template)
+    return writer.total_bytes
+
+
+def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
+    """The base's config.json with the dtype and quantization of the merged files."""
+    config = _read_json(source.folder / "config.json")
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)  # the older name of dtype
+    config["dtype"] = "bfloat16"
+    if onto == "nf4":
+        config["quantization_config"] = nf4_config(source.base, torch.bfloat16).to_dict()
+    return config
+
+
+def _end_answers(path: Path, prompts: Prompts, config: Path) -> None:
+    """Let generation stop at what the model learned to end its answers with, and where it did before."""
+    settings = _read_json(path) if path.is_file() else {}
+    before = settings.get("eos_token_id", _read_json(config).get("eos_token_id"))
+    ends = {before} if isinstance(before, int) else set(before or ())
+    settings["eos_token_id"] = sorted(ends | prompts.stop_ids)
+    _write_json(path, settings)
+
+
+def _replace_template(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = _read_json(path)
+        settings.pop("chat_template", None)
+        _write_json(path, settings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

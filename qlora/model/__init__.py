@@ -1,0 +1,1 @@
+"""The base model: loaded, given our layers and adapters, ready to train."""

@@ -1,0 +1,51 @@
+"""Which layers keep their activations and which compute them again in the backward pass."""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora.errors import ModelError
+from qlora.model.decoder_layer import LlamaLayer, Recompute
+from qlora.model.offload import Shelf
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | LlamaLayer]:
+    """The model's layers that can be checkpointed, from the first to the last."""
+    kinds = (GradientCheckpointingLayer, LlamaLayer)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def checkpoint_layers(
+    model: nn.Module, layers: int | None = None, mlps: int = 0, *, offload: bool = False
+) -> None:
+    """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
+
+    Of the `mlps` layers after those, the MLP alone is recomputed. Non-reentrant, so frozen embeddings need no
+    artificial gradient, and with the random state kept, so dropout draws the same mask twice. `offload`: what these
+    layers keep, their inputs, lies in host memory meanwhile.
+    """
+    found = decoder_layers(model)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false "
+            "and leave training.mlp_checkpointing out"
+        )
+    count = len(found) if layers is None else min(layers, len(found))
+    kept_by = Shelf().checkpoint if offload else partial(checkpoint, use_reentrant=False)
+    for index, layer in enumerate(found):
+        alone = count <= index < count + mlps
+        if isinstance(layer, LlamaLayer):
+            layer.recompute = (
+                Recompute.ALL if index < count else Recompute.MLP if alone else Recompute.NOTHING
+            )
+            layer.checkpoint = kept_by
+            continue
+        if alone:
+            raise ModelError(
+                f"{type(model).__name__} has no layers of ours, whose MLP can be recomputed alone: "
+                "set training.mlp_checkpointing=false"
+            )
+        layer.gradient_checkpointing = index < count
+        layer._gradient_checkpointing_func = kept_by

@@ -1,0 +1,337 @@
+"""The base: a causal language model whose linear layers are NF4, and its tokenizer.
+
+    pretrained   weights from the hub or a folder, quantized tensor by tensor as transformers reads them, so the
+                 full-precision model never stands in memory, and kept for the next start (see `base_cache`);
+                 checkpoints that are bitsandbytes NF4 load as they are
+    synthetic    the architecture of a config.json with random NF4 weights made directly on the device: for
+                 questions of memory and speed, without a download
+    random       the architecture freshly initialised: for training from scratch
+
+Whatever is not a quantized linear (embeddings, norms, the output head) is held in the compute dtype.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging as transformers_logging
+
+from qlora import bundled
+from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.errors import ModelError
+from qlora.model import nf4_cache, random_init
+from qlora.model.offload import HostEmbedding
+from qlora.quantization import nf4
+from qlora.quantization.transformers_loader import cast_dense, nf4_config, require_nf4
+from qlora.recipe import Base
+from qlora.runtime.device import multiplies_bfloat16, on_cuda
+
+# Hub ids whose architecture the package knows, so that `init: synthetic` needs no network for a shipped recipe.
+KNOWN_ARCHITECTURES = {
+    "huggyllama/llama-7b": "llama-7b",
+    "huggyllama/llama-13b": "llama-13b",
+    "huggyllama/llama-30b": "llama-33b",  # the hub's name for the paper's 33B
+    "huggyllama/llama-65b": "llama-65b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+}
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+"""What is fetched of a hub model whose files are read one by one."""
+
+
+def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
+    """The dtype of activations, norms and embeddings on `device`.
+
+    `auto` is bfloat16 wherever the device multiplies bfloat16 in hardware, else float32.
+    """
+    if base.compute_dtype != "auto":
+        return getattr(torch, base.compute_dtype)
+    if device.type == "cpu" and not multiplies_bfloat16():
+        return torch.float32
+    return torch.bfloat16
+
+
+def locate(base: Base) -> str:
+    """Where transformers finds the model: a hub id, a local folder, or a config file of the package."""
+    name = base.model
+    if name.startswith("bundled/"):
+        return str(bundled.path(name))
+    if base.init != "pretrained" and name in KNOWN_ARCHITECTURES and not Path(name).exists():
+        return str(bundled.path(f"bundled/configs/{KNOWN_ARCHITECTURES[name]}.json"))
+    if Path(name).exists():
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"base.model: there is no folder {name!r}. Give a local folder, a hub id or bundled/base"
+        )
+    return name
+
+
+def load_config(base: Base) -> Any:
+    """The architecture's transformers configuration. Raises ModelError if there is none or it is unknown."""
+    location = locate(base)
+    folder = Path(location)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"base.model: the folder {location!r} has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            location, revision=_revision(base), trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_load_problem(base, error)) from error
+    return config
+
+
+def load_architecture(base: Base) -> nn.Module:
+    """The model without its weights: every tensor is on the meta device. For questions of names and shapes."""
+    with _quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(base), trust_remote_code=base.trust_remote_code)
+
+
+def load_tokenizer(base: Base) -> Tokenizer:
+    """The model's tokenizer.
+
+    A synthetic or random base whose folder has none borrows the bundled one: its text means nothing anyway.
+
+    >>> tokenizer = load_tokenizer(Recipe.load("quickstart").base)
+    """
+    location = locate(base)
+    if (
+        base.init != "pretrained"
+        and not (Path(location) / "tokenizer.json").is_file()
+        and Path(location).exists()
+    ):
+        location = str(bundled.path("bundled/base"))
+    try:
+        return AutoTokenizer.from_pretrained(
+            location, revision=_revision(base), trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        problem = _code_wanted(error) or _first_line(error)
+        raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
+
+
+def load_base(
+    base: Base, device: torch.device | str = "cpu", *, seed: int = 0, config: Any = None
+) -> PreTrainedModel:
+    """The model on `device`, in training mode, nothing of it trainable unless it is unquantized.
+
+    Args:
+        base: the recipe's `base` section.
+        device: where every parameter will live.
+        seed: of the weights of `init: random` and `synthetic`.
+        config: the architecture, where it is not that of `load_config(base)`.
+
+    Raises:
+        ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
+
+    Example:
+        >>> model = load_base(Recipe.load("quickstart").base, "cpu")
+    """
+    device = torch.device(device)
+    config = load_config(base) if config is None else config
+    torch.manual_seed(seed)
+    build = {"pretrained": _pretrained, "synthetic": random_init.synthetic, "random": random_init.random}[
+        base.init
+    ]
+    with _quiet():
+        model = build(base, config, device, compute_dtype(base, device))
+    if base.embedding == "host" and on_cuda(next(model.parameters())):
+        _embedding_to_host(model, device)
+    nf4.protect(model)
+    model.base_identity = _identity(base, model, seed)
+    model.config.use_cache = False
+    return model.train()
+
+
+def embedding_apart(model: PreTrainedModel) -> bool:
+    """Whether the input embedding can stand on the host: a plain one, whose weights the output head does not share."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
+
+
+def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
+    if not embedding_apart(model):
+        raise ModelError(
+            f"base.embedding: the input embedding of {type(model).__name__} cannot stand on the host: its output head "
+            "shares it, or it does more than to look up rows. Leave the key out"
+        )
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings().weight, device))
+
+
+def blueprint(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without storage (on the meta device), nothing quantized: names, shapes and counts."""
+    with _quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=base.trust_remote_code
+        ).train()
+
+
+def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
+    """What `model` is known by, under the name that the recipe calls it."""
+    if base.init == "pretrained":
+        found = BaseIdentity.of(model)
+    else:
+        found = BaseIdentity(weights=f"{base.init} of seed {seed}", quantization=quantization_of(model))
+    return replace(found, name=base.model, revision=base.revision)
+
+
+def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    prequantized = getattr(config, "quantization_config", None)
+    if prequantized is not None:
+        require_nf4(base, prequantized)
+    quantize = prequantized is None and base.quantization == "nf4"
+    if not quantize or base.trust_remote_code:  # what foreign code makes of a checkpoint has no name
+        model = _read(base, device, dtype, quantize=quantize)
+        return model if prequantized is None else cast_dense(model, dtype)
+    return nf4_cache.quantized(
+        locate(base),
+        _revision(base),
+        block_size=base.block_size,
+        double_quant=base.double_quant,
+        dtype=dtype,
+        device=device,
+        make=lambda: _read(base, device, dtype, quantize=True),
+    )
+
+
+def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: bool) -> PreTrainedModel:
+    """The checkpoint as transformers reads it, its linears quantized on the way if `quantize`."""
+    kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            locate(base),
+            revision=_revision(base),
+            trust_remote_code=base.trust_remote_code,
+            dtype=dtype,
+            device_map={"": device},
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelError(_load_problem(base, error)) from error
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A pretrained base without its weights."""
+
+    model: PreTrainedModel
+    """its modules on the meta device; what NF4 takes is an `nn.Linear`, whatever it is in the original"""
+    quantized: frozenset[str]
+    """names of the linears that NF4 takes: transformers' own decision when it loads the base"""
+    transposed: frozenset[str]
+    """those of them that the original stores as [in, out] (Conv1D, as in GPT-2)"""
+    prequantized: bool
+    """the checkpoint itself is in NF4"""
+
+
+def skeleton(base: Base) -> Skeleton:
+    """What `load_base` would load, from the configuration alone; also of a base that is left unquantized.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    config = load_config(base)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        require_nf4(base, stored)
+    model = blueprint(base, config, torch.bfloat16)
+    with _quiet():
+        quantizer = AutoHfQuantizer.from_config(
+            stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
+        )
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    found = {name: module for name, module in model.named_modules() if nf4.is_nf4(module)}
+    for name, module in found.items():
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        model.set_submodule(name, linear)
+    model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
+    transposed = {name for name, module in found.items() if module.source_cls.__name__ == "Conv1D"}
+    return Skeleton(model, frozenset(found), frozenset(transposed), prequantized=stored is not None)
+
+
+def checkpoint_folder(base: Base) -> Path:
+    """The folder with a pretrained base's files; those of a hub id are downloaded unless the cache has them.
+
+    Raises:
+        ModelError: it was never read from files, or the hub has no such model or cannot be reached.
+    """
+    if base.init != "pretrained":
+        raise ModelError(
+            f"base.init is {base.init}: this base was made from a seed and has no files; only pretrained bases have"
+        )
+    location = locate(base)
+    if Path(location).is_dir():
+        return Path(location)
+    try:
+        return Path(snapshot_download(location, revision=_revision(base), allow_patterns=CHECKPOINT_FILES))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
+        raise ModelError(_load_problem(base, error)) from error
+
+
+def _revision(base: Base) -> str:
+    return base.revision or "main"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _code_wanted(error: BaseException) -> str:
+    """What to do where transformers would have to run the model's own code; empty if that is not the problem."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return (
+        "it brings code of its own, which has to run. Read it; if you trust it, set base.trust_remote_code=true, or "
+        "add --trust-remote-code to a command that takes no recipe"
+    )
+
+
+def _load_problem(base: Base, error: BaseException) -> str:
+    """One line that names the model and what to do."""
+    text = _code_wanted(error) or _first_line(error)
+    from_hub = not Path(base.model).exists() and not base.model.startswith("bundled/")
+    if from_hub and ("gated" in text.lower() or "401" in text or "403" in text):
+        text = "the hub refuses access: accept the model's licence there and log in with `hf auth login`"
+    elif from_hub and not _code_wanted(error):
+        text = (
+            "the hub cannot be reached, or has no such model, and it is not in the local cache. Check the name, "
+            "download it on a machine with network, or give a local folder"
+        )
+    elif "architecture" in text:
+        text = f"transformers does not know this architecture ({_model_type(base)})"
+    return f"base.model: cannot load {base.model!r}: {text}"
+
+
+def _model_type(base: Base) -> str:
+    try:
+        return str(json.loads((Path(locate(base)) / "config.json").read_text()).get("model_type"))
+    except (OSError, ValueError):
+        return "unknown"
+
+
+class _quiet:
+    """transformers' own progress bars and load reports, silenced: qlora prints its own."""
+
+    def __enter__(self) -> None:
+        self._level = transformers_logging.get_verbosity()
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        transformers_logging.set_verbosity(self._level)
+        self._warnings.__exit__(*exc)  # type: ignore[arg-type]

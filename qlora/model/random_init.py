@@ -1,0 +1,106 @@
+"""Bases without a checkpoint: of random weights, or of random NF4 codes made directly on the device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora.adapter.targets import is_conv1d, is_linear, select
+from qlora.quantization import nf4
+from qlora.recipe import Base
+
+
+def random(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture as it begins its training, from torch's seed; quantized if the recipe says so."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=base.trust_remote_code
+        )
+    if base.quantization == "nf4":
+        _replace_linears(
+            model,
+            lambda weight: nf4.quantize(weight, block_size=base.block_size, double_quant=base.double_quant),
+        )
+    return model
+
+
+def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture with random values in their final form, never larger than that; works with fake tensors too."""
+    with _parameters_without_storage():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=base.trust_remote_code
+        )
+    generator = torch.Generator(device).manual_seed(torch.initial_seed())
+    std = getattr(config.get_text_config(), "initializer_range", None) or 0.02
+    if base.quantization == "nf4":
+        _replace_linears(
+            model,
+            lambda weight: nf4.synthetic_weight(
+                *weight.shape,
+                block_size=base.block_size,
+                double_quant=base.double_quant,
+                device=device,
+                generator=generator,
+                std=std,
+            ),
+            device=device,
+        )
+    _materialise(model, device, dtype, generator, std)
+    model.tie_weights()
+    for module in model.modules():  # the parameters are there already; model.to() cannot move fake ones
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model
+
+
+@contextmanager
+def _parameters_without_storage() -> Iterator[None]:
+    """Modules made meanwhile have parameters on the meta device, and real buffers: rotary frequencies are computed.
+
+    accelerate's `init_empty_weights` fails with the fake tensors of a forecast, with torch 2.11 at least.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _replace_linears(
+    model: nn.Module, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
+) -> None:
+    """Every linear but the output head becomes an NF4 linear, one at a time; GPT-2's too, as on loading."""
+    for name in select(model, "all-linear"):
+        linear = model.get_submodule(name)
+        assert is_linear(linear)
+        weight = linear.weight.data.T if is_conv1d(linear) else linear.weight.data  # [out, in]
+        bias = None if linear.bias is None else linear.bias.data
+        if bias is not None and bias.is_meta:
+            bias = torch.zeros(bias.shape, dtype=bias.dtype, device=device)
+        model.set_submodule(name, nf4.NF4Linear(quantized(weight), bias))
+
+
+def _materialise(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, generator: torch.Generator, std: float
+) -> None:
+    """Real values for the parameters that still have none: norms one, biases zero, matrices normal."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if parameter.ndim > 1:
+                value.normal_(0.0, std, generator=generator)
+            else:
+                value.fill_(0.0 if "bias" in name else 1.0)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,65 @@
+"""Causal language modelling: the cross-entropy of each supervised token, given those before it in its document."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import record_function
+
+from qlora.data import Batch
+from qlora.model import varlen_attention
+from qlora.model.head import head_of
+from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from qlora.runtime.device import tokens_together
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The decoder's last hidden states [B, T, H], and for each position the token that it predicts [B, T].
+
+    A model that reads documents gets them end to end in one row, B = 1, unless the rows have no padding to lose; on
+    some devices filled up to a multiple of tokens, see `tokens_together`.
+    To others no attention mask is ever passed: padding stands on the right, where a causal model cannot look, and
+    position ids that restart at 0 make transformers keep the documents of a packed row apart.
+    """
+    device = next(model.parameters()).device
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    more: dict[str, object] = {}
+    if model.config._attn_implementation == varlen_attention.NAME:  # type: ignore[union-attr]
+        multiple = tokens_together(device, embedding.weight.dtype)
+        if batch.plain and batch.input_ids.numel() % multiple == 0:
+            more = varlen_attention.of_whole_rows(batch.input_ids.shape[1], device)
+        else:
+            batch, lengths = batch.end_to_end(multiple)
+            more = varlen_attention.arguments(lengths, device)
+    elif batch.position_ids is not None:
+        more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
+    ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # type: ignore[operator]
+    labels = batch.labels.to(device, non_blocking=True)
+    return hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def supervised_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The hidden states [N, H] from which the batch's N supervised tokens are predicted, and those tokens [N]."""
+    hidden, targets = (found.flatten(0, 1) for found in hidden_states(model, batch))
+    supervised = targets != IGNORE_INDEX
+    return hidden[supervised], targets[supervised]
+
+
+def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -> Tensor:
+    """The summed cross-entropy (nats, fp32 scalar) of the batch's supervised tokens.
+
+    Hidden states of tokens that nothing is learned from never reach the head; those of the others do so
+    `loss_chunk` at a time (None: as many as `tokens_at_once` says).
+    """
+    hidden, targets = hidden_states(model, batch)
+    head = head_of(model)
+    with record_function("loss"):
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            head.weight,
+            targets.flatten(),
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            chunk=loss_chunk,
+            supervised=batch.supervised,  # known on the host, so that a GPU is not made to wait
+        )

@@ -1,0 +1,1 @@
+"""NF4 weights, and how transformers loads them."""

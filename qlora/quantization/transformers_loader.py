@@ -1,0 +1,69 @@
+"""How transformers is told about NF4: the settings of a recipe, and what its own loader leaves out."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora.errors import ModelError
+from qlora.quantization import nf4
+from qlora.recipe import Base
+
+
+def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' configuration of a base quantized to NF4 as the recipe says, computing in `dtype`."""
+    return _BlockSizedNF4Config(
+        block_size=base.block_size,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=base.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def require_nf4(base: Base, config: Any) -> None:
+    """Raises ModelError unless a checkpoint's own quantization config is bitsandbytes' NF4 and the recipe's."""
+    settings = config if isinstance(config, dict) else config.to_dict()
+    method = settings.get("quant_method", "unknown")
+    kind = settings.get("bnb_4bit_quant_type")
+    if not (str(method).endswith("bitsandbytes") and settings.get("load_in_4bit") and kind == "nf4"):
+        raise ModelError(
+            f"base.model: {base.model!r} is already quantized by {method} ({kind or 'not NF4'}). "
+            "Use its 16-bit version, or one quantized to NF4 by bitsandbytes"
+        )
+    if base.quantization != "nf4":
+        raise ModelError(f"base.model: {base.model!r} is an NF4 checkpoint: set base.quantization=nf4")
+
+
+def cast_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Of an NF4 checkpoint transformers 5.23 leaves the other weights in the file's dtype: head and norms clash."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class _BlockSizedNF4Config(BitsAndBytesConfig):
+    """bitsandbytes' configuration with the block size, which transformers leaves at bitsandbytes' default of 64."""
+
+    def __init__(self, block_size: int = 64, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_size = block_size
+
+
+class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
+    """transformers' 4-bit loader, except that each weight is told its block size before it is quantized."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        block_size = getattr(self.quantization_config, "block_size", 64)
+        for module in model.modules():
+            if nf4.is_nf4(module):
+                module.weight.blocksize = block_size
+
+
+AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _BlockSizedNF4Quantizer

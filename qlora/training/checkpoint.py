@@ -1,0 +1,181 @@
+"""Checkpoints that are there whole or not at all, and that prove it when they are read.
+
+    runs/<name>/checkpoints/step-000100/   any files, then manifest.json: run, step, sizes and SHA-256 of them
+
+Written beside its place under a `.tmp-` name: files, fsync, manifest, fsync, rename, fsync of the parent. The
+rename is the commit; what a kill or a power cut leaves behind has no manifest that fits and is never loaded.
+safetensors knows neither checksum nor fsync; the manifest and this order supply both. Nothing is pickled:
+tensors are safetensors, the rest is JSON.
+
+One process writes a run's folder at a time; `folders.lock` makes sure of it.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from qlora.errors import ModelError
+from qlora.storage import manifest
+from qlora.storage.atomic import sync
+from qlora.storage.folders import commit, discard, fsync_tree, remove_leftovers, save_errors, temporary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_warn = logging.getLogger("qlora").warning
+
+
+@contextmanager
+def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
+    """Commit whatever the body writes into the folder it is given, as the checkpoint of `step`.
+
+        with writing(run, 100, run_id) as folder:
+            save_tensors(folder / "optimizer.safetensors", optimizer.state())
+
+    The body may make subfolders. When it raises, nothing of it remains. A whole checkpoint of the same step
+    and run is kept as it is; a damaged one is replaced.
+
+    Raises:
+        SaveError: a file cannot be written; names the path and the system's reason.
+    """
+    checkpoints = run / "checkpoints"
+    final = checkpoints / f"step-{step:06d}"
+    with save_errors(checkpoints):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(checkpoints)
+        with temporary(checkpoints, final.name) as folder:
+            yield folder
+            manifest.write(folder, run_id=run_id, step=step)
+            fsync_tree(folder)
+            if not (final.exists() and not verify(final, run_id=run_id)):
+                commit(folder, final)
+        sync(run)  # `checkpoints` itself may be new
+
+
+def newest(
+    run: Path,
+    *,
+    run_id: str | None = None,
+    checksums: bool = True,
+    report: Callable[[str], object] = _warn,
+) -> Path | None:
+    """The newest checkpoint whose manifest fits its files; None where there are none.
+
+    Args:
+        run: the run's folder.
+        run_id: only checkpoints of this run count, when given.
+        checksums: see `verify`.
+        report: called with a line for every newer checkpoint that had to be passed over.
+
+    Raises:
+        ModelError: there are checkpoints, but none is whole. Never a silent start from step 0.
+    """
+    rejected: list[str] = []
+    for folder in reversed(_folders(run)):
+        problems = verify(folder, run_id=run_id, checksums=checksums)
+        if not problems:
+            for line in rejected:
+                report(f"checkpoint passed over: {line}; going on from {folder.name}")
+            return folder
+        rejected.append(f"{folder}: {'; '.join(problems)}")
+    if rejected:
+        raise ModelError(
+            "every checkpoint of this run is damaged:\n  " + "\n  ".join(rejected) + "\n"
+            "Restore one from a copy, or start again with --fresh"
+        )
+    return None
+
+
+def verify(folder: Path, *, run_id: str | None = None, checksums: bool = True) -> list[str]:
+    """What is wrong with a checkpoint; an empty list when it is exactly as it was written.
+
+    `checksums=False` compares sizes only, which finds everything but changed bytes without reading the files.
+    Files the manifest does not name are no problem: nothing reads them.
+    """
+    try:
+        written = manifest.read(folder)
+    except (OSError, ValueError) as error:
+        return [f"file {manifest.MANIFEST}: {getattr(error, 'strerror', None) or error}"]
+    problems = []
+    if written["step"] != _step(folder):
+        problems.append(f"file {manifest.MANIFEST}: belongs to step {written['step']}")
+    if run_id is not None and written["run_id"] != run_id:
+        problems.append(f"file {manifest.MANIFEST}: belongs to run {written['run_id']}, not {run_id}")
+    return problems + manifest.problems(folder, written, checksums=checksums)
+
+
+def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
+    """Remove the oldest checkpoints of this run so that `keep` whole ones remain; returns the removed.
+
+    Call it after a commit only. Folders of other runs and damaged ones are neither removed nor counted.
+
+    Raises:
+        SaveError: a folder cannot be removed.
+    """
+    assert keep >= 1
+    own = [folder for folder in _folders(run) if not verify(folder, run_id=run_id, checksums=False)]
+    for folder in own[:-keep]:
+        with save_errors(folder):
+            discard(folder)
+    return own[:-keep]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Write named tensors of any device to a safetensors file."""
+    from safetensors.torch import save_file
+
+    with save_errors(path):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """The named tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ModelError: missing or not a safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write counters and other plain values to `<folder>/state.json`."""
+    with save_errors(folder / "state.json"):
+        (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        ModelError: missing or not a JSON object.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'state.json'}: cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ModelError(f"{folder / 'state.json'}: not a JSON object")
+    return state
+
+
+def _folders(run: Path) -> list[Path]:
+    """Committed checkpoints, whole or not, oldest first."""
+    return sorted(
+        (f for f in (run / "checkpoints").glob("step-*") if f.is_dir() and _step(f) >= 0), key=_step
+    )
+
+
+def _step(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 for a name that is none of ours."""
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1

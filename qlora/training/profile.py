@@ -1,0 +1,42 @@
+"""A few steps of a recipe with every tensor counted: the forecast put to the test."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qlora.errors import ModelError
+from qlora.memory.plan import changed
+from qlora.recipe import Recipe
+from qlora.runtime.distributed import accelerator_for
+from qlora.training.run_folder import claim
+from qlora.training.train import Session
+
+
+def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, Any]:
+    """Train for `steps` steps, evaluations included, and return what memory.json holds.
+
+    Nothing is left behind: the run's folder is a temporary one, and nothing goes to Weights & Biases.
+
+    Raises:
+        ModelError: the architecture cannot be forecast. QloraError: as `train`.
+    """
+    with TemporaryDirectory(prefix="qlora-profile-") as folder:
+        trial = _trial(recipe, steps, Path(folder) / "run")
+        session = Session.prepare(trial, accelerator_for(trial))
+        session.memory = session.memory.watched(session.model, session.optimizer, every_step=True)
+        session.begin(claim(trial, Path(trial.output), resume=False, fresh=True))
+        session.fit(terminal=terminal)
+        content = session.memory.account()
+    if content is None:
+        raise ModelError(session.memory.note)
+    return content
+
+
+def _trial(recipe: Recipe, steps: int, folder: Path) -> Recipe:
+    """The recipe for a few steps, with nothing beside them."""
+    recipe = changed(recipe, max_steps=steps, eval_every=None, save_every=None, samples=0)
+    warmup = min(recipe.optimizer.warmup_steps, steps - 1)
+    optimizer = recipe.optimizer.model_copy(update={"warmup_steps": warmup})
+    wandb = recipe.tracking.wandb.model_copy(update={"mode": "disabled"})
+    tracking = recipe.tracking.model_copy(update={"wandb": wandb})
+    return recipe.model_copy(update={"optimizer": optimizer, "tracking": tracking, "output": str(folder)})

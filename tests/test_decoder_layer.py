@@ -1,0 +1,334 @@
+"""Our Llama-like layer against transformers' own: the same numbers, fewer tensors kept, fewer products repeated."""
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qlora.adapter.methods.lora import adapt, lora_layers, trainable_parameters
+from qlora.data import Batch
+from qlora.memory.live import LiveBytes
+from qlora.model.checkpointing import checkpoint_layers, decoder_layers
+from qlora.model.decoder_layer import LIKE_LLAMA, LlamaLayer, Recompute, quicken
+from qlora.model.varlen_attention import read_documents
+from qlora.objective.causal_lm import loss_sum
+from qlora.objective.step import accumulate
+from qlora.ops import dropout as dropout_module
+from qlora.ops import mlp as mlp_module
+
+HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, RANK = 64, 160, 4, 2, 4
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+    "head_dim": HIDDEN // HEADS,
+    "vocab_size": 90,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""what the installed transformers calls the keys and values of earlier tokens: renamed in 5.24"""
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
+    """An adapted model whose norms, biases and B are not what they are made as."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    adapt(model, **{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("lora_b"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.train()
+
+
+def batch_of(rows: int = 2, length: int = 12) -> Batch:
+    ids = torch.arange(rows * length).view(rows, length) * 7 % 90
+    return Batch(ids, ids.clone(), None, tokens=rows * length, supervised=rows * (length - 1))
+
+
+def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = accumulate(model, [batch], seed=3, step=0)
+    return loss, {name: p.grad for name, p in trainable_parameters(model).items()}
+
+
+def test_every_architecture_that_gets_our_layers_is_tried_here() -> None:
+    layers = {type(model_of(config).model.layers[0]).__name__ for config in CONFIGS.values()}
+    assert layers == LIKE_LLAMA
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]], ids=str)
+def test_losses_and_gradients_are_those_of_transformers(config: PretrainedConfig, targets: Any) -> None:
+    model = model_of(config, targets=targets)
+    loss, grads = pass_over(model, batch_of())
+    ours = quicken(copy.deepcopy(model))
+    assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(ours))
+    our_loss, our_grads = pass_over(ours, batch_of())
+    # transformers normalises in fp32
+    torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
+    assert our_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert grad.any()
+        assert (our_grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dtype) -> None:
+    exact = model_of(CONFIGS["qwen3"])
+    expected = pass_over(exact, batch_of())[1]
+    theirs = pass_over(copy.deepcopy(exact).to(dtype), batch_of())[1]
+    ours = pass_over(quicken(copy.deepcopy(exact).to(dtype)), batch_of())[1]
+
+    def error(found: dict[str, Tensor]) -> float:
+        return sum((found[n].double() - expected[n]).square().sum().item() for n in expected) ** 0.5
+
+    assert 0 < error(ours) <= 1.5 * error(theirs)
+
+
+@pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3), (1, 1)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_recomputed_layers_give_the_same_bits(
+    config: PretrainedConfig, dropout: float, layers: int, mlps: int
+) -> None:
+    model = quicken(model_of(config, torch.float32, dropout=dropout))
+    loss, grads = pass_over(model, batch_of())
+    checkpoint_layers(model, layers, mlps)
+    for _ in range(2):
+        again, recomputed = pass_over(model, batch_of())
+        assert torch.equal(loss, again)
+        assert all(torch.equal(recomputed[name], grad) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3)])
+def test_a_long_row_goes_through_the_mlp_in_pieces(
+    dropout: float, layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result, whatever is recomputed, and the wide tensors of one piece in memory at a time."""
+    model = quicken(model_of(CONFIGS["llama"], dropout=dropout))
+    batch = batch_of(rows=2, length=60)
+
+    def most_live() -> int:
+        with LiveBytes() as live:
+            pass_over(model, batch)
+        return live.trace().phases()["backward"]
+
+    checkpoint_layers(model, layers, mlps)
+    whole = most_live()
+    for module in (dropout_module, mlp_module):
+        monkeypatch.setattr(module, "PIECE", 16)  # the last of 120 tokens has 8
+    assert most_live() < whole - 104 * INTERMEDIATE * 8
+    in_pieces, grads = pass_over(model, batch)
+    checkpoint_layers(model, 0, 0)
+    kept, expected = pass_over(model, batch)
+    torch.testing.assert_close(in_pieces, kept, rtol=1e-12, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_dropout_is_drawn_as_often_as_without_our_layers() -> None:
+    model = model_of(CONFIGS["llama"], dropout=0.4)
+    theirs = pass_over(model, batch_of())
+    ours = pass_over(quicken(model), batch_of())
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+
+
+def test_a_recompute_leaves_out_the_last_product() -> None:
+    model = quicken(model_of(CONFIGS["llama"], torch.bfloat16))
+    batch = batch_of()
+
+    def operations() -> int:
+        loss = loss_sum(model, batch)
+        with FlopCounterMode(display=False) as counted:
+            loss.backward()
+        return counted.get_total_flops()
+
+    layer = decoder_layers(model)[0]
+    assert isinstance(layer, LlamaLayer)
+    kept = operations()
+    checkpoint_layers(model)
+    extra = (operations() - kept) / (2 * batch.tokens * 3)  # of one token and layer
+    down = HIDDEN * INTERMEDIATE
+    key = HIDDEN // HEADS * KEY_HEADS
+    products = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * key + 2 * down  # q, o, k, v, gate, up
+    ranks = RANK * (4 * HIDDEN + 3 * HIDDEN + INTERMEDIATE)  # x A^T, of o and down too
+    ranks += RANK * (2 * HIDDEN + 2 * key + 2 * INTERMEDIATE)  # (x A^T) B^T, not of down
+    attention = 2 * 12 * HIDDEN
+    assert extra <= products + ranks + attention
+    assert extra < products + down
+    assert layer.repeated(Recompute.ALL) == products / (products + down)
+
+    checkpoint_layers(model, 0, 3)
+    extra = (operations() - kept) / (2 * batch.tokens * 3)
+    ranks = RANK * (2 * HIDDEN + INTERMEDIATE) + RANK * 2 * INTERMEDIATE
+    assert 2 * down < extra <= 2 * down + ranks
+    assert layer.repeated(Recompute.MLP) == 2 * down / (products + down)
+
+
+def test_what_is_kept_is_the_minimal_set() -> None:
+    model = model_of(CONFIGS["llama"], torch.bfloat16)
+    batch = batch_of(rows=2, length=64)
+    parameters = {p.data_ptr() for p in model.parameters()}
+
+    def kept() -> int:
+        """Bytes of the storages that a forward pass leaves for the backward."""
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[Tensor] = []
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.model.layers[1](hidden, position_embeddings=positions)
+        return sum(storages.values())
+
+    hidden = torch.randn(2, 64, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    positions = model.model.rotary_emb(hidden, torch.arange(64)[None])
+    key = HIDDEN // HEADS * KEY_HEADS
+    values = (
+        HIDDEN + (HIDDEN + 2 * key) + HIDDEN + HIDDEN + 2 * INTERMEDIATE
+    )  # in, q k v, attended, middle, gate up
+    ranks = 7 * RANK
+    expected = batch.tokens * (2 * (values + ranks) + 4 * HEADS)  # attention's log-sum-exp is fp32
+    cos_and_sin = 2 * positions[0].nbytes
+    theirs = kept()
+    quicken(model)
+    assert theirs > 1.7 * kept(), "transformers' layer around the same linears"
+    assert kept() == pytest.approx(expected + cos_and_sin, rel=0.02)
+    model.model.layers[1].recompute = Recompute.MLP
+    mlp = batch.tokens * 2 * (2 * INTERMEDIATE + 3 * RANK)
+    assert kept() == pytest.approx(expected - mlp + cos_and_sin, rel=0.02)
+    model.model.layers[1].recompute = Recompute.ALL
+    assert kept() <= hidden.nbytes + cos_and_sin + 16384  # and the random state
+
+
+def test_names_stay() -> None:
+    model = model_of(CONFIGS["qwen3"], torch.float32)
+    names = list(model.state_dict())
+    quicken(model)
+    assert list(model.state_dict()) == names
+    assert len(lora_layers(model)) == 21
+
+
+def talkative(config: PretrainedConfig) -> nn.Module:
+    """A model whose next token depends on the earlier ones: its matrices are large."""
+    model = model_of(config, torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model
+
+
+def continuation(model: nn.Module, **settings: Any) -> list[int]:
+    """Twelve tokens after a prompt of ten, which is longer than Mistral's window here."""
+    ids = torch.arange(10)[None] * 7
+    return model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, **settings)[0].tolist()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) -> None:
+    """With the cache under whatever name the installed transformers gives it: once it was renamed and lost."""
+    model = talkative(config)
+    expected = continuation(model)
+    assert len(set(expected[10:])) > 3
+    quicken(model)
+    assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(model))
+    assert continuation(model) == expected
+    assert continuation(model.train()) == expected, "a model in training mode generates too"
+    assert continuation(model, use_cache=False) == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_cache_sees_every_token_in_every_layer(config: PretrainedConfig) -> None:
+    model = quicken(talkative(config))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for ids in (torch.arange(5)[None], torch.tensor([[7]])):
+            model(ids, use_cache=True, **{CACHE: cache})
+    assert [layer.keys.shape[2] for layer in cache.layers] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("documents", [None, ((7, 5), (9, 3))], ids=["plain", "documents"])
+def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
+    config: PretrainedConfig, documents: tuple[tuple[int, ...], ...] | None
+) -> None:
+    """What the installed transformers passes in training: a keyword that is new or renamed is an error here."""
+    model = quicken(model_of(config, torch.float32))
+    read_documents(model)
+    for layer in decoder_layers(model):
+        layer.original.forward = None  # whoever calls it fails
+    loss, _ = pass_over(model, replace(batch_of(), documents=documents))
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("keyword", ["cache", "past_key_values", "renamed_again", "use_cache"])
+def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: str, training: bool) -> None:
+    """With everything else that came: nothing is swallowed."""
+    model = quicken(model_of(CONFIGS["llama"], torch.float32)).train(training)
+    layer, calls = decoder_layers(model)[1], []
+    assert isinstance(layer, LlamaLayer)
+    hidden, value = torch.randn(1, 4, HIDDEN), object()
+    call = {"position_embeddings": (torch.ones(1), torch.zeros(1)), "attention_mask": None, keyword: value}
+
+    def original(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append((args, kwargs))
+        return hidden
+
+    object.__setattr__(layer, "original", original)
+    assert layer(hidden, **call) is hidden
+    assert calls == [((hidden,), call)]
+
+
+def test_layers_that_compute_something_else_stay() -> None:
+    for change in ({"hidden_act": "gelu"}, {"num_hidden_layers": 1, "hidden_act": "relu"}):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | change)).requires_grad_(False)
+        assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(model)))
+    trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(trained)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("layers", "mlps"), [(0, 0), (0, 3), (3, 0)])
+def test_a_step_on_a_gpu_is_the_same_with_kernels_and_without(
+    layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quicken(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).cuda()
+    checkpoint_layers(model, layers, mlps)
+    loss, grads = pass_over(model, batch_of())
+    monkeypatch.setenv("QLORA_KERNELS", "off")
+    plain_loss, plain = pass_over(model, batch_of())
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-2, atol=0)
+    for name, grad in grads.items():
+        off = (grad - plain[name]).float().norm() / plain[name].float().norm()
+        assert off < 0.05, name

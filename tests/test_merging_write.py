@@ -1,0 +1,290 @@
+"""Merged checkpoints: what stands in the files, and that others load them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs_for_tests import finished_run, update
+from safetensors.torch import load_file, save_file
+from tokenizers_for_tests import byte_level
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from qlora.adapter import LoRALinear, adapt, lora_layers, merged_weight, save_adapter
+from qlora.data import Prompts, encode_prompt
+from qlora.errors import ModelError
+from qlora.inference.load import load_trained
+from qlora.merging.write import MergeSource, write_merged
+from qlora.model.load import load_base, skeleton
+from qlora.quantization import nf4
+from qlora.recipe import Base, Data, Recipe
+from qlora.storage.safetensors_files import ShardReader, ShardWriter
+
+IDS = torch.arange(12)[None] * 5
+RecipeFile = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe(recipe_file: RecipeFile) -> Recipe:
+    return Recipe.load(recipe_file(base={"compute_dtype": "float32"}))
+
+
+def prompts_of(recipe: Recipe) -> Prompts:
+    return Prompts(recipe.data, AutoTokenizer.from_pretrained(recipe.base.model))
+
+
+def merged(recipe: Recipe, adapter: Path, onto: Any, folder: Path) -> dict[str, Tensor]:
+    write_merged(MergeSource(recipe.base, adapter), onto, folder, prompts_of(recipe))
+    reader = ShardReader(folder)
+    return {name: reader.read(name) for name in reader}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def test_original_is_the_sum_with_the_16_bit_weights_rounded_once(recipe: Recipe, tmp_path: Path) -> None:
+    run = finished_run(recipe, targets="attention")
+    stored = load_file(Path(recipe.base.model) / "model.safetensors")
+    layers = lora_layers(load_trained(run).model)
+    tensors = merged(recipe, run / "adapter", "original", tmp_path / "m")
+    assert tensors.keys() == stored.keys()
+    for key, tensor in tensors.items():
+        layer = layers.get(key.removesuffix(".weight"))
+        weight = stored[key] if layer is None else merged_weight(layer, stored[key])
+        expected = weight.bfloat16()
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected), key
+
+
+def test_dequantized_is_the_live_model_rounded_once(recipe: Recipe, tmp_path: Path) -> None:
+    run = finished_run(recipe, targets="attention")
+    live = load_trained(run).model
+    tensors = merged(recipe, run / "adapter", "dequantized", tmp_path / "m")
+    for name, module in live.named_modules():
+        if isinstance(module, LoRALinear):
+            assert torch.equal(tensors[f"{name}.weight"], merged_weight(module).bfloat16()), name
+        elif nf4.is_nf4(module) and not name.endswith(".base"):
+            whole = nf4.dequantize(module.weight, module.quant_state, torch.float32)
+            assert torch.equal(tensors[f"{name}.weight"], whole.bfloat16()), name
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert (logits(plain) - logits(live)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_nf4_is_that_quantized_again_and_loads_back(
+    recipe_file: RecipeFile, block_size: int, tmp_path: Path
+) -> None:
+    base = {"compute_dtype": "float32", "block_size": block_size}
+    recipe = Recipe.load(recipe_file(base=base))
+    run = finished_run(recipe, targets=["q_proj", "down_proj"])
+    live = load_trained(run).model
+    merged(recipe, run / "adapter", "nf4", tmp_path / "m")
+    ours = load_base(Base(model=str(tmp_path / "m"), compute_dtype="float32"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for name, module in ours.named_modules():
+        if not nf4.is_nf4(module):
+            continue
+        layer = live.get_submodule(name)
+        if isinstance(layer, LoRALinear):
+            again = nf4.quantize(merged_weight(layer), block_size=block_size)
+        else:  # untouched: not quantized a second time
+            again = layer.weight
+        assert torch.equal(module.weight, again), name
+        assert torch.equal(module.weight.quant_state.absmax, again.quant_state.absmax), name
+        assert module.weight.quant_state.blocksize == block_size
+        assert type(theirs.get_submodule(name)) is nf4.Linear4bit
+    assert theirs.dtype == torch.bfloat16
+    if block_size > 64:  # rows of 64: bitsandbytes' own forward fails where a block crosses rows
+        nf4.protect(theirs)
+    assert (logits(theirs) - logits(ours)).abs().max() < 0.05
+
+
+def test_a_base_that_is_an_nf4_checkpoint_itself(recipe: Recipe, tmp_path: Path) -> None:
+    run = finished_run(recipe)
+    merged(recipe, run / "adapter", "nf4", tmp_path / "base")
+    on_nf4 = recipe.model_copy(
+        update={
+            "base": recipe.base.model_copy(update={"model": str(tmp_path / "base")}),
+            "output": str(tmp_path / "second"),
+        }
+    )
+    run = finished_run(on_nf4, seed=1, targets=["q_proj", "down_proj"])
+    live = load_trained(run).model
+    source = MergeSource(on_nf4.base, run / "adapter")
+    assert source.choices == ("dequantized", "nf4")
+    for onto, tolerance in {"dequantized": 0.02, "nf4": 1.0}.items():
+        merged(on_nf4, run / "adapter", onto, tmp_path / onto)
+        back = load_base(
+            Base(
+                model=str(tmp_path / onto),
+                quantization="nf4" if onto == "nf4" else "none",
+                compute_dtype="float32",
+            )
+        )
+        assert (logits(back) - logits(live)).abs().max() < tolerance
+    untouched = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(
+        ShardReader(tmp_path / "nf4").read(untouched), ShardReader(tmp_path / "base").read(untouched)
+    )
+
+
+def test_a_base_that_was_not_quantized(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    recipe = Recipe.load(recipe_file(base={"quantization": "none", "compute_dtype": "float32"}))
+    run = finished_run(recipe)
+    assert MergeSource(recipe.base, run / "adapter").choices == ("original", "nf4")
+    live = load_trained(run).model
+    merged(recipe, run / "adapter", "original", tmp_path / "m")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert (logits(plain) - logits(live)).abs().max() < 0.02
+
+
+def test_what_is_stored_in_another_dtype_on_purpose_stays(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(recipe.base.model, folder)
+    stored = {key: tensor.half() for key, tensor in load_file(folder / "model.safetensors").items()}
+    stored["model.layers.0.mlp.routing_bias"] = torch.randn(4)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    base = recipe.base.model_copy(update={"model": str(folder)})
+    recipe = recipe.model_copy(update={"base": base})
+    tensors = merged(recipe, finished_run(recipe) / "adapter", "original", tmp_path / "m")
+    bias = tensors.pop("model.layers.0.mlp.routing_bias")
+    assert torch.equal(bias, stored["model.layers.0.mlp.routing_bias"])
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
+    """GPT-2's Conv1D keeps [in, out], and its hub checkpoint leaves the decoder's prefix out of the names."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=400, n_embd=64, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "model.safetensors"
+    stored = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    base = Base(model=str(tmp_path / "gpt2"), compute_dtype="float32")
+    live = update(adapt(load_base(base), targets=["c_attn", "mlp.c_proj"]))
+    save_adapter(live, tmp_path / "adapter")
+    prompts = Prompts(Data(source="-", format="completion"), tokenizer)
+    for onto, tolerance in {"original": 1.0, "dequantized": 0.05, "nf4": 1.0}.items():
+        source = MergeSource(base, tmp_path / "adapter")
+        write_merged(source, onto, tmp_path / onto, prompts)  # type: ignore[arg-type]
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / onto)
+        assert (logits(plain) - logits(live)).abs().max() < tolerance, onto
+    assert load_file(tmp_path / "original" / "model.safetensors").keys() == stored.keys()
+
+
+def test_a_large_model_is_written_in_shards(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(recipe)
+    whole = merged(recipe, run / "adapter", "dequantized", tmp_path / "whole")
+    held: list[int] = []
+    save = save_file
+    monkeypatch.setattr(
+        "qlora.storage.safetensors_files.save_file",
+        lambda tensors, *rest, **more: (
+            held.append(sum(t.nbytes for t in tensors.values())),
+            save(tensors, *rest, **more),
+        ),
+    )
+    monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (60_000,))
+    sharded = merged(recipe, run / "adapter", "dequantized", tmp_path / "sharded")
+    largest = max(tensor.nbytes for tensor in whole.values())
+    assert len(held) > 3
+    assert all(size <= 60_000 or size == largest for size in held)  # never two where one is too many
+    assert sharded.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in sharded.items())
+    names = sorted(file.name for file in (tmp_path / "sharded").glob("*.safetensors"))
+    assert names[0] == f"model-00001-of-{len(held):05d}.safetensors"
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(held)
+    both = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "sharded")]
+    assert torch.equal(*map(logits, both))
+    # and shards are read again
+    again = recipe.base.model_copy(update={"model": str(tmp_path / "sharded")})
+    assert MergeSource(again, run / "adapter", any_base=True).keys
+
+
+def test_tokenizer_template_and_ends_of_answers_come_along(
+    recipe: Recipe, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = byte_level(bos=True, chatml=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("about the base")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "top_p": 0.5}')
+    base = recipe.base.model_copy(update={"model": str(folder)})
+    data = recipe.data.model_copy(update={"template": "chatml"})
+    recipe = recipe.model_copy(update={"base": base, "data": data})
+    run = finished_run(recipe)
+    merged(recipe, run / "adapter", "original", tmp_path / "m")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
+    question = [{"role": "user", "content": "Where is the cat?"}]
+    posed = theirs.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    assert posed == encode_prompt("Where is the cat?", data, tokenizer)
+    assert posed[0] == tokenizer.bos_token_id
+    settings = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert settings == {"eos_token_id": sorted({1, *ends}), "top_p": 0.5}
+    assert not (tmp_path / "m" / "README.md").exists()
+
+
+def test_a_base_without_templates_keeps_none(recipe: Recipe, tmp_path: Path) -> None:
+    run = finished_run(recipe)
+    merged(recipe, run / "adapter", "original", tmp_path / "m")
+    own = (Path(recipe.base.model) / "tokenizer_config.json").read_bytes()
+    assert (tmp_path / "m" / "tokenizer_config.json").read_bytes() == own
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+
+
+def test_the_skeleton_knows_what_loading_quantizes(tiny_llama: Path) -> None:
+    base = Base(model=str(tiny_llama))
+    bones = skeleton(base)
+    live = load_base(base)
+    assert bones.quantized == {name for name, module in live.named_modules() if nf4.is_nf4(module)}
+    assert all(parameter.is_meta for parameter in bones.model.parameters())
+
+
+def test_what_does_not_fit_is_told_before_anything_is_written(recipe: Recipe, tmp_path: Path) -> None:
+    run = finished_run(recipe)
+    folder = tmp_path / "base"
+    shutil.copytree(recipe.base.model, folder)
+    base = recipe.base.model_copy(update={"model": str(folder)})
+    file = folder / "model.safetensors"
+    stored = load_file(file)
+    assert MergeSource(base, run / "adapter").keys  # the same weights under another name
+    save_file({key: tensor + 1 for key, tensor in stored.items()}, file)
+    with pytest.raises(ModelError, match=r"was trained on .*tiny-llama.*differ in weights"):
+        MergeSource(base, run / "adapter")
+    assert MergeSource(base, run / "adapter", any_base=True).keys
+    save_file({f"other.{key}": tensor for key, tensor in stored.items()}, file)
+    with pytest.raises(
+        ModelError, match=r"such as model.layers.0.mlp.down_proj, have no weight of their own"
+    ):
+        MergeSource(base, run / "adapter", any_base=True)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"model.safetensors: missing or damaged"):
+        MergeSource(base, run / "adapter", any_base=True)
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no model.safetensors .*: its weights are in pytorch_model.bin"):
+        MergeSource(base, run / "adapter", any_base=True)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"model-00001-of-00002.safetensors: missing or damaged"):
+        MergeSource(base, run / "adapter", any_base=True)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="no index"):
+        MergeSource(base, run / "adapter", any_base=True)

@@ -1,0 +1,251 @@
+"""What a run's folder may hold, what resuming makes good, and what is refused by name."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.errors import ModelError, QloraError, RecipeError, SaveError
+from qlora.recipe import Recipe
+from qlora.storage import atomic
+from qlora.training import checkpoint
+from qlora.training.result import Outcome
+from qlora.training.run_folder import COMMON_NAMES, CONTENTS, claim, earlier_plan, finished
+
+SETTINGS: dict[str, Any] = {"base": {"model": "bundled/base"}, "data": {"source": "rows.jsonl"}}
+PLAN = {"micro_batch_size": 2, "gradient_checkpointing": False}
+SUMMARY: dict[str, Any] = {
+    "run": "runs/a", "result": "runs/a/adapter", "steps": 4, "total_steps": 4, "loss_before": 2.0, "loss_after": None,
+    "memory": {"resident_bytes": 1, "allocated_bytes": None, "reserved_bytes": None},
+    "seconds": 1.5, "stopped_by": None,
+}  # fmt: skip
+
+
+def recipe(**training: Any) -> Recipe:
+    return Recipe.from_dict({**SETTINGS, "training": {"memory": "24GiB", **training}})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run within a memory budget, with one checkpoint."""
+    claimed = claim(recipe(), tmp_path / "run", resume=False, fresh=False, plan=PLAN)
+    planned = Recipe.from_dict({**SETTINGS, "training": PLAN})
+    with checkpoint.writing(claimed.path, 2, claimed.run_id) as folder:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "recipe.yaml").write_text(planned.to_yaml())
+        checkpoint.write_state(folder, {"step": 2, "plan": PLAN})
+    return claimed.path
+
+
+def identity(run: Path) -> str:
+    return str(json.loads((run / "run.json").read_text())["run_id"])
+
+
+def resumed(run: Path, **training: Any) -> str:
+    """The id with which the run goes on."""
+    assert earlier_plan(run) == PLAN
+    return claim(recipe(**training), run, resume=True, fresh=False, plan=PLAN).run_id
+
+
+# What is written, and when
+
+
+def test_resuming_rewrites_nothing_that_is_unchanged(run: Path) -> None:
+    before = {name: (run / name).stat() for name in ("run.json", "recipe.yaml")}
+    resumed(run)
+    assert {name: (run / name).stat() for name in before} == before
+    resumed(run, max_steps=7)  # may change
+    assert (run / "run.json").stat() == before["run.json"]
+    assert (run / "recipe.yaml").stat().st_ino != before["recipe.yaml"].st_ino
+    assert Recipe.recorded(run / "recipe.yaml").training.max_steps == 7
+
+
+def test_a_file_and_then_its_folder_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(descriptor: int) -> None:
+        done.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def logged_replace(source: Path, target: Path) -> None:
+        done.append(f"replace {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    atomic.write(tmp_path / "file", b"content")
+    assert done == ["sync .tmp-file", "replace file", f"sync {tmp_path.name}"]
+    done.clear()
+    claim(recipe(), tmp_path / "new", resume=False, fresh=False)
+    assert done[0] == f"sync {tmp_path.name}"
+    assert [line for line in done if "replace" in line] == [
+        "replace run.json",
+        "replace recipe.yaml",
+        "replace run.json",
+    ]
+
+
+def test_a_link_that_somebody_laid_there_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".tmp-file").symlink_to(tmp_path / "thesis.txt")
+    (tmp_path / "file").symlink_to(tmp_path / "thesis.txt")
+    atomic.write(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+# What is made good
+
+
+@pytest.mark.parametrize("content", [None, b"", b"base: [", b"\xff\xfe", b"data: {}\n"])
+def test_a_lost_recipe_is_that_of_the_newest_checkpoint(
+    run: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = identity(run)
+    if content is None:
+        (run / "recipe.yaml").unlink()
+    else:
+        (run / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ModelError, match=r"training\.seed: 0 then, 1 now"):
+        claim(recipe(seed=1), run, resume=True, fresh=False)
+    assert resumed(run) == before
+    assert f"{run / 'recipe.yaml'} was missing or damaged" in caplog.text
+    assert Recipe.recorded(run / "recipe.yaml").to_dict() == recipe().to_dict()
+
+
+def test_without_a_checkpoint_a_lost_recipe_was_used_by_no_step(run: Path) -> None:
+    before = identity(run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "recipe.yaml").write_text("")
+    assert resumed(run, seed=1) == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b'{"run_id": 3}', b"[" * 100_000])
+def test_a_lost_identity_is_that_of_the_checkpoints(
+    run: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = identity(run)
+    if content is None:
+        (run / "run.json").unlink()
+    else:
+        (run / "run.json").write_bytes(content)
+    assert resumed(run) == before
+    assert f"{run / 'run.json'} was missing or damaged" in caplog.text
+    assert "manifest.json" in caplog.text
+    assert json.loads((run / "run.json").read_text()) == {"run_id": before, "plan": PLAN}
+
+
+def test_all_that_an_earlier_version_left_of_a_killed_fresh_start_is_found_again(run: Path) -> None:
+    before = identity(run)
+    (run / "run.json").unlink()
+    (run / "recipe.yaml").unlink()
+    (run / "notes.txt").write_text("the user's own")
+    assert resumed(run) == before
+
+
+# What is refused, by name
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"run_id": null}'])
+def test_an_identity_that_nothing_tells_is_refused(run: Path, content: bytes) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "run.json").write_bytes(content)
+    for call in (lambda: earlier_plan(run), lambda: claim(recipe(), run, resume=True, fresh=False)):
+        with pytest.raises(ModelError, match=r"run\.json: damaged .*--fresh"):
+            call()
+    assert claim(recipe(), run, resume=False, fresh=True).run_id == identity(run)
+
+
+def test_an_adapter_of_nobody_knows_which_run_is_not_cleared_by_resuming(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "run.json").unlink()
+    (run / "adapter").mkdir()
+    with pytest.raises(ModelError, match=r"run\.json: missing.*--fresh"):
+        claim(recipe(), run, resume=True, fresh=False)
+    assert (run / "adapter").is_dir()
+
+
+def outcome(run: Path) -> Outcome | None:
+    summary = finished(run)
+    return None if summary is None else Outcome.from_json(summary, run / "result.json")
+
+
+def test_a_result_counts_for_its_own_run_only(run: Path) -> None:
+    claim(recipe(), run, resume=True, fresh=False, plan=PLAN).write_result(SUMMARY)
+    found = outcome(run)
+    assert found is not None
+    assert found.as_json() == SUMMARY
+    (run / "result.json").write_text(json.dumps(SUMMARY))  # of an earlier version
+    assert outcome(run) == found
+    (run / "result.json").write_text(json.dumps({**SUMMARY, "run_id": "another"}))
+    assert outcome(run) is None
+    (run / "result.json").write_text(json.dumps(SUMMARY))
+    (run / "run.json").write_text('{"run_id": "a", "starting": true}')
+    assert outcome(run) is None
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_whatever_is_damaged_is_an_error_that_names_the_file(run: Path, name: str) -> None:
+    claim(recipe(), run, resume=True, fresh=False, plan=PLAN).write_result(SUMMARY)
+    shutil.rmtree(run / "checkpoints")  # from which run.json would be known
+    good = (run / name).read_bytes()
+    (run / "result.json").write_text(json.dumps(SUMMARY)) if name == "run.json" else None
+    chance = random.Random(0)
+    damaged = [good[:size] for size in range(0, len(good) - 2, 5)]
+    for _ in range(200):
+        bytes_ = bytearray(good)
+        bytes_[chance.randrange(len(bytes_))] ^= 1 << chance.randrange(8)
+        damaged.append(bytes(bytes_))
+    complaints = []
+    for content in damaged:
+        (run / name).write_bytes(content)
+        try:
+            found = outcome(run)
+            earlier_plan(run)
+        except QloraError as error:
+            complaints.append(str(error))
+        else:
+            assert found is None or found.seconds > found.steps - 1e9, "numbers are numbers"
+    assert all(str(run / name) in text for text in complaints)
+    assert len(complaints) > 100
+
+
+# What may lie in the folder
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(set(CONTENTS) - COMMON_NAMES), ".lock", ".tmp-recipe.yaml", ".trash-adapter"]
+)
+def test_a_folder_that_holds_only_ours_is_not_refused_as_somebody_elses(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.touch() if "." in name else path.mkdir()
+    if name in CONTENTS:
+        with pytest.raises(RecipeError, match=r"--resume.*--fresh"):
+            claim(recipe(), path.parent, resume=False, fresh=False)
+    run = claim(recipe(), path.parent, resume=False, fresh=name in CONTENTS)
+    assert identity(run.path) == run.run_id
+    assert {child.name for child in run.path.iterdir()} <= {"run.json", "recipe.yaml", ".lock"}
+
+
+@pytest.mark.parametrize(
+    "names", [["thesis.txt"], ["recipe.yaml", "thesis.txt"], ["model", "train.py"], ["model"]]
+)
+def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("years of work")
+    for flags in ({"resume": True, "fresh": False}, {"resume": False, "fresh": True}):
+        with pytest.raises(RecipeError, match="not a run of qlora's"):
+            claim(recipe(), tmp_path, **flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_run_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match="file"):
+        claim(recipe(), tmp_path / "file" / "run", resume=False, fresh=False)
