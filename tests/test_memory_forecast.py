@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from architectures_for_tests import ARCHITECTURES, recipe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.profiler import record_function
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qlora.memory import forecast as forecasting
 from qlora.memory.architecture import architecture
@@ -217,6 +219,19 @@ def test_a_few_layers_tell_what_all_of_them_do(
     whole = foreseen(made, assumed(made), cuda=offload)
     assert stretched.trace.parts.shape == whole.trace.parts.shape
     assert (stretched.trace.parts == whole.trace.parts).all()
+
+
+def test_attention_that_asks_for_more_is_forecast_as_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a model keeps transformers' attention, padding and all: so did Gemma 2 under transformers 5.17."""
+    forward = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", partialmethod(forward, s_aux=torch.ones(4)))
+    made = recipe(tmp_path, "llama")
+    monkeypatch.setattr("qlora.model.decoder_layer.LIKE_LLAMA", set())  # our layer asks for nothing
+    assert architecture(made, cuda=False).padded
+    workload = assumed(made)
+    assert_right(foreseen(made, workload), measured(made, workload))
 
 
 def test_a_pattern_for_one_layer_is_not_lost(tmp_path: Path) -> None:

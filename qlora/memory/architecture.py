@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.decoder_layer import LlamaLayer, Recompute, quicken
 from qlora.model.head import head_of
 from qlora.model.load import blueprint, compute_dtype, embedding_apart, load_config
 from qlora.model.prepare import adapt_as
-from qlora.model.varlen_attention import reads_documents
+from qlora.model.varlen_attention import read_documents, reads_documents
+from qlora.objective.causal_lm import hidden_states
 from qlora.ops.cross_entropy import tokens_at_once
 from qlora.recipe import Recipe
 
@@ -28,11 +30,8 @@ class Architecture:
     """on the meta device, adapted, with our passes"""
     alike: bool
     """all decoder layers have the same parameters and the same attention"""
-
-    @property
-    def padded(self) -> bool:
-        """Whether the model reads the padding of a batch too, and not its documents end to end."""
-        return not reads_documents(self.model)
+    padded: bool
+    """the model reads the padding of a batch too, and not its documents end to end"""
 
     @property
     def layers(self) -> int:
@@ -72,12 +71,40 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
     adapt_as(model, recipe)
-    return Architecture(config, quicken(model), _alike(model, config))
+    padded = not _takes_documents(recipe, config, model)
+    return Architecture(config, quicken(model), _alike(model, config), padded)
+
+
+def shortened(config: Any, layers: int) -> Any:
+    """The configuration with its first `layers` layers only."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if layers < getattr(text, "num_hidden_layers", 0):
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    return config
 
 
 def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
     """What the recipe computes in, on a GPU or on this machine's CPU."""
     return compute_dtype(recipe.base, torch.device("cuda" if cuda else "cpu"))
+
+
+def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
+    """Whether a run gives the model our attention over documents: it can take it, and asks it for nothing more."""
+    if not reads_documents(model):
+        return False
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    try:
+        few = blueprint(recipe.base, shortened(config, 2), model.dtype)
+        read_documents(few)
+        hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
+    except ModelError:
+        return False
+    except Exception:  # noqa: BLE001 - without values a model may fail in its own way: that tells nothing
+        pass
+    return True
 
 
 def _alike(model: nn.Module, config: Any) -> bool:

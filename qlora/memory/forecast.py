@@ -1,12 +1,11 @@
 """What memory a run will take, part by part, from its recipe and its model's config.json alone.
 
-The very step of `objective/step.py` is run under FakeTensorMode: tensors with shapes and no storage, no weights, no GPU.
+The very step of training (`objective.step`) is run under FakeTensorMode: no storage, no weights, no GPU.
 What it would allocate is counted as in a measurement (`live.py`). Of alike layers only a few are run, and the
 trace is stretched (`repeat.py`). What no tensor shows, a GPU's context and the allocator's slack, is added as
 constants.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ from torch.profiler import record_function
 from qlora.adapter.methods.lora import trainable_parameters
 from qlora.data import Batch
 from qlora.memory import inventory
-from qlora.memory.architecture import Architecture, dtype_on
+from qlora.memory.architecture import Architecture, dtype_on, shortened
 from qlora.memory.faking import MetaKernels, as_packed, faked, keep_all_layers
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
@@ -125,8 +124,9 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         base = recipe.base.model_copy(
             update={"init": "synthetic", "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch.")}
         )
-        model = load_base(base, "cpu", config=_shortened(arch, sum(kept)))
-        read_documents(model)
+        model = load_base(base, "cpu", config=shortened(arch.config, sum(kept)))
+        if not arch.padded:
+            read_documents(model)
         adapt_as(model, small)
         layers_as(model, small)
         keep_all_layers(model)
@@ -292,17 +292,6 @@ def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int
         (first + few // 2, count - run) for first, count, run in zip(firsts, counts, kept, strict=False)
     ]
     return kept, [(layer, missing) for layer, missing in copies if missing > 0]
-
-
-def _shortened(arch: Architecture, layers: int) -> Any:
-    """The configuration with the first `layers` layers only."""
-    config = copy.deepcopy(arch.config)
-    if layers < arch.layers:
-        text = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-    return config
 
 
 def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
