@@ -290,3 +290,11 @@ def test_a_key_that_may_be_two_names_both(tmp_path: Path) -> None:
     file.write_text("traiking: {}\n")
     with pytest.raises(RecipeError, match=r"did you mean 'training' or 'tracking'|'tracking' or 'training'"):
         Recipe.load(str(file))
+
+
+def test_max_steps_outranks_the_epochs() -> None:
+    """Whether it is fewer or more than they have."""
+    training = Recipe.load("quickstart", ["training.epochs=3"]).training
+    assert training.model_copy(update={"max_steps": None}).total_steps(10) == 30
+    for steps in (1, 100):
+        assert training.model_copy(update={"max_steps": steps}).total_steps(10) == steps

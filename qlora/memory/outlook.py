@@ -158,7 +158,7 @@ def _workload(recipe: Recipe, arch: Architecture) -> Workload:
     dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed)
     plain = changed(recipe, memory=None)
     batches = training_batches(dataset, plain)
-    steps = recipe.training.max_steps or recipe.training.epochs * batches.steps_per_epoch
+    steps = recipe.training.total_steps(batches.steps_per_epoch)
     chunk = arch.loss_chunk(recipe)
     return of_run(plain, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
 

@@ -114,9 +114,9 @@ class Training(Section):
     """How long, in which batches, and what is looked at on the way."""
 
     epochs: Count = 1
-    """Passes over the data."""
+    """Passes over the data; counts only where `max_steps` is null."""
     max_steps: Count | None = None
-    """Stop after so many optimizer steps, if the epochs last longer; null is no limit."""
+    """Train for so many optimizer steps, over as many passes as they take; null: as long as the epochs last."""
     global_batch_size: Count = 16
     """Rows, packed or not, an optimizer step (QLoRA, appendix B.2: 16); a multiple of `micro_batch_size`."""
     memory: Text | None = None
@@ -147,6 +147,10 @@ class Training(Section):
     """Order, split, dropout and initialisation follow from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is the GPU where there is one."""
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Count the optimizer steps of a whole run: `max_steps`, or those of its epochs."""
+        return self.max_steps or self.epochs * steps_per_epoch
 
 
 class Optimizer(Section):

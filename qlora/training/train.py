@@ -107,7 +107,7 @@ class Session:
             recipe = changed(recipe, memory=None, **plan)
         training = recipe.training
         batches = training_batches(dataset, recipe)
-        steps = training.max_steps or training.epochs * batches.steps_per_epoch
+        steps = training.total_steps(batches.steps_per_epoch)
         memory = Outlook.of(recipe, dataset, batches, steps, accelerator.device)
 
         if accelerator.device.type == "cpu":
@@ -135,9 +135,8 @@ class Session:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; `max_steps` outranks `epochs`."""
-        training = self.recipe.training
-        return training.max_steps or training.epochs * self.batches.steps_per_epoch
+        """Optimizer steps of the whole run."""
+        return self.recipe.training.total_steps(self.batches.steps_per_epoch)
 
     def fit(self, *, terminal: bool = True) -> Outcome:
         """The loop: steps, evaluations, checkpoints, until the end or a signal."""
