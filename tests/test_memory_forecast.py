@@ -21,8 +21,7 @@ from qlora.memory.inventory import inventory
 from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.workload import Workload, assumed
-from qlora.model.load import load_base
-from qlora.model.prepare import adapt_as, layers_as, optimizer_of
+from qlora.model.prepare import build
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim.methods import METHODS
@@ -39,11 +38,8 @@ def foreseen(recipe: Recipe, workload: Workload, *, cuda: bool = False) -> Forec
 
 def measured(recipe: Recipe, workload: Workload) -> Trace:
     """A real step and a real evaluation, counted."""
-    model = load_base(recipe.base, "cpu")
+    model, optimizer = build(recipe, "cpu")
     read_documents_if_apart(model)
-    adapt_as(model, recipe)
-    layers_as(model, recipe)
-    optimizer = optimizer_of(model, recipe)
     chunk = recipe.training.loss_chunk
     with LiveBytes(inventory(model, optimizer)) as live:
         optimizer.zero_grad()

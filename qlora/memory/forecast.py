@@ -30,8 +30,7 @@ from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.load import load_base
-from qlora.model.prepare import adapt_as, checkpointed, layers_as, optimizer_of
+from qlora.model.prepare import build, checkpointed, optimizer_of
 from qlora.model.varlen_attention import read_documents
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate, evaluate
@@ -124,17 +123,16 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         base = recipe.base.model_copy(
             update={"init": "synthetic", "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch.")}
         )
-        model = load_base(base, "cpu", config=shortened(arch.config, sum(kept)))
+        small = small.model_copy(update={"base": base})
+        model, optimizer = build(small, "cpu", config=shortened(arch.config, sum(kept)))
         if not arch.padded:
             read_documents(model)
-        adapt_as(model, small)
-        layers_as(model, small)
         keep_all_layers(model)
-        batch, step, evaluation = _traces(model, optimizer_of(model, small), workload, fake, recipe, copies)
+        batch, step, evaluation = _traces(model, optimizer, workload, fake, recipe, copies)
         standing = _standing(model, copies)
-        optimizer, update = _trace_of_update(arch, recipe)
+        optimizer_state, update = _trace_of_update(arch, recipe)
     trace = _joined(step, update, evaluation)
-    rows = trace.parts + standing + optimizer
+    rows = trace.parts + standing + optimizer_state
     if cuda:
         rows = rows + _beside_the_tensors(rows, offload=recipe.training.offload)
     trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())

@@ -3,14 +3,34 @@
 Training and forecast both come through here, so that the one speaks of the other.
 """
 
+from typing import Any
+
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora.adapter.methods.lora import adapt, trainable_parameters
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import quicken
+from qlora.model.load import load_base
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.runtime.device import on_cuda
+
+
+def build(
+    recipe: Recipe, device: torch.device | str, *, config: Any = None
+) -> tuple[PreTrainedModel, Optimizer]:
+    """Load the recipe's base on `device`, adapt it, give it our layers, and make the optimizer over what is trained.
+
+    `config`: the architecture, where it is not that of the base. Raises ModelError as `load_base` and `adapt` do.
+
+    >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
+    """
+    model = load_base(recipe.base, device, seed=recipe.training.seed, config=config)
+    adapt_as(model, recipe)
+    layers_as(model, recipe)
+    return model, optimizer_of(model, recipe)
 
 
 def adapt_as(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -27,8 +27,8 @@ from qlora.memory import measure
 from qlora.memory.plan import changed
 from qlora.memory.record import Outlook, budgeted
 from qlora.memory.shortage import out_of_memory_explained
-from qlora.model.load import load_base, load_tokenizer
-from qlora.model.prepare import adapt_as, layers_as, optimizer_of
+from qlora.model.load import load_tokenizer
+from qlora.model.prepare import build
 from qlora.objective.checks import check_head, check_packing, read_documents_if_apart
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer, learning_rate
@@ -112,15 +112,12 @@ class Session:
 
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        model: nn.Module = load_base(recipe.base, accelerator.device, seed=training.seed)
+        model, optimizer = build(recipe, accelerator.device)
         _check_vocabulary(model, tokenizer, recipe)
         check_head(model)
         read_documents_if_apart(model)
         if recipe.data.packing:
             check_packing(model)
-        adapt_as(model, recipe)
-        layers_as(model, recipe)
-        optimizer = optimizer_of(model, recipe)
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
         return cls(
