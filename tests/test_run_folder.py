@@ -11,10 +11,10 @@ import pytest
 
 from qlora.errors import ModelError, QloraError, RecipeError, SaveError
 from qlora.recipe import Recipe
-from qlora.storage import atomic
+from qlora.storage import atomic, folders
 from qlora.training import checkpoint
 from qlora.training.result import Outcome
-from qlora.training.run_folder import COMMON_NAMES, CONTENTS, claim, earlier_plan, finished
+from qlora.training.run_folder import CONTENTS, RESULTS, claim, earlier_plan, finished
 
 SETTINGS: dict[str, Any] = {"base": {"model": "bundled/base"}, "data": {"source": "rows.jsonl"}}
 PLAN = {"micro_batch_size": 2, "gradient_checkpointing": False}
@@ -219,7 +219,7 @@ def test_whatever_is_damaged_is_an_error_that_names_the_file(run: Path, name: st
 
 
 @pytest.mark.parametrize(
-    "name", [*sorted(set(CONTENTS) - COMMON_NAMES), ".lock", ".tmp-recipe.yaml", ".trash-adapter"]
+    "name", [*sorted(set(CONTENTS) - set(RESULTS)), ".lock", ".tmp-recipe.yaml", ".trash-adapter"]
 )
 def test_a_folder_that_holds_only_ours_is_not_refused_as_somebody_elses(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run" / name
@@ -243,6 +243,66 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, names: list[str])
         with pytest.raises(RecipeError, match="not a run of qlora's"):
             claim(recipe(), tmp_path, **flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "file", ["checkpoints/epoch1.ckpt", "wandb/notes.txt", "model/weights.pt", ".tmp-mine/x", "adapter/a.bin"]
+)
+@pytest.mark.parametrize("beside", [None, "wandb/run-1/logs", "recipe.yaml"])
+def test_somebody_elses_folder_with_a_name_of_ours_is_refused_and_left_alone(
+    tmp_path: Path, file: str, beside: str | None
+) -> None:
+    for name in filter(None, (file, beside)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("years of work")
+    for flags in ((False, False), (True, False), (False, True)):
+        with pytest.raises(RecipeError, match="not a run of qlora's"):
+            claim(recipe(), tmp_path, resume=flags[0], fresh=flags[1])
+    assert (tmp_path / file).read_text() == "years of work"
+
+
+def test_what_others_keep_in_a_runs_folder_stays(tmp_path: Path) -> None:
+    run = claim(recipe(), tmp_path / "run", resume=False, fresh=False)
+    kept = [run.path / name for name in (".tmp-merged/draft", ".trash-old/x", "notes.txt")]
+    for file in kept:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    with folders.replacing(run.path, "adapter") as folder:
+        (folder / "a").touch()
+    for flags in ((True, False), (False, True)):
+        claim(recipe(), run.path, resume=flags[0], fresh=flags[1])
+    assert all(file.read_text() == "mine" for file in kept)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"micro_batch_size": "4"}, {"micro_batch_size": 0}, {"nonsense": 1}, [1], {"loss_chunk": -1}],
+    ids=str,
+)
+def test_a_damaged_plan_is_taken_from_the_checkpoint(tmp_path: Path, plan: object) -> None:
+    right = {"micro_batch_size": 2, "gradient_checkpointing": 0, "mlp_checkpointing": 3, "offload": False}
+    run = claim(recipe(), tmp_path / "run", resume=False, fresh=False, plan=right)
+    assert earlier_plan(run.path) == right
+    (run.path / "run.json").write_text(json.dumps({"run_id": run.run_id, "plan": plan}))
+    if plan != [1]:
+        with checkpoint.writing(run.path, 1, run.run_id) as folder:
+            checkpoint.write_state(folder, {"step": 1, "plan": right})
+        assert earlier_plan(run.path) == right
+    else:
+        (run.path / "adapter").mkdir()
+        with pytest.raises(ModelError, match=r"run\.json.*plan"):
+            earlier_plan(run.path)
+
+
+def test_a_folder_in_the_place_of_a_file_does_not_stop_a_fresh_start(tmp_path: Path) -> None:
+    run = claim(recipe(), tmp_path / "run", resume=False, fresh=False)
+    (run.path / "recipe.yaml").unlink()
+    (run.path / "recipe.yaml").mkdir()
+    with checkpoint.writing(run.path, 1, run.run_id):
+        pass
+    again = claim(recipe(), run.path, resume=False, fresh=True)
+    assert identity(again.path) == again.run_id != run.run_id
+    assert (again.path / "recipe.yaml").is_file()
 
 
 def test_a_run_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

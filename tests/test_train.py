@@ -1,6 +1,7 @@
 """Whole runs: they learn, repeat to the bit, survive being killed, and never overwrite anything in silence."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -150,6 +151,21 @@ def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
     newest = checkpoint.newest(tmp_path / "run")
     assert newest is not None
     assert checkpoint.read_state(newest)["step"] == metrics(tmp_path / "run")[-1]["step"] >= 3
+
+
+def test_a_signal_at_the_very_end_does_not_make_a_finished_run_a_stopped_one(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Session.finish
+
+    def signalled(self: Session) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self)
+
+    monkeypatch.setattr(Session, "finish", signalled)
+    file = recipe_file()
+    assert run(file).stopped_by is None
+    assert run(file, resume=True).stopped_by is None
 
 
 def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -197,7 +197,25 @@ def places(stranger: Stranger) -> list[Path]:
     shutil.copytree(stranger.adapter, run.parent / "bare" / "adapter")  # a run without its run.json
     (elsewhere / "recipe.yaml").unlink()
     (elsewhere / "recipe.yaml").symlink_to(stranger.adapter / "recipe.yaml")
-    return [*(folder / "recipe.yaml" for folder in folders), stranger.adapter / "recipe.yaml"]
+    found = [*(folder / "recipe.yaml" for folder in folders), stranger.adapter / "recipe.yaml"]
+    lone = run.parent / "lone"  # a run of which only a checkpoint says that it is one
+    (lone / "checkpoints" / "step-000002").mkdir(parents=True)
+    (lone / "checkpoints" / "step-000002" / "manifest.json").write_text("{}")
+    whole = run.parent / "whole"  # a model, and a recipe in a folder of its own
+    (whole / "recipes").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (whole / name).touch()
+    hub = run.parent / "hub"  # as the hub's cache lays them: links into a folder of contents
+    for name in ("blobs", "snapshots/abc"):
+        (hub / name).mkdir(parents=True)
+    (hub / "snapshots/abc/adapter_config.json").touch()
+    (hub / "blobs/5f").write_text(text)
+    (hub / "snapshots/abc/recipe.yaml").symlink_to("../../blobs/5f")
+    (run.parent / "my.yaml").symlink_to("hub/snapshots/abc/recipe.yaml")
+    for file in (lone / "recipe.yaml", whole / "recipes" / "train.yaml"):
+        file.write_text(text)
+        found.append(file)
+    return [*found, run.parent / "my.yaml"]
 
 
 @pytest.mark.parametrize("command", ["train", "estimate", "profile", "data", "check"])

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from qlora.recipe.problems import FORBIDDEN, Document, Place, shorten
 from qlora.recipe.reading import read
 from qlora.recipe.schema import Recipe
 
-RESULTS = ("adapter_config.json", "run.json")
-"""files that make a folder, with all below it, one of an adapter or a run"""
+RESULTS = (
+    "adapter_config.json", "qlora.json", "run.json", "result.json", "metrics.jsonl",
+    "checkpoints/step-*/manifest.json", "config.json+*.safetensors",
+)  # fmt: skip
+"""files (all of those joined by +) that make a folder, with all below it, one of an adapter, a run or a whole model"""
 
 RESULTS_HERE = ("config.json", "manifest.json", "adapter/adapter_config.json", "model/recipe.yaml")
 """files that show the same of the very folder that a recipe lies in"""
 
+MAX_LINKS = 40  # Linux follows no more
 MAX_BYTES = 64 * 1024  # the longest shipped recipe is 1 KiB; parsing takes time in proportion
 
 
@@ -65,12 +69,23 @@ def _refuse_code_of_results(document: Document, path: Path) -> None:
 
 def _results_around(path: Path) -> Path | None:
     """The folder of a run, an adapter, a checkpoint or a whole model that a recipe lies in; None if in none."""
-    for file in (path.absolute(), path.resolve()):
+    for file in _links(path):
         for folder in file.parents:
             names = RESULTS + RESULTS_HERE if folder == file.parent else RESULTS
-            if any((folder / name).is_file() for name in names):
+            if any(all(any(folder.glob(part)) for part in name.split("+")) for name in names):
                 return folder
     return None
+
+
+def _links(path: Path) -> Iterator[Path]:
+    """The places that a path leads through: itself, each link on the way, and the file that it comes to."""
+    place = path.absolute()
+    for _ in range(MAX_LINKS):
+        yield place
+        yield place.parent.resolve() / place.name
+        if not place.is_symlink():
+            return
+        place = place.parent.resolve() / place.readlink()
 
 
 def from_dict(settings: Mapping[str, Any], name: str) -> Recipe:

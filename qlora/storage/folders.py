@@ -59,24 +59,23 @@ def replacing(run: Path, name: str) -> Iterator[Path]:
         SaveError: a file cannot be written; the old folder stays.
     """
     with save_errors(run / name):
-        remove_leftovers(run)
+        remove_leftovers(run, name)
         with temporary(run, name) as folder:
             yield folder
             fsync_tree(folder)
             commit(folder, run / name)
 
 
-def recover(run: Path) -> None:
-    """Give the folders their names that a kill caught in between: the old one set aside, the new one not yet in place.
+def recover(parent: Path, name: str) -> None:
+    """Give folders called `name` (a glob) their names that a kill caught between setting the old one aside and the new.
 
-    The caller holds the run's lock.
+    The caller holds the lock.
 
     Raises:
         SaveError: a folder cannot be renamed.
     """
-    with save_errors(run):
-        for parent in (run, run / "checkpoints"):
-            _finish_commits(parent)
+    with save_errors(parent):
+        _finish_commits(parent, name)
 
 
 def clear(run: Path, names: Iterable[str]) -> None:
@@ -86,8 +85,9 @@ def clear(run: Path, names: Iterable[str]) -> None:
         SaveError: one of them cannot be removed.
     """
     with save_errors(run):
-        remove_leftovers(run)
-        for path in (run / name for name in names):
+        for name in names:
+            remove_leftovers(run, name)
+            path = run / name
             if path.is_dir() and not path.is_symlink():
                 discard(path)
             else:
@@ -129,22 +129,25 @@ def discard(folder: Path) -> None:
     _remove(trash)
 
 
-def _finish_commits(parent: Path) -> None:
+def remove_leftovers(parent: Path, name: str) -> None:
+    """Remove what a killed process left of folders and files called `name` (a glob), and of nothing else.
+
+    The caller holds the lock, so nobody is writing there.
+    """
+    _finish_commits(parent, name)
+    for prefix in (TEMPORARY, TRASH):
+        for path in parent.glob(f"{prefix}{name}"):
+            _remove(path)
+
+
+def _finish_commits(parent: Path, name: str) -> None:
     """Do the second rename of `commit` where a kill came before it: the new folder is whole by then."""
-    for aside in parent.glob(f"{TRASH}*"):
-        name = aside.name.removeprefix(TRASH)
-        folder, final = parent / f"{TEMPORARY}{name}", parent / name
+    for aside in parent.glob(f"{TRASH}{name}"):
+        own = aside.name.removeprefix(TRASH)
+        folder, final = parent / f"{TEMPORARY}{own}", parent / own
         if folder.is_dir() and not (final.exists() or final.is_symlink()):
             folder.rename(final)
             sync(parent)
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Remove what a killed process left; the caller holds the run's lock, so nobody is writing there."""
-    _finish_commits(parent)
-    for prefix in (TEMPORARY, TRASH):
-        for path in parent.glob(f"{prefix}*"):
-            _remove(path)
 
 
 def _remove(path: Path) -> None:

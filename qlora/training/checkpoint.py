@@ -47,7 +47,7 @@ def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
     final = checkpoints / f"step-{step:06d}"
     with save_errors(checkpoints):
         checkpoints.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(checkpoints)
+        remove_leftovers(checkpoints, "step-*")
         with temporary(checkpoints, final.name) as folder:
             yield folder
             manifest.write(folder, run_id=run_id, step=step)

@@ -10,6 +10,7 @@ old run: killed before it, the old run is all there; killed after it, the next s
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError, RecipeError
-from qlora.recipe import Recipe
+from qlora.recipe import Recipe, Training
 from qlora.storage import atomic, folders, manifest
 from qlora.training import checkpoint
 
@@ -27,11 +28,19 @@ CONTENTS = (
     "report.html", "memory.json", "memory.md", "memory.png",
 )  # fmt: skip
 
-# Of these, what may as well be somebody's own where nothing else of a run lies beside it.
-COMMON_NAMES = {"adapter", "model"}
+RESULTS = ("adapter", "model")
 
-# Beginnings of the names that a process at work, or one that was killed, leaves beside it.
-TRACES = (".lock", folders.TEMPORARY, folders.TRASH)
+# Of these, files that nobody else writes: where one lies, the folders beside it are a run's too.
+TELLTALES = {"metrics.jsonl", "result.json", "memory.json", "report.html"}
+
+# How a run's folders name what is in them.
+INSIDE = {
+    "checkpoints": re.compile(r"(\.tmp-|\.trash-)?step-\d+"),
+    "wandb": re.compile(r"(offline-)?run-.*|latest-run|debug.*|wandb-resume\.json"),
+}
+
+# What a process at work, or one that was killed, leaves beside it.
+TRACES = {".lock", *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders.TRASH) for name in CONTENTS)}
 
 # Keys that a resumed run may change: they do not touch the mathematics of the steps already taken.
 MAY_CHANGE = {
@@ -151,7 +160,9 @@ def claim(
         _start(run, recipe)
     else:
         run = RunFolder(path, earlier.run_id, earlier.plan if plan is None else plan)
-        folders.recover(path)
+        for name in RESULTS:
+            folders.recover(path, name)
+        folders.recover(path / "checkpoints", "step-*")
         _go_on(run, recipe, earlier.source)
     return run
 
@@ -163,7 +174,8 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
         atomic.sync(run.path.parent)
     # The old run, if there is one, ends with this file.
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "starting": True}))
-    folders.clear(run.path, [name for name in CONTENTS if name not in ("run.json", "recipe.yaml")])
+    replaced = [name for name in ("recipe.yaml",) if not (run.path / name).is_dir()]  # in one step, see below
+    folders.clear(run.path, [name for name in CONTENTS if name not in ("run.json", *replaced)])
     atomic.write(run.path / "recipe.yaml", recipe.to_yaml().encode())
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
 
@@ -182,8 +194,19 @@ def _is_ours(path: Path, names: set[str]) -> bool:
     """Whether a run may work in a folder of these names: it holds a run, or nothing but what runs leave."""
     if {"run.json", "recipe.yaml"} <= names or any(path.glob("checkpoints/step-*/manifest.json")):
         return True  # whatever else the user keeps there
-    left = {name for name in names if not name.startswith(TRACES)}
-    return not left or (left <= set(CONTENTS) and not left <= COMMON_NAMES)
+    left = names - TRACES
+    if not left <= set(CONTENTS):
+        return False
+    return not left.isdisjoint(TELLTALES) or all(_written_by_a_run(path / name) for name in left)
+
+
+def _written_by_a_run(path: Path) -> bool:
+    """Whether a file or folder of a run's name is a run's, and not somebody's own that has the same name."""
+    if not path.is_dir():
+        return path.name not in (*RESULTS, *INSIDE)
+    pattern = INSIDE.get(path.name)
+    inside = [child.name for child in path.iterdir()]
+    return not inside or (pattern is not None and all(map(pattern.fullmatch, inside)))
 
 
 def _earlier(path: Path) -> _Earlier | None:
@@ -220,11 +243,22 @@ def _earlier(path: Path) -> _Earlier | None:
 def _named(content: Mapping[str, Any], source: Path) -> _Earlier:
     """What run.json (or result.json) says of its run. Raises ValueError if it cannot be right."""
     run_id, plan, starting = content.get("run_id"), content.get("plan"), content.get("starting", False)
-    if not (
-        isinstance(run_id, str) and run_id and isinstance(plan, dict | None) and isinstance(starting, bool)
-    ):
+    if not (isinstance(run_id, str) and run_id and isinstance(starting, bool)):
         raise ValueError("it names no run")
+    if plan is not None and not _is_plan(plan):
+        raise ValueError("its plan is none that a memory budget comes to")
     return _Earlier(run_id, plan, source, starting)
+
+
+def _is_plan(plan: Any) -> bool:
+    """Whether these are settings of `training` that its section takes."""
+    if not (isinstance(plan, dict) and plan.keys() <= Training.model_fields.keys()):
+        return False
+    try:
+        Training.model_validate(plan, strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_same(recipe: Recipe, path: Path) -> None:

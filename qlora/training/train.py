@@ -167,7 +167,7 @@ class Session:
                 loss_after=loss,
                 memory=measure.peak(self.accelerator.device),
                 seconds=time.monotonic() - began,
-                stopped_by=stop.signal_number,
+                stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
             )
             if result is not None and self.accelerator.is_main_process:
                 self.run.write_result(outcome.as_json())
