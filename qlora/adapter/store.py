@@ -10,8 +10,7 @@ every place its tensor; else nothing is changed, and the error says which.
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,11 @@ from torch import Tensor, nn
 from qlora.adapter.config import CONFIG_FILE, config_of, dropout_in, layer_settings, read_config, targets_in
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods.lora import LoRALinear, lora_layers, wrap
+from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
 from qlora.adapter.targets import features
 from qlora.errors import ModelError, SaveError
 from qlora.quantization.nf4 import protect
-
-TENSORS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-CONVERSION = (
-    'python -c "import torch, safetensors.torch as s; '
-    "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
-    "s.save_file({k: v.contiguous().clone() for k, v in t.items()}, 'adapter_model.safetensors')\""
-)
-SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+from qlora.storage import atomic
 
 
 def save_adapter(
@@ -65,10 +57,10 @@ def save_adapter(
     tensors = _tensors(layers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _write(folder / IDENTITY_FILE, lambda path: path.write_text(base.as_json(), encoding="utf-8"))
-        _write(folder / CONFIG_FILE, lambda path: path.write_text(config, encoding="utf-8"))
-        _flush(folder)
+        with atomic.replacing(folder / TENSORS_FILE) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
+        atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
+        atomic.write(folder / CONFIG_FILE, config.encode())
         back = load_file(folder / TENSORS_FILE)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
@@ -99,7 +91,7 @@ def load_adapter(
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
         require_same_base(recorded, base or BaseIdentity.of(model), folder)
-    pairs = _read_pairs(folder)
+    pairs = read_pairs(folder)
     layers = lora_layers(model)
     names = list(layers) or targets_in(model, config, pairs, file)
     _check_names(names, pairs, folder / TENSORS_FILE)
@@ -131,55 +123,6 @@ def _tensors(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
                 raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
             tensors[PREFIX + name + suffix] = parameter.detach().cpu().contiguous()
     return tensors
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """On disk first, then in place: whoever looks sees the old file or the new one, whole."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        write(draft)
-        _flush(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by layer name, on the CPU."""
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise ModelError(
-                f"{folder}: adapter_model.bin is a pickle, which can run any code when it is read, so it is "
-                f"not read. Convert it with torch's restricted reader, in that folder: {CONVERSION}"
-            )
-        raise ModelError(f"{folder}: {TENSORS_FILE} is missing")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged, or no safetensors file: {error}") from error
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, suffix = key[len(PREFIX) : -len(SUFFIX_A)], key[-len(SUFFIX_A) :]
-        if not key.startswith(PREFIX) or suffix not in (SUFFIX_A, SUFFIX_B):
-            raise ModelError(f"{path}: unexpected tensor {key}: only LoRA of linear layers is supported")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ModelError(f"{path}: {key} holds numbers that are not finite")
-        halves.setdefault(name, {})[suffix] = tensor
-    for name, half in halves.items():
-        for suffix in (SUFFIX_A, SUFFIX_B):
-            if suffix not in half:
-                raise ModelError(f"{path}: {PREFIX}{name}{suffix} is missing")
-    return {name: (half[SUFFIX_A], half[SUFFIX_B]) for name, half in halves.items()}
 
 
 def _check_names(names: list[str], found: Mapping[str, Any], path: Path) -> None:

@@ -28,8 +28,9 @@ from qlora.adapter.config import (
     read_config,
 )
 from qlora.adapter.identity import IDENTITY_FILE
-from qlora.adapter.store import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, _flush, _read_pairs
+from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
 from qlora.errors import ModelError, SaveError
+from qlora.storage.atomic import sync
 
 COMPANIONS = ("recipe.yaml", IDENTITY_FILE)
 """Text files of qlora's own that travel with an adapter."""
@@ -100,7 +101,7 @@ def read(path: str | Path) -> Adapter:
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         folder /= "adapter"
     config = read_config(folder / CONFIG_FILE)
-    pairs = _read_pairs(folder)
+    pairs = read_pairs(folder)
     if not pairs:
         raise ModelError(f"{folder / TENSORS_FILE}: holds no tensors")
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
@@ -134,12 +135,12 @@ def write(adapter: Adapter, path: str | Path) -> int:
         for name, text in {CONFIG_FILE: config, **adapter.companions}.items():
             (draft / name).write_text(text, encoding="utf-8")
         for file in draft.iterdir():
-            _flush(file)
+            sync(file)
         back = load_file(draft / TENSORS_FILE)
         if not all(torch.equal(tensor, back[key]) for key, tensor in tensors.items()):
             raise SaveError(f"{folder}: reading back gave other numbers than were written")
         draft.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
     finally:
