@@ -50,7 +50,7 @@ DOORS = {
     "accelerate": {"runtime", "training"},
     "triton": {"kernels"},
     "typer": {"cli"},
-    "matplotlib": {"memory", "report", "adapter"},
+    "matplotlib": {"report", "adapter"},
     "peft": set(),
     "pickle": set(),
 }

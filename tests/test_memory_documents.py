@@ -11,7 +11,7 @@ from memory_for_tests import llama_7b, tiny, whole_model
 from qlora.adapter import lora_parameter_count
 from qlora.memory import documents
 from qlora.memory.parts import PARTS
-from qlora.memory.size import GIB, MIB, unit_for
+from qlora.recipe.sizes import GIB, MIB, unit_for
 
 GPT3 = 175 * 10**9
 GPT3_ADAPTER = 17_500_000

@@ -17,10 +17,10 @@ from memory_for_tests import llama_7b, run_of, tiny, whole_model
 from rich.console import Console
 
 from qlora.errors import SaveError
-from qlora.memory import picture, report
-from qlora.memory.comparison import Comparison
 from qlora.memory.parts import PARTS
-from qlora.memory.size import unit_for
+from qlora.recipe.sizes import unit_for
+from qlora.report import memory_files, memory_picture
+from qlora.report.memory_comparison import Comparison
 from qlora.storage import atomic
 
 Memory = dict[str, Any]
@@ -54,7 +54,7 @@ def test_the_numbers_of_memory_md_are_those_of_memory_json(make: Callable[[], Me
         memory["measured"],
     ]
     unit = unit_for((memory["measured"] or memory["forecast"])["total_bytes"])
-    (header, *rows, total), phases, *_ = tables(report.markdown(memory))
+    (header, *rows, total), phases, *_ = tables(memory_files.markdown(memory))
     assert header == [unit.name, "documents: full", "documents: LoRA", "forecast", "measured", "error"]
     assert {row[0] for row in rows} == {
         label
@@ -80,19 +80,19 @@ def test_the_numbers_of_memory_md_are_those_of_memory_json(make: Callable[[], Me
 
 def test_memory_md_says_what_was_found_and_what_the_documents_are_worth() -> None:
     memory = llama_7b()
-    text = report.markdown(memory)
+    text = memory_files.markdown(memory)
     assert "Peak 7.87 GiB in backward (forecast 7.81, -0.8%): 39% base, NF4; 23% optimizer state." in text
     assert "NVIDIA H100 80GB HBM3, 79.0 GiB: 71.1 GiB left. Micro-batches of 4 × 512 tokens, packed" in text
     for remark in memory["documents"]["remarks"]:
         assert f"- {remark}\n" in text
     short = llama_7b(None)
     short["device"]["capacity_bytes"] = short["forecast"]["total_bytes"] - 3 * 2**30
-    assert "3.00 GiB too little" in report.markdown(short)
+    assert "3.00 GiB too little" in memory_files.markdown(short)
 
 
 def test_what_was_not_measured_is_not_compared() -> None:
     memory = tiny()
-    text = report.markdown(memory)
+    text = memory_files.markdown(memory)
     assert "Peak 154.73 MiB in loss (forecast): 74% saved activations; 20% logits and loss." in text
     assert "%" not in "".join(cell for table in tables(text) for row in table for cell in row)
     assert "measured" not in shown(memory, 100)
@@ -100,13 +100,13 @@ def test_what_was_not_measured_is_not_compared() -> None:
 
 def test_what_the_driver_and_the_system_report_stands_beside_the_parts() -> None:
     memory = llama_7b()
-    assert tables(report.markdown(memory))[2] == [
+    assert tables(memory_files.markdown(memory))[2] == [
         ["GiB", "forecast", "measured", "error"],
         ["allocated by tensors", "7.33", "7.39", "-0.8%"],
         ["resident on the host", "", "2.79", ""],
     ]
     memory["forecast"]["reserved_bytes"], memory["measured"]["driver_bytes"] = 2**33, 2**34
-    labels = [row[0] for row in tables(report.markdown(memory))[2]]
+    labels = [row[0] for row in tables(memory_files.markdown(memory))[2]]
     assert labels[1:] == [
         "allocated by tensors", "reserved by the allocator", "the process, says the driver", "resident on the host"
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_what_the_driver_and_the_system_report_stands_beside_the_parts() -> None
 
 def shown(memory: Memory, width: int, *, terminal: bool = False) -> str:
     file = io.StringIO()
-    Console(file=file, width=width, force_terminal=terminal).print(report.table(memory))
+    Console(file=file, width=width, force_terminal=terminal).print(memory_files.table(memory))
     return file.getvalue()
 
 
@@ -159,26 +159,26 @@ def words(svg: str) -> list[str]:
 @EVERY
 def test_the_pictures_are_drawn(make: Callable[[], Memory]) -> None:
     memory = make()
-    assert png_size(picture.png(memory)) == (1950, 960)
+    assert png_size(memory_picture.png(memory)) == (1950, 960)
     comparison = Comparison(memory)
-    bars = words(picture.bars_svg(memory))
+    bars = words(memory_picture.bars_svg(memory))
     for row in comparison.rows:
         assert any(word.startswith(f"{row.label}  ") for word in bars), row.label
     for total in comparison.total.sizes:
         assert total is None or comparison.unit.number(total) in bars
-    timeline = words(picture.timeline_svg(memory))
+    timeline = words(memory_picture.timeline_svg(memory))
     assert set(memory["forecast"]["phases"]) <= set(timeline)
     peak = comparison.unit.number(memory["forecast"]["total_bytes"])
     assert f"{'forecast' if memory['measured'] else 'peak'} {peak}" in timeline
 
 
 def test_the_svg_follows_the_page_and_asks_for_nothing() -> None:
-    for svg in (picture.bars_svg(llama_7b()), picture.timeline_svg(llama_7b())):
+    for svg in (memory_picture.bars_svg(llama_7b()), memory_picture.timeline_svg(llama_7b())):
         assert "http" not in svg
         assert "<style" not in svg
-        for colour, variable in picture.VARIABLES.items():
+        for colour, variable in memory_picture.VARIABLES.items():
             assert svg.count(colour) == svg.count(f"var({variable}, {colour})") > 0
-    both = picture.bars_svg(llama_7b()) + picture.timeline_svg(llama_7b())
+    both = memory_picture.bars_svg(llama_7b()) + memory_picture.timeline_svg(llama_7b())
     ids = re.findall(r' id="([^"]*)"', both)
     assert {id.split("-")[0] for id in ids} == {"bars", "timeline"}, "both can stand on one page"
     assert len(ids) == len(set(ids))
@@ -187,7 +187,7 @@ def test_the_svg_follows_the_page_and_asks_for_nothing() -> None:
 
 def test_the_devices_memory_is_a_line_where_the_scale_reaches_it() -> None:
     near, far = llama_7b(capacity_bytes=21 * 2**29), llama_7b()
-    for draw in (picture.bars_svg, picture.timeline_svg):
+    for draw in (memory_picture.bars_svg, memory_picture.timeline_svg):
         assert any(word.endswith("dashed: the device)") for word in words(draw(near)))
         assert {"5", "10.5"} <= set(words(draw(near))), "10 would be too near"
         assert not any("dashed" in word for word in words(draw(far)))
@@ -197,23 +197,23 @@ def test_a_name_is_text_whatever_it_holds() -> None:
     memory = llama_7b(capacity_bytes=10 * 2**30)
     memory["device"]["name"] = "$x_1^{$ & co"
     memory["forecast"]["timeline"]["phases"][0][1] = "</text><script>$x_1^{$"
-    assert "</text><script>$x_1^{$" in words(picture.timeline_svg(memory))
-    assert png_size(picture.png(memory)) == (1950, 960)
+    assert "</text><script>$x_1^{$" in words(memory_picture.timeline_svg(memory))
+    assert png_size(memory_picture.png(memory)) == (1950, 960)
 
 
 def test_many_phases_and_few_samples_can_be_drawn() -> None:
     memory = tiny()
     phases = ["forward", "loss", "backward"] * 16
     memory["forecast"]["timeline"]["phases"] = [[i, name] for i, name in enumerate(phases)]
-    assert words(picture.timeline_svg(memory)).count("forward") < 16, "names without room are left out"
+    assert words(memory_picture.timeline_svg(memory)).count("forward") < 16, "names without room are left out"
     memory["forecast"] |= run_of({"working_set": 2**20}, samples=2)
-    assert png_size(picture.png(memory)) == (1950, 960)
+    assert png_size(memory_picture.png(memory)) == (1950, 960)
 
 
 def test_a_measurement_without_a_timeline_is_drawn_without_a_line() -> None:
     memory = llama_7b()
     memory["measured"]["timeline"] = None
-    assert any(word.endswith("(forecast)") for word in words(picture.timeline_svg(memory)))
+    assert any(word.endswith("(forecast)") for word in words(memory_picture.timeline_svg(memory)))
 
 
 def test_a_measured_phase_is_drawn_where_the_forecast_has_it() -> None:
@@ -222,11 +222,17 @@ def test_a_measured_phase_is_drawn_where_the_forecast_has_it() -> None:
     evaluation, _ = timeline["phases"].pop()
     timeline["parts"] = {part: [0, 0, *sizes[:evaluation]] for part, sizes in timeline["parts"].items()}
     timeline["phases"] = [[begin + 2, name] for begin, name in timeline["phases"]]
-    forecast = picture._spans(memory["forecast"]["timeline"])
+    forecast = memory_picture._spans(memory["forecast"]["timeline"])
     assert [name for name, _ in forecast] == ["forward", "loss", "backward", "update", "evaluation"]
-    assert [name for name, _ in picture._spans(timeline)] == ["", "forward", "loss", "backward", "update"]
+    assert [name for name, _ in memory_picture._spans(timeline)] == [
+        "",
+        "forward",
+        "loss",
+        "backward",
+        "update",
+    ]
     axes = Lines()
-    picture._measured_line(axes, timeline, memory["forecast"]["timeline"])
+    memory_picture._measured_line(axes, timeline, memory["forecast"]["timeline"])
     expected = [sum(sizes) for sizes in zip(*memory["forecast"]["timeline"]["parts"].values(), strict=True)]
     for xs, heights in axes.drawn[:3]:
         assert xs.tolist() == pytest.approx(range(round(xs[0]), round(xs[-1]) + 1))
@@ -246,14 +252,14 @@ class Lines:
 
 def test_a_phase_that_comes_again_is_another() -> None:
     timeline = {"phases": [[2, "forward"], [4, "loss"], [5, "forward"]], "parts": {"adapters": [0] * 8}}
-    assert picture._spans(timeline) == {
+    assert memory_picture._spans(timeline) == {
         ("", 0): (0, 2), ("forward", 0): (2, 4), ("loss", 0): (4, 5), ("forward", 1): (5, 7)
     }  # fmt: skip
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=13).map(sorted), st.floats(0.1, 10))
 def test_labels_keep_their_order_and_distance(heights: list[float], gap: float) -> None:
-    spread = picture._spread(heights, gap)
+    spread = memory_picture._spread(heights, gap)
     assert all(b - a >= gap * 0.999 for a, b in pairwise(spread))
     apart = all(b - a >= gap for a, b in pairwise(heights))
     if apart and heights[0] >= gap:
@@ -261,7 +267,7 @@ def test_labels_keep_their_order_and_distance(heights: list[float], gap: float) 
 
 
 def test_labels_that_share_a_place_are_spread_to_both_sides() -> None:
-    assert picture._spread([50, 50, 50, 90], 2) == [48, 50, 52, 90]
+    assert memory_picture._spread([50, 50, 50, 90], 2) == [48, 50, 52, 90]
 
 
 # Files
@@ -269,10 +275,10 @@ def test_labels_that_share_a_place_are_spread_to_both_sides() -> None:
 
 def test_the_three_files_are_written(tmp_path: Path) -> None:
     memory = tiny()
-    report.write(tmp_path, memory)
+    memory_files.write(tmp_path, memory)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["memory.json", "memory.md", "memory.png"]
     assert json.loads((tmp_path / "memory.json").read_text()) == memory
-    assert (tmp_path / "memory.md").read_text() == report.markdown(memory)
+    assert (tmp_path / "memory.md").read_text() == memory_files.markdown(memory)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

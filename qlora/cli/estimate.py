@@ -49,7 +49,7 @@ def estimate(
 def _print(found: "Estimate") -> None:
     from rich.console import Console
 
-    from qlora.memory.report import table
+    from qlora.report.memory_files import table
 
     console = Console(highlight=False)
     console.print(table(found.memory))

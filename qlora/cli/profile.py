@@ -25,7 +25,7 @@ def profile(
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
-    from qlora.memory.report import table, write
+    from qlora.report.memory_files import table, write
     from qlora.training.profile import profile as measured
 
     memory = measured(loaded, steps, terminal=not json_output)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora.memory.parts import PARTS
-from qlora.memory.size import three_digits, unit_for
+from qlora.recipe.sizes import three_digits, unit_for
 
 Method = Literal["lora", "full"]
 

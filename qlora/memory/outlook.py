@@ -14,12 +14,11 @@ from qlora.memory.advice import Advisor, Change
 from qlora.memory.architecture import Architecture, architecture
 from qlora.memory.forecast import forecast
 from qlora.memory.plan import Plan, changed, needed, plan, sized
-from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, assumed, of_run
 from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
 from qlora.recipe import Recipe
 from qlora.recipe.rules import LOCAL_FILE
-from qlora.recipe.sizes import parse_size
+from qlora.recipe.sizes import parse_size, unit_for
 
 
 @dataclass(frozen=True)

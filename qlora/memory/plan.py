@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from qlora.errors import OutOfMemoryError
 from qlora.memory.architecture import Architecture
 from qlora.memory.forecast import Forecast, forecast
-from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, resized
 from qlora.recipe import Recipe
+from qlora.recipe.sizes import unit_for
 
 DEQUANTIZATION_TOKENS = 300
 """tokens whose products cost as much as dequantizing the weights once: on an H100 2.5 bytes a weight at 3 TB/s

@@ -12,16 +12,15 @@ from torch import nn
 
 from qlora.data import Batches, Dataset, training_batches
 from qlora.errors import QloraError
-from qlora.memory import measure, report
+from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.architecture import architecture
 from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.plan import Plan, needed, plan
-from qlora.memory.size import unit_for
 from qlora.memory.workload import Workload, of_run
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
-from qlora.recipe.sizes import parse_size
+from qlora.recipe.sizes import parse_size, unit_for
 
 AUTO_SHARE = 0.95
 """of the free memory that `auto` takes: the rest is for what nobody forecast"""
@@ -82,8 +81,8 @@ class Outlook:
             measured=None if self.watch is None else self.watch.measured(),
         )
 
-    def write(self, folder: Path) -> Mapping[str, Any] | None:
-        """memory.json, memory.md and memory.png in `folder`; returns the content of the first.
+    def content(self, folder: Path) -> Mapping[str, Any] | None:
+        """The account for the memory.json of the run in `folder`; None without a forecast.
 
         A resumed run that no longer comes by the watched step keeps what was measured before.
         """
@@ -92,7 +91,6 @@ class Outlook:
             return None
         if content["measured"] is None:
             content["measured"] = _measured_before(folder)
-        report.write(folder, content)
         return content
 
 

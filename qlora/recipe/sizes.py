@@ -1,6 +1,7 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory: read as people write them, printed in GiB, or in MiB where a whole run is smaller than that."""
 
 import re
+from dataclasses import dataclass
 
 UNITS = {
     "": 1,
@@ -30,3 +31,45 @@ def parse_size(text: str) -> int:
     if not match or not unit or float(match[1]) <= 0:
         raise ValueError(f"{text!r} is no size of memory; write it as 24GiB, 80GB or 512MiB")
     return int(float(match[1]) * UNITS[unit])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of memory. A table, picture or page keeps to one, so that its numbers can be compared."""
+
+    name: str
+    unit_bytes: int
+
+    def number(self, size_bytes: int) -> str:
+        """The size with two decimals, for a column: `7.12`; `<0.01` where it would round to nothing.
+
+        >>> unit_for(2**33).number(7_645_041_787)
+        '7.12'
+        """
+        value = size_bytes / self.unit_bytes
+        return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}"
+
+    def text(self, size_bytes: int) -> str:
+        """The size with its unit, for a sentence: three digits that count.
+
+        >>> unit_for(2**33).text(7_645_041_787), unit_for(2**33).text(4_600_000)
+        ('7.12 GiB', '0.00428 GiB')
+        """
+        return f"{three_digits(size_bytes / self.unit_bytes)} {self.name}"
+
+
+def three_digits(value: float) -> str:
+    """A number of at least zero with three digits that count, never as a power: `12.6`, `0.0712`, `1,235`."""
+    if not value:
+        return "0"
+    if value < 1e-4:
+        return "<0.0001"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+MIB, GIB = Unit("MiB", 2**20), Unit("GiB", 2**30)
+
+
+def unit_for(size_bytes: int) -> Unit:
+    """GiB from 1 GiB on, else MiB."""
+    return GIB if size_bytes >= GIB.unit_bytes else MIB

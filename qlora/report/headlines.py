@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.memory.comparison import Comparison
-from qlora.memory.size import unit_for
 from qlora.recipe import Recipe
+from qlora.recipe.sizes import unit_for
 from qlora.report.history import History
+from qlora.report.memory_comparison import Comparison
 
 Json = Mapping[str, Any]
 

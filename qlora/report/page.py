@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError
-from qlora.memory.comparison import COLUMNS, Comparison
 from qlora.recipe import Recipe
 from qlora.report import history
 from qlora.report.curves import SIZE, charts
 from qlora.report.headlines import headlines
+from qlora.report.memory_comparison import COLUMNS, Comparison
 from qlora.report.samples import prompts
 from qlora.storage import atomic
 
@@ -83,15 +83,15 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows of memory.json."""
     from markupsafe import Markup
 
-    from qlora.memory import picture
+    from qlora.report import memory_picture
 
     comparison = Comparison(memory)
     return {
         "comparison": comparison,
         "columns": [*COLUMNS, "error"] if comparison.measured else COLUMNS[:-1],
         "remarks": memory["documents"]["remarks"],
-        "bars": Markup(picture.bars_svg(memory)),  # from matplotlib, which escapes what it is given
-        "timeline": Markup(picture.timeline_svg(memory)),
+        "bars": Markup(memory_picture.bars_svg(memory)),  # from matplotlib, which escapes what it is given
+        "timeline": Markup(memory_picture.timeline_svg(memory)),
     }
 
 

@@ -33,6 +33,7 @@ from qlora.objective.checks import check_head, check_packing, read_documents_if_
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer, learning_rate
 from qlora.recipe import Recipe
+from qlora.report import memory_files
 from qlora.report.page import write_page
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import accelerator_for, together
@@ -342,12 +343,14 @@ class Session:
         """Leave forecast, measurement and the documents' estimate in the run's folder."""
         if not self.accelerator.is_main_process:
             return
+        content = self.memory.content(self.run.path)
+        if content is None:
+            return
         try:
-            content = self.memory.write(self.run.path)
+            memory_files.write(self.run.path, content)
         except SaveError as error:
             tracker.note(f"no memory report: {error}")
-            return
-        if content is not None:
+        else:
             tracker.memory(content, self.run.path / "memory.png")
 
     def _tracker(self, terminal: bool) -> Tracker:

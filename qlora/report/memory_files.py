@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.memory.comparison import COLUMNS, Comparison, Row
-from qlora.memory.size import Unit
+from qlora.recipe.sizes import Unit
+from qlora.report.memory_comparison import COLUMNS, Comparison, Row
 from qlora.storage import atomic
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ def write(folder: Path, memory: Mapping[str, Any]) -> None:
     Raises:
         SaveError: one of them cannot be written.
     """
-    from qlora.memory import picture
+    from qlora.report import memory_picture
 
     atomic.write(folder / "memory.json", (json.dumps(memory) + "\n").encode())
     atomic.write(folder / "memory.md", markdown(memory).encode())
-    atomic.write(folder / "memory.png", picture.png(memory))
+    atomic.write(folder / "memory.png", memory_picture.png(memory))
 
 
 def markdown(memory: Mapping[str, Any]) -> str:

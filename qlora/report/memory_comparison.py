@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.memory.parts import PARTS
-from qlora.memory.size import Unit, unit_for
+from qlora.recipe.sizes import Unit, unit_for
 
 COLUMNS = ("documents: full", "documents: LoRA", "forecast", "measured")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora.memory.comparison import Comparison
 from qlora.memory.parts import PARTS
+from qlora.report.memory_comparison import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
