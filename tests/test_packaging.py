@@ -25,9 +25,8 @@ CALLED_DEEPLY = {
 }  # fmt: skip
 """Libraries whose minor releases have broken us, or can: they end at the next minor release."""
 
-SAFELY: dict[str, Any] = (
-    {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-)  # Python 3.11.4 and later
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""How an archive is unpacked: Python knows the filter from 3.11.4 on."""
 
 
 def others(lines: list[str]) -> list[Requirement]:
