@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora.ops import lora_linear
+from qlora.ops.dropout import Dropout
 from qlora.quantization import nf4
 
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -178,6 +179,16 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(dropout: float) -> N
     pairs = list(zip(gradients(True), gradients(False), strict=True))
     assert all(torch.equal(found, expected) for found, expected in pairs)
     assert all(expected.any() for _, expected in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 130, 361])
+def test_rows_that_fill_a_pass_up_leave_the_mask_of_the_others(rows: int, dtype: torch.dtype) -> None:
+    """So documents learn the same with dropout, whether or not a device fills its passes up."""
+    dropout, filled = Dropout(0.3, seed=5), torch.empty(-(-rows // 128) * 128, 48, dtype=dtype)
+    mask = dropout.mask(filled[:rows].clone())
+    assert not mask.all()
+    assert torch.equal(mask, dropout.mask(filled)[:rows])
 
 
 def test_the_weight_is_dequantized_once_a_pass_and_only_where_needed() -> None:

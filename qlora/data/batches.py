@@ -53,10 +53,9 @@ class Batch:
         return self.documents is None or all(row == (width,) for row in self.documents)
 
     def end_to_end(self, multiple: int = 1) -> tuple["Batch", tuple[int, ...]]:
-        """Lay the documents end to end in one row, without padding; also returns the tokens of each.
+        """Lay the documents end to end in one row, without padding; return it and the tokens of each document.
 
-        Where their tokens are not a multiple of `multiple`, one more document of token 0 fills the row up; nothing is
-        learned from it.
+        A last document of token 0 fills the row up to a multiple of `multiple` tokens. Nothing is learned from it.
         """
         rows = self.documents or ((self.input_ids.shape[1],),) * len(self.input_ids)
         ends = [sum(row) for row in rows]
@@ -149,14 +148,14 @@ class Batches:
         return self._split(sorted(chosen, key=lambda row: (-self._row_lengths[row], row)))
 
     def largest(self, steps: int, *, padded: bool) -> tuple[int, Batch]:
-        """Of the first `steps` steps the one with the largest micro-batch, and that micro-batch.
+        """Find the micro-batch with the most tokens in the first `steps` steps, and its step.
 
         `padded`: whether the padding of its rows counts.
         """
         return self._most(steps, lambda rows: self._tokens(rows, padded=padded))
 
     def densest(self, steps: int, *, padded: bool, enough: int) -> tuple[int, Batch]:
-        """The same of the micro-batch with the most supervised tokens; of those with `enough`, the largest."""
+        """Find the micro-batch with the most supervised tokens, and its step; with `enough` of them, tokens decide."""
 
         def density(rows: Sequence[int]) -> tuple[int, int]:
             supervised = sum(self._row_supervised[row] for row in rows)

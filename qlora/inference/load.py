@@ -61,9 +61,10 @@ def load_trained(
 
 
 def recipe_of(result: Path, changes: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
-    """The recipe beside a trained adapter or model, with `changes` (`section.key=value`): the only way to load by it.
+    """Read the recipe beside a trained adapter or model, with `changes` (`section.key=value`), to load a base by it.
 
-    The folder may come from a stranger, so its recipe is no consent to run the base's own code.
+    Nothing else reads such a recipe to load by it: the folder may come from a stranger, so its recipe is no consent to
+    run the base's own code.
 
     Raises:
         ModelError: the recipe would run such code, and `trust_remote_code` does not allow it.
@@ -106,7 +107,7 @@ def find_adapter(folder: Path) -> Path:
 def held_out_loss(trained: Trained) -> tuple[float, int]:
     """Mean loss (nats) per supervised token over the recipe's held-out rows, and how many tokens those are.
 
-    Computed as in training, in the same layers and attention: the very number that the run told.
+    The model gets the layers and the attention of training, so this is the very number that the run printed.
     """
     read_documents_if_apart(trained.model)
     if trained.recipe.adapter.method == "lora":

@@ -1,7 +1,7 @@
 """The passes over memory between the products, each in plain torch and as one launch of a Triton kernel.
 
 A pass writes into tensors that it is given. A GPU takes the kernel, once it is seen to agree there with the plain
-form (`choice`); every other device, and whoever sets QLORA_KERNELS=off, takes the plain form.
+form (`dispatch`); every other device, and whoever sets QLORA_KERNELS=off, takes the plain form.
 """
 
 from qlora.kernels.cross_entropy import loss_and_gradient

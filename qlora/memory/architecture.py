@@ -92,7 +92,7 @@ def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 
 def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
-    """Whether a run gives the model our attention over documents: it can take it, and asks it for nothing more."""
+    """Whether a run will give the model our attention over documents: the model asks its attention for nothing more."""
     if not reads_documents(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")

@@ -144,7 +144,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         checkpointed_layers=whole,
         checkpointed_mlps=mlps,
         loss_chunk=arch.loss_chunk(recipe),
-        host_bytes=_host_bytes(recipe, batch, arch, whole) if cuda else 0,
+        host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
         parameters=total if recipe.adapter.method == "full" else total - trained,
         trained_parameters=trained,
     )

@@ -61,7 +61,7 @@ def capacity_bytes(device: torch.device) -> int | None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection meanwhile, whose moment is chance: what is garbage already does not die in a step."""
+    """Switch garbage collection off meanwhile: it comes at a chance moment, and would free memory within a step."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -158,8 +158,7 @@ def _workload(recipe: Recipe, arch: Architecture) -> Workload:
     plain = changed(recipe, memory=None)
     batches = training_batches(dataset, plain)
     steps = recipe.training.total_steps(batches.steps_per_epoch)
-    chunk = arch.loss_chunk(recipe)
-    return of_run(plain, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
+    return of_run(plain, dataset, batches, steps, arch)
 
 
 def _tokenizer(base: Any) -> Any:

@@ -44,13 +44,12 @@ class Outlook:
         workload = None
         try:
             arch = architecture(recipe, cuda=cuda)
-            chunk = arch.loss_chunk(recipe)
-            workload = of_run(recipe, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
+            workload = of_run(recipe, dataset, batches, steps, arch)
             found = forecast(recipe, workload, arch, cuda=cuda)
         except QloraError:
             raise  # a recipe's mistake, which the run would find too
         except Exception as error:  # noqa: BLE001 - architectures of others fail in their own ways
-            workload = workload or of_run(recipe, dataset, batches, steps, padded=True, loss_chunk=0)
+            workload = workload or of_run(recipe, dataset, batches, steps, None)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
         return cls(recipe, workload, device, found, _told(found, device))
@@ -107,8 +106,7 @@ def budgeted(recipe: Recipe, dataset: Dataset, device: torch.device) -> Plan:
 
     def workload_of(changed: Recipe) -> Workload:
         batches = training_batches(dataset, changed)
-        steps, chunk = batches.steps_per_epoch, arch.loss_chunk(changed)
-        return of_run(changed, dataset, batches, steps, padded=arch.padded, loss_chunk=chunk)
+        return of_run(changed, dataset, batches, batches.steps_per_epoch, arch)
 
     return plan(recipe, arch, workload_of, limit, cuda=cuda)
 

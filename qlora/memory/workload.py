@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlora.data import IGNORE_INDEX, Batch, Batches, Dataset, held_out_batches
+from qlora.memory.architecture import Architecture
 from qlora.recipe import Recipe
 
 
@@ -25,12 +26,14 @@ class Workload:
 
 
 def of_run(
-    recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, *, padded: bool, loss_chunk: int
+    recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, arch: Architecture | None
 ) -> Workload:
-    """The largest micro-batches of a run's steps and of its evaluations.
+    """Find the largest micro-batches of a run's steps and of its evaluations.
 
-    `padded`: the model reads padding too. `loss_chunk`: supervised tokens that go through the head at a time.
+    Without an architecture, padding counts, and the densest micro-batch is not looked for.
     """
+    padded = arch is None or arch.padded
+    loss_chunk = 0 if arch is None else arch.loss_chunk(recipe)
     held_out = held_out_batches(dataset, recipe) if dataset.held_out else []
     step, train = batches.largest(steps, padded=padded)
     densest_step, densest = batches.densest(steps, padded=padded, enough=loss_chunk)

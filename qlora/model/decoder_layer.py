@@ -21,6 +21,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.adapter.methods.lora import LoRALinear
+from qlora.model.varlen_attention import asked
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linears
 from qlora.ops.mlp import gated_mlp
@@ -32,14 +33,9 @@ from qlora.quantization.nf4 import quant_state
 LIKE_LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """transformers' layers that compute what is written here"""
 
-
-COMPUTED_WITH = (
-    "attention_mask",
-    "position_embeddings",
-    "position_ids",
-    "document_lengths",
-    "document_ends",
-)
+COMPUTED_WITH = {
+    "attention_mask", "position_embeddings", "position_ids", "document_lengths", "document_ends",
+}  # fmt: skip
 """keywords of a layer's call that our passes read"""
 
 
@@ -54,8 +50,7 @@ class Recompute(Enum):
 class LlamaLayer(nn.Module):
     """One of transformers' Llama-like layers with our passes; its modules and their names stay the same.
 
-    original: the layer whose modules are used. It still runs where a call says more than our passes know, such as a
-    cache of keys and values.
+    original: the layer whose modules are used. It takes the calls that our passes do not know, as with a cache.
     recompute: what is not kept but computed again in the backward.
     checkpoint: calls a function of the layer's input, keeping that alone.
     """
@@ -78,8 +73,8 @@ class LlamaLayer(nn.Module):
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
         """hidden_states [B, T, H] -> [B, T, H].
 
-        `call`: the keywords that transformers' models pass to their layers. Where one is a cache, or anything else
-        that our passes do not compute with, the layer of transformers takes the whole call.
+        `call`: the keywords that a model of transformers passes to its layers. If our passes do not know one of them,
+        such as a cache, transformers' own layer takes the whole call.
         """
         if not _computes(call):
             return self.original(hidden_states, **call)
@@ -163,11 +158,8 @@ def quicken(model: nn.Module) -> nn.Module:
 
 
 def _computes(call: dict[str, Any]) -> bool:
-    """Whether our passes compute what a layer is called for: a keyword without a value asks for nothing."""
-    asked = {
-        name for name, value in call.items() if value is not None and (name, value) != ("use_cache", False)
-    }
-    return "position_embeddings" in asked and asked <= set(COMPUTED_WITH)
+    """Whether our passes compute all that a layer is called for."""
+    return {"position_embeddings"} <= asked(call) <= COMPUTED_WITH
 
 
 def _qualifies(layer: Any) -> bool:

@@ -6,6 +6,7 @@ GPU, one call a document elsewhere. Rows that are one document each come with no
 Passes without the word, such as generation, get transformers' SDPA as before.
 """
 
+from collections.abc import Mapping
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -28,7 +29,14 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).paramet
 
 
 NOTHING_ASKED = (("use_cache", False), ("output_attentions", False), ("is_causal", True))
-"""what models say to their attention that is so in any case"""
+"""keywords that ask for what is done in any case"""
+
+
+def asked(keywords: Mapping[str, Any]) -> set[str]:
+    """Name the keywords with which transformers asks a layer or its attention for something."""
+    return {
+        name for name, value in keywords.items() if value is not None and (name, value) not in NOTHING_ASKED
+    }
 
 
 def reads_documents(model: Any) -> bool:
@@ -120,10 +128,7 @@ def attend(
 
 def _check_nothing_is_lost(module: nn.Module, others: dict[str, Any]) -> None:
     """Raise ModelError where a model asks its attention for something that we would leave out, such as sinks."""
-    asked = {
-        name for name, value in others.items() if value is not None and (name, value) not in NOTHING_ASKED
-    }
-    if lost := asked - {"position_ids"}:  # the lengths say where documents begin
+    if lost := asked(others) - {"position_ids"}:  # the lengths say where documents begin
         raise ModelError(
             f"attention over documents does not know {', '.join(sorted(lost))}, which {type(module).__name__} asks for"
         )

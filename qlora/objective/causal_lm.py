@@ -14,9 +14,9 @@ from qlora.runtime.device import tokens_together
 def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The decoder's last hidden states [B, T, H], and for each position the token that it predicts [B, T].
 
-    A model that reads documents gets them end to end in one row, B = 1, unless the rows have no padding to lose; on
-    some devices filled up to a multiple of tokens, see `tokens_together`.
-    To others no attention mask is ever passed: padding stands on the right, where a causal model cannot look, and
+    A model that reads documents gets them end to end in one row, B = 1, unless the rows have no padding to lose. On
+    some devices one more document fills the row up (`tokens_together`).
+    Other models never get an attention mask: padding is on the right, where a causal model cannot look, and
     position ids that restart at 0 make transformers keep the documents of a packed row apart.
     """
     device = next(model.parameters()).device

@@ -53,11 +53,8 @@ def read_documents_if_apart(model: PreTrainedModel) -> None:
         apart = _kept_apart(model)[0]
     except torch.OutOfMemoryError:
         raise
-    except (
-        ModelError,
-        RuntimeError,
-    ):  # its attention wants more than ours gives: sinks, or a mask in any case
-        apart = False
+    except (ModelError, RuntimeError):
+        apart = False  # its attention wants more than ours gives: sinks, or a mask in any case
     if not apart:
         model.set_attn_implementation(before)
 

@@ -15,15 +15,17 @@ from qlora.recipe.reading import read
 from qlora.recipe.schema import Recipe
 
 RESULTS = (
-    "adapter_config.json", "qlora.json", "run.json", "result.json", "metrics.jsonl",
-    "checkpoints/step-*/manifest.json", "config.json+*.safetensors",
+    "adapter_config.json", "qlora.json", "run.json", "result.json", "metrics.jsonl", "checkpoints/step-*/manifest.json",
 )  # fmt: skip
-"""files (all of those joined by +) that make a folder, with all below it, one of an adapter, a run or a whole model"""
+"""files of which one shows that a folder, with all below it, holds an adapter or a run"""
+
+WHOLE_MODEL = ("config.json", "*.safetensors")
+"""files that together show that a folder, with all below it, holds a model"""
 
 RESULTS_HERE = ("config.json", "manifest.json", "adapter/adapter_config.json", "model/recipe.yaml")
-"""files that show the same of the very folder that a recipe lies in"""
+"""files of which one shows that the very folder of a recipe holds results"""
 
-MAX_LINKS = 40  # Linux follows no more
+MAX_LINKS = 40  # Linux does not follow more
 MAX_BYTES = 64 * 1024  # the longest shipped recipe is 1 KiB; parsing takes time in proportion
 
 
@@ -72,9 +74,15 @@ def _results_around(path: Path) -> Path | None:
     for file in _links(path):
         for folder in file.parents:
             names = RESULTS + RESULTS_HERE if folder == file.parent else RESULTS
-            if any(all(any(folder.glob(part)) for part in name.split("+")) for name in names):
+            if any(_holds(folder, name) for name in names) or all(
+                _holds(folder, name) for name in WHOLE_MODEL
+            ):
                 return folder
     return None
+
+
+def _holds(folder: Path, name: str) -> bool:
+    return any(folder.glob(name))
 
 
 def _links(path: Path) -> Iterator[Path]:

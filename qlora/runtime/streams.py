@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
@@ -14,11 +14,11 @@ GONE = (errno.EPIPE, errno.EIO)
 class Unbreakable:
     """A text file that can be written to whether or not somebody reads it.
 
-    `forgiven`: the errors that are passed over; all, if left out.
+    `whole`: what is written must all arrive where there is a reader, so that a full disk stays an error.
     """
 
-    def __init__(self, file: IO[str], forgiven: Collection[int] | None = None) -> None:
-        self._file, self._forgiven = file, forgiven
+    def __init__(self, file: IO[str], *, whole: bool = False) -> None:
+        self._file, self._whole = file, whole
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -41,7 +41,7 @@ class Unbreakable:
         except OSError as error:
             if error.errno in GONE:
                 _let_go(self._file)
-            elif self._forgiven is not None and error.errno not in self._forgiven:
+            elif self._whole:
                 raise
 
 
@@ -49,10 +49,10 @@ class Unbreakable:
 def unbreakable_output() -> Iterator[None]:
     """Keep a reader who goes away from ending this process or changing its exit code.
 
-    A full disk is another matter: on standard output it stays an error.
+    A full disk behind standard output stays an error.
     """
     before = sys.stdout, sys.stderr
-    output, errors = Unbreakable(sys.stdout, GONE), Unbreakable(sys.stderr)
+    output, errors = Unbreakable(sys.stdout, whole=True), Unbreakable(sys.stderr)
     sys.stdout, sys.stderr = cast(Any, output), cast(Any, errors)
     try:
         yield

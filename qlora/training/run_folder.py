@@ -174,8 +174,10 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
         atomic.sync(run.path.parent)
     # The old run, if there is one, ends with this file.
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "starting": True}))
-    replaced = [name for name in ("recipe.yaml",) if not (run.path / name).is_dir()]  # in one step, see below
-    folders.clear(run.path, [name for name in CONTENTS if name not in ("run.json", *replaced)])
+    kept = {"run.json", "recipe.yaml"}  # together they mark the folder as a run's, whatever else lies in it
+    if (run.path / "recipe.yaml").is_dir():  # nothing can take its place
+        kept.remove("recipe.yaml")
+    folders.clear(run.path, [name for name in CONTENTS if name not in kept])
     atomic.write(run.path / "recipe.yaml", recipe.to_yaml().encode())
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
 
@@ -246,7 +248,7 @@ def _named(content: Mapping[str, Any], source: Path) -> _Earlier:
     if not (isinstance(run_id, str) and run_id and isinstance(starting, bool)):
         raise ValueError("it names no run")
     if plan is not None and not _is_plan(plan):
-        raise ValueError("its plan is none that a memory budget comes to")
+        raise ValueError("its plan holds settings that training does not take")
     return _Earlier(run_id, plan, source, starting)
 
 
