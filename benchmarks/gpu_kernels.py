@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels import Pass, cross_entropy, gate, norm, rotary
+from qlora.kernels import FusedOp, cross_entropy, gate, norm, rotary
 from qlora.quantization import nf4
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY, CHUNK = 4096, 14336, 32, 128, 128256, 1024
 REPEATS = 30
 
 
-def passes(tokens: int) -> dict[Pass, tuple[Any, ...]]:
+def passes(tokens: int) -> dict[FusedOp, tuple[Any, ...]]:
     """Every pass with arguments of one layer, or of one piece of the loss."""
 
     def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

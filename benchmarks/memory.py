@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from qlora.memory.outlook import estimate
+from qlora.memory.estimate import estimate
 from qlora.recipe import Recipe
 
 MODELS = {"7B": "llama-7b", "13B": "llama-13b", "33B": "llama-33b", "65B": "llama-65b"}

@@ -20,7 +20,7 @@ from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.adapter.store import save_adapter
 from qlora.memory.measure import peak
 from qlora.merging.merge import merge
-from qlora.model.load import skeleton
+from qlora.model.load import meta_base
 from qlora.recipe import Base, Recipe
 from qlora.storage.safetensors_files import ShardWriter
 
@@ -59,14 +59,14 @@ def write_checkpoint(folder: Path, architecture: str, layers: int) -> int:
     for file in bundled.path("bundled/base").glob("tokenizer*"):
         shutil.copy(file, folder)
     with ShardWriter(folder, shard_bytes=2**28) as writer:
-        for name, parameter in skeleton(Base(model=str(folder))).model.named_parameters():
+        for name, parameter in meta_base(Base(model=str(folder))).model.named_parameters():
             writer.add(name, torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02))
     return writer.total_bytes
 
 
 def write_adapter(folder: Path, rank: int) -> None:
     """An adapter whose update is not zero, and the recipe that leads to its base."""
-    model = adapt(skeleton(Base(model=str(folder / "base"))).model, rank=rank, targets="all-linear")
+    model = adapt(meta_base(Base(model=str(folder / "base"))).model, rank=rank, targets="all-linear")
     for layer in lora_layers(model).values():
         for name in ("lora_a", "lora_b"):
             values = torch.empty(getattr(layer, name).shape, dtype=torch.bfloat16).normal_(0, 0.01)

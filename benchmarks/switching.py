@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora import bundled
 from qlora.adapter import Adapters, adapt, lora_layers, save_adapter
-from qlora.model.load import load_base, skeleton
+from qlora.model.load import load_base, meta_base
 from qlora.recipe import Base
 
 MiB = 2**20
@@ -42,7 +42,7 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
         base = Base(model=str(folder), init="synthetic", compute_dtype="bfloat16")
         for rank in arguments.ranks:
-            write_adapter(skeleton(base).model, rank, folder / f"rank{rank}")
+            write_adapter(meta_base(base).model, rank, folder / f"rank{rank}")
         model = load_base(base, arguments.device).eval()
         adapters, before = Adapters(model), fingerprint(model)
         print(

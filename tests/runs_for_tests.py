@@ -12,7 +12,7 @@ from qlora.adapter import lora_layers, save_adapter
 from qlora.adapter.identity import BaseIdentity
 from qlora.data import prompting
 from qlora.model.load import load_base, load_tokenizer
-from qlora.model.prepare import adapt_as
+from qlora.model.prepare import apply_adapter
 from qlora.recipe import Recipe
 
 
@@ -28,7 +28,7 @@ def update(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
 def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter: Any) -> Path:
     """The folder of a run of `recipe` that ended with an adapter of these settings."""
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
-    model = update(adapt_as(load_base(recipe.base), recipe), size, seed)
+    model = update(apply_adapter(load_base(recipe.base), recipe), size, seed)
     folder = Path(recipe.output) / "adapter"
     prompts = prompting(recipe.data, load_tokenizer(recipe.base))
     save_adapter(model, folder, base=replace(BaseIdentity.of(model), **prompts))

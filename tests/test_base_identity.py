@@ -161,8 +161,8 @@ def test_a_folder_may_look_like_an_id_of_the_hub(tmp_path: Path, monkeypatch: py
 
 def test_a_model_without_weights_yet_does_not_tell_how_they_are_quantized() -> None:
     with torch.device("meta"):
-        skeleton = nn.ModuleDict({"x": nf4.Linear4bit(64, 64)})
-    assert BaseIdentity.of(skeleton).quantization is None
+        meta_base = nn.ModuleDict({"x": nf4.Linear4bit(64, 64)})
+    assert BaseIdentity.of(meta_base).quantization is None
 
 
 def test_what_is_unknown_is_not_compared() -> None:

@@ -25,7 +25,7 @@ from qlora.adapter.methods.lora import adapt, lora_layers, trainable_parameters
 from qlora.data import Batch
 from qlora.memory.live import LiveBytes
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import LIKE_LLAMA, LlamaLayer, Recompute, quicken
+from qlora.model.decoder_layer import LIKE_LLAMA, LlamaLayer, Recompute, use_fused_layers
 from qlora.model.varlen_attention import read_documents
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate
@@ -85,7 +85,7 @@ def test_every_architecture_that_gets_our_layers_is_tried_here() -> None:
 def test_losses_and_gradients_are_those_of_transformers(config: PretrainedConfig, targets: Any) -> None:
     model = model_of(config, targets=targets)
     loss, grads = pass_over(model, batch_of())
-    ours = quicken(copy.deepcopy(model))
+    ours = use_fused_layers(copy.deepcopy(model))
     assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(ours))
     our_loss, our_grads = pass_over(ours, batch_of())
     # transformers normalises in fp32
@@ -101,7 +101,7 @@ def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dt
     exact = model_of(CONFIGS["qwen3"])
     expected = pass_over(exact, batch_of())[1]
     theirs = pass_over(copy.deepcopy(exact).to(dtype), batch_of())[1]
-    ours = pass_over(quicken(copy.deepcopy(exact).to(dtype)), batch_of())[1]
+    ours = pass_over(use_fused_layers(copy.deepcopy(exact).to(dtype)), batch_of())[1]
 
     def error(found: dict[str, Tensor]) -> float:
         return sum((found[n].double() - expected[n]).square().sum().item() for n in expected) ** 0.5
@@ -115,7 +115,7 @@ def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dt
 def test_recomputed_layers_give_the_same_bits(
     config: PretrainedConfig, dropout: float, layers: int, mlps: int
 ) -> None:
-    model = quicken(model_of(config, torch.float32, dropout=dropout))
+    model = use_fused_layers(model_of(config, torch.float32, dropout=dropout))
     loss, grads = pass_over(model, batch_of())
     checkpoint_layers(model, layers, mlps)
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_a_long_row_goes_through_the_mlp_in_pieces(
     dropout: float, layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same result, whatever is recomputed, and the wide tensors of one piece in memory at a time."""
-    model = quicken(model_of(CONFIGS["llama"], dropout=dropout))
+    model = use_fused_layers(model_of(CONFIGS["llama"], dropout=dropout))
     batch = batch_of(rows=2, length=60)
 
     def most_live() -> int:
@@ -154,12 +154,12 @@ def test_a_long_row_goes_through_the_mlp_in_pieces(
 def test_dropout_is_drawn_as_often_as_without_our_layers() -> None:
     model = model_of(CONFIGS["llama"], dropout=0.4)
     theirs = pass_over(model, batch_of())
-    ours = pass_over(quicken(model), batch_of())
+    ours = pass_over(use_fused_layers(model), batch_of())
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
 
 
 def test_a_recompute_leaves_out_the_last_product() -> None:
-    model = quicken(model_of(CONFIGS["llama"], torch.bfloat16))
+    model = use_fused_layers(model_of(CONFIGS["llama"], torch.bfloat16))
     batch = batch_of()
 
     def operations() -> int:
@@ -220,7 +220,7 @@ def test_what_is_kept_is_the_minimal_set() -> None:
     expected = batch.tokens * (2 * (values + ranks) + 4 * HEADS)  # attention's log-sum-exp is fp32
     cos_and_sin = 2 * positions[0].nbytes
     theirs = kept()
-    quicken(model)
+    use_fused_layers(model)
     assert theirs > 1.7 * kept(), "transformers' layer around the same linears"
     assert kept() == pytest.approx(expected + cos_and_sin, rel=0.02)
     model.model.layers[1].recompute = Recompute.MLP
@@ -233,7 +233,7 @@ def test_what_is_kept_is_the_minimal_set() -> None:
 def test_names_stay() -> None:
     model = model_of(CONFIGS["qwen3"], torch.float32)
     names = list(model.state_dict())
-    quicken(model)
+    use_fused_layers(model)
     assert list(model.state_dict()) == names
     assert len(lora_layers(model)) == 21
 
@@ -260,7 +260,7 @@ def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) ->
     model = talkative(config)
     expected = continuation(model)
     assert len(set(expected[10:])) > 3
-    quicken(model)
+    use_fused_layers(model)
     assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(model))
     assert continuation(model) == expected
     assert continuation(model.train()) == expected, "a model in training mode generates too"
@@ -269,7 +269,7 @@ def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) ->
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_cache_sees_every_token_in_every_layer(config: PretrainedConfig) -> None:
-    model = quicken(talkative(config))
+    model = use_fused_layers(talkative(config))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for ids in (torch.arange(5)[None], torch.tensor([[7]])):
@@ -283,7 +283,7 @@ def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
     config: PretrainedConfig, documents: tuple[tuple[int, ...], ...] | None
 ) -> None:
     """What the installed transformers passes in training: a keyword that is new or renamed is an error here."""
-    model = quicken(model_of(config, torch.float32))
+    model = use_fused_layers(model_of(config, torch.float32))
     read_documents(model)
     for layer in decoder_layers(model):
         layer.original.forward = None  # whoever calls it fails
@@ -295,7 +295,7 @@ def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
 @pytest.mark.parametrize("keyword", ["cache", "past_key_values", "renamed_again", "use_cache"])
 def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: str, training: bool) -> None:
     """With everything else that came: nothing is swallowed."""
-    model = quicken(model_of(CONFIGS["llama"], torch.float32)).train(training)
+    model = use_fused_layers(model_of(CONFIGS["llama"], torch.float32)).train(training)
     layer, calls = decoder_layers(model)[1], []
     assert isinstance(layer, LlamaLayer)
     hidden, value = torch.randn(1, 4, HIDDEN), object()
@@ -313,9 +313,9 @@ def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: 
 def test_layers_that_compute_something_else_stay() -> None:
     for change in ({"hidden_act": "gelu"}, {"num_hidden_layers": 1, "hidden_act": "relu"}):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | change)).requires_grad_(False)
-        assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(model)))
+        assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(use_fused_layers(model)))
     trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
-    assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(quicken(trained)))
+    assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(use_fused_layers(trained)))
 
 
 @pytest.mark.gpu
@@ -323,7 +323,7 @@ def test_layers_that_compute_something_else_stay() -> None:
 def test_a_step_on_a_gpu_is_the_same_with_kernels_and_without(
     layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = quicken(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).cuda()
+    model = use_fused_layers(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).cuda()
     checkpoint_layers(model, layers, mlps)
     loss, grads = pass_over(model, batch_of())
     monkeypatch.setenv("QLORA_KERNELS", "off")

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from qlora.kernels import cross_entropy, dispatch, gate, norm, rotary, triton_kernels
-from qlora.kernels.dispatch import Pass
+from qlora.kernels.dispatch import FusedOp
 from qlora.quantization import nf4
 from qlora.runtime.device import standing_for_cuda
 
@@ -73,7 +73,7 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", PASSES)
 def test_a_kernel_keeps_to_its_borders(name: str, dtype: torch.dtype) -> None:
     plain = PASSES[name]
-    other = Pass(plain.plain, plain.kernel, lambda device, dtype: CASES[name](dtype))
+    other = FusedOp(plain.plain, plain.kernel, lambda device, dtype: CASES[name](dtype))
     assert other.difference(torch.device(DEVICE), dtype) is None
 
 
@@ -131,7 +131,7 @@ def test_plain_forms_agree_with_autograd_in_fp64() -> None:
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_proven_kernel_takes_the_place_of_the_plain_form() -> None:
-    work = Pass(gate.SILU_PRODUCT.plain, "silu_product", gate.SILU_PRODUCT.example)
+    work = FusedOp(gate.SILU_PRODUCT.plain, "silu_product", gate.SILU_PRODUCT.example)
     x = random(torch.float32, 4, 40)
     out = torch.empty_like(x)
     work(x, x, out)  # proves it
@@ -143,7 +143,7 @@ def test_a_proven_kernel_takes_the_place_of_the_plain_form() -> None:
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("kernel", ["silu_product", "no_such_kernel"])
 def test_a_kernel_that_is_wrong_or_missing_is_told_once_and_not_used(kernel: str) -> None:
-    work = Pass(plus, kernel, gate.SILU_PRODUCT.example)
+    work = FusedOp(plus, kernel, gate.SILU_PRODUCT.example)
     x = random(torch.float32, 4, 40)
     out = torch.empty_like(x)
     with pytest.warns(UserWarning, match=f"the kernel {kernel} does not run on {DEVICE}.*QLORA_KERNELS=off"):
@@ -164,7 +164,7 @@ def test_a_kernel_that_fails_at_the_real_shapes_is_given_up(monkeypatch: pytest.
         plus(a, b, out)
 
     monkeypatch.setattr(triton_kernels, "plus", compiled_for_few_rows, raising=False)
-    work = Pass(plus, "plus", gate.SILU_PRODUCT.example)
+    work = FusedOp(plus, "plus", gate.SILU_PRODUCT.example)
     x = random(torch.float32, 101, 4)
     out = torch.empty_like(x)
     with pytest.warns(UserWarning, match="the kernel plus .*RuntimeError: out of resources"):
@@ -180,8 +180,8 @@ def test_an_exact_kernel_must_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) 
         triton_kernels, "plus", lambda a, b, out: out.copy_((a + b) * (1 + 1e-6)), raising=False
     )
     device, dtype = torch.device(DEVICE), torch.float32
-    assert Pass(plus, "plus", gate.SILU_PRODUCT.example).difference(device, dtype) is None
-    assert Pass(plus, "plus", gate.SILU_PRODUCT.example, exact=True).difference(device, dtype)
+    assert FusedOp(plus, "plus", gate.SILU_PRODUCT.example).difference(device, dtype) is None
+    assert FusedOp(plus, "plus", gate.SILU_PRODUCT.example, exact=True).difference(device, dtype)
     assert nf4.DEQUANTIZE.exact
 
 
@@ -190,7 +190,7 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(torch.float32, 2)
     out = torch.empty_like(x)
     with standing_for_cuda():
-        Pass(plus, "no_such_kernel", gate.SILU_PRODUCT.example)(x, x, out)
+        FusedOp(plus, "no_such_kernel", gate.SILU_PRODUCT.example)(x, x, out)
     assert torch.equal(out, x + x)
 
 

@@ -280,7 +280,7 @@ GIB = 2**30
 )
 def test_published_sizes(name: str, low: float, high: float) -> None:
     """One row of 512 tokens, as QLoRA's figure 6 has it: 6.9, 11.3, 24.7 and 45.0 GB."""
-    from qlora.memory.outlook import estimate
+    from qlora.memory.estimate import estimate
 
     overrides = ["training.micro_batch_size=1", "data.max_length=512", "training.device=auto"]
     found = estimate(Recipe.load(name, overrides))

@@ -12,10 +12,10 @@ from architectures_for_tests import recipe
 from qlora.data import load_dataset, training_batches
 from qlora.errors import ModelError, OutOfMemoryError
 from qlora.memory.architecture import architecture
+from qlora.memory.estimate import estimate
 from qlora.memory.forecast import forecast
-from qlora.memory.outlook import estimate
 from qlora.memory.plan import Plan, needed, plan, sized
-from qlora.memory.record import Outlook
+from qlora.memory.run_memory import RunMemory
 from qlora.memory.workload import assumed
 from qlora.model.load import load_tokenizer
 from qlora.recipe import Recipe
@@ -150,7 +150,7 @@ def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_p
 def test_a_resumed_run_keeps_its_plan(
     recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    import qlora.memory.record as record
+    import qlora.memory.run_memory as record
 
     file = recipe_file(training={"save_every": 2, "max_steps": 3, "memory": "auto"})
     train(Recipe.load(file), terminal=False)
@@ -239,7 +239,7 @@ def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_pa
             break
     else:
         raise AssertionError("no order tells the two apart")
-    run = Outlook.of(made, dataset, batches, 3, torch.device("cpu"))
+    run = RunMemory.of(made, dataset, batches, 3, torch.device("cpu"))
     assert run.forecast is not None
     assert run.workload.step == batches.largest(3, padded=False)[0]
     assert estimate(made).memory["forecast"]["total_bytes"] == run.forecast.total_bytes

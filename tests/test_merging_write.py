@@ -19,7 +19,7 @@ from qlora.data import Prompts, encode_prompt
 from qlora.errors import ModelError
 from qlora.inference.load import load_trained
 from qlora.merging.write import MergeSource, write_merged
-from qlora.model.load import load_base, skeleton
+from qlora.model.load import load_base, meta_base
 from qlora.quantization import nf4
 from qlora.recipe import Base, Data, Recipe
 from qlora.storage.safetensors_files import ShardReader, ShardWriter
@@ -252,7 +252,7 @@ def test_a_base_without_templates_keeps_none(recipe: Recipe, tmp_path: Path) -> 
 
 def test_the_skeleton_knows_what_loading_quantizes(tiny_llama: Path) -> None:
     base = Base(model=str(tiny_llama))
-    bones = skeleton(base)
+    bones = meta_base(base)
     live = load_base(base)
     assert bones.quantized == {name for name, module in live.named_modules() if nf4.is_nf4(module)}
     assert all(parameter.is_meta for parameter in bones.model.parameters())

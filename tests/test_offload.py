@@ -17,17 +17,17 @@ from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.memory import measure
 from qlora.memory.architecture import architecture
+from qlora.memory.estimate import estimate
 from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.live import LiveBytes
-from qlora.memory.outlook import estimate
 from qlora.memory.parts import PARTS
-from qlora.memory.record import _told
+from qlora.memory.run_memory import _told
 from qlora.memory.workload import assumed
 from qlora.model import offload
 from qlora.model.checkpointing import checkpoint_layers
-from qlora.model.decoder_layer import quicken
+from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
-from qlora.model.offload import HostEmbedding, Shelf
+from qlora.model.offload import ActivationOffloader, HostEmbedding
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.checks import check_head
 from qlora.objective.step import accumulate
@@ -46,7 +46,7 @@ def model_of(architecture: str, **settings: Any) -> nn.Module:
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return quicken(model).train()
+    return use_fused_layers(model).train()
 
 
 def batch_of(seed: int) -> Batch:
@@ -96,13 +96,13 @@ def test_inputs_leave_the_device_and_come_one_ahead(architecture: str) -> None:
 
 def test_what_no_backward_came_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     shelves = []
-    put = Shelf._put
+    put = ActivationOffloader._put
 
-    def noted(self: Shelf, tensor: Tensor) -> Any:
+    def noted(self: ActivationOffloader, tensor: Tensor) -> Any:
         shelves.append(self)
         return put(self, tensor)
 
-    monkeypatch.setattr(Shelf, "_put", noted)
+    monkeypatch.setattr(ActivationOffloader, "_put", noted)
     model = model_of("llama")
     checkpoint_layers(model, offload=True)
     loss = loss_sum(model, batch_of(1))

@@ -13,7 +13,7 @@ from qlora.errors import ModelError, QloraError, RecipeError, SaveError
 from qlora.recipe import Recipe
 from qlora.storage import atomic, folders
 from qlora.training import checkpoint
-from qlora.training.result import Outcome
+from qlora.training.result import TrainResult
 from qlora.training.run_folder import CONTENTS, RESULTS, claim, earlier_plan, finished
 
 SETTINGS: dict[str, Any] = {"base": {"model": "bundled/base"}, "data": {"source": "rows.jsonl"}}
@@ -170,9 +170,9 @@ def test_an_adapter_of_nobody_knows_which_run_is_not_cleared_by_resuming(run: Pa
     assert (run / "adapter").is_dir()
 
 
-def outcome(run: Path) -> Outcome | None:
+def outcome(run: Path) -> TrainResult | None:
     summary = finished(run)
-    return None if summary is None else Outcome.from_json(summary, run / "result.json")
+    return None if summary is None else TrainResult.from_json(summary, run / "result.json")
 
 
 def test_a_result_counts_for_its_own_run_only(run: Path) -> None:

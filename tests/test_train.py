@@ -20,7 +20,7 @@ from qlora.inference.load import held_out_loss, load_trained
 from qlora.recipe import Recipe
 from qlora.storage import folders
 from qlora.training import checkpoint
-from qlora.training.train import Outcome, Session, train
+from qlora.training.train import Session, TrainResult, train
 
 RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -39,9 +39,9 @@ LONG = {
 }
 
 
-def run(file: Path, *overrides: str, **kwargs: bool) -> Outcome:
+def run(file: Path, *overrides: str, **kwargs: bool) -> TrainResult:
     """A run without its forecast, which takes longer than the run does and changes nothing in it."""
-    with patch("qlora.memory.record.forecast", side_effect=RuntimeError("not asked for")):
+    with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
         return train(Recipe.load(file, overrides), terminal=False, **kwargs)
 
 

@@ -16,7 +16,7 @@ from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
 from qlora.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
-    from qlora.adapter.algebra.compose import Deviation
+    from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.tensors import Adapter
     from qlora.adapter.algebra.weights import Weights
 
@@ -143,7 +143,7 @@ def extract(
 
     tensors.require_free(to)
     tuned_folder = find_checkpoint(tuned)
-    companions = _recipe_of(tuned_folder, base, trust_remote_code)
+    extra_files = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)
     found = extracting.extract(
         Weights(tuned_folder),
@@ -156,7 +156,7 @@ def extract(
         device=device,
         progress=lambda names: track(names, "layers", console=console, disable=not console.is_terminal),
     )
-    made = replace(found.adapter, companions=companions)
+    made = replace(found.adapter, extra_files=extra_files)
     _save(made, to, found.deviations, per_layer, json_output, found.not_captured)
 
 
@@ -227,12 +227,12 @@ def _check_size(rank: int | None, energy: float | None, *, needed: bool) -> None
 
 def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":
     """The recipe that travels along is that of the first adapter, and says so."""
-    if "recipe.yaml" not in adapter.companions:
+    if "recipe.yaml" not in adapter.extra_files:
         return adapter
     made = " ".join(" ".join(["qlora adapter", command, *arguments]).split())
     note = f"# Made by `{made}`: this is the recipe of the first; its adapter section no longer holds\n"
     return replace(
-        adapter, companions={**adapter.companions, "recipe.yaml": note + adapter.companions["recipe.yaml"]}
+        adapter, extra_files={**adapter.extra_files, "recipe.yaml": note + adapter.extra_files["recipe.yaml"]}
     )
 
 
@@ -256,7 +256,7 @@ def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":
     if given is not None:
         return Weights(find_checkpoint(given))
     name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
-    made_up = re.search(r"^ +init: (random|synthetic)$", adapter.companions.get("recipe.yaml", ""), re.M)
+    made_up = re.search(r"^ +init: (random|synthetic)$", adapter.extra_files.get("recipe.yaml", ""), re.M)
     if isinstance(name, str) and not made_up:
         with suppress(ModelError):
             weights = Weights(find_checkpoint(name, revision))
@@ -267,7 +267,7 @@ def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":
 def _save(
     adapter: "Adapter",
     to: Path,
-    deviations: dict[str, "Deviation"],
+    deviations: dict[str, "ApproximationError"],
     per_layer: bool,
     json_output: bool,
     not_captured: dict[str, float | None] | None = None,
@@ -301,12 +301,12 @@ def _save(
     if not_captured:
         _print_not_captured(not_captured, deviations, per_layer)
     print(f"wrote  {to}  ({len(deviations)} layers, {written_bytes / MiB:.2f} MiB)")
-    if adapter.companions:
+    if adapter.extra_files:
         print(f"\nTry it:  qlora eval {to}")
 
 
 def _print_not_captured(
-    changed: Mapping[str, float | None], deviations: "Mapping[str, Deviation]", per_layer: bool
+    changed: Mapping[str, float | None], deviations: "Mapping[str, ApproximationError]", per_layer: bool
 ) -> None:
     """What changed in training and is no linear weight, and how much of all that changed it is."""
     norms = [norm for norm in changed.values() if norm is not None]

@@ -8,7 +8,7 @@ import typer
 from qlora.cli.arguments import Json, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
-    from qlora.memory.outlook import Estimate
+    from qlora.memory.estimate import Estimate
 
 Gpu = Annotated[
     str | None,
@@ -37,7 +37,7 @@ def estimate(
         capacity = None if gpu is None else parse_size(gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
-    from qlora.memory.outlook import estimate as of
+    from qlora.memory.estimate import estimate as of
 
     found = of(loaded, capacity)
     if json_output:

@@ -5,7 +5,7 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from qlora.adapter.algebra.compose import Deviation
+    from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.spectrum import Spectrum
 
 Value = TypeVar("Value")
@@ -23,7 +23,7 @@ def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Valu
     return groups
 
 
-def show_deviations(deviations: "Mapping[str, Deviation]", per_layer: bool) -> None:
+def show_deviations(deviations: "Mapping[str, ApproximationError]", per_layer: bool) -> None:
     """Ranks, and how far the stored updates are from those asked for."""
     from qlora.adapter.algebra.compose import relative_error
 

@@ -10,7 +10,7 @@ import typer
 from qlora.cli.arguments import Json, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
-    from qlora.training.result import Outcome
+    from qlora.training.result import TrainResult
 
 GiB = 2**30
 
@@ -47,7 +47,7 @@ def train(
         sys.exit(128 + outcome.stopped_by)
 
 
-def report(outcome: "Outcome") -> str:
+def report(outcome: "TrainResult") -> str:
     """What a user wants to know at the end: did it learn, what did it take, where is it."""
     lines = []
     if outcome.result is not None and outcome.loss_before is not None:

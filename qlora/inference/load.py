@@ -12,7 +12,7 @@ from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
 from qlora.data import held_out_batches, load_dataset, prompting
 from qlora.errors import ModelError
-from qlora.model.decoder_layer import quicken
+from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base, load_tokenizer
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import evaluate
@@ -111,7 +111,7 @@ def held_out_loss(trained: Trained) -> tuple[float, int]:
     """
     read_documents_if_apart(trained.model)
     if trained.recipe.adapter.method == "lora":
-        quicken(trained.model.requires_grad_(False))
+        use_fused_layers(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
     batches = held_out_batches(dataset, trained.recipe)
     total, tokens = evaluate(trained.model, batches)

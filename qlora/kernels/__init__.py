@@ -5,13 +5,13 @@ form (`dispatch`); every other device, and whoever sets QLORA_KERNELS=off, takes
 """
 
 from qlora.kernels.cross_entropy import loss_and_gradient
-from qlora.kernels.dispatch import Pass
+from qlora.kernels.dispatch import FusedOp
 from qlora.kernels.gate import silu_gradients, silu_product
 from qlora.kernels.norm import normalize, normalize_gradient
 from qlora.kernels.rotary import rotate
 
 __all__ = [
-    "Pass",
+    "FusedOp",
     "loss_and_gradient",
     "normalize",
     "normalize_gradient",

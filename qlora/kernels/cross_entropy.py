@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels.dispatch import Pass, numbers
+from qlora.kernels.dispatch import FusedOp, numbers
 
 
 def loss_and_gradient(
@@ -65,4 +65,4 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return logits, targets, 1.5, 0.7, logits, torch.empty_like(logits[:, 0].contiguous())
 
 
-LOSS = Pass(_loss, "loss", _example)
+LOSS = FusedOp(_loss, "loss", _example)

@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Of what a proof compares, relative to the largest number: rounding, and the order of sums."""
 
 
-class Pass:
+class FusedOp:
     """A pass over memory in two forms, which write into (some of) the tensors that they are given.
 
     plain: in torch. kernel: its name in `triton_kernels`. example: small arguments to compare the two on; their

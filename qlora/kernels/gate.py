@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels.dispatch import Pass, numbers
+from qlora.kernels.dispatch import FusedOp, numbers
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -36,5 +36,5 @@ def _example(device: torch.device, dtype: torch.dtype, tensors: int) -> tuple[An
     return tuple(numbers(device, dtype, 37, 520, seed=seed) for seed in range(tensors))
 
 
-SILU_PRODUCT = Pass(_silu_product, "silu_product", lambda device, dtype: _example(device, dtype, 3))
-SILU_GRADIENTS = Pass(_silu_gradients, "silu_gradients", lambda device, dtype: _example(device, dtype, 4))
+SILU_PRODUCT = FusedOp(_silu_product, "silu_product", lambda device, dtype: _example(device, dtype, 3))
+SILU_GRADIENTS = FusedOp(_silu_gradients, "silu_gradients", lambda device, dtype: _example(device, dtype, 4))

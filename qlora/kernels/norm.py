@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels.dispatch import Pass, numbers
+from qlora.kernels.dispatch import FusedOp, numbers
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,7 +59,7 @@ def _example(device: torch.device, dtype: torch.dtype, *, gradient: bool) -> tup
     return (first, second, weight, 1e-5, third) if gradient else (first, weight, 1e-5, second)
 
 
-NORMALIZE = Pass(_normalize, "normalize", lambda device, dtype: _example(device, dtype, gradient=False))
-NORMALIZE_GRADIENT = Pass(
+NORMALIZE = FusedOp(_normalize, "normalize", lambda device, dtype: _example(device, dtype, gradient=False))
+NORMALIZE_GRADIENT = FusedOp(
     _normalize_gradient, "normalize_gradient", lambda device, dtype: _example(device, dtype, gradient=True)
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels.dispatch import Pass, numbers
+from qlora.kernels.dispatch import FusedOp, numbers
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
@@ -33,4 +33,4 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return x, angles.cos().to(dtype), angles.sin().to(dtype), -1, torch.empty_like(x.contiguous())
 
 
-ROTATE = Pass(_rotate, "rotate", _example)
+ROTATE = FusedOp(_rotate, "rotate", _example)

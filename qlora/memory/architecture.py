@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.decoder_layer import LlamaLayer, Recompute, quicken
+from qlora.model.decoder_layer import LlamaLayer, Recompute, use_fused_layers
 from qlora.model.head import head_of
-from qlora.model.load import blueprint, compute_dtype, embedding_apart, load_config
-from qlora.model.prepare import adapt_as
+from qlora.model.load import compute_dtype, embedding_apart, load_config, meta_model
+from qlora.model.prepare import apply_adapter
 from qlora.model.varlen_attention import read_documents, reads_documents
 from qlora.objective.causal_lm import hidden_states
 from qlora.ops.cross_entropy import tokens_at_once
@@ -66,13 +66,13 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # a quantized checkpoint has the shapes of ours
     try:
-        model = blueprint(recipe.base, config, dtype_on(recipe, cuda))
+        model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
-    adapt_as(model, recipe)
+    apply_adapter(model, recipe)
     padded = not _takes_documents(recipe, config, model)
-    return Architecture(config, quicken(model), _alike(model, config), padded)
+    return Architecture(config, use_fused_layers(model), _alike(model, config), padded)
 
 
 def shortened(config: Any, layers: int) -> Any:
@@ -97,7 +97,7 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     try:
-        few = blueprint(recipe.base, shortened(config, 2), model.dtype)
+        few = meta_model(recipe.base, shortened(config, 2), model.dtype)
         read_documents(few)
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
     except ModelError:

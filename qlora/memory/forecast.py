@@ -24,13 +24,13 @@ from qlora.adapter.methods.lora import trainable_parameters
 from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
-from qlora.memory.faking import MetaKernels, as_packed, faked, keep_all_layers
+from qlora.memory.fake_tensors import MetaKernels, as_packed, faked, keep_all_layers
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.prepare import build, checkpointed, optimizer_of
+from qlora.model.prepare import build, build_optimizer, checkpointed
 from qlora.model.varlen_attention import read_documents
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate, evaluate
@@ -53,7 +53,7 @@ CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
 DEVICE_CONTEXT_BYTES = 550 * 10**6
 """CUDA context with torch's and bitsandbytes' kernels; assumed, not measured yet"""
 
-SLACK_OF_STANDING, SLACK_OF_PASSING = 0.006, 0.09
+FRAGMENTATION_STATIC, FRAGMENTATION_TRANSIENT = 0.006, 0.09
 """what torch's allocator reserves beyond what lives: gaps that the making of the model left, as a share of it, and
 those between the tensors of a layer in flight, as a share of these (`benchmarks/null_gpu`). What is saved for the
 backward lies close together"""
@@ -229,7 +229,7 @@ def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recip
     for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
         shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
         whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
-    return optimizer_of(whole, recipe)
+    return build_optimizer(whole, recipe)
 
 
 def _standing(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
@@ -261,7 +261,7 @@ def _beside_the_tensors(rows: Rows, *, offload: bool) -> Row:
         for parts in (_STANDING, (*_PASSING, "saved_activations") if offload else _PASSING)
     )
     row[_COLUMN["working_set"]] = CUBLAS_WORKSPACE_BYTES
-    row[_COLUMN["allocator_slack"]] = int(SLACK_OF_STANDING * standing + SLACK_OF_PASSING * passing)
+    row[_COLUMN["allocator_slack"]] = int(FRAGMENTATION_STATIC * standing + FRAGMENTATION_TRANSIENT * passing)
     row[_COLUMN["device_context"]] = DEVICE_CONTEXT_BYTES
     return row
 

@@ -76,10 +76,10 @@ class MergeSource:
         self.base, self.device = base, torch.device(device)
         self.folder = bases.checkpoint_folder(base)
         self.reader = ShardReader(self.folder)
-        skeleton = bases.skeleton(base)
-        self.prequantized = skeleton.prequantized
-        load_adapter(skeleton.model, adapter, any_base=any_base)
-        self.matrices = self._locate(skeleton)
+        meta_base = bases.meta_base(base)
+        self.prequantized = meta_base.prequantized
+        load_adapter(meta_base.model, adapter, any_base=any_base)
+        self.matrices = self._locate(meta_base)
         # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on
         statistics = {
             key for key in self.reader if key.rpartition(".weight.")[0] + ".weight" in self.matrices
@@ -153,11 +153,11 @@ class MergeSource:
             return nf4.quantize(weight, like.quant_state.blocksize, like.quant_state.nested)
         return nf4.quantize(weight, self.base.block_size, self.base.double_quant)
 
-    def _locate(self, skeleton: bases.Skeleton) -> dict[str, _Matrix]:
+    def _locate(self, meta_base: bases.MetaBase) -> dict[str, _Matrix]:
         """The matrices by their names in the files, which may lack, or have, the decoder's prefix."""
-        modules = dict(skeleton.model.named_modules())
-        prefix = f"{skeleton.model.base_model_prefix}."
-        quantized, prequantized = skeleton.quantized, skeleton.prequantized
+        modules = dict(meta_base.model.named_modules())
+        prefix = f"{meta_base.model.base_model_prefix}."
+        quantized, prequantized = meta_base.quantized, meta_base.prequantized
         found = {}
         for key in self.reader:
             stem = key.removesuffix(".weight")
@@ -166,7 +166,7 @@ class MergeSource:
                 continue
             module = modules[names[0]]
             lora = module if isinstance(module, LoRALinear) else None
-            transposed = names[0] in skeleton.transposed and not prequantized
+            transposed = names[0] in meta_base.transposed and not prequantized
             found[key] = _Matrix(names[0], lora, names[0] in quantized, transposed)
         reached = {matrix.name for matrix in found.values()}
         wanted = quantized | {name for name, module in modules.items() if isinstance(module, LoRALinear)}

@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.errors import ModelError
 from qlora.model.decoder_layer import LlamaLayer, Recompute
-from qlora.model.offload import Shelf
+from qlora.model.offload import ActivationOffloader
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | LlamaLayer]:
@@ -33,7 +33,7 @@ def checkpoint_layers(
             "and leave training.mlp_checkpointing out"
         )
     count = len(found) if layers is None else min(layers, len(found))
-    kept_by = Shelf().checkpoint if offload else partial(checkpoint, use_reentrant=False)
+    kept_by = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
     for index, layer in enumerate(found):
         alone = count <= index < count + mlps
         if isinstance(layer, LlamaLayer):

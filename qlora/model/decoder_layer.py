@@ -145,7 +145,7 @@ class LlamaLayer(nn.Module):
         return attended.flatten(2)
 
 
-def quicken(model: nn.Module) -> nn.Module:
+def use_fused_layers(model: nn.Module) -> nn.Module:
     """Put a LlamaLayer in the place of every layer it can stand for, in place; returns the model.
 
     A layer qualifies by its class, an MLP with SiLU, and norms and linears that are frozen.

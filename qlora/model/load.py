@@ -171,7 +171,7 @@ def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings().weight, device))
 
 
-def blueprint(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model without storage (on the meta device), nothing quantized: names, shapes and counts."""
     with _quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -224,7 +224,7 @@ def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: boo
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MetaBase:
     """A pretrained base without its weights."""
 
     model: PreTrainedModel
@@ -237,7 +237,7 @@ class Skeleton:
     """the checkpoint itself is in NF4"""
 
 
-def skeleton(base: Base) -> Skeleton:
+def meta_base(base: Base) -> MetaBase:
     """What `load_base` would load, from the configuration alone; also of a base that is left unquantized.
 
     Raises:
@@ -247,7 +247,7 @@ def skeleton(base: Base) -> Skeleton:
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         require_nf4(base, stored)
-    model = blueprint(base, config, torch.bfloat16)
+    model = meta_model(base, config, torch.bfloat16)
     with _quiet():
         quantizer = AutoHfQuantizer.from_config(
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
@@ -259,7 +259,7 @@ def skeleton(base: Base) -> Skeleton:
         model.set_submodule(name, linear)
     model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
     transposed = {name for name, module in found.items() if module.source_cls.__name__ == "Conv1D"}
-    return Skeleton(model, frozenset(found), frozenset(transposed), prequantized=stored is not None)
+    return MetaBase(model, frozenset(found), frozenset(transposed), prequantized=stored is not None)
 
 
 def checkpoint_folder(base: Base) -> Path:

@@ -46,10 +46,10 @@ class HostEmbedding(nn.Module):
         return sent.copy_(rows, non_blocking=True).view(*ids.shape, -1)
 
 
-class _Shelved:
+class _Offloaded:
     """The input of one layer: on the device until the next layer begins, and again once the one above runs backward."""
 
-    def __init__(self, tensor: Tensor, below: Callable[[], "_Shelved | None"]) -> None:
+    def __init__(self, tensor: Tensor, below: Callable[[], "_Offloaded | None"]) -> None:
         self._below, self._home = below, tensor.device
         self._device: Tensor | None = None  # while there is no copy yet: the host may have no memory for one
         with record_function(HOST):
@@ -82,35 +82,35 @@ class _Shelved:
         return tensor
 
 
-class Shelf:
+class ActivationOffloader:
     """Where the inputs of a model's recomputed layers lie between the passes; `checkpoint` puts them there."""
 
     def __init__(self) -> None:
-        self._last: Callable[[], _Shelved | None] = lambda: None
+        self._last: Callable[[], _Offloaded | None] = lambda: None
         """the newest, as long as anybody wants it back"""
 
     def checkpoint(self, layer: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
         """torch's checkpoint of `layer(hidden, *rest)`, whose `hidden` is in host memory until the backward."""
         wanted = {hidden.untyped_storage()._cdata}
 
-        def put(tensor: Tensor) -> Tensor | _Shelved:
+        def put(tensor: Tensor) -> Tensor | _Offloaded:
             storage = tensor.untyped_storage()._cdata
             if storage not in wanted:
                 return tensor
             wanted.remove(storage)  # once, should another argument share it
             return self._put(tensor)
 
-        def take(kept: Tensor | _Shelved) -> Tensor:
-            return kept.take() if isinstance(kept, _Shelved) else kept
+        def take(kept: Tensor | _Offloaded) -> Tensor:
+            return kept.take() if isinstance(kept, _Offloaded) else kept
 
         with saved_tensors_hooks(put, take):
             return checkpoint(layer, hidden, *rest, use_reentrant=False)
 
-    def _put(self, tensor: Tensor) -> _Shelved:
+    def _put(self, tensor: Tensor) -> _Offloaded:
         below = self._last
         if (before := below()) is not None:
             before.leave()
-        shelved = _Shelved(tensor.detach(), below)
+        shelved = _Offloaded(tensor.detach(), below)
         self._last = weakref.ref(shelved)
         return shelved
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.methods.lora import adapt, trainable_parameters
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import quicken
+from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
@@ -28,12 +28,12 @@ def build(
     >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """
     model = load_base(recipe.base, device, seed=recipe.training.seed, config=config)
-    adapt_as(model, recipe)
-    layers_as(model, recipe)
-    return model, optimizer_of(model, recipe)
+    apply_adapter(model, recipe)
+    apply_checkpointing(model, recipe)
+    return model, build_optimizer(model, recipe)
 
 
-def adapt_as(model: nn.Module, recipe: Recipe) -> nn.Module:
+def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Make trainable what the recipe's `adapter` section says: LoRA modules, or every weight."""
     adapter = recipe.adapter
     if adapter.method == "full":
@@ -62,16 +62,16 @@ def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
     return whole, min(mlps, layers - whole)
 
 
-def layers_as(model: nn.Module, recipe: Recipe) -> None:
+def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
     """Give layers that we know our own passes, and recompute what the recipe says."""
-    quicken(model)
+    use_fused_layers(model)
     if recipe.training.gradient_checkpointing or recipe.training.mlp_checkpointing:
         counts = checkpointed(recipe, len(decoder_layers(model)))
         on_gpu = on_cuda(next(model.parameters()))  # else the host's memory is what the layers compute in
         checkpoint_layers(model, *counts, offload=recipe.training.offload and on_gpu)
 
 
-def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer over everything trainable."""
     settings = recipe.optimizer
     return Optimizer(

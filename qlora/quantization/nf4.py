@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from qlora.errors import ModelError
-from qlora.kernels import Pass
+from qlora.kernels import FusedOp
 from qlora.runtime.bnb import Linear4bit, Params4bit, QuantState, create_dynamic_map, get_4bit_type
 from qlora.runtime.device import on_cuda
 
@@ -322,7 +322,7 @@ def _nested_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]
     return out, codes, state.absmax, inner.absmax, inner.code, state.offset, state.code, state.blocksize
 
 
-DEQUANTIZE = Pass(_dequantize_nested, "dequantize", _nested_example, exact=True)
+DEQUANTIZE = FusedOp(_dequantize_nested, "dequantize", _nested_example, exact=True)
 
 
 def _state(

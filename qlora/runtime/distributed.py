@@ -25,7 +25,7 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def together(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
+def broadcast_from_main(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
     """What the main process finds, in every process; its error too."""
     if accelerator.num_processes == 1:
         return find()

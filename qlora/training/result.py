@@ -10,7 +10,7 @@ from qlora.training.run_folder import damaged_result
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """The end of a run. Losses are nats per supervised held-out token; None without held-out rows."""
 
     run: Path

@@ -24,9 +24,9 @@ from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, 
 from qlora.errors import DivergedError, ModelError, SaveError
 from qlora.inference.generate import answer
 from qlora.memory import measure
+from qlora.memory.oom import out_of_memory_explained
 from qlora.memory.plan import changed
-from qlora.memory.record import Outlook, budgeted
-from qlora.memory.shortage import out_of_memory_explained
+from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.model.load import load_tokenizer
 from qlora.model.prepare import build
 from qlora.objective.checks import check_head, check_packing, read_documents_if_apart
@@ -36,16 +36,16 @@ from qlora.recipe import Recipe
 from qlora.report import memory_files
 from qlora.report.page import write_page
 from qlora.runtime.allocators import keep_freed_memory
-from qlora.runtime.distributed import accelerator_for, together
+from qlora.runtime.distributed import accelerator_for, broadcast_from_main
 from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.tracking import Sample, Tracker
 from qlora.training import checkpoint
-from qlora.training.result import Outcome
+from qlora.training.result import TrainResult
 from qlora.training.run_folder import RunFolder, check_output, claim, earlier_plan, finished
 
 
-def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> Outcome:
+def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> TrainResult:
     """Run a recipe to its end and return what came of it.
 
     Args:
@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
     check_output(recipe, path, resume=resume, fresh=fresh)
     with folders.lock(path) if accelerator.is_main_process else nullcontext():
         if resume and (summary := finished(path)) is not None:
-            return Outcome.from_json(summary, path / "result.json")
+            return TrainResult.from_json(summary, path / "result.json")
         with out_of_memory_explained(recipe):
             session = Session.prepare(recipe, accelerator, earlier_plan(path) if resume else None)
             # Only now, when all input has proved good, is an older run replaced.
@@ -85,7 +85,7 @@ class Session:
     batches: Batches
     model: nn.Module
     optimizer: Optimizer
-    memory: Outlook
+    memory: RunMemory
     plan: dict[str, Any] | None = None
     """what a memory budget came to: settings of `training`"""
     notes: list[str] = field(default_factory=list)
@@ -103,13 +103,15 @@ class Session:
         notes = []
         if recipe.training.memory is not None:
             if plan is None:
-                found = together(accelerator, lambda: budgeted(recipe, dataset, accelerator.device))
+                found = broadcast_from_main(
+                    accelerator, lambda: budgeted(recipe, dataset, accelerator.device)
+                )
                 notes, plan = [found.why], found.settings
             recipe = changed(recipe, memory=None, **plan)
         training = recipe.training
         batches = training_batches(dataset, recipe)
         steps = training.total_steps(batches.steps_per_epoch)
-        memory = Outlook.of(recipe, dataset, batches, steps, accelerator.device)
+        memory = RunMemory.of(recipe, dataset, batches, steps, accelerator.device)
 
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -136,7 +138,7 @@ class Session:
         """Optimizer steps of the whole run."""
         return self.recipe.training.total_steps(self.batches.steps_per_epoch)
 
-    def fit(self, *, terminal: bool = True) -> Outcome:
+    def fit(self, *, terminal: bool = True) -> TrainResult:
         """The loop: steps, evaluations, checkpoints, until the end or a signal."""
         training = self.recipe.training
         began = time.monotonic()
@@ -159,7 +161,7 @@ class Session:
 
             result = self.finish() if step == self.total_steps else None
             self.write_memory(tracker)
-            outcome = Outcome(
+            outcome = TrainResult(
                 run=self.run.path,
                 result=result,
                 steps=step,
@@ -382,7 +384,7 @@ def _record(
 
 def _claim_together(recipe: Recipe, path: Path, session: Session, *, resume: bool, fresh: bool) -> RunFolder:
     """The main process claims the folder; the others learn of it."""
-    return together(
+    return broadcast_from_main(
         session.accelerator, lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
     )
 

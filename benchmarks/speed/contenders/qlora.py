@@ -1,7 +1,7 @@
 """This package, by the functions that its own loop calls.
 
 The checkpoint is loaded with `load_base`, adapted with `adapt` (bf16 A and B, fp32 master copy in the optimizer),
-given our layers with `quicken`, and trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
+given our layers with `use_fused_layers`, and trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from qlora.adapter import adapt, trainable_parameters
 from qlora.data import Batch, Batches, Example
 from qlora.model import varlen_attention
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import quicken
+from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import accumulate
@@ -46,7 +46,7 @@ class Session:
         with torch.no_grad():
             for name, value in load_file(job.adapter).items():
                 self.parameters[name].copy_(value)
-        quicken(self.model)
+        use_fused_layers(self.model)
         if "ckpt" in job.flags:
             checkpoint_layers(self.model, offload=offload)
         elif "mlp" in job.flags:

@@ -22,7 +22,7 @@ from qlora.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Deviation:
+class ApproximationError:
     """What a layer stores beside what was asked: the Frobenius norms of that, and of the difference."""
 
     rank: int
@@ -35,12 +35,12 @@ class Deviation:
         return self.error / self.norm if self.norm else 0.0
 
     @classmethod
-    def between(cls, layer: Layer, asked: LowRank) -> "Deviation":
+    def between(cls, layer: Layer, asked: LowRank) -> "ApproximationError":
         """Of the layer as stored from the update that was asked for."""
         return cls(layer.rank, asked.norm(), (layer.update - asked).norm())
 
 
-def relative_error(deviations: Iterable[Deviation]) -> float:
+def relative_error(deviations: Iterable[ApproximationError]) -> float:
     """Of all layers together: the norm of all errors over the norm of all that was asked."""
     found = list(deviations)
     error, norm = math.hypot(*(d.error for d in found)), math.hypot(*(d.norm for d in found))
@@ -54,12 +54,12 @@ def compose(
     energy: float | None = None,
     dtype: torch.dtype = torch.float32,
     any_base: bool = False,
-) -> tuple[Adapter, dict[str, Deviation]]:
+) -> tuple[Adapter, dict[str, ApproximationError]]:
     """The weighted sum of the updates of adapters, and each layer's deviation from it as stored in `dtype`.
 
     A negative weight subtracts. Adapters may differ in ranks and layers. `rank` or `energy` (0-1) makes each
     layer the best approximation of that rank, or of the least rank that keeps that share of the squared
-    singular values. Config and companions are those of the first adapter.
+    singular values. Config and extra_files are those of the first adapter.
 
     Raises ModelError if the adapters name different bases (unless `any_base`), or a layer has other shapes
     in one than in another.
@@ -74,9 +74,9 @@ def compose(
         asked = reduce(add, terms)
         exact = rank is None and energy is None
         layers[name] = Layer.store(name, asked if exact else asked.nearest(rank, energy), dtype)
-        deviations[name] = Deviation.between(layers[name], asked)
+        deviations[name] = ApproximationError.between(layers[name], asked)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
-    return Adapter(config, layers, adapters[0].companions), deviations
+    return Adapter(config, layers, adapters[0].extra_files), deviations
 
 
 def compress(
@@ -85,7 +85,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Adapter, dict[str, Deviation]]:
+) -> tuple[Adapter, dict[str, ApproximationError]]:
     """The best approximation of an adapter of at most `rank`, or of the least that keeps `energy` (0-1).
 
     It is optimal layer by layer (Eckart and Young 1936). `dtype` None: the widest that the adapter has.
@@ -105,9 +105,9 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
             "weights, say so with --any-base"
         )
     identities = [
-        BaseIdentity.parse(adapter.companions[IDENTITY_FILE])
+        BaseIdentity.parse(adapter.extra_files[IDENTITY_FILE])
         for adapter in adapters
-        if IDENTITY_FILE in adapter.companions
+        if IDENTITY_FILE in adapter.extra_files
     ]
     for other in identities[1:]:
         if (difference := identities[0].difference(other)) is not None:

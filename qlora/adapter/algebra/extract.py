@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.algebra.compose import Deviation
+from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.low_rank import ROUNDING, LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.algebra.weights import Weights
@@ -45,7 +45,7 @@ class Extraction:
     """
 
     adapter: Adapter
-    deviations: dict[str, Deviation]
+    deviations: dict[str, ApproximationError]
     not_captured: dict[str, float | None]
 
 
@@ -83,7 +83,7 @@ def extract(
             continue
         layer = Layer.store(name, _nearest(difference, rank, energy, name), dtype)
         left = difference - layer.scaling * (layer.b.to(difference) @ layer.a.to(difference))
-        deviations[name] = Deviation(layer.rank, norm, _norm(left))
+        deviations[name] = ApproximationError(layer.rank, norm, _norm(left))
         layers[name] = Layer(layer.a.cpu(), layer.b.cpu(), layer.alpha, layer.scaling)
     if not layers:
         raise ModelError(

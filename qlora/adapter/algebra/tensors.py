@@ -74,13 +74,13 @@ class Layer:
 class Adapter:
     """An adapter without a model: its config, whose ranks and alphas stand in the layers, and its tensors.
 
-    config: the fields of adapter_config.json. layers: by name, in the file's order. companions: text files
+    config: the fields of adapter_config.json. layers: by name, in the file's order. extra_files: text files
     that travel along, by name.
     """
 
     config: Mapping[str, Any]
     layers: Mapping[str, Layer]
-    companions: Mapping[str, str] = field(default_factory=dict)
+    extra_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> str | None:
@@ -107,14 +107,14 @@ def read(path: str | Path) -> Adapter:
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, *pair, folder) for name, pair in pairs.items()}
     try:
-        companions = {
+        extra_files = {
             name: (folder / name).read_text(encoding="utf-8")
             for name in COMPANIONS
             if (folder / name).is_file()
         }
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {' and '.join(COMPANIONS)} cannot be read: {error}") from error
-    return Adapter(config, layers, companions)
+    return Adapter(config, layers, extra_files)
 
 
 def write(adapter: Adapter, path: str | Path) -> int:
@@ -132,7 +132,7 @@ def write(adapter: Adapter, path: str | Path) -> int:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
-        for name, text in {CONFIG_FILE: config, **adapter.companions}.items():
+        for name, text in {CONFIG_FILE: config, **adapter.extra_files}.items():
             (draft / name).write_text(text, encoding="utf-8")
         for file in draft.iterdir():
             sync(file)

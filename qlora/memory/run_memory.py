@@ -27,7 +27,7 @@ AUTO_SHARE = 0.95
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RunMemory:
     """What a run is forecast to take. `forecast` is None where the architecture defies one; `note` says why."""
 
     recipe: Recipe
@@ -54,7 +54,7 @@ class Outlook:
             return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
         return cls(recipe, workload, device, found, _told(found, device))
 
-    def watched(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "Outlook":
+    def watched(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
         """With a watch over the steps that have the run's largest micro-batches, or over all."""
         largest = {self.workload.step, self.workload.densest_step}
 
