@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from qlora import bundled
+from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.adapter.store import save_adapter
 from qlora.memory.measure import peak
@@ -66,7 +67,9 @@ def write_checkpoint(folder: Path, architecture: str, layers: int) -> int:
 
 def write_adapter(folder: Path, rank: int) -> None:
     """An adapter whose update is not zero, and the recipe that leads to its base."""
-    model = adapt(meta_base(Base(model=str(folder / "base"))).model, rank=rank, targets="all-linear")
+    model = adapt(
+        meta_base(Base(model=str(folder / "base"))).model, LoraSpec(rank=rank, targets="all-linear")
+    )
     for layer in lora_layers(model).values():
         for name in ("lora_a", "lora_b"):
             values = torch.empty(getattr(layer, name).shape, dtype=torch.bfloat16).normal_(0, 0.01)

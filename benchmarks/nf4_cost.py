@@ -53,7 +53,7 @@ def main() -> None:
         linears = [module for module in linears if hasattr(module, "in_features")]
         weights = sum(module.in_features * module.out_features for module in linears)
         stored = sum(weight_bytes(m) if is_nf4(m) else m.weight.nbytes for m in linears)
-        print(f"| {name} | {total.item() / tokens:.4f} | {stored / weights:.4f} |")
+        print(f"| {name} | {total.sum.item() / tokens:.4f} | {stored / weights:.4f} |")
     print(f"\n{tokens:,} tokens")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from qlora import bundled
-from qlora.adapter import Adapters, adapt, lora_layers, save_adapter
+from qlora.adapter import Adapters, LoraSpec, adapt, lora_layers, save_adapter
 from qlora.model.load import load_base, meta_base
 from qlora.recipe import Base
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 def write_adapter(model: nn.Module, rank: int, folder: Path) -> None:
     """A random adapter for all linear layers of a model on the meta device."""
-    adapt(model, rank=rank, targets="all-linear")
+    adapt(model, LoraSpec(rank=rank, targets="all-linear"))
     for layer in lora_layers(model).values():
         for name in ("lora_a", "lora_b"):
             values = torch.empty(getattr(layer, name).shape, dtype=torch.bfloat16).normal_(0, 0.01)

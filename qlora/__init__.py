@@ -12,10 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora.adapter.adapted_linear import trainable_parameters as trainable_parameters
+    from qlora.adapter.lora_spec import LoraSpec as LoraSpec
     from qlora.adapter.methods.lora import LoRALinear as LoRALinear
     from qlora.adapter.methods.lora import adapt as adapt
     from qlora.adapter.methods.lora import lora_layers as lora_layers
-    from qlora.adapter.methods.lora import trainable_parameters as trainable_parameters
     from qlora.adapter.store import load_adapter as load_adapter
     from qlora.adapter.store import save_adapter as save_adapter
     from qlora.adapter.switch import Adapters as Adapters
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapters": "qlora.adapter.switch",
     "LoRALinear": "qlora.adapter.methods.lora",
+    "LoraSpec": "qlora.adapter.lora_spec",
     "QloraError": "qlora.errors",
     "Recipe": "qlora.recipe",
     "adapt": "qlora.adapter.methods.lora",
@@ -43,7 +45,7 @@ _HOME = {
     "merge": "qlora.merging.merge",
     "save_adapter": "qlora.adapter.store",
     "train": "qlora.training.train",
-    "trainable_parameters": "qlora.adapter.methods.lora",
+    "trainable_parameters": "qlora.adapter.adapted_linear",
 }
 
 __all__ = sorted(_HOME)

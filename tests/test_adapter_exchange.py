@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora.adapter import LoRALinear, adapt, load_adapter, lora_layers, save_adapter, trainable_parameters
+from qlora.adapter import (
+    LoRALinear,
+    LoraSpec,
+    adapt,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+    trainable_parameters,
+)
 from qlora.adapter.config import HONOURED, INFORMATION, NEUTRAL, NOTHING, REFUSED
 from qlora.errors import ModelError
 from qlora.model.load import load_base
@@ -253,7 +261,7 @@ def test_gpt2_gives_peft_s_logits_and_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")  # PEFT warns of a fan_in_fan_out that does not fit the layers
 def test_gpt2_goes_to_peft(tmp_path: Path) -> None:
-    model = adapt(base(GPT2), rank=4, targets="attention", dtype=torch.float32)
+    model = adapt(base(GPT2), LoraSpec(rank=4, targets="attention", dtype=torch.float32))
     fill(model)
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["fan_in_fan_out"] is True
@@ -277,7 +285,7 @@ def test_what_the_layers_say_of_their_weights_is_believed(tmp_path: Path) -> Non
 
 def test_a_conv1d_alone() -> None:
     conv = Conv1D(5, 7)
-    layer = LoRALinear(conv, rank=2, alpha=3, dtype=torch.float64).double()
+    layer = LoRALinear(conv, LoraSpec(rank=2, alpha=3, dtype=torch.float64)).double()
     nn.init.normal_(layer.lora_b)
     x = torch.randn(2, 4, 7, dtype=torch.float64, requires_grad=True)
     update = layer.scaling * layer.lora_b @ layer.lora_a  # [out, in]

@@ -12,7 +12,7 @@ import torch
 from adapters_for_tests import CONFIG, TENSORS, updates, write_adapter
 from safetensors.torch import load_file, save_file
 
-from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
+from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.algebra.tensors import Layer, read, write
 from qlora.errors import ModelError, SaveError
 
@@ -50,7 +50,9 @@ def test_it_reads_what_a_model_saves_and_the_model_what_it_writes(tmp_path: Path
         torch.manual_seed(0)
         return torch.nn.ModuleDict({"up": torch.nn.Linear(4, 6), "down": torch.nn.Linear(6, 4)})
 
-    model = adapt(network(), targets="all-linear", rank_pattern={"up": 3}, alpha_pattern={"down": 5})
+    model = adapt(
+        network(), LoraSpec(targets="all-linear", rank_pattern={"up": 3}, alpha_pattern={"down": 5})
+    )
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_b)
     save_adapter(model, tmp_path / "run" / "adapter")

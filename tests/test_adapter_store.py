@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora.adapter import LoRALinear, adapt, load_adapter, lora_layers, save_adapter
+from qlora.adapter import LoRALinear, LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.errors import ModelError, SaveError
 
 CONFIG, TENSORS, IDENTITY = "adapter_config.json", "adapter_model.safetensors", "qlora.json"
@@ -26,9 +27,11 @@ def network() -> nn.Module:
     return nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(8, 3)})
 
 
-def trained(**settings: Any) -> nn.Module:
+def trained(seed: int = 0, **settings: Any) -> nn.Module:
     """An adapted network whose B are not zero."""
-    model = adapt(network(), **{"targets": ["up", "down"], "rank": 2, "alpha": 6, **settings})
+    model = adapt(
+        network(), LoraSpec(**{"targets": ["up", "down"], "rank": 2, "alpha": 6, **settings}), seed=seed
+    )
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_b)
     return model
@@ -127,13 +130,13 @@ def test_a_layer_whose_name_ends_another_s_is_not_mistaken_for_it(tmp_path: Path
         torch.manual_seed(0)
         return nn.ModuleDict({"up": nn.Linear(4, 4), "inner": nn.ModuleDict({"up": nn.Linear(4, 4)})})
 
-    only = adapt(make(), targets=["^up"], rank=2)
+    only = adapt(make(), LoraSpec(targets=["^up"], rank=2))
     save_adapter(only, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "up", (
         "a pattern for the whole name"
     )
     assert contents(load_adapter(make(), tmp_path)) == contents(only)
-    both = adapt(make(), targets=["up"], rank=2, rank_pattern={"^up": 3})
+    both = adapt(make(), LoraSpec(targets=["up"], rank=2, rank_pattern={"^up": 3}))
     save_adapter(both, tmp_path)
     assert contents(load_adapter(make(), tmp_path)) == contents(both)
 
@@ -170,7 +173,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tensors": (lambda f: (f / TENSORS).unlink(), "adapter_model.safetensors is missing"),
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
     "no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
-    "a list": (lambda f: (f / CONFIG).write_text("[]"), 'peft_type must be "LORA"'),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "not a JSON object"),
     "another method": (lambda f: edit(f, peft_type="IA3"), 'peft_type must be "LORA"'),
     "dora": (lambda f: edit(f, use_dora=True), "use_dora = true is not supported"),
     "bias": (lambda f: edit(f, bias="all"), 'bias = "all" is not supported'),
@@ -276,7 +279,7 @@ def test_a_pickle_is_refused_and_its_way_out_works(tmp_path: Path, monkeypatch: 
 
 
 def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no LoRA layer"):
+    with pytest.raises(ModelError, match="no adapter"):
         save_adapter(network(), tmp_path / "a")
     broken = trained()
     broken["blocks"][1]["up"].lora_b.data[0, 0] = torch.inf
@@ -284,14 +287,15 @@ def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
         save_adapter(broken, tmp_path / "b")
     mixed = nn.ModuleDict(
         {
-            x: LoRALinear(nn.Linear(4, 4), rank=4, scaling=s)
+            x: LoRALinear(nn.Linear(4, 4), LoraSpec(rank=4, scaling=s))
             for x, s in (("a", "alpha/rank"), ("b", "alpha/sqrt(rank)"))
         }
     )
     with pytest.raises(ModelError, match="PEFT cannot say that"):
         save_adapter(mixed, tmp_path / "c")
     mixed = trained(dropout=0.1)
-    mixed["blocks"][0]["up"].dropout = 0.2
+    layer = mixed["blocks"][0]["up"]
+    layer.spec = replace(layer.spec, dropout=0.2)
     with pytest.raises(ModelError, match="different dropout: PEFT cannot say that"):
         save_adapter(mixed, tmp_path / "d")
     assert not list(tmp_path.iterdir())

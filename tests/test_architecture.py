@@ -47,7 +47,7 @@ DOORS = {
     "pydantic": {"recipe"},
     "ruamel": {"recipe"},
     "datasets": {"data"},
-    "accelerate": {"runtime", "training"},
+    "accelerate": {"runtime"},
     "triton": {"kernels"},
     "typer": {"cli"},
     "matplotlib": {"report", "adapter"},

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
+from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
 from qlora.cli import app
 from qlora.data import prompting
@@ -23,7 +23,8 @@ from qlora.inference.load import load_trained
 from qlora.model.load import load_base, load_tokenizer
 from qlora.quantization import nf4
 from qlora.recipe import Base, Data, Recipe
-from qlora.training.train import Session, train
+from qlora.training import train as loop
+from qlora.training.train import train
 
 
 def section(model: Path | str, **settings: Any) -> Base:
@@ -32,7 +33,7 @@ def section(model: Path | str, **settings: Any) -> Base:
 
 def saved(base: nn.Module, folder: Path) -> BaseIdentity:
     """An adapter on `base`, and what it remembers of it."""
-    save_adapter(adapt(base, rank=2), folder)
+    save_adapter(adapt(base, LoraSpec(rank=2)), folder)
     found = BaseIdentity.read(folder)
     assert found is not None
     return found
@@ -121,7 +122,7 @@ def network() -> nn.Module:
 
 
 def test_a_network_that_nobody_knows_takes_any_adapter(tmp_path: Path) -> None:
-    save_adapter(adapt(network(), targets=["up"], rank=2), tmp_path)
+    save_adapter(adapt(network(), LoraSpec(targets=["up"], rank=2)), tmp_path)
     assert BaseIdentity.read(tmp_path) == BaseIdentity(quantization="none")
     load_adapter(network(), tmp_path)
 
@@ -140,7 +141,7 @@ def test_a_network_that_nobody_knows_takes_any_adapter(tmp_path: Path) -> None:
 def test_adapters_of_peft_are_known_by_names(
     tmp_path: Path, trained_on: str, used_on: str | None, refused: bool
 ) -> None:
-    save_adapter(adapt(network(), targets=["up"], rank=2), tmp_path, base_model=trained_on)
+    save_adapter(adapt(network(), LoraSpec(targets=["up"], rank=2)), tmp_path, base_model=trained_on)
     (tmp_path / "qlora.json").unlink()
     known = BaseIdentity(used_on)
     if refused:
@@ -265,7 +266,7 @@ def test_a_run_is_not_resumed_on_another_base(
 ) -> None:
     file = recipe_file(base={"model": str(copy)}, training={"max_steps": 2, "save_every": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "finish", lambda self: (_ for _ in ()).throw(InterruptedError))
+        patch.setattr(loop, "write_result", lambda *_: (_ for _ in ()).throw(InterruptedError))
         with pytest.raises(InterruptedError):
             train(Recipe.load(file), terminal=False)
     change(copy, "model.norm.weight", by=0.5)

@@ -21,7 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora.adapter.methods.lora import adapt, lora_layers, trainable_parameters
+from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.data import Batch
 from qlora.memory.live import LiveBytes
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
@@ -56,7 +58,7 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **set
     """An adapted model whose norms, biases and B are not what they are made as."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    adapt(model, **{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings)
+    adapt(model, LoraSpec(**{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or name.endswith("lora_b"):
@@ -71,7 +73,7 @@ def batch_of(rows: int = 2, length: int = 12) -> Batch:
 
 def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = accumulate(model, [batch], seed=3, step=0)
+    loss = accumulate(model, [batch], seed=3, step=0).sum
     return loss, {name: p.grad for name, p in trainable_parameters(model).items()}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.adapter import LoRALinear, adapt, lora_parameter_count, trainable_parameters
+from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_parameter_count, trainable_parameters
 
 Matrix = list[list[Fraction]]
 
@@ -69,7 +69,7 @@ def test_our_layer_computes_the_numerical_example() -> None:
     """The layer is for column vectors: its weight is W^T, its A is the note's B^T, its B the note's A^T."""
     linear = nn.Linear(4, 4, bias=False, dtype=torch.float64)
     linear.weight.data = tensor(transposed(W))
-    layer = LoRALinear(linear, rank=2, dtype=torch.float64)
+    layer = LoRALinear(linear, LoraSpec(rank=2, dtype=torch.float64))
     layer.lora_a.data, layer.lora_b.data = tensor(transposed(B)), tensor(transposed(A))
     loss = (layer(tensor(X)) - tensor(TARGET)).square().sum() / 2
     loss.backward()
@@ -96,7 +96,7 @@ def test_the_counts_of_the_documents() -> None:
     ("out_features", "in_features", "count"), [(4096, 4096, 65_536), (5_000, 10_000, 120_000)]
 )
 def test_a_layer_has_the_parameters_it_counts(out_features: int, in_features: int, count: int) -> None:
-    layer = LoRALinear(nn.Linear(in_features, out_features, device="meta"), rank=8)
+    layer = LoRALinear(nn.Linear(in_features, out_features, device="meta"), LoraSpec(rank=8))
     assert sum(p.numel() for p in trainable_parameters(layer).values()) == count
 
 
@@ -131,5 +131,5 @@ def test_trainable_parameters_of_the_llamas(
     for (targets, rank), expected in closed_form.items():
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
-        adapt(model, targets=targets, rank=rank)
+        adapt(model, LoraSpec(targets=targets, rank=rank))
         assert sum(p.numel() for p in trainable_parameters(model).values()) == expected

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from qlora.adapter import LoRALinear, adapt, lora_layers, save_adapter, trainable_parameters
+from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter, trainable_parameters
 from qlora.errors import ModelError
 from qlora.quantization import nf4
 
@@ -72,7 +72,7 @@ def test_at_step_0_the_output_equals_the_base_exactly(base: PreTrainedModel, dty
     expected = base(input_ids=ids()).logits
     for name, tensor in base.named_parameters():
         assert tensor.dtype in (dtype, torch.uint8), name
-    adapt(base, targets="all-linear", rank=4, dropout=0.1)
+    adapt(base, LoraSpec(targets="all-linear", rank=4, dropout=0.1))
     assert torch.equal(base(input_ids=ids()).logits, expected)
 
 
@@ -86,7 +86,7 @@ def test_at_step_0_one_layer_equals_its_base_exactly(quantized: bool, biased: bo
 
 
 def test_all_adapters_and_nothing_else_train(base: PreTrainedModel) -> None:
-    adapt(base, targets="all-linear", rank=4)
+    adapt(base, LoraSpec(targets="all-linear", rank=4))
     adapters = {f"{name}.{which}" for name in lora_layers(base) for which in ("lora_a", "lora_b")}
     assert len(adapters) == 2 * 7 * 2
     assert set(trainable_parameters(base)) == adapters
@@ -98,7 +98,7 @@ def test_all_adapters_and_nothing_else_train(base: PreTrainedModel) -> None:
 
 def test_the_bytes_of_the_base_do_not_change_in_training(base: PreTrainedModel) -> None:
     before = fingerprint(base)
-    adapt(base, targets="attention", rank=4)
+    adapt(base, LoraSpec(targets="attention", rank=4))
     train(base, 3)
     base.eval()
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_the_bytes_of_the_base_do_not_change_in_training(base: PreTrainedModel) 
 
 def test_evaluation_between_training_steps_changes_no_gradient(base: PreTrainedModel) -> None:
     """TRAP: bitsandbytes' forward in eval mode silently cuts the base out of every later gradient."""
-    adapt(base, targets=["q_proj", "down_proj"], rank=4)
+    adapt(base, LoraSpec(targets=["q_proj", "down_proj"], rank=4))
     train(base, 1)
     before = gradients(base, seed=5)
     assert len(before) == 2 * 2 * 2
@@ -128,7 +128,7 @@ def test_no_code_path_calls_the_forward_of_bitsandbytes(
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", refuse)
     with pytest.raises(AssertionError, match="was called"):
         base(input_ids=ids())
-    adapt(base, targets=["q_proj"], rank=4)  # the others stay plain 4-bit linears
+    adapt(base, LoraSpec(targets=["q_proj"], rank=4))  # the others stay plain 4-bit linears
     train(base, 1)
     base.eval()
     base.generate(ids()[:, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
@@ -138,7 +138,9 @@ def test_no_code_path_calls_the_forward_of_bitsandbytes(
 @pytest.mark.parametrize("shape", [(64, 64), (33, 45), (7, 160), (100, 96)])
 def test_a_layer_agrees_with_fp64_over_the_dequantized_weight(shape: tuple[int, int]) -> None:
     weight = nf4.quantize(torch.randn(shape))
-    layer = LoRALinear(nf4.NF4Linear(weight, torch.randn(shape[0])), rank=3, alpha=6, dtype=torch.float32)
+    layer = LoRALinear(
+        nf4.NF4Linear(weight, torch.randn(shape[0])), LoraSpec(rank=3, alpha=6, dtype=torch.float32)
+    )
     nn.init.normal_(layer.lora_b)
     x = torch.randn(5, shape[1], requires_grad=True)
     y = layer(x)
@@ -153,7 +155,7 @@ def test_a_layer_agrees_with_fp64_over_the_dequantized_weight(shape: tuple[int, 
 
 
 def test_checkpointing_a_model_with_dropout_changes_no_bit(base: PreTrainedModel) -> None:
-    adapt(base, targets="all-linear", rank=4, dropout=0.3)
+    adapt(base, LoraSpec(targets="all-linear", rank=4, dropout=0.3))
     train(base, 1)
     torch.manual_seed(3)
     expected = gradients(base)
@@ -170,21 +172,21 @@ def test_checkpointing_a_model_with_dropout_changes_no_bit(base: PreTrainedModel
 
 @pytest.mark.parametrize(("scaling", "expected"), [("alpha/rank", 2.0), ("alpha/sqrt(rank)", 4.0)])
 def test_the_update_is_scaled(scaling: str, expected: float) -> None:
-    layer = LoRALinear(nn.Linear(6, 5), rank=4, alpha=8, scaling=scaling, dtype=torch.float32)
+    layer = LoRALinear(nn.Linear(6, 5), LoraSpec(rank=4, alpha=8, scaling=scaling, dtype=torch.float32))
     assert layer.scaling == expected
     nn.init.ones_(layer.lora_b)
     x = torch.randn(3, 6)
     update = layer(x) - layer.base(x)
     torch.testing.assert_close(update, expected * x @ (layer.lora_b @ layer.lora_a).T)
-    assert LoRALinear(nn.Linear(6, 5), rank=16).scaling == 1
+    assert LoRALinear(nn.Linear(6, 5), LoraSpec(rank=16)).scaling == 1
 
 
 def test_a_is_random_as_the_documents_say_and_b_is_zero() -> None:
     linear = nn.Linear(1024, 512)
-    kaiming = LoRALinear(linear, rank=16, dtype=torch.float32)
+    kaiming = LoRALinear(linear, LoraSpec(rank=16, dtype=torch.float32))
     assert kaiming.lora_a.abs().max() <= 1 / math.sqrt(1024)
     assert kaiming.lora_a.std().item() == pytest.approx(1 / math.sqrt(3 * 1024), rel=0.03)
-    gaussian = LoRALinear(linear, rank=16, init="gaussian", dtype=torch.float32)
+    gaussian = LoRALinear(linear, LoraSpec(rank=16, init="gaussian", dtype=torch.float32))
     assert gaussian.lora_a.std().item() == pytest.approx(1 / 16, rel=0.03)
     for layer in (kaiming, gaussian):
         assert layer.lora_a.shape == (16, 1024)
@@ -196,7 +198,7 @@ def test_a_is_random_as_the_documents_say_and_b_is_zero() -> None:
 def test_the_first_numbers_depend_on_seed_and_name_alone(tiny_llama: Path) -> None:
     def a(targets: str, seed: int, layer: int = 0) -> Tensor:
         torch.rand(seed + len(targets))  # the global generator has no part in it
-        model = adapt(LlamaForCausalLM.from_pretrained(tiny_llama), targets=targets, seed=seed)
+        model = adapt(LlamaForCausalLM.from_pretrained(tiny_llama), LoraSpec(targets=targets), seed=seed)
         return lora_layers(model)[f"model.layers.{layer}.self_attn.q_proj"].lora_a
 
     assert torch.equal(a("attention", 1), a("all-linear", 1))
@@ -207,11 +209,13 @@ def test_the_first_numbers_depend_on_seed_and_name_alone(tiny_llama: Path) -> No
 def test_patterns_override_rank_and_alpha(base: PreTrainedModel) -> None:
     adapt(
         base,
-        rank=4,
-        alpha=8,
-        targets="attention",
-        rank_pattern={"q_proj": 2, r"layers\.1\..*": 16},
-        alpha_pattern={"k_proj": 32},
+        LoraSpec(
+            rank=4,
+            alpha=8,
+            targets="attention",
+            rank_pattern={"q_proj": 2, r"layers\.1\..*": 16},
+            alpha_pattern={"k_proj": 32},
+        ),
     )
     found = {name.removeprefix("model.layers."): (m.rank, m.alpha) for name, m in lora_layers(base).items()}
     assert found["0.self_attn.q_proj"] == found["1.self_attn.q_proj"] == (2, 8), "the first match counts"
@@ -219,7 +223,10 @@ def test_patterns_override_rank_and_alpha(base: PreTrainedModel) -> None:
     assert found["1.self_attn.k_proj"] == (16, 32)
     assert found["0.self_attn.v_proj"] == (4, 8)
     with pytest.raises(ModelError, match='"proj" matches no targeted layer'):  # nor half a name
-        adapt(nn.ModuleDict({"q_proj": nn.Linear(2, 2)}), targets="attention", rank_pattern={"proj": 2})
+        adapt(
+            nn.ModuleDict({"q_proj": nn.Linear(2, 2)}),
+            LoraSpec(targets="attention", rank_pattern={"proj": 2}),
+        )
 
 
 class Shared(nn.Module):
@@ -249,7 +256,7 @@ def test_any_network_with_linear_layers_can_be_adapted(name: str) -> None:
     x = torch.randn(3, 8, 8)
     network(x)
     expected = network.requires_grad_(False)(x)  # frozen first: torch's attention then takes another path
-    adapt(network, targets="all-linear", rank=2, dtype=torch.float32)
+    adapt(network, LoraSpec(targets="all-linear", rank=2, dtype=torch.float32))
     torch.testing.assert_close(network(x), expected, rtol=0, atol=0)
     network(x).square().sum().backward()
     for layer in lora_layers(network).values():
@@ -287,12 +294,12 @@ def test_code_that_reads_the_weight_past_the_layer_is_told() -> None:
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        adapt(nn.Sequential(nn.Linear(4, 4)), targets="all-linear", **arguments)
+        adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="all-linear", **arguments))
 
 
 def test_what_cannot_be_wrapped_is_refused() -> None:
     with pytest.raises(ModelError, match="not Conv1d"):
         LoRALinear(nn.Conv1d(1, 1, 1))
-    model = adapt(nn.Sequential(nn.Linear(4, 4)), targets="all-linear")
-    with pytest.raises(ModelError, match="has LoRA layers already"):
-        adapt(model, targets="all-linear")
+    model = adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="all-linear"))
+    with pytest.raises(ModelError, match="has an adapter already"):
+        adapt(model, LoraSpec(targets="all-linear"))

@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora.ops import lora_linear
-from qlora.ops.dropout import Dropout
+from qlora import ops
+from qlora.ops.dropout import Dropout, draw
+from qlora.ops.products import Linear, Update
 from qlora.quantization import nf4
 
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -48,6 +49,22 @@ def case(
         "lora_a": torch.randn(rank, in_features, dtype=dtype).requires_grad_(),
         "lora_b": torch.randn(out_features, rank, dtype=dtype).requires_grad_(),
     }
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    quant_state: Any,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """The operation with a mask that is drawn for this call."""
+    mask = draw(dropout if training else 0.0)
+    return ops.lora_linear(x, Linear(weight, quant_state, bias, scaling, mask), Update(lora_a, lora_b))
 
 
 def dense(arguments: dict[str, Any]) -> Tensor:

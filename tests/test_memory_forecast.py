@@ -22,6 +22,7 @@ from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.parts import PARTS
 from qlora.memory.workload import Workload, assumed
 from qlora.model.prepare import build
+from qlora.objective import objective_of
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim.methods import METHODS
@@ -40,15 +41,15 @@ def measured(recipe: Recipe, workload: Workload) -> Trace:
     """A real step and a real evaluation, counted."""
     model, optimizer = build(recipe, "cpu")
     read_documents_if_apart(model)
-    chunk = recipe.training.loss_chunk
+    objective = objective_of(recipe)
     with LiveBytes(inventory(model, optimizer)) as live:
         optimizer.zero_grad()
-        accumulate(model, [workload.train], seed=0, step=0, loss_chunk=chunk)
+        accumulate(model, [workload.train], objective, seed=0, step=0)
         with record_function("update"):
             optimizer.clip(0.3)
             optimizer.step(1e-4)
         if workload.evaluation is not None:
-            evaluate(model, [workload.evaluation], loss_chunk=chunk)
+            evaluate(model, [workload.evaluation], objective)
     return live.trace()
 
 

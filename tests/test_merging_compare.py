@@ -10,7 +10,7 @@ from runs_for_tests import update
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.adapter import adapt
+from qlora.adapter import LoraSpec, adapt
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.merging.compare import MATTERS, Judgement, choose, judge, reference
 from qlora.model.load import load_base
@@ -46,8 +46,8 @@ def log_probabilities(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, T
 def test_the_numbers_are_the_formulas(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora.merging.compare.CHUNK", 3)  # chunks that do not divide the tokens
     batches = [batch_of(1), batch_of(2)]
-    live = update(adapt(load_base(base), targets="all-linear", dropout=0.5), seed=1).train()
-    other = update(adapt(load_base(base), targets="all-linear"), size=0.17, seed=1)
+    live = update(adapt(load_base(base), LoraSpec(targets="all-linear", dropout=0.5)), seed=1).train()
+    other = update(adapt(load_base(base), LoraSpec(targets="all-linear")), size=0.17, seed=1)
     heard = reference(live, batches)
     assert live.training
     found = judge("other", other, heard, weight_bytes=7)

@@ -14,7 +14,7 @@ from tokenizers_for_tests import byte_level
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from qlora.adapter import LoRALinear, adapt, lora_layers, merged_weight, save_adapter
+from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter
 from qlora.data import Prompts, encode_prompt
 from qlora.errors import ModelError
 from qlora.inference.load import load_trained
@@ -56,7 +56,7 @@ def test_original_is_the_sum_with_the_16_bit_weights_rounded_once(recipe: Recipe
     assert tensors.keys() == stored.keys()
     for key, tensor in tensors.items():
         layer = layers.get(key.removesuffix(".weight"))
-        weight = stored[key] if layer is None else merged_weight(layer, stored[key])
+        weight = stored[key] if layer is None else layer.merged_weight(stored[key])
         expected = weight.bfloat16()
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected), key
@@ -68,7 +68,7 @@ def test_dequantized_is_the_live_model_rounded_once(recipe: Recipe, tmp_path: Pa
     tensors = merged(recipe, run / "adapter", "dequantized", tmp_path / "m")
     for name, module in live.named_modules():
         if isinstance(module, LoRALinear):
-            assert torch.equal(tensors[f"{name}.weight"], merged_weight(module).bfloat16()), name
+            assert torch.equal(tensors[f"{name}.weight"], module.merged_weight().bfloat16()), name
         elif nf4.is_nf4(module) and not name.endswith(".base"):
             whole = nf4.dequantize(module.weight, module.quant_state, torch.float32)
             assert torch.equal(tensors[f"{name}.weight"], whole.bfloat16()), name
@@ -93,7 +93,7 @@ def test_nf4_is_that_quantized_again_and_loads_back(
             continue
         layer = live.get_submodule(name)
         if isinstance(layer, LoRALinear):
-            again = nf4.quantize(merged_weight(layer), block_size=block_size)
+            again = nf4.quantize(layer.merged_weight(), block_size=block_size)
         else:  # untouched: not quantized a second time
             again = layer.weight
         assert torch.equal(module.weight, again), name
@@ -172,7 +172,7 @@ def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.save_pretrained(tmp_path / "gpt2")
     base = Base(model=str(tmp_path / "gpt2"), compute_dtype="float32")
-    live = update(adapt(load_base(base), targets=["c_attn", "mlp.c_proj"]))
+    live = update(adapt(load_base(base), LoraSpec(targets=["c_attn", "mlp.c_proj"])))
     save_adapter(live, tmp_path / "adapter")
     prompts = Prompts(Data(source="-", format="completion"), tokenizer)
     for onto, tolerance in {"original": 1.0, "dequantized": 0.05, "nf4": 1.0}.items():

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from qlora.adapter.methods.lora import adapt, trainable_parameters
+from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.methods.lora import adapt
 from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.memory import measure
@@ -42,7 +44,7 @@ INPUT_BYTES = ROWS * TOKENS * HIDDEN * 4
 def model_of(architecture: str, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(architecture, num_hidden_layers=LAYERS, **settings))
-    adapt(model, rank=4, targets="all-linear", dropout=0.1)
+    adapt(model, LoraSpec(rank=4, targets="all-linear", dropout=0.1))
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -57,7 +59,7 @@ def batch_of(seed: int) -> Batch:
 def pass_over(model: nn.Module) -> list[Tensor]:
     """The loss of a step of two micro-batches, and all gradients."""
     model.zero_grad()
-    loss = accumulate(model, [batch_of(1), batch_of(2)], seed=3, step=0)
+    loss = accumulate(model, [batch_of(1), batch_of(2)], seed=3, step=0).sum
     gradients = [parameter.grad for parameter in trainable_parameters(model).values()]
     assert all(gradient is not None and gradient.any() for gradient in gradients)
     return [loss, *(gradient.clone() for gradient in gradients if gradient is not None)]

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter, select, trainable_parameters
+from qlora.adapter import (
+    LoraSpec,
+    adapt,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+    select,
+    trainable_parameters,
+)
 from qlora.quantization import nf4
 
 peft = pytest.importorskip("peft")
@@ -40,7 +48,7 @@ def theirs(folder: Path, **settings: Any) -> nn.Module:
 
 def ours(folder: Path, **settings: Any) -> nn.Module:
     arguments = {"rank": RANK, "alpha": ALPHA, "targets": "all-linear", "dtype": torch.float32} | settings
-    return adapt(base(folder), **arguments)
+    return adapt(base(folder), LoraSpec(**arguments))
 
 
 def their_name(name: str) -> str:

@@ -15,12 +15,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora.adapter.methods.lora import adapt, trainable_parameters
+from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.methods.lora import adapt
 from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.model.checkpointing import checkpoint_layers
 from qlora.model.head import head_of
-from qlora.objective.causal_lm import loss_sum
+from qlora.objective.causal_lm import CausalLM, loss_sum
 from qlora.objective.checks import check_head, check_packing
 from qlora.objective.step import accumulate, evaluate, fold_seed
 
@@ -48,7 +50,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def adapted(name: str, **kwargs: object) -> PreTrainedModel:
     model = build(name)
-    adapt(model, rank=4, targets="all-linear", dtype=torch.float32, **kwargs)  # type: ignore[arg-type]
+    adapt(model, LoraSpec(rank=4, targets="all-linear", dtype=torch.float32, **kwargs))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable_parameters(model).values():  # B is zero at first: A would get no gradient
         parameter.data.normal_(0, 0.05, generator=generator)
@@ -92,9 +94,11 @@ def packed(chosen: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     )
 
 
-def gradients(model: PreTrainedModel, batches: list[Batch], **kwargs: int) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    model: PreTrainedModel, batches: list[Batch], loss_chunk: int | None = None, **kwargs: int
+) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    loss = accumulate(model, batches, seed=0, step=0, **kwargs)
+    loss = accumulate(model, batches, CausalLM(loss_chunk), seed=0, step=0, **kwargs).sum
     found = {}
     for name, parameter in trainable_parameters(model).items():
         assert parameter.grad is not None, name
@@ -192,11 +196,11 @@ def test_checkpointing_changes_no_bit_of_the_gradients_even_with_dropout() -> No
 def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:
     model = adapted("llama", dropout=0.3)
     batches = [padded(rows([11, 6]))]
-    first = accumulate(model, batches, seed=0, step=3)
+    first = accumulate(model, batches, seed=0, step=3).sum
     torch.rand(100)  # whatever else drew from the global generator
-    assert torch.equal(first, accumulate(model, batches, seed=0, step=3))
-    assert not torch.equal(first, accumulate(model, batches, seed=0, step=4))
-    assert not torch.equal(first, accumulate(model, batches, seed=1, step=3))
+    assert torch.equal(first, accumulate(model, batches, seed=0, step=3).sum)
+    assert not torch.equal(first, accumulate(model, batches, seed=0, step=4).sum)
+    assert not torch.equal(first, accumulate(model, batches, seed=1, step=3).sum)
     assert len({fold_seed(a, b, c) for a in range(9) for b in range(9) for c in range(9)}) == 729
 
 
@@ -208,7 +212,7 @@ def test_evaluation_leaves_gradients_mode_and_weights_alone() -> None:
     total, tokens = evaluate(model, batches)
     assert model.training
     assert tokens == sum(batch.supervised for batch in batches)
-    assert torch.equal(total, evaluate(model, batches)[0])  # no dropout
+    assert torch.equal(total.sum, evaluate(model, batches)[0].sum)  # no dropout
     for name, parameter in trainable_parameters(model).items():
         assert parameter.grad is not None
         assert torch.equal(before[name], parameter.grad)

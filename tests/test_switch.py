@@ -8,7 +8,7 @@ import torch
 from runs_for_tests import fingerprint, update
 from torch import Tensor, nn
 
-from qlora.adapter import Adapters, adapt, load_adapter, lora_layers, save_adapter
+from qlora.adapter import Adapters, LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import BaseIdentity
 from qlora.errors import ModelError
 from qlora.model.load import load_base
@@ -26,7 +26,7 @@ IDS = torch.arange(10)[None] * 7
 def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("adapters")
     for seed, (name, settings) in enumerate(SETTINGS.items()):
-        model = update(adapt(load_base(Base(model=str(tiny_llama))), **settings), seed=seed)
+        model = update(adapt(load_base(Base(model=str(tiny_llama))), LoraSpec(**settings)), seed=seed)
         save_adapter(model, place / name)
     return {name: place / name for name in SETTINGS}
 
@@ -68,7 +68,7 @@ def test_each_adapter_is_itself_and_the_base_stays(
 def test_a_layer_that_stands_in_two_places_is_switched_in_both(tmp_path: Path) -> None:
     shared = nn.Linear(6, 6)
     model = nn.ModuleDict({"one": nn.ModuleDict({"up": shared}), "two": nn.ModuleDict({"up": shared})})
-    save_adapter(update(adapt(model, rank=2, targets=["one.up"])), tmp_path)
+    save_adapter(update(adapt(model, LoraSpec(rank=2, targets=["one.up"]))), tmp_path)
     model = nn.ModuleDict({"one": nn.ModuleDict({"up": shared}), "two": nn.ModuleDict({"up": shared})})
     adapters = Adapters(model)
     adapters.load("a", tmp_path)
@@ -101,7 +101,7 @@ def test_a_failed_load_changes_nothing(model: nn.Module, folders: dict[str, Path
     adapters.load("wide", folders["wide"])
     adapters.activate("wide")
     before = logits(model)
-    small = update(adapt(nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), targets=["q_proj"]))
+    small = update(adapt(nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), LoraSpec(targets=["q_proj"])))
     save_adapter(small, tmp_path / "stranger")
     save_adapter(small, tmp_path / "misfit", base=BaseIdentity())
     for name, folder, said in [

@@ -18,7 +18,7 @@ from transformers import (
     ViTModel,
 )
 
-from qlora.adapter import adapt, select
+from qlora.adapter import LoraSpec, adapt, select
 from qlora.errors import ModelError
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -153,7 +153,7 @@ def test_a_target_that_matches_nothing_lists_what_could_have() -> None:
     with pytest.raises(ModelError, match="no regular expression"):
         select(llama, ["q_proj("])
     with pytest.raises(ModelError, match=r'"attention" matches no layer of Sequential.*: 0 \(1\)'):
-        adapt(nn.Sequential(nn.Linear(4, 4)), targets="attention")
+        adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="attention"))
 
 
 def test_gpt2_s_conv1d_are_linear_layers() -> None:

@@ -20,7 +20,11 @@ from qlora.inference.load import held_out_loss, load_trained
 from qlora.recipe import Recipe
 from qlora.storage import folders
 from qlora.training import checkpoint
-from qlora.training.train import Session, TrainResult, train
+from qlora.training import train as loop
+from qlora.training.result import TrainResult
+from qlora.training.run_folder import RunFolder
+from qlora.training.session import Session
+from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -101,14 +105,14 @@ def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(
 ) -> None:
     file = recipe_file(**LONG, optimizer={"name": name, "schedule": "cosine", "warmup_steps": 2})
     whole = run(file, f"output={tmp_path / 'whole'}")
-    update = Session.update
+    update = loop.update
 
-    def interrupted(self: Session, micro_batches: Any, step: int, lr: float) -> tuple[float, float]:
+    def interrupted(session: Session, batches: Any, step: int, lr: float) -> dict[str, float]:
         if step == stop:
             raise InterruptedError
-        return update(self, micro_batches, step, lr)
+        return update(session, batches, step, lr)
 
-    monkeypatch.setattr(Session, "update", interrupted)
+    monkeypatch.setattr(loop, "update", interrupted)
     with pytest.raises(InterruptedError):
         run(file)
     monkeypatch.undo()
@@ -156,13 +160,13 @@ def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
 def test_a_signal_at_the_very_end_does_not_make_a_finished_run_a_stopped_one(
     recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = Session.finish
+    write = loop.write_result
 
-    def signalled(self: Session) -> Path:
+    def signalled(session: Session, folder: RunFolder) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
-        return finish(self)
+        return write(session, folder)
 
-    monkeypatch.setattr(Session, "finish", signalled)
+    monkeypatch.setattr(loop, "write_result", signalled)
     file = recipe_file()
     assert run(file).stopped_by is None
     assert run(file, resume=True).stopped_by is None
@@ -229,16 +233,16 @@ def test_a_non_finite_loss_stops_before_the_update(
     file = recipe_file(training={"save_every": 1})
     seen: dict[str, Any] = {}
 
-    def poisoned(self: Session, *args: Any) -> tuple[float, float]:
-        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+    def poisoned(session: Session, *args: Any) -> dict[str, float]:
+        parameter = next(p for p in session.model.parameters() if p.requires_grad)
         if args[1] == 2:
             parameter.data[0, 0] = float("nan")
-            seen["before"] = {n: p.clone() for n, p in self.model.named_parameters() if p.requires_grad}
-            seen["session"] = self
-        return update(self, *args)
+            seen["before"] = {n: p.clone() for n, p in session.model.named_parameters() if p.requires_grad}
+            seen["session"] = session
+        return update(session, *args)
 
-    update = Session.update
-    monkeypatch.setattr(Session, "update", poisoned)
+    update = loop.update
+    monkeypatch.setattr(loop, "update", poisoned)
     with pytest.raises(DivergedError, match="step 3: the loss is nan"):
         run(file)
     after = dict(seen["session"].model.named_parameters())
@@ -261,7 +265,7 @@ def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, 
     assert whole.loss_before is not None
     assert whole.loss_after < whole.loss_before - 0.3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "finish", lambda self: (_ for _ in ()).throw(InterruptedError))
+        patch.setattr(loop, "write_result", lambda *_: (_ for _ in ()).throw(InterruptedError))
         with pytest.raises(InterruptedError):
             run(file)
     resumed = run(file, resume=True)

@@ -1,4 +1,4 @@
-"""adapter_config.json: PEFT's LoraConfig, each of its fields obeyed, known to say nothing, or refused by name.
+"""adapter_config.json. Of PEFT's LoraConfig each field is obeyed, known to say nothing, or refused by name.
 
 Nothing that is set is passed over in silence, as it would then be missing from what the adapter computes.
 """
@@ -9,16 +9,28 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.methods.lora import SCALINGS, LoRALinear, pattern_value
+from qlora.adapter.lora_spec import SCALINGS, LoraSpec
+from qlora.adapter.patterns import exactly, pattern_value
 from qlora.adapter.targets import linear_names, offer
 from qlora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
+
+
+class LoraLayer(Protocol):
+    """What the config says of a layer: `LoRALinear` has it, and so have the layers of the algebra."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def scaling(self) -> float: ...
 
 
 class Kind(NamedTuple):
@@ -92,7 +104,7 @@ HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": HARMLESS}
 
 
-def config_of(model: nn.Module, layers: Mapping[str, LoRALinear], base: BaseIdentity) -> dict[str, Any]:
+def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
     """PEFT's config of these layers of `model`: the commonest rank and alpha, and patterns for the others.
 
     Raises ModelError for what the layout cannot say.
@@ -129,16 +141,33 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear], base: BaseIden
     }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json. Raises ModelError if one is unknown, unsupported or of a wrong type."""
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an adapter_config.json of any method. Raises ModelError if it is missing or no JSON object."""
     if not path.is_file():
         raise ModelError(f"{path.parent}: there is no adapter: {path.name} is missing")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ModelError(f'{path}: peft_type must be "LORA"')
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of LoRA's config. Raises ModelError if it is another method's, or as `check_config`."""
+    config = read_fields(path)
+    if (peft_type := config.get("peft_type")) != "LORA":
+        raise ModelError(
+            f'{path}: peft_type is {json.dumps(peft_type)}; only adapters of LoRA ("LORA"), whose updates are '
+            "low-rank products, can be composed, extracted or inspected"
+        )
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError if a field of LoRA's config is unknown, unsupported or of a wrong type."""
     for field, value in config.items():
         if field in HONOURED:
             _check_type(field, value, path)
@@ -150,7 +179,6 @@ def read_config(path: Path) -> dict[str, Any]:
             )
     _check_expressions(config, path)
     _check_choice_of_layers(config, path)
-    return config
 
 
 def targets_in(
@@ -184,19 +212,19 @@ def targets_in(
     return names
 
 
-def layer_settings(config: Mapping[str, Any], name: str, path: Path) -> tuple[int, float, float]:
-    """Rank, alpha and scaling of the layer `name`; absent fields have PEFT's defaults."""
+def spec_of_layer(config: Mapping[str, Any], name: str, path: Path) -> LoraSpec:
+    """The settings of the layer `name`, whose tensors are to be read; absent fields have PEFT's defaults."""
     rank = pattern_value(config.get("rank_pattern") or {}, name, _or(config.get("r"), 8))
     alpha = pattern_value(config.get("alpha_pattern") or {}, name, _or(config.get("lora_alpha"), 8))
     if type(rank) is not int or rank < 1:
         raise ModelError(f"{path}: r of {name} must be a whole number of at least 1, not {rank!r}")
     if type(alpha) not in (int, float) or not 0 < alpha < 1e300:
         raise ModelError(f"{path}: lora_alpha of {name} must be a number above 0, not {alpha!r}")
-    scaling = SCALINGS["alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"]
-    return rank, alpha, scaling(alpha, rank)
+    scaling = "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"
+    return LoraSpec(rank, alpha, _dropout(config, path), scaling, init="zero")
 
 
-def dropout_in(config: Mapping[str, Any], path: Path) -> float:
+def _dropout(config: Mapping[str, Any], path: Path) -> float:
     """The dropout of all layers."""
     dropout = config.get("lora_dropout") or 0
     if not 0 <= dropout < 1:
@@ -204,12 +232,7 @@ def dropout_in(config: Mapping[str, Any], path: Path) -> float:
     return float(dropout)
 
 
-def exactly(name: str) -> str:
-    """A regular expression that matches this layer alone, for `select` and for PEFT's patterns."""
-    return "^" + re.escape(name)
-
-
-def is_rslora(layers: Mapping[str, LoRALinear]) -> bool:
+def is_rslora(layers: Mapping[str, LoraLayer]) -> bool:
     """Whether these layers are scaled by alpha/sqrt(rank). Raises ModelError where some are, and some are not."""
     for use_rslora, scale in ((False, SCALINGS["alpha/rank"]), (True, SCALINGS["alpha/sqrt(rank)"])):
         if all(math.isclose(layer.scaling, scale(layer.alpha, layer.rank)) for layer in layers.values()):
@@ -219,7 +242,7 @@ def is_rslora(layers: Mapping[str, LoRALinear]) -> bool:
     )
 
 
-def targets_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str] | str:
+def targets_of(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
     """What means exactly these layers to PEFT: the last parts of their names, the names, or a pattern."""
     inside = tuple(f"{name}." for name in layers)
     names = [name for name, _ in model.named_modules() if not name.startswith(inside)]

@@ -1,5 +1,6 @@
 """The tensors of an adapter as PEFT names and stores them."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,10 +20,16 @@ SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read A [rank, in] and B [out, rank] by layer name, on the CPU.
+    """Read A [rank, in] and B [out, rank] by layer name, on the CPU. Raises ModelError as `read_layers`."""
+    layers = read_layers(folder, (SUFFIX_A, SUFFIX_B))
+    return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}
+
+
+def read_layers(folder: Path, suffixes: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """Read the tensors of each layer by what follows its name, `suffixes`, on the CPU.
 
     Raises:
-        ModelError: the file is missing, damaged or a pickle, or holds something else than pairs of finite numbers.
+        ModelError: the file is missing, damaged or a pickle, or a layer has not just these tensors of finite numbers.
     """
     path = folder / TENSORS_FILE
     if not path.is_file():
@@ -36,16 +43,16 @@ def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged, or no safetensors file: {error}") from error
-    halves: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, suffix = key[len(PREFIX) : -len(SUFFIX_A)], key[-len(SUFFIX_A) :]
-        if not key.startswith(PREFIX) or suffix not in (SUFFIX_A, SUFFIX_B):
+        suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
+        if not key.startswith(PREFIX) or suffix is None:
             raise ModelError(f"{path}: unexpected tensor {key}: only LoRA of linear layers is supported")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ModelError(f"{path}: {key} holds numbers that are not finite")
-        halves.setdefault(name, {})[suffix] = tensor
-    for name, half in halves.items():
-        for suffix in (SUFFIX_A, SUFFIX_B):
-            if suffix not in half:
+        layers.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor
+    for name, found in layers.items():
+        for suffix in suffixes:
+            if suffix not in found:
                 raise ModelError(f"{path}: {PREFIX}{name}{suffix} is missing")
-    return {name: (half[SUFFIX_A], half[SUFFIX_B]) for name, half in halves.items()}
+    return layers

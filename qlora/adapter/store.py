@@ -1,8 +1,9 @@
 """Adapter folders in the PEFT layout, so that PEFT, vLLM and llama.cpp's converter read what is written here.
 
-    adapter_config.json          settings, keys sorted; see config.py
+    adapter_config.json          settings, keys sorted; LoRA's as in config.py
     adapter_model.safetensors    base_model.model.<path of the layer>.lora_A.weight [rank, in]
                                  base_model.model.<path of the layer>.lora_B.weight [out, rank]
+                                 (of another method: what its layer's SAVED names)
     qlora.json                   ours: the base that it was trained on; see identity.py
 
 Nothing is unpickled, and no field of the JSON chooses code. Reading is strict: every tensor has its place and
@@ -20,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora.adapter.config import CONFIG_FILE, config_of, dropout_in, layer_settings, read_config, targets_in
+from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
-from qlora.adapter.methods.lora import LoRALinear, lora_layers, wrap
-from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
-from qlora.adapter.targets import features
+from qlora.adapter.methods import ADAPTERS, AdapterMethod
+from qlora.adapter.peft_tensors import PREFIX, TENSORS_FILE, read_layers
 from qlora.errors import ModelError, SaveError
 from qlora.quantization.nf4 import protect
 from qlora.storage import atomic
@@ -38,7 +39,7 @@ def save_adapter(
     revision: str | None = None,
     base: BaseIdentity | None = None,
 ) -> Path:
-    """Write the LoRA layers of `model` to `folder` in the PEFT layout, and read them back.
+    """Write the adapter in `model` to `folder` in the PEFT layout, and read it back.
 
         >>> save_adapter(model, "runs/mine/adapter", base_model="huggyllama/llama-7b")
 
@@ -48,12 +49,11 @@ def save_adapter(
     refuses. Returns the folder.
     """
     folder = Path(folder)
-    layers = lora_layers(model)
-    if not layers:
-        raise ModelError("the model has no LoRA layer: there is no adapter to save")
+    layers = AdaptedLinear.of(model)
     base = base or BaseIdentity.of(model)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
-    config = json.dumps(config_of(model, layers, base), indent=2, sort_keys=True) + "\n"
+    fields = method_of(layers).config(model, layers, base)
+    config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     tensors = _tensors(layers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,9 @@ def load_adapter(
 
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
 
-    A model without LoRA layers is adapted as the config says, A and B in the folder's dtype. One that has
-    them is switched: same layers, same ranks, and A, B, alpha, scaling and dropout become the folder's. Of a
-    model on the meta device A and B alone become real, on the CPU.
+    A model without an adapter is adapted as the config says, with tensors in the folder's dtype. One that has
+    an adapter is switched: same method, same layers, same shapes, and the tensors and settings become the folder's.
+    Of a model on the meta device the adapter's tensors alone become real, on the CPU.
 
     An adapter that was trained on another base than `base` (None: what `model` tells of itself) is refused,
     unless `any_base` says that another will do. One without a record, as of PEFT, is known by names only.
@@ -87,38 +87,53 @@ def load_adapter(
     config asks for something unknown here, or tensors and model do not fit.
     """
     folder = Path(folder)
-    file, config = folder / CONFIG_FILE, read_config(folder / CONFIG_FILE)
+    file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
+    config = read_fields(file)
+    method = ADAPTERS.get(str(config.get("peft_type")))
+    if method is None:
+        known = " or ".join(f'"{name}"' for name in ADAPTERS)
+        raise ModelError(f"{file}: peft_type must be {known}")
+    method.check(config, file)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
         require_same_base(recorded, base or BaseIdentity.of(model), folder)
-    pairs = read_pairs(folder)
-    layers = lora_layers(model)
-    names = list(layers) or targets_in(model, config, pairs, file)
-    _check_names(names, pairs, folder / TENSORS_FILE)
-    settings, dropout = {name: layer_settings(config, name, file) for name in names}, dropout_in(config, file)
-    for name in names:
-        _check_shapes(name, model.get_submodule(name), pairs[name], settings[name][0], folder / TENSORS_FILE)
+    found = read_layers(folder, method.layer.SAVED)
+    layers = AdaptedLinear.of(model)
+    if layers and method_of(layers) is not method:
+        raise ModelError(f"{file}: the model has an adapter of another method than {method.name}")
+    names = list(layers) or method.targets(model, config, found, file)
+    _check_names(names, found, tensors_file)
+    specs = {name: method.spec(config, name, file) for name in names}
+    for name, spec in specs.items():
+        _check_shapes(name, model.get_submodule(name), found[name], method, spec, tensors_file)
     if not layers:
         protect(model.requires_grad_(False))
-        dtype = pairs[names[0]][0].dtype
-        linears = [(name, model.get_submodule(name), settings[name][0]) for name in names]
-        wrap(model, {n: LoRALinear(linear, rank, init="zero", dtype=dtype) for n, linear, rank in linears})
+        dtype = next(iter(found[names[0]].values())).dtype
+        specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
+        wrap(model, {n: method.layer(model.get_submodule(n), spec) for n, spec in specs.items()})
     with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            if layer.lora_a.is_meta:
-                layer.lora_a, layer.lora_b = (nn.Parameter(half) for half in pairs[name])
-            else:
-                layer.lora_a.copy_(pairs[name][0])
-                layer.lora_b.copy_(pairs[name][1])
-            layer.rank, layer.alpha, layer.scaling = settings[name]
-            layer.dropout = dropout
+        for name, layer in AdaptedLinear.of(model).items():
+            layer.spec = specs[name]
+            for suffix, parameter in layer.saved().items():
+                if parameter.is_meta:
+                    setattr(layer, layer.SAVED[suffix], nn.Parameter(found[name][suffix]))
+                else:
+                    parameter.copy_(found[name][suffix])
     return model
 
 
-def _tensors(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
+    """The method that these layers of a model are of. Raises ModelError if there are none."""
+    if not layers:
+        raise ModelError("the model has no adapter: there is nothing to save")
+    kind = type(next(iter(layers.values())))
+    return next(method for method in ADAPTERS.values() if method.layer is kind)
+
+
+def _tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
-        for suffix, parameter in ((SUFFIX_A, layer.lora_a), (SUFFIX_B, layer.lora_b)):
+        for suffix, parameter in layer.saved().items():
             if not parameter.isfinite().all():
                 raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
             tensors[PREFIX + name + suffix] = parameter.detach().cpu().contiguous()
@@ -136,13 +151,13 @@ def _check_names(names: list[str], found: Mapping[str, Any], path: Path) -> None
         raise ModelError(f"{path}: {len(unexpected)} layers are not targets, such as {unexpected[0]}")
 
 
-def _check_shapes(name: str, module: nn.Module, pair: tuple[Tensor, Tensor], rank: int, path: Path) -> None:
-    if isinstance(module, LoRALinear) and module.rank != rank:
-        raise ModelError(
-            f"{path}: {name} has rank {rank}, and {module.rank} in the model: ranks cannot be switched"
-        )
-    in_features, out_features = features(module)
-    shapes = (rank, in_features), (out_features, rank)
-    for tensor, shape, suffix in zip(pair, shapes, (SUFFIX_A, SUFFIX_B), strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"{path}: {name}{suffix} is {list(tensor.shape)}, the model wants {list(shape)}")
+def _check_shapes(
+    name: str, module: nn.Module, found: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
+) -> None:
+    if isinstance(module, AdaptedLinear) and (reason := module.misfit(spec)) is not None:
+        raise ModelError(f"{path}: {name} {reason}")
+    for suffix, shape in method.layer.shapes(module, spec).items():
+        if tuple(found[suffix].shape) != shape:
+            raise ModelError(
+                f"{path}: {name}{suffix} is {list(found[suffix].shape)}, the model wants {list(shape)}"
+            )

@@ -1,6 +1,6 @@
 """One base in memory, many adapters beside it: a switch changes which modules the model calls, and no byte.
 
-An adapter is kept as the LoRALinears that it needs. To activate it is to put these where its targets stand; to
+An adapter is kept as the adapted layers that it needs. To activate it is to put these where its targets stand; to
 deactivate it, to put the targets back. So adapters may differ in rank, alpha and targets, and the base, when
 none is active, is the very model it was before.
 """
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.methods.lora import LoRALinear, lora_layers
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError
 
@@ -27,19 +27,19 @@ class Adapters:
         >>> adapters.activate("poet")
         >>> adapters.deactivate()
 
-    model: a base without LoRA layers, on the device where it stays; it is frozen. Raises ModelError if it is
+    model: a base without an adapter, on the device where it stays; it is frozen. Raises ModelError if it is
     adapted already.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if lora_layers(model):
+        if AdaptedLinear.of(model):
             raise ModelError(
                 "the model is adapted already: give the base alone, and load its adapters by name"
             )
         self.model = model
         self.active: str | None = None
         """name of the active adapter"""
-        self._layers: dict[str, list[tuple[Place, LoRALinear]]] = {}
+        self._layers: dict[str, list[tuple[Place, AdaptedLinear]]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -104,11 +104,11 @@ class Adapters:
             raise ModelError(f"no adapter is named {name!r}; loaded: {have}")
 
 
-def _places(model: nn.Module) -> list[tuple[Place, LoRALinear]]:
-    """Every place where a LoRALinear stands; a shared one stands in several."""
+def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
+    """Every place where a AdaptedLinear stands; a shared one stands in several."""
     return [
         ((parent, attribute), child)
         for parent in model.modules()
         for attribute, child in parent._modules.items()
-        if isinstance(child, LoRALinear)
+        if isinstance(child, AdaptedLinear)
     ]

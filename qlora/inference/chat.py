@@ -224,7 +224,7 @@ def open_chat(
     trained on another base, and as `load_trained` if the base would run code of its own.
     """
     recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
-    places = {recipe.name: folder} if recipe.adapter.method == "lora" else {}
+    places = {recipe.name: folder} if recipe.adapter.facts.frozen_base else {}
     if not places and others:
         raise ModelError(f"{folder}: all weights were trained, so adapters of its base do not fit it")
     if BASE in others or places.keys() & others.keys():

@@ -50,11 +50,11 @@ def load_trained(
     adapter = find_trained(Path(folder))
     recipe = recipe_of(adapter, trust_remote_code=trust_remote_code)
     base = recipe.base
-    if recipe.adapter.method == "full" and with_adapter:
+    if with_adapter and not recipe.adapter.facts.frozen_base:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
     model = load_base(base, device_named(device), seed=recipe.training.seed)
     trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base))
-    if with_adapter and recipe.adapter.method == "lora":
+    if with_adapter and recipe.adapter.facts.frozen_base:
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)
         model.eval()
     return trained
@@ -110,9 +110,9 @@ def held_out_loss(trained: Trained) -> tuple[float, int]:
     The model gets the layers and the attention of training, so this is the very number that the run printed.
     """
     read_documents_if_apart(trained.model)
-    if trained.recipe.adapter.method == "lora":
+    if trained.recipe.adapter.facts.frozen_base:
         use_fused_layers(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
     batches = held_out_batches(dataset, trained.recipe)
     total, tokens = evaluate(trained.model, batches)
-    return total.item() / tokens, tokens
+    return total.sum.item() / tokens, tokens

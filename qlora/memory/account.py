@@ -27,7 +27,7 @@ def account(
         measured: what `Watch.measured` gave.
     """
     foreseen = as_json(forecast)
-    lora = recipe.adapter.method == "lora"
+    frozen_base = recipe.adapter.facts.frozen_base
     return {
         "version": 1,
         "device": {
@@ -47,9 +47,9 @@ def account(
             "basis": workload.basis,
         },
         "documents": documents.as_json(
-            recipe.adapter.method,
+            "lora" if frozen_base else "full",
             forecast.parameters,
-            forecast.trained_parameters if lora else 0,
+            forecast.trained_parameters if frozen_base else 0,
             foreseen,
             measured,
         ),

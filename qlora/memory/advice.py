@@ -139,7 +139,7 @@ def _offload(recipe: Recipe, _: Architecture) -> Steps:
 
 
 def _embedding(recipe: Recipe, arch: Architecture) -> Steps:
-    if recipe.base.embedding == "device" and recipe.adapter.method == "lora" and arch.embedding_apart:
+    if recipe.base.embedding == "device" and recipe.adapter.facts.frozen_base and arch.embedding_apart:
         base = recipe.base.model_copy(update={"embedding": "host"})
         yield recipe.model_copy(update={"base": base}), "base.embedding=host"
 
@@ -159,7 +159,7 @@ def _optimizer(recipe: Recipe, _: Architecture) -> Steps:
 
 def _rank(recipe: Recipe, _: Architecture) -> Steps:
     rank = recipe.adapter.rank
-    while recipe.adapter.method == "lora" and (rank := rank // 2) >= SMALLEST_RANK:
+    while "rank" not in recipe.adapter.facts.unused and (rank := rank // 2) >= SMALLEST_RANK:
         # the scaling stays, so that the learning rate still fits
         alpha = None if recipe.adapter.alpha is None else recipe.adapter.alpha * rank / recipe.adapter.rank
         adapter = recipe.adapter.model_copy(update={"rank": rank, "alpha": alpha})

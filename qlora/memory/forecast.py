@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import record_function
 
-from qlora.adapter.methods.lora import trainable_parameters
+from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
@@ -32,7 +32,7 @@ from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.prepare import build, build_optimizer, checkpointed
 from qlora.model.varlen_attention import read_documents
-from qlora.objective.causal_lm import loss_sum
+from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
@@ -145,7 +145,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
         checkpointed_mlps=mlps,
         loss_chunk=arch.loss_chunk(recipe),
         host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
-        parameters=total if recipe.adapter.method == "full" else total - trained,
+        parameters=total - trained if recipe.adapter.facts.frozen_base else total,
         trained_parameters=trained,
     )
 
@@ -163,7 +163,7 @@ def _traces(
     Passes are those of the whole model, see `repeat_all` about the `copies` of its layers; what stands in memory all
     through the run is left out.
     """
-    known, chunk = inventory.inventory(model, optimizer), recipe.training.loss_chunk
+    known, objective = inventory.inventory(model, optimizer), objective_of(recipe)
     experts = any("experts" in name for name, _ in model.named_modules())
     kernels = MetaKernels() if experts else nullcontext()
 
@@ -174,11 +174,11 @@ def _traces(
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        accumulate(model, [batch], seed=0, step=0, loss_chunk=chunk)
+        accumulate(model, [batch], objective, seed=0, step=0)
 
     def to_loss(batch: Batch) -> None:
         with record_function("forward"):
-            loss_sum(model, batch, loss_chunk=chunk)
+            objective.loss(model, batch)
 
     def whole(trace: Trace) -> Trace:
         return repeat_all(trace, copies)
@@ -190,7 +190,7 @@ def _traces(
         batch, most = dense, whole(trace(dense, step))
     evaluation = None
     if workload.evaluation is not None:
-        evaluation = trace(workload.evaluation, lambda batch: evaluate(model, [batch], loss_chunk=chunk))
+        evaluation = trace(workload.evaluation, lambda batch: evaluate(model, [batch], objective))
     return batch, most, evaluation
 
 

@@ -146,7 +146,7 @@ def _prepare(
 
 
 def _check_mergeable(recipe: Recipe, folder: Path, onto: str, max_tokens: int) -> None:
-    if recipe.adapter.method == "full":
+    if not recipe.adapter.facts.frozen_base:
         raise ModelError(
             f"{folder}: all weights were trained, so this is a whole model already: nothing to merge"
         )

@@ -4,24 +4,23 @@
     dequantized   added to the NF4 weights, dequantized: what it was trained beside
     nf4           that, quantized to NF4 again (of a base that was never quantized: `original`, quantized)
 
-Sums are fp32 (see `adapter.merge`). What the files hold in their main dtype is stored in bf16, or in NF4 where
-the base is in NF4; the few tensors that they hold in another dtype on purpose (a mixture's routing bias in fp32,
-say) stay as they are. One tensor and one shard stand in memory at a time, and only the base's own files are read.
+Sums are fp32 (see `LoRALinear.merged_weight`). What the files hold in their main dtype is stored in bf16, or in NF4
+where the base is in NF4; the few tensors that they hold in another dtype on purpose (a mixture's routing bias in
+fp32, say) stay as they are. One tensor and one shard stand in memory at a time, and only the base's own files are read.
 """
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qlora.adapter.merge import merged_weight
-from qlora.adapter.methods.lora import LoRALinear
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts
 from qlora.errors import ModelError
@@ -52,7 +51,8 @@ class _Matrix:
 
     name: str
     """of the layer in the model"""
-    lora: LoRALinear | None
+    adapted: AdaptedLinear | None
+    """where the adapter changes the weight"""
     quantized: bool
     """the base holds it in NF4 (or would, were it quantized)"""
     transposed: bool
@@ -80,6 +80,7 @@ class MergeSource:
         self.prequantized = meta_base.prequantized
         load_adapter(meta_base.model, adapter, any_base=any_base)
         self.matrices = self._locate(meta_base)
+        self.biases = self._locate_biases(meta_base.model)
         # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on
         statistics = {
             key for key in self.reader if key.rpartition(".weight.")[0] + ".weight" in self.matrices
@@ -115,19 +116,21 @@ class MergeSource:
         """For each of `keys`, what is stored in its place: one tensor, or a weight in 4 bits and its statistics."""
         for key in self.keys:
             matrix = self.matrices.get(key)
-            if matrix is not None and (matrix.lora is not None or matrix.quantized):
+            if matrix is not None and (matrix.adapted is not None or matrix.quantized):
                 yield self._matrix(key, matrix, onto)
             else:
                 tensor = self.reader.read(key)
+                if key in self.biases:
+                    tensor = self.biases[key].merged_bias(tensor)
                 yield {key: tensor.bfloat16() if self.reader.dtype(key) == self._main_dtype else tensor}
 
     def _matrix(self, key: str, matrix: _Matrix, onto: Onto) -> dict[str, Tensor]:
         weight, packed = self._read(key, matrix, as_trained=onto != "original")
-        if matrix.lora is not None:
-            weight = merged_weight(matrix.lora, weight)
+        if matrix.adapted is not None:
+            weight = matrix.adapted.merged_weight(weight)
         if onto != "nf4" or not matrix.quantized:
             return {key: (weight.T if matrix.transposed else weight).bfloat16()}
-        if packed is None or matrix.lora is not None:
+        if packed is None or matrix.adapted is not None:
             packed = self._quantize(weight, like=packed)
         packed.quant_state.dtype = torch.bfloat16  # what others dequantize it to
         return {key + suffix: tensor for suffix, tensor in nf4.to_tensors(packed).items()}
@@ -154,28 +157,46 @@ class MergeSource:
         return nf4.quantize(weight, self.base.block_size, self.base.double_quant)
 
     def _locate(self, meta_base: bases.MetaBase) -> dict[str, _Matrix]:
-        """The matrices by their names in the files, which may lack, or have, the decoder's prefix."""
+        """The matrices by their names in the files."""
         modules = dict(meta_base.model.named_modules())
-        prefix = f"{meta_base.model.base_model_prefix}."
         quantized, prequantized = meta_base.quantized, meta_base.prequantized
         found = {}
         for key in self.reader:
-            stem = key.removesuffix(".weight")
-            names = [name for name in (stem, prefix + stem, stem.removeprefix(prefix)) if name in modules]
-            if stem == key or not names:
+            if (name := _module_with(key, ".weight", meta_base.model, modules)) is None:
                 continue
-            module = modules[names[0]]
-            lora = module if isinstance(module, LoRALinear) else None
-            transposed = names[0] in meta_base.transposed and not prequantized
-            found[key] = _Matrix(names[0], lora, names[0] in quantized, transposed)
+            module = modules[name]
+            adapted = module if isinstance(module, AdaptedLinear) and module.changes_weight else None
+            transposed = name in meta_base.transposed and not prequantized
+            found[key] = _Matrix(name, adapted, name in quantized, transposed)
         reached = {matrix.name for matrix in found.values()}
-        wanted = quantized | {name for name, module in modules.items() if isinstance(module, LoRALinear)}
+        wanted = quantized | AdaptedLinear.of(meta_base.model).keys()
         if missing := sorted(wanted - reached):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the model's layers, such as {missing[0]}, have no weight of "
                 "their own in these files (it is tied, or stored under another name), so nothing can be added to it"
             )
         return found
+
+    def _locate_biases(self, model: nn.Module) -> dict[str, AdaptedLinear]:
+        """The layers whose bias the adapter changes, by the names of their biases in the files."""
+        modules = dict(model.named_modules())
+        wanted = {name: layer for name, layer in AdaptedLinear.of(model).items() if layer.changes_bias}
+        names = {key: _module_with(key, ".bias", model, modules) for key in self.reader} if wanted else {}
+        found = {key: wanted[name] for key, name in names.items() if name in wanted}
+        if missing := sorted(wanted.keys() - set(names.values())):
+            raise ModelError(
+                f"{self.folder}: {len(missing)} of the adapted layers, such as {missing[0]}, have no bias in these "
+                "files, and a merged model has the base's architecture. Use the adapter as it is"
+            )
+        return found
+
+
+def _module_with(key: str, suffix: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module whose tensor `key` names in the files, which may lack, or have, the decoder's prefix."""
+    if not key.endswith(suffix):
+        return None
+    stem, prefix = key.removesuffix(suffix), f"{model.base_model_prefix}."
+    return next((n for n in (stem, prefix + stem, stem.removeprefix(prefix)) if n in modules), None)
 
 
 def write_merged(

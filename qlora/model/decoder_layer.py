@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.methods.lora import LoRALinear
 from qlora.model.varlen_attention import asked
-from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linears
 from qlora.ops.mlp import gated_mlp
 from qlora.ops.products import Linear, Update
@@ -169,6 +169,8 @@ def _qualifies(layer: Any) -> bool:
         layer.self_attn.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS
     ):  # "eager" is each model's own
         return False
+    if any(type(adapted) is not LoRALinear for adapted in AdaptedLinear.of(layer).values()):
+        return False
     trained = {name.rpartition(".")[2] for name, p in layer.named_parameters() if p.requires_grad}
     return isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) and trained <= {"lora_a", "lora_b"}
 
@@ -177,13 +179,11 @@ def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
     """The modules, adapted or not, as the products take them."""
     linears, updates = [], []
     for module in modules:
-        base = module.base if isinstance(module, LoRALinear) else module
-        linear = Linear(base.weight, quant_state(base), base.bias)
-        update = Update(None, None)
         if isinstance(module, LoRALinear):
-            dropout = draw(module.dropout if module.training else 0.0)
-            linear = linear._replace(scaling=module.scaling, dropout=dropout)
-            update = Update(module.lora_a, module.lora_b)
+            linear, update = module.product()
+        else:
+            linear = Linear(module.weight, quant_state(module), module.bias)
+            update = Update(None, None)
         linears.append(linear)
         updates.append(update)
     return linears, updates

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.adapter.methods.lora import adapt, trainable_parameters
+from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.methods import METHODS
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
@@ -34,22 +35,8 @@ def build(
 
 
 def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Make trainable what the recipe's `adapter` section says: LoRA modules, or every weight."""
-    adapter = recipe.adapter
-    if adapter.method == "full":
-        return model.requires_grad_(True)
-    return adapt(
-        model,
-        rank=adapter.rank,
-        alpha=adapter.resolved_alpha,
-        dropout=adapter.dropout,
-        scaling=adapter.scaling,
-        init=adapter.init,
-        targets=adapter.targets,
-        rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-        seed=recipe.training.seed,
-    )
+    """Make trainable what the recipe's `adapter` section says."""
+    return METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:

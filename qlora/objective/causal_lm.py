@@ -1,5 +1,7 @@
 """Causal language modelling: the cross-entropy of each supervised token, given those before it in its document."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
@@ -7,8 +9,25 @@ from torch.profiler import record_function
 from qlora.data import Batch
 from qlora.model import varlen_attention
 from qlora.model.head import head_of
+from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from qlora.runtime.device import tokens_together
+
+
+@dataclass(frozen=True)
+class CausalLM(Objective):
+    """Predict each supervised token: the mean loss is in nats per supervised token."""
+
+    loss_chunk: int | None = None
+    """supervised tokens that go through the head at a time; None: as many as `tokens_at_once` says"""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """See `loss_sum`."""
+        return Loss(loss_sum(model, batch, loss_chunk=self.loss_chunk))
+
+    def weight(self, batch: Batch) -> int:
+        """The batch's supervised tokens."""
+        return batch.supervised
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

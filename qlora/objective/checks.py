@@ -1,5 +1,7 @@
 """Proof on a few tokens, before a run, that this model can be trained as we do it."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +44,16 @@ def check_head(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} changes its logits in a way qlora does not know "
             f"(loss {ours:.4f}, by its own forward {theirs:.4f}). Please report the architecture."
+        )
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Raise ModelError if the tokenizer of the base `name` has tokens that its embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"base.model: the tokenizer of {name!r} has {len(tokenizer)} tokens, its embedding only {rows} rows. "
+            "The tokenizer belongs to another model"
         )
 
 

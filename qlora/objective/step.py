@@ -16,11 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
 
 from qlora.data import Batch
-from qlora.objective.causal_lm import loss_sum
+from qlora.objective.causal_lm import CausalLM
+from qlora.objective.objective import Loss, Objective
+
+CAUSAL_LM = CausalLM()
 
 
 def fold_seed(*numbers: int) -> int:
@@ -32,13 +35,13 @@ def fold_seed(*numbers: int) -> int:
 def accumulate(
     model: nn.Module,
     batches: Sequence[Batch],
+    objective: Objective = CAUSAL_LM,
     *,
     seed: int,
     step: int,
     rank: int = 0,
     processes: int = 1,
-    loss_chunk: int | None = None,
-) -> Tensor:
+) -> Loss:
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
     `batches` are all micro-batches of the step; process `rank` of `processes` works on every `processes`-th of
@@ -46,18 +49,18 @@ def accumulate(
     micro-batch) alone.
 
     Returns:
-        this process's share of the mean loss per supervised token (nats, fp32 scalar, on the device).
+        this process's share of the mean loss and metrics (per supervised token, of causal language modelling).
     """
-    supervised = sum(batch.supervised for batch in batches)
-    assert supervised > 0, "a step without a supervised token; the data package must not make one"
-    total = torch.zeros((), device=next(model.parameters()).device)
+    weight = sum(map(objective.weight, batches))
+    assert weight > 0, "a step without a supervised token; the data package must not make one"
+    total = Loss(torch.zeros((), device=next(model.parameters()).device))
     for index, batch in list(enumerate(batches))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, index))
         with record_function("forward"):
-            loss = loss_sum(model, batch, loss_chunk=loss_chunk) / supervised
+            loss = _divided(objective.loss(model, batch), weight)
         with record_function("backward"):
-            loss.backward()
-        total += loss.detach()
+            loss.sum.backward()
+        total = _added(total, loss)
     return total
 
 
@@ -65,20 +68,29 @@ def accumulate(
 def evaluate(
     model: nn.Module,
     batches: Sequence[Batch],
+    objective: Objective = CAUSAL_LM,
     *,
     rank: int = 0,
     processes: int = 1,
-    loss_chunk: int | None = None,
-) -> tuple[Tensor, int]:
-    """The summed loss (nats, fp32 scalar) over this process's share of `batches`, and the supervised tokens of all.
+) -> tuple[Loss, int]:
+    """The summed loss and metrics of this process's share of `batches`, and the weight of all.
 
     Gradients and the training mode are left as they were.
     """
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total = Loss(torch.zeros((), device=next(model.parameters()).device))
     with evaluation_mode(model), record_function("evaluation"):
         for batch in batches[rank::processes]:
-            total += loss_sum(model, batch, loss_chunk=loss_chunk)
-    return total, sum(batch.supervised for batch in batches)
+            total = _added(total, objective.loss(model, batch))
+    return total, sum(map(objective.weight, batches))
+
+
+def _divided(loss: Loss, weight: int) -> Loss:
+    return Loss(loss.sum / weight, {name: metric / weight for name, metric in loss.metrics.items()})
+
+
+def _added(total: Loss, loss: Loss) -> Loss:
+    metrics = {name: total.metrics.get(name, 0) + metric for name, metric in loss.metrics.items()}
+    return Loss(total.sum + loss.sum.detach(), metrics)
 
 
 @contextmanager

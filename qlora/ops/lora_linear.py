@@ -13,33 +13,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora.kernels import normalize, normalize_gradient
-from qlora.ops.dropout import draw
 from qlora.ops.products import Linear, Update, gradients, project, to_ranks, updates_of
 from qlora.ops.rms_norm import Norm
-from qlora.quantization.nf4 import QuantState, autocast, frozen_linear
+from qlora.quantization.nf4 import autocast, frozen_linear
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    quant_state: QuantState | None,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-    training: bool = True,
-) -> Tensor:
+def lora_linear(x: Tensor, linear: Linear, update: Update) -> Tensor:
     """Frozen linear plus low-rank update (LoRA, Hu et al. 2021, equation 3): [..., in] -> [..., out].
 
-    `weight` is packed NF4 with its `quant_state`, or dense [out, in] with None; `bias` is [out] or None;
-    `lora_a` [rank, in] and `lora_b` [out, rank] are of any float dtype, in which their gradients come back;
-    both None give the frozen linear alone. `dropout`, of the input of A, acts in training only. Computes in x.dtype.
+    A and B are of any float dtype, in which their gradients come back; both None give the frozen linear alone.
+    Computes in x.dtype.
     """
-    if lora_a is None or lora_b is None:
-        return frozen_linear(x, weight, quant_state, bias)
-    linear = Linear(weight, quant_state, bias, scaling, draw(dropout if training else 0.0))
-    return lora_linears(x, [linear], [Update(lora_a, lora_b)])[0]
+    if update.a is None or update.b is None:
+        return frozen_linear(x, linear.weight, linear.state, linear.bias)
+    return lora_linears(x, [linear], [update])[0]
 
 
 def lora_linears(

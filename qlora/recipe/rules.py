@@ -8,8 +8,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import partial
+from operator import eq
 from typing import Any
 
+from qlora.recipe.methods import METHODS
 from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
 
@@ -46,11 +49,9 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # keys without effect, the setting that makes them so, and when it does
 IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
-    (
-        ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.scaling", "adapter.init",
-         "adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern"),
-        "adapter.method",
-        lambda method: method == "full",
+    *(
+        (tuple(f"adapter.{key}" for key in facts.unused), "adapter.method", partial(eq, method))
+        for method, facts in METHODS.items()
     ),
     (("base.double_quant", "base.block_size"), "base.quantization", lambda name: name == "none"),
     (("base.revision",), "base.model", lambda model: LOCAL_FOLDER.fullmatch(model) is not None),
@@ -107,11 +108,20 @@ def _idle(settings: Settings, given: Settings) -> Iterator[Finding]:
 
 
 def _method(settings: Settings, given: Settings) -> Iterator[Finding]:
-    if (settings.get("base.quantization"), settings.get("adapter.method")) == ("nf4", "full"):
+    if _frozen_base(settings):
+        return
+    method = settings["adapter.method"]
+    if settings.get("base.quantization") == "nf4":
         key = "base.quantization" if "base.quantization" in given else "adapter.method"
-        yield key, "full needs base.quantization: none, since weights in NF4 cannot be trained"
-    if (settings.get("base.embedding"), settings.get("adapter.method")) == ("host", "full"):
-        yield "base.embedding", "is for a frozen base; with adapter.method: full leave it out"
+        yield key, f"{method} needs base.quantization: none, since weights in NF4 cannot be trained"
+    if settings.get("base.embedding") == "host":
+        yield "base.embedding", f"is for a frozen base; with adapter.method: {method} leave it out"
+
+
+def _frozen_base(settings: Settings) -> bool:
+    """Whether the method leaves the base as it is; a method that is no method does no harm here."""
+    facts = METHODS.get(settings.get("adapter.method", ""))
+    return facts is None or facts.frozen_base
 
 
 def _steps(settings: Settings, given: Settings) -> Iterator[Finding]:
@@ -147,10 +157,10 @@ def _checkpointing(settings: Settings, given: Settings) -> Iterator[Finding]:
             "training.offload",
             "is of the inputs of recomputed layers; without training.gradient_checkpointing leave it out",
         )
-    if mlps and settings.get("adapter.method") == "full":
+    if mlps and not _frozen_base(settings):
         yield (
             "training.mlp_checkpointing",
-            "is for frozen layers with adapters; with adapter.method: full leave it out",
+            f"is for frozen layers with adapters; with adapter.method: {settings['adapter.method']} leave it out",
         )
     elif mlps and layers is True and "training.mlp_checkpointing" in given:
         text = (

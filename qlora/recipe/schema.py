@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+from qlora.recipe.methods import METHODS, MethodFacts
 from qlora.recipe.rules import conflicts, flatten, idle
 
 Text = Annotated[str, Field(min_length=1)]
@@ -54,10 +55,10 @@ class Base(Section):
 
 
 class Adapter(Section):
-    """What is trained: low-rank matrices beside frozen linears, or the whole model."""
+    """What is trained: low-rank matrices or biases beside frozen linears, or the whole model."""
 
     method: Literal["lora", "full"] = "lora"
-    """lora trains A and B only (LoRA, section 4.1); full trains every weight of an unquantized base."""
+    """lora trains A and B (LoRA, section 4.1), full every weight of an unquantized base."""
     rank: Count = 8
     """Rows of A and columns of B (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
@@ -79,6 +80,17 @@ class Adapter(Section):
     def resolved_alpha(self) -> float:
         """alpha, or the rank where alpha is null."""
         return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def facts(self) -> MethodFacts:
+        """What is known of the method."""
+        return METHODS[self.method]
+
+    @property
+    def summary(self) -> str:
+        """What is trained, in words."""
+        targets = self.targets if isinstance(self.targets, str) else f"{len(self.targets)} targets"
+        return self.facts.summary.format(rank=self.rank, targets=targets)
 
 
 class Data(Section):

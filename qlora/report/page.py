@@ -74,9 +74,9 @@ def render(run: Path) -> str:
 def _lead(recipe: Recipe) -> str:
     """The recipe in a line: what was trained, how, and on what."""
     base, adapter, data = recipe.base, recipe.adapter, recipe.data
-    targets = adapter.targets if isinstance(adapter.targets, str) else f"{len(adapter.targets)} targets"
-    how = f"LoRA of rank {adapter.rank} on {targets}" if adapter.method == "lora" else "all weights trained"
-    return f"{base.model}{' in NF4' if base.quantization == 'nf4' else ''} · {how} · {data.source}"
+    return (
+        f"{base.model}{' in NF4' if base.quantization == 'nf4' else ''} · {adapter.summary} · {data.source}"
+    )
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 from qlora.errors import ModelError
 from qlora.memory.plan import changed
 from qlora.recipe import Recipe
-from qlora.runtime.distributed import accelerator_for
+from qlora.runtime.distributed import DataParallel
 from qlora.training.run_folder import claim
-from qlora.training.train import Session
+from qlora.training.train import fit, prepare
 
 
 def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, Any]:
@@ -22,10 +22,8 @@ def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, A
     """
     with TemporaryDirectory(prefix="qlora-profile-") as folder:
         trial = _trial(recipe, steps, Path(folder) / "run")
-        session = Session.prepare(trial, accelerator_for(trial))
-        session.memory = session.memory.watched(session.model, session.optimizer, every_step=True)
-        session.begin(claim(trial, Path(trial.output), resume=False, fresh=True))
-        session.fit(terminal=terminal)
+        session = prepare(trial, DataParallel.of(trial), watch_all=True)
+        fit(session, claim(trial, Path(trial.output), resume=False, fresh=True), terminal=terminal)
         content = session.memory.account()
     if content is None:
         raise ModelError(session.memory.note)

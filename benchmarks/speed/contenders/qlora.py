@@ -13,7 +13,7 @@ from benchmarks.speed.contenders import Contender
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
 from benchmarks.speed.workload import Document, Workload
-from qlora.adapter import adapt, trainable_parameters
+from qlora.adapter import LoraSpec, adapt, trainable_parameters
 from qlora.data import Batch, Batches, Example
 from qlora.model import varlen_attention
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
@@ -41,7 +41,7 @@ class Session:
         base = Base(model=job.base, compute_dtype=job.dtype, embedding="host" if offload else "device")
         self.model = load_base(base, job.device)
         read_documents_if_apart(self.model)
-        adapt(self.model, rank=job.rank, alpha=job.alpha, targets="all-linear")
+        adapt(self.model, LoraSpec(rank=job.rank, alpha=job.alpha, targets="all-linear"))
         self.parameters = trainable_parameters(self.model)
         with torch.no_grad():
             for name, value in load_file(job.adapter).items():
@@ -59,7 +59,7 @@ class Session:
         """One optimizer step: its loss, its gradient norm, the positions that went through the model."""
         batches = lay_out(documents, self.job)
         self.optimizer.zero_grad()
-        loss = accumulate(self.model, batches, seed=0, step=number)
+        loss = accumulate(self.model, batches, seed=0, step=number).sum
         norm = self.optimizer.clip(self.job.max_grad_norm)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
         self.optimizer.step(self.job.lr)

@@ -167,7 +167,7 @@ def _config(model: nn.Module, layers: Mapping[str, Layer], base_model: str | Non
         "init_lora_weights": True,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "target_modules": targets_of(model, layers),  # type: ignore[arg-type]  # it asks for names alone
+        "target_modules": targets_of(model, layers),  # it asks for names alone
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     }
 

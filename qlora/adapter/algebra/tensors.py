@@ -22,12 +22,12 @@ from qlora.adapter.algebra.low_rank import LowRank
 from qlora.adapter.config import (
     CONFIG_FILE,
     commonest,
-    exactly,
     is_rslora,
-    layer_settings,
     read_config,
+    spec_of_layer,
 )
 from qlora.adapter.identity import IDENTITY_FILE
+from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
 from qlora.errors import ModelError, SaveError
 from qlora.storage.atomic import sync
@@ -160,13 +160,13 @@ def require_free(path: str | Path) -> None:
 
 
 def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: Path) -> Layer:
-    rank, alpha, scaling = layer_settings(config, name, folder / CONFIG_FILE)
+    spec = spec_of_layer(config, name, folder / CONFIG_FILE)
     for tensor, suffix, dim in ((a, SUFFIX_A, 0), (b, SUFFIX_B, 1)):
-        if tensor.ndim != 2 or tensor.shape[dim] != rank or not tensor.numel():
+        if tensor.ndim != 2 or tensor.shape[dim] != spec.rank or not tensor.numel():
             raise ModelError(
-                f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, and the config's rank is {rank}"
+                f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, and the config's rank is {spec.rank}"
             )
-    return Layer(a, b, alpha, scaling)
+    return Layer(a, b, spec.resolved_alpha, spec.factor)
 
 
 def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:
@@ -201,7 +201,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "lora_alpha": alpha,
         "r": rank,
         "rank_pattern": {exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
-        "use_rslora": is_rslora(layers),  # type: ignore[arg-type]  # it asks for rank, alpha and scaling alone
+        "use_rslora": is_rslora(layers),
     }
 
 

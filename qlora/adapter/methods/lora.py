@@ -6,134 +6,184 @@ around every target of any model. A and B are bf16; the optimizer keeps what bf1
 
 import hashlib
 import math
-import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.targets import features, is_conv1d, is_linear, select
+from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
+from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.methods.method import AdapterMethod
+from qlora.adapter.patterns import fits
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
+from qlora.adapter.targets import features, select
 from qlora.errors import ModelError
+from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
-from qlora.quantization.nf4 import protect, quant_state
-
-Value = TypeVar("Value")
-
-SCALINGS = {
-    "alpha/rank": lambda alpha, rank: alpha / rank,  # LoRA, section 4.1
-    "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, Kalajdzievski 2023
-}
+from qlora.ops.products import Linear, Update
+from qlora.quantization.nf4 import dense, protect
+from qlora.recipe import Adapter
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLinear):
     """A frozen linear with a trainable low-rank update; x [..., in] -> [..., out] in x.dtype.
 
-        >>> layer = LoRALinear(nn.Linear(input_dim, output_dim), rank=4, alpha=8)
+        >>> layer = LoRALinear(nn.Linear(input_dim, output_dim), LoraSpec(rank=4, alpha=8))
 
     base: an `nn.Linear`, 4-bit linear or `Conv1D`, kept as it is and frozen; its bias stays in use.
-    rank: of the update. alpha: the update is scaled by alpha/rank (None: alpha = rank, so by 1).
-    dropout: on the input of A, in training. scaling: "alpha/rank" or "alpha/sqrt(rank)".
-    init: of A, "kaiming" (uniform, a = sqrt(5): the bound is 1/sqrt(in)), "gaussian" (standard deviation
-        1/rank) or "zero" (to read an adapter into); B is zero, so training starts at the base.
+    spec: rank, alpha, dropout, scaling, initialisation and dtype.
     generator: a CPU generator for A; None: torch's.
-
-    There is no `weight` on purpose: code that reads it would pass the update by, and nobody would notice.
-    Raises ModelError for a module that is no linear layer, or numbers out of range.
     """
 
+    SAVED: ClassVar = {SUFFIX_A: "lora_a", SUFFIX_B: "lora_b"}
+    changes_weight = True
+    spec: LoraSpec
+
     def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        scaling: str = "alpha/rank",
-        init: str = "kaiming",
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__()
-        if not is_linear(base):
-            raise ModelError(f"LoRALinear wraps nn.Linear, Linear4bit and Conv1D, not {type(base).__name__}")
-        alpha = rank if alpha is None else alpha
-        _check(rank, alpha, dropout, scaling, init)
-        self.base: nn.Linear = base.requires_grad_(False)
-        self.fan_in_fan_out = is_conv1d(base)
-        """the base's weight is stored as [in, out]; PEFT's name for it"""
-        self.in_features, self.out_features = features(base)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.scaling = float(SCALINGS[scaling](alpha, rank))
-        device = base.weight.device
-        a = _initial(init, (rank, self.in_features), device, generator)
-        self.lora_a = nn.Parameter(a.to(device, dtype))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
+        spec = spec or LoraSpec()
+        super().__init__(base, spec)
+        device = self.base.weight.device
+        a = _initial(spec.init, (spec.rank, self.in_features), device, generator)
+        self.lora_a = nn.Parameter(a.to(device, spec.dtype))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device, dtype=spec.dtype))
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, columns of B."""
+        return self.spec.rank
+
+    @property
+    def alpha(self) -> float:
+        """The update is scaled by alpha/rank, or alpha/sqrt(rank)."""
+        return self.spec.resolved_alpha
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update."""
+        return self.spec.factor
+
+    @property
+    def dropout(self) -> float:
+        """Share of the input of A that is dropped in training."""
+        return self.spec.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        base, a, b, scaling = self.base, self.lora_a, self.lora_b, self.scaling
-        weight = base.weight.T if self.fan_in_fan_out else base.weight
-        state = quant_state(base)
-        return lora_linear(x, weight, state, base.bias, a, b, scaling, self.dropout, self.training)
+        return lora_linear(x, *self.product())
 
-    def __getattr__(self, name: str) -> Any:
-        """Parameters and modules, as in every module; says why there is no weight."""
-        if name in ("weight", "bias"):
-            raise AttributeError(
-                f"the model reads `{name}` past the adapted layer: leave it out of the targets"
-            )
-        return super().__getattr__(name)
+    def product(self) -> tuple[Linear, Update]:
+        """The layer as our products take it, with the next dropout mask if it is training."""
+        weight, state = self.frozen
+        dropout = draw(self.dropout if self.training else 0.0)
+        return Linear(weight, state, self.base.bias, self.scaling, dropout), Update(self.lora_a, self.lora_b)
+
+    @classmethod
+    def shapes(cls, linear: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+        """A [rank, in] and B [out, rank]."""
+        in_features, out_features = features(linear)
+        return {SUFFIX_A: (spec.rank, in_features), SUFFIX_B: (out_features, spec.rank)}
+
+    def misfit(self, spec: LoraSpec) -> str | None:
+        """Ranks cannot be switched."""
+        if spec.rank == self.rank:
+            return None
+        return f"has rank {spec.rank}, and {self.rank} in the model: ranks cannot be switched"
+
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The dense weight [out, in] that computes what the layer computes without dropout; fp32 or wider.
+
+            >>> y = torch.nn.functional.linear(x, layer.merged_weight(), layer.base.bias)
+
+        weight: what to add the update to, on any device and there the result is; None is the layer's own frozen
+            weight, dequantized if it is in 4 bits.
+
+        The sum is taken in fp32 (fp64 where an operand is fp64), whatever W, A and B are stored in; NF4 weights are
+        dequantized to fp32, which holds them exactly. So the result is right to fp32's own rounding, and the first
+        real rounding is the caller's, who stores it in 16 or 4 bits.
+        """
+        if weight is None:
+            packed, state = self.base.weight, self.frozen[1]
+            weight = dense(packed, state, _wide(self.lora_a, packed))
+            weight = weight.T if self.fan_in_fan_out else weight
+        assert weight.shape == (self.out_features, self.in_features), (
+            f"{weight.shape} is not the layer's shape"
+        )
+        dtype = _wide(self.lora_a, weight)
+        a = self.lora_a.detach().to(weight.device, dtype)
+        b = self.lora_b.detach().to(weight.device, dtype)
+        return torch.addmm(weight.detach().to(dtype), b, a, alpha=self.scaling)
 
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def adapt(
-    model: nn.Module,
-    *,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    scaling: str = "alpha/rank",
-    init: str = "kaiming",
-    targets: str | Sequence[str] = "attention",
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> nn.Module:
-    """Freeze `model` and wrap its `targets` (see `select`) in LoRALinears, in place; returns the model.
+class Lora(AdapterMethod):
+    """Trains A and B of every target."""
 
-        >>> model = adapt(model, rank=16, targets="all-linear")
+    name = "lora"
+    peft_type = "LORA"
+    layer = LoRALinear
 
-    Works for any `nn.Module` with linear layers, on the meta device too. Arguments are those of `LoRALinear`.
-    `rank_pattern` and `alpha_pattern` override rank and alpha where a key, a regular expression, matches a
-    layer's name or its last parts; the first match counts. Each A depends on (seed, name of the layer) alone,
-    whatever the device and the other targets.
+    def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
+        """See `adapt`."""
+        spec = LoraSpec(
+            rank=settings.rank,
+            alpha=settings.resolved_alpha,
+            dropout=settings.dropout,
+            scaling=settings.scaling,
+            init=settings.init,
+            targets=settings.targets,
+            rank_pattern=settings.rank_pattern,
+            alpha_pattern=settings.alpha_pattern,
+        )
+        return adapt(model, spec, seed=seed)
+
+    def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
+        """PEFT's LoraConfig."""
+        return config_of(model, layers, base)
+
+    def check(self, config: Mapping[str, Any], file: Path) -> None:
+        """Every field is obeyed, known to say nothing, or refused by name."""
+        check_config(config, file)
+
+    def targets(
+        self, model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], file: Path
+    ) -> list[str]:
+        """As PEFT would choose them."""
+        return targets_in(model, config, found, file)
+
+    def spec(self, config: Mapping[str, Any], name: str, file: Path) -> LoraSpec:
+        """Absent fields have PEFT's defaults."""
+        return spec_of_layer(config, name, file)
+
+
+def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
+    """Freeze `model` and wrap its targets (see `select`) in LoRALinears, in place; returns the model.
+
+        >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
+
+    Works for any `nn.Module` with linear layers, on the meta device too. Each A depends on (seed, name of the layer)
+    alone, whatever the device and the other targets.
 
     Raises ModelError if the model is adapted already, or a target or pattern matches no layer.
     """
-    if lora_layers(model):
-        raise ModelError("the model has LoRA layers already: adapt a base, or load an adapter into this one")
-    names = select(model, targets)
-    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
-    for key in [*ranks, *alphas]:
-        if not any(_fits(key, name) for name in names):
+    spec = spec or LoraSpec()
+    if AdaptedLinear.of(model):
+        raise ModelError("the model has an adapter already: adapt a base, or load an adapter into this one")
+    names = select(model, spec.targets)
+    for key in [*spec.rank_pattern, *spec.alpha_pattern]:
+        if not any(fits(key, name) for name in names):
             raise ModelError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
     protect(model.requires_grad_(False))
     layers = {
-        name: LoRALinear(
-            model.get_submodule(name),
-            rank=pattern_value(ranks, name, rank),
-            alpha=pattern_value(alphas, name, rank if alpha is None else alpha),
-            dropout=dropout,
-            scaling=scaling,
-            init=init,
-            generator=layer_generator(seed, name),
-            dtype=dtype,
-        )
+        name: LoRALinear(model.get_submodule(name), spec.of_layer(name), layer_generator(seed, name))
         for name in names
     }
     return wrap(model, layers)
@@ -144,15 +194,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
     >>> sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora_layers(model).values())
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name.
-
-    >>> optimizer = torch.optim.AdamW(trainable_parameters(adapt(model)).values(), lr=2e-4)
-    """
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return LoRALinear.of(model)
 
 
 def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
@@ -181,58 +223,6 @@ def _initial(
     return a.uniform_(-bound, bound, generator=generator)
 
 
-def _fits(key: str, name: str) -> bool:
-    """Whether `key` matches a name or its last parts, as PEFT's rank_pattern does."""
-    return _expression(key).match(name) is not None
-
-
-@lru_cache(maxsize=4096)  # a key for each layer of a large model: re's own cache is too small
-def _expression(key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
-        raise ModelError(
-            f'rank_pattern or alpha_pattern: "{key}" is no regular expression ({error})'
-        ) from error
-
-
-def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first pattern that matches `name`, else `default`."""
-    return next((value for key, value in patterns.items() if _fits(key, name)), default)
-
-
-def wrap(model: nn.Module, layers: Mapping[str, LoRALinear]) -> nn.Module:
-    """Put each LoRALinear in the place of its base, whose name in `model` is its key; returns the model."""
-    _replace(model, {layer.base: layer for layer in layers.values()})
-    _forbid_fused_inference(model)
-    return model
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each value where its key stands, everywhere: a module may be shared under several names."""
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, attribute, replacements[child])
-
-
-def _forbid_fused_inference(model: nn.Module) -> None:
-    """In eval mode torch's encoder computes from the weights of its layers and never calls them."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # "no activation that the fused path knows"
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def _check(rank: int, alpha: float, dropout: float, scaling: str, init: str) -> None:
-    if rank < 1:
-        raise ModelError(f"rank must be at least 1, not {rank}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ModelError(f"alpha must be above 0, not {alpha}")
-    if not 0 <= dropout < 1:
-        raise ModelError(f"dropout must be at least 0 and below 1, not {dropout}")
-    if scaling not in SCALINGS:
-        raise ModelError(f"scaling must be {' or '.join(SCALINGS)}, not {scaling!r}")
-    if init not in ("kaiming", "gaussian", "zero"):
-        raise ModelError(f"init must be kaiming, gaussian or zero, not {init!r}")
+def _wide(*operands: Tensor) -> torch.dtype:
+    """fp32, or fp64 where there is one."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32

@@ -1,0 +1,59 @@
+"""What a run looks at on the way: the loss of held-out rows, and answers to their prompts."""
+
+from qlora.data import held_out_batches
+from qlora.inference.generate import answer
+from qlora.memory import measure
+from qlora.objective.step import evaluate
+from qlora.tracking import Sample, Tracker
+from qlora.training.session import Session
+
+
+def held_out_loss(session: Session, tracker: Tracker, step: int) -> float | None:
+    """Mean held-out loss after `step` steps, recorded with sample answers. None without held-out rows."""
+    processes = session.processes
+    if not session.dataset.held_out:
+        return None
+    with session.memory.over(step, evaluation=True):
+        found, weight = evaluate(
+            session.model,
+            held_out_batches(session.dataset, session.recipe),
+            session.objective,
+            rank=processes.rank,
+            processes=processes.count,
+        )
+    processes.reduce([found.sum, *found.metrics.values()])
+    loss = found.sum.item() / weight
+    if processes.is_main:
+        peak = measure.peak(processes.device)
+        peak_bytes = peak.resident_bytes if peak.allocated_bytes is None else peak.allocated_bytes
+        metrics = {f"eval_{name}": metric.item() / weight for name, metric in found.metrics.items()}
+        tracker.evaluation(
+            {
+                "step": step,
+                "eval_loss": loss,
+                "eval_tokens": weight,
+                **metrics,
+                "peak_memory_bytes": peak_bytes,
+            }
+        )
+        tracker.samples(answers(session), step)
+    return loss
+
+
+def answers(session: Session) -> list[Sample]:
+    """The first few held-out prompts, answered by the model as it is now."""
+    training = session.recipe.training
+    return [
+        Sample(
+            prompt=prompt.text,
+            reference=prompt.reference,
+            answer=answer(
+                session.model,
+                session.tokenizer,
+                prompt.input_ids,
+                training.sample_tokens,
+                stop_ids=session.dataset.stop_ids,
+            ),
+        )
+        for prompt in session.dataset.prompts[: training.samples]
+    ]

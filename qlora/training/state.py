@@ -1,0 +1,113 @@
+"""What a run saves and goes on from: the trained weights, the optimizer, and where it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.store import load_adapter, save_adapter
+from qlora.errors import ModelError, SaveError
+from qlora.report import memory_files
+from qlora.storage import folders
+from qlora.tracking import Tracker
+from qlora.training import checkpoint
+from qlora.training.run_folder import RunFolder
+from qlora.training.session import Session
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """optimizer steps taken"""
+    loss_before: float | None = None
+    """held-out loss before the first step"""
+
+
+def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> None:
+    """Commit a checkpoint. A full disk is noted, not fatal: the next may fit."""
+    state = session.processes.gather(session.optimizer.state())
+    if not session.processes.is_main:
+        return
+    try:
+        with checkpoint.writing(run.path, progress.step, run.run_id) as folder:
+            write_weights(session, folder / session.result_name)
+            checkpoint.save_tensors(folder / "optimizer.safetensors", state)
+            checkpoint.write_state(
+                folder,
+                {
+                    "step": progress.step,
+                    "loss_before": progress.loss_before,
+                    "data": session.dataset.fingerprint,
+                    "plan": session.plan,  # the run goes on by it even if run.json is lost
+                },
+            )
+        checkpoint.rotate(run.path, session.recipe.training.keep_checkpoints, run.run_id)
+    except SaveError as error:
+        tracker.note(f"checkpoint of step {progress.step} not saved: {error}")
+
+
+def restore(session: Session, run: RunFolder) -> Progress:
+    """Put the newest whole checkpoint of the run, if there is one, into model and optimizer.
+
+    Raises:
+        ModelError: data or base have changed since, so that the run cannot go on exactly.
+    """
+    folder = checkpoint.newest(run.path, run_id=run.run_id)
+    if folder is None:
+        return Progress()
+    state = checkpoint.read_state(folder)
+    if state["data"] != session.dataset.fingerprint:
+        raise ModelError(
+            f"{folder}: the data set has changed since this checkpoint (its rows, tokenizer or template), so the "
+            "run cannot go on exactly. Put it back, or start again with --fresh"
+        )
+    read_weights(session, folder / session.result_name)
+    session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
+    return Progress(state["step"], state["loss_before"])
+
+
+def write_weights(session: Session, folder: Path) -> None:
+    """Write the adapter (or the whole model, if all of it trains) into `folder`."""
+    if session.recipe.adapter.facts.frozen_base:
+        save_adapter(session.model, folder, base=session.base_identity)
+    else:
+        session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+        session.tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(session.recipe.to_yaml())  # what it was trained on travels with it
+
+
+def read_weights(session: Session, folder: Path) -> None:
+    """Put what `write_weights` wrote into the model. Raises ModelError if the base is another one now."""
+    if not session.recipe.adapter.facts.frozen_base:
+        for file in folder.glob("*.safetensors"):  # tied weights are saved once
+            session.model.load_state_dict(checkpoint.load_tensors(file), strict=False)
+        return
+    recorded = BaseIdentity.read(folder) or session.base_identity
+    if (difference := recorded.difference(session.base_identity)) is not None:
+        raise ModelError(
+            f"{folder.parent}: the base has changed since this checkpoint ({difference}), so the run cannot go on "
+            "exactly. Put it back, or start again with --fresh"
+        )
+    load_adapter(session.model, folder, any_base=True)
+
+
+def write_result(session: Session, run: RunFolder) -> Path:
+    """Write what was trained where users look for it: <run>/adapter or <run>/model."""
+    if session.processes.is_main:
+        with folders.replacing(run.path, session.result_name) as folder:
+            write_weights(session, folder)
+    return run.path / session.result_name
+
+
+def write_memory(session: Session, run: RunFolder, tracker: Tracker) -> None:
+    """Leave forecast, measurement and the documents' estimate in the run's folder."""
+    content = session.memory.content(run.path) if session.processes.is_main else None
+    if content is None:
+        return
+    try:
+        memory_files.write(run.path, content)
+    except SaveError as error:
+        tracker.note(f"no memory report: {error}")
+    else:
+        tracker.memory(content, run.path / "memory.png")
