@@ -57,8 +57,8 @@ class Base(Section):
 class Adapter(Section):
     """What is trained: low-rank matrices or biases beside frozen linears, or the whole model."""
 
-    method: Literal["lora", "full"] = "lora"
-    """lora trains A and B (LoRA, section 4.1), full every weight of an unquantized base."""
+    method: Literal["lora", "full", "bitfit"] = "lora"
+    """lora trains A and B (LoRA, section 4.1), full every weight of an unquantized base, bitfit biases."""
     rank: Count = 8
     """Rows of A and columns of B (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
