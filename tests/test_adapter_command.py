@@ -143,9 +143,13 @@ def test_inspect_finds_a_base_that_is_here(runs: dict[str, Path], tiny_llama: Pa
     made_up = tmp_path / "made-up"
     shutil.copytree(runs["lora"] / "adapter", made_up)
     recipe = (made_up / "recipe.yaml").read_text()
-    (made_up / "recipe.yaml").write_text(recipe.replace("init: pretrained", "init: random"))
+    for other in (recipe.replace("init: pretrained", "init: random"), "base: {init: synthetic, old_key: 1}"):
+        (made_up / "recipe.yaml").write_text(other)
+        layers = json.loads(shown("inspect", made_up, "--json"))["layers"]
+        assert all(layer["relative_norm"] is None for layer in layers.values())
+    (made_up / "recipe.yaml").write_text("no [recipe")
     layers = json.loads(shown("inspect", made_up, "--json"))["layers"]
-    assert all(layer["relative_norm"] is None for layer in layers.values())
+    assert all(0 < layer["relative_norm"] < 1 for layer in layers.values())
 
 
 def test_what_full_training_changed_is_extracted(

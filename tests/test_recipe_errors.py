@@ -17,7 +17,7 @@ from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.recipe.fields import at, names
 from qlora.recipe.problems import SECRET
-from qlora.recipe.reading import MAX_PROBLEMS
+from qlora.recipe.reading import MAX_PROBLEMS, read
 
 SCHEMA = Recipe.json_schema()
 FULL = Recipe.from_dict(
@@ -169,6 +169,11 @@ def test_a_key_that_is_written_twice_is_named_with_both_lines(
     assert said == [f"r.yaml:{end + 1}:{column}: {key}: is here twice, first on line {number}; keep one"]
 
 
+def test_an_empty_key_that_is_written_twice_is_named_with_both_lines() -> None:
+    [problem] = read("a:\n  '': 1\n  '': 2\n", "r.yaml").problems
+    assert str(problem) == "r.yaml:3:3: a: is here twice, first on line 2; keep one"
+
+
 @pytest.mark.parametrize(("section", "key"), [("base", "base.model"), ("data", "data.source")])
 def test_a_missing_required_key_is_named_with_its_meaning(tmp_path: Path, section: str, key: str) -> None:
     [(number, column)] = [(n, c) for n, c, name, _ in KEYS if name == section]
@@ -254,6 +259,7 @@ CASES = {
     "tracking: {wandb: {api_key: x}}": "tracking.wandb.api_key: unknown key; a recipe would store",
     "output: hf_abcdefghijklmnop": "output: looks like an access token or password",
     "output: https://me:secret@host/x": "output: looks like an access token or password",
+    "output: !hf_abcdefghijklmnop!x y": "3:9: is not valid YAML: found undefined tag handle '!…!'",
 }
 
 
@@ -342,6 +348,7 @@ BOMBS = {
     "colons": ": " * 30_000,
     "documents": "---\n" * 15_000,
     "tags": "a: !!x\n" * 9_000,
+    "tag handle": "a: !" + "x" * 60_000 + "!y z",
     "digits": "training: {seed: " + "9" * 60_000 + "}",
     "number-like text": "data: {held_out: '" + "1" * 60_000 + "x'}",
     "parentheses": "adapter: {targets: ['" + "(" * 60_000 + "']}",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -252,12 +251,14 @@ def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":
     A run that made its base up, by base.init, has not used the weights that have its name.
     """
     from qlora.adapter.algebra.weights import Weights, find_checkpoint
+    from qlora.recipe.reading import read
 
     if given is not None:
         return Weights(find_checkpoint(given))
     name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
-    made_up = re.search(r"^ +init: (random|synthetic)$", adapter.extra_files.get("recipe.yaml", ""), re.M)
-    if isinstance(name, str) and not made_up:
+    # read, not checked: the recipe of an older or a foreign adapter may have keys that are unknown here
+    recipe = read(adapter.extra_files.get("recipe.yaml", ""), "recipe.yaml")
+    if isinstance(name, str) and recipe.setting("base", "init") not in ("random", "synthetic"):
         with suppress(ModelError):
             weights = Weights(find_checkpoint(name, revision))
             return weights if weights.file_bytes <= CHEAP_BYTES else None

@@ -58,12 +58,12 @@ def _document(path: Path, overrides: Sequence[str]) -> Document:
 def _refuse_code_of_results(document: Document, path: Path) -> None:
     """Raise ModelError where a recipe among results, and not the command line, lets the base's code run."""
     place = document.place(("base", "trust_remote_code"))
-    base = document.value.get("base") if isinstance(document.value, dict) else None
-    if not (isinstance(base, dict) and base.get("trust_remote_code") is True and place.line):
+    if document.setting("base", "trust_remote_code") is not True or not place.line:
         return
     if (folder := _results_around(path)) is not None:
+        model = document.setting("base", "model")
         raise ModelError(
-            f"{place}: base.trust_remote_code: would run code of {shorten(str(base.get('model')), 200)!r}, and a "
+            f"{place}: base.trust_remote_code: would run code of {shorten(str(model), 200)!r}, and a "
             f"recipe among results ({folder}) is no consent. If you trust that code, say base.trust_remote_code=true "
             "on the command line"
         )

@@ -51,6 +51,13 @@ class Document:
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def setting(self, *names: str) -> Any:
+        """The value of a setting as it was written, whether it fits or not; None if it was not."""
+        value = self.value
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
     def place(self, path: KeyPath) -> Place:
         """The place of a setting, or of the innermost one around it that was written."""
         around = (path[:end] for end in range(len(path), -1, -1))

@@ -5,22 +5,11 @@ ruamel.yaml parses; the values are built here from its events, so that everythin
 problem has its line.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, NoReturn
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, events
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    CollectionEndEvent,
-    CollectionStartEvent,
-    DocumentStartEvent,
-    MappingEndEvent,
-    MappingStartEvent,
-    NodeEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-)
 
 from qlora.recipe.problems import FORBIDDEN, SECRET, UNUSABLE, Document, KeyPath, Place, Problem, shorten
 from qlora.recipe.scalars import scalar
@@ -36,22 +25,18 @@ def read(text: str, source: str, *, at: KeyPath = (), numbered: bool = True) -> 
     if numbered:
         document.places[at] = Place(source, 1, 1)
     try:
-        _Builder(text, document, at, numbered).build()
-    except _Stop as stop:
-        document.problems.append(stop.problem)
+        document.value = _Reader(text, document, at, numbered).root_value()
+    except _Stop:
         document.value = UNUSABLE
     return document
 
 
 class _Stop(Exception):
-    """Nothing after this problem is read."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    """Nothing after this is read; the document has the problem."""
 
 
-class _Builder:
-    """Makes values out of the events of a YAML text."""
+class _Reader:
+    """Makes values out of the events of a YAML text; writes places and problems into its document."""
 
     def __init__(self, text: str, document: Document, root: KeyPath, numbered: bool) -> None:
         self.text = text
@@ -60,114 +45,93 @@ class _Builder:
         self.numbered = numbered
         self.events = self._parse()
 
-    def build(self) -> None:
-        """Fill in the document: the text holds one mapping, list or scalar, or nothing at all."""
+    def root_value(self) -> Any:
+        """The one mapping, list or scalar of the text; None if there is nothing in it."""
         value: Any = None
         documents = 0
         for event in self.events:
-            if isinstance(event, DocumentStartEvent):
+            if isinstance(event, events.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise _Stop(self._problem(event, self.root, "a second document begins here; one is all"))
+                    self._stop(event.start_mark, "a second document begins here; one is all")
                 if event.version not in (None, (1, 2)):
-                    raise _Stop(self._problem(event, self.root, "recipes are YAML 1.2; drop the %YAML line"))
-            elif isinstance(event, NodeEvent):
-                self.document.places.setdefault(self.root, self._place(event, event))
+                    self._stop(event.start_mark, "recipes are YAML 1.2; drop the %YAML line")
+            elif isinstance(event, events.NodeEvent):
+                self.document.places.setdefault(self.root, self._place(event.start_mark, event))
                 value = self._value(event, self.root)
-        self.document.value = value
+        return value
 
     def _value(self, event: Any, path: KeyPath) -> Any:
         """The value that begins with this event."""
-        if refusal := self._refusal(event):
+        if refusal := _refusal(event):
             self._note(self.document.places[path], path, refusal)
             self._skip(event)
             return UNUSABLE
-        if isinstance(event, ScalarEvent):
+        if isinstance(event, events.ScalarEvent):
             return scalar(event.value) if event.implicit[0] else event.value
         if len(path) >= MAX_DEPTH:
-            raise _Stop(self._problem(event, (), f"nested more than {MAX_DEPTH} levels deep"))
-        return self._mapping(path) if isinstance(event, MappingStartEvent) else self._sequence(path)
-
-    def _sequence(self, path: KeyPath) -> list[Any]:
-        values: list[Any] = []
-        while not isinstance(event := next(self.events), SequenceEndEvent):
-            item = (*path, len(values))
-            self.document.places[item] = self._place(event, event)
-            values.append(self._value(event, item))
-        return values
+            self._stop(event.start_mark, f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(event, events.MappingStartEvent):
+            return self._mapping(path)
+        return [self._entry((*path, index), item, item) for index, item in enumerate(self._inside())]
 
     def _mapping(self, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        while not isinstance(key := next(self.events), MappingEndEvent):
-            name = self._key(key, path, values)
-            event = next(self.events)
-            if name is None:
-                self._skip(event)
+        for key in self._inside():
+            name = key.value if isinstance(key, events.ScalarEvent) else ""
+            if problem := _refusal(key) or self._key_problem(key, (*path, name), values):
+                self._note(self._place(key.start_mark), (*path, name) if name else path, problem)
+                self._skip(key)
+                self._skip(next(self.events))
             else:
-                self.document.places[(*path, name)] = self._place(key, event)
-                values[name] = self._value(event, (*path, name))
+                values[name] = self._entry((*path, name), key, next(self.events))
         return values
 
-    def _key(self, event: Any, path: KeyPath, siblings: dict[str, Any]) -> str | None:
-        """The name that a key's event spells; None, with the problem noted, if it cannot be used."""
-        problem = self._refusal(event)
-        name = event.value if isinstance(event, ScalarEvent) else ""
-        inner = (*path, name) if name else path
-        if not problem and not isinstance(event, ScalarEvent):
-            problem = "a key is text, not a list or mapping"
-        elif not problem and event.implicit[0] and not isinstance(scalar(name), str):
-            problem = "a key is text; put it in quotes" if name else "there is no key before this ':'"
-        elif not problem and name in siblings:
-            first = self.document.places[inner]
-            problem = f"is here twice{f', first on line {first.line}' if first.line else ''}; keep one"
-        if not problem:
-            return str(name)
-        self._note(self._place(event, event), inner, problem)
-        self._skip(event)
-        return None
+    def _inside(self) -> Iterator[Any]:
+        """The event of each item or key in the collection that has begun; whoever takes one reads its value."""
+        while not isinstance(event := next(self.events), events.CollectionEndEvent):
+            yield event
 
-    def _refusal(self, event: Any) -> str:
-        """Why a recipe has no use for this key or value; empty if it has."""
-        if isinstance(event, AliasEvent) or event.anchor:
-            return "anchors and aliases (& and *) are not for recipes; write the value out"
-        if event.tag:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            return f"tags are not for recipes; leave {shorten(tag)} out"
-        if isinstance(event, ScalarEvent) and SECRET.search(event.value):
-            return (
-                "looks like an access token or password, which a recipe would store with its run; "
-                "keep it in the environment (HF_TOKEN, WANDB_API_KEY)"
-            )
-        if isinstance(event, ScalarEvent) and (found := FORBIDDEN.search(event.value)):
-            return f"has the character U+{ord(found.group()):04X} in it, which no setting needs"
+    def _entry(self, path: KeyPath, key: Any, event: Any) -> Any:
+        self.document.places[path] = self._place(key.start_mark, event)
+        return self._value(event, path)
+
+    def _key_problem(self, key: Any, path: KeyPath, siblings: Container[str]) -> str:
+        """Why this key cannot be one of its mapping; empty if it can."""
+        if not isinstance(key, events.ScalarEvent):
+            return "a key is text, not a list or mapping"
+        if key.implicit[0] and not isinstance(scalar(key.value), str):
+            return "a key is text; put it in quotes" if key.value else "there is no key before this ':'"
+        if key.value in siblings:
+            line = self.document.places[path].line
+            return f"is here twice{f', first on line {line}' if line else ''}; keep one"
         return ""
 
     def _skip(self, event: Any) -> None:
         """Pass over the rest of the value that begins with this event."""
-        depth = int(isinstance(event, CollectionStartEvent))
+        depth = int(isinstance(event, events.CollectionStartEvent))
         while depth:
             event = next(self.events)
-            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            depth += isinstance(event, events.CollectionStartEvent)
+            depth -= isinstance(event, events.CollectionEndEvent)
 
     def _note(self, place: Place, path: KeyPath, text: str) -> None:
-        self.document.problems.append(Problem(place, path or self.root, text))
-        if len(self.document.problems) >= MAX_PROBLEMS:
-            raise _Stop(Problem(place, self.root, "and this is where reading stops: too much is wrong"))
+        problems = self.document.problems
+        problems.append(Problem(place, path or self.root, text))
+        if len(problems) >= MAX_PROBLEMS:
+            problems.append(Problem(place, self.root, "and this is where reading stops: too much is wrong"))
+            raise _Stop
 
-    def _problem(self, event: Any, path: KeyPath, text: str) -> Problem:
-        return Problem(self._place(event, event), path or self.root, text)
+    def _stop(self, mark: Any, text: str) -> NoReturn:
+        self.document.problems.append(Problem(self._place(mark), self.root, text))
+        raise _Stop
 
-    def _place(self, key: Any, value: Any) -> Place:
-        """The place of a key, with its value as it stands in the text (a word for what is longer)."""
-        if isinstance(value, MappingStartEvent):
-            written = "a mapping"
-        elif isinstance(value, CollectionStartEvent):
-            written = "a list"
+    def _place(self, mark: Any, value: Any = None) -> Place:
+        """The place of a mark, with the value there as it stands in the text (a word for what is longer)."""
+        if isinstance(value, events.CollectionStartEvent):
+            written = "a mapping" if isinstance(value, events.MappingStartEvent) else "a list"
         else:
-            written = shorten(self.text[value.start_mark.index : value.end_mark.index])
-        return self._at(key.start_mark, written)
-
-    def _at(self, mark: Any, written: str = "") -> Place:
+            written = shorten(self.text[value.start_mark.index : value.end_mark.index]) if value else ""
         line, column = (mark.line + 1, mark.column + 1) if self.numbered and mark else (0, 0)
         return Place(self.document.source, line, column, written)
 
@@ -176,15 +140,31 @@ class _Builder:
         try:
             for count, event in enumerate(YAML(typ="safe", pure=True).parse(self.text)):
                 if count > MAX_EVENTS:
-                    text = f"more than {MAX_EVENTS} keys and values, as no recipe has"
-                    raise _Stop(self._problem(event, self.root, text))
+                    self._stop(event.start_mark, f"more than {MAX_EVENTS} keys and values, as no recipe has")
                 yield event
         except MarkedYAMLError as error:
             mark, text = _explain(error)
-            raise _Stop(Problem(self._at(mark), self.root, f"is not valid YAML: {text}")) from None
+            self._stop(mark, f"is not valid YAML: {text}")
         except (YAMLError, ValueError, OverflowError):
             # an escape beyond Unicode, such as "\UFFFFFFFF", surfaces as chr()'s own error
-            raise _Stop(Problem(Place(self.document.source), self.root, "is not valid YAML")) from None
+            self._stop(None, "is not valid YAML")
+
+
+def _refusal(event: Any) -> str:
+    """Why a recipe has no use for this key or value; empty if it has."""
+    if isinstance(event, events.AliasEvent) or event.anchor:
+        return "anchors and aliases (& and *) are not for recipes; write the value out"
+    if event.tag:
+        tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+        return f"tags are not for recipes; leave {shorten(tag)} out"
+    if isinstance(event, events.ScalarEvent) and SECRET.search(event.value):
+        return (
+            "looks like an access token or password, which a recipe would store with its run; "
+            "keep it in the environment (HF_TOKEN, WANDB_API_KEY)"
+        )
+    if isinstance(event, events.ScalarEvent) and (found := FORBIDDEN.search(event.value)):
+        return f"has the character U+{ord(found.group()):04X} in it, which no setting needs"
+    return ""
 
 
 def _explain(error: MarkedYAMLError) -> tuple[Any, str]:
@@ -202,4 +182,4 @@ def _explain(error: MarkedYAMLError) -> tuple[Any, str]:
         return error.context_mark, "a bracket is opened here and not closed, or a ',' is missing within it"
     if "block" in context:
         return error.problem_mark, "the indentation does not fit the lines above"
-    return error.problem_mark or error.context_mark, problem
+    return error.problem_mark or error.context_mark, shorten(problem, 200)  # it may quote the text
