@@ -24,7 +24,8 @@ from qlora.model.checkpointing import checkpoint_layers
 from qlora.model.head import head_of
 from qlora.objective.causal_lm import CausalLM, loss_sum
 from qlora.objective.checks import check_head, check_packing
-from qlora.objective.step import accumulate, evaluate, fold_seed
+from qlora.objective.step import accumulate, evaluate
+from qlora.runtime.seeds import fold_seed
 
 SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qlora.adapter.targets import features, is_conv1d, is_linear
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import QuantState, quant_state
+from qlora.runtime.seeds import key_of
 
 
 class AdaptedLinear(nn.Module):
@@ -29,6 +30,8 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.spec = spec
         """the layer's settings"""
+        self.number: int | None = None
+        """what the layer's dropout is known by"""
         if not is_linear(base):
             kind = type(self).__name__
             raise ModelError(f"{kind} wraps nn.Linear, Linear4bit and Conv1D, not {type(base).__name__}")
@@ -87,6 +90,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def wrap(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
     """Put each adapted layer in the place of its base, whose name in `model` is its key; returns the model."""
+    for name, layer in layers.items():
+        layer.number = key_of(name)
     _replace(model, {layer.base: layer for layer in layers.values()})
     _forbid_fused_inference(model)
     return model

@@ -52,6 +52,13 @@ class Batch:
         width = self.input_ids.shape[1]
         return self.documents is None or all(row == (width,) for row in self.documents)
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row, without padding."""
+        if self.documents is None:
+            return [self.input_ids.shape[1]] * len(self.input_ids)
+        return [sum(row) for row in self.documents]
+
     def end_to_end(self, multiple: int = 1) -> tuple["Batch", tuple[int, ...]]:
         """Lay the documents end to end in one row, without padding; return it and the tokens of each document.
 

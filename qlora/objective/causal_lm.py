@@ -1,5 +1,7 @@
 """Causal language modelling: the cross-entropy of each supervised token, given those before it in its document."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from qlora.model import varlen_attention
 from qlora.model.head import head_of
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from qlora.ops.dropout import rows_lie
 from qlora.runtime.device import tokens_together
 
 
@@ -41,15 +44,19 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     more: dict[str, object] = {}
+    lengths = batch.row_lengths
+    starts: Sequence[int] = range(0, batch.input_ids.numel(), batch.input_ids.shape[1])
     if model.config._attn_implementation == varlen_attention.NAME:  # type: ignore[union-attr]
         multiple = tokens_together(device, embedding.weight.dtype)
         if batch.plain and batch.input_ids.numel() % multiple == 0:
             more = varlen_attention.of_whole_rows(batch.input_ids.shape[1], device)
         else:
-            batch, lengths = batch.end_to_end(multiple)
-            more = varlen_attention.arguments(lengths, device)
+            batch, documents = batch.end_to_end(multiple)
+            more = varlen_attention.arguments(documents, device)
+            starts = [0, *itertools.accumulate(lengths[:-1])]
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
+    rows_lie(starts, lengths, batch.input_ids.numel())
     ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # type: ignore[operator]
     labels = batch.labels.to(device, non_blocking=True)

@@ -11,7 +11,7 @@ The phases forward, loss, backward and evaluation are announced with `record_fun
 and the memory room (`qlora.memory.live`) books live bytes by them.
 """
 
-import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,14 +22,10 @@ from torch.profiler import record_function
 from qlora.data import Batch
 from qlora.objective.causal_lm import CausalLM
 from qlora.objective.objective import Loss, Objective
+from qlora.ops.dropout import drawn_by_row
+from qlora.runtime.seeds import fold_seed
 
 CAUSAL_LM = CausalLM()
-
-
-def fold_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, so that randomness is a function and not a state to save."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def accumulate(
@@ -45,8 +41,8 @@ def accumulate(
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
     `batches` are all micro-batches of the step; process `rank` of `processes` works on every `processes`-th of
-    them, so the sum over the processes is the step. Dropout of a micro-batch depends on (seed, step,
-    micro-batch) alone.
+    them, so the sum over the processes is the step. Dropout of a row depends on (seed, step, number of the row in the
+    step) alone.
 
     Returns:
         this process's share of the mean loss and metrics (per supervised token, of causal language modelling).
@@ -54,12 +50,14 @@ def accumulate(
     weight = sum(map(objective.weight, batches))
     assert weight > 0, "a step without a supervised token; the data package must not make one"
     total = Loss(torch.zeros((), device=next(model.parameters()).device))
-    for index, batch in list(enumerate(batches))[rank::processes]:
-        torch.manual_seed(fold_seed(seed, step, index))
-        with record_function("forward"):
-            loss = _divided(objective.loss(model, batch), weight)
-        with record_function("backward"):
-            loss.sum.backward()
+    first_rows = itertools.accumulate((len(batch.input_ids) for batch in batches), initial=0)
+    for batch, first in list(zip(batches, first_rows, strict=False))[rank::processes]:
+        torch.manual_seed(fold_seed(seed, step, first))  # for a model's own dropout
+        with drawn_by_row(fold_seed(seed, step), first):
+            with record_function("forward"):
+                loss = _divided(objective.loss(model, batch), weight)
+            with record_function("backward"):
+                loss.sum.backward()
         total = _added(total, loss)
     return total
 

@@ -80,7 +80,7 @@ class LoRALinear(AdaptedLinear):
     def product(self) -> tuple[Linear, Update]:
         """The layer as our products take it, with the next dropout mask if it is training."""
         weight, state = self.frozen
-        dropout = draw(self.dropout if self.training else 0.0)
+        dropout = draw(self.dropout if self.training else 0.0, self.number)
         return Linear(weight, state, self.base.bias, self.scaling, dropout), Update(self.lora_a, self.lora_b)
 
     @classmethod
