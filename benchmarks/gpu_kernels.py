@@ -49,7 +49,7 @@ def passes(tokens: int) -> dict[FusedOp, tuple[Any, ...]]:
         ),
         nf4.DEQUANTIZE: (
             torch.empty(INTERMEDIATE, HIDDEN, device="cuda", dtype=torch.bfloat16), packed.detach().view(-1),
-            state.absmax, inner.absmax, inner.code, state.offset, state.code, state.blocksize,
+            state.absmax, inner.absmax, inner.code, state.offset, state.code, state.blocksize, inner.blocksize,
         ),
     }  # fmt: skip
 

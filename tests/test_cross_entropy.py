@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.ops import IGNORE_INDEX, linear_cross_entropy
+from qlora.data import IGNORE_INDEX
+from qlora.ops import linear_cross_entropy
 from qlora.ops.cross_entropy import tokens_at_once
 
 

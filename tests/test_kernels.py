@@ -99,7 +99,8 @@ def test_one_launch_dequantizes_to_the_same_bits(
     weight = nf4.quantize(random(torch.float32, *shape), block_size)
     state = weight.quant_state
     codes, inner = weight.detach().view(torch.uint8).reshape(-1), state.state2
-    given = codes, state.absmax, inner.absmax, inner.code, state.offset, state.code, block_size
+    tables = inner.absmax, inner.code, state.offset, state.code
+    given = codes, state.absmax, *tables, block_size, inner.blocksize
     out, expected = (torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
     nf4.DEQUANTIZE.in_triton(out, *given)
     if DEVICE == "cuda":

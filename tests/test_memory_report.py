@@ -19,7 +19,7 @@ from rich.console import Console
 from qlora.errors import SaveError
 from qlora.memory.parts import PARTS
 from qlora.recipe.sizes import unit_for
-from qlora.report import memory_files, memory_picture
+from qlora.report import memory_files, memory_picture, pictures
 from qlora.report.memory_comparison import Comparison
 from qlora.storage import atomic
 
@@ -176,8 +176,11 @@ def test_the_svg_follows_the_page_and_asks_for_nothing() -> None:
     for svg in (memory_picture.bars_svg(llama_7b()), memory_picture.timeline_svg(llama_7b())):
         assert "http" not in svg
         assert "<style" not in svg
-        for colour, variable in memory_picture.VARIABLES.items():
-            assert svg.count(colour) == svg.count(f"var({variable}, {colour})") > 0
+        for colour, variable in pictures.VARIABLES.items():
+            assert svg.count(colour) == svg.count(f"var({variable}, {colour})")
+        assert {"--ink", "--muted", "--paper"} <= set(re.findall(r"var\((--\w+)", svg))
+    fixed = {*memory_picture.COLOURS.values(), memory_picture.ON_DARK, memory_picture.ON_LIGHT}
+    assert not fixed & set(pictures.VARIABLES), "a part has one colour in light and dark"
     both = memory_picture.bars_svg(llama_7b()) + memory_picture.timeline_svg(llama_7b())
     ids = re.findall(r' id="([^"]*)"', both)
     assert {id.split("-")[0] for id in ids} == {"bars", "timeline"}, "both can stand on one page"

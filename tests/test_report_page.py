@@ -7,12 +7,13 @@ import math
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memory_for_tests import llama_7b, tiny, whole_model
 from typer.testing import CliRunner
@@ -186,7 +187,7 @@ def test_a_resumed_runs_time_is_not_that_of_its_last_session(tmp_path: Path) -> 
 def test_memory_is_shown_with_its_table_and_pictures(tmp_path: Path) -> None:
     page = page_of(run_in(tmp_path, memory=llama_7b()))
     assert headlines(page)["Peak memory"] == ["7.87 GiB", "in backward; forecast 7.81 (-0.8%)"]
-    assert len([svg for svg in page.all("svg") if "preserveaspectratio" not in svg]) == 2
+    assert len(page.all("svg")) == 4 + 2, "four charts, and memory as bars and in a step"
     cells = page.texts["td"]
     assert cells[-6:] == ["total", "50.21", "13.74", "7.81", "7.87", "-0.8%"]
     remarks = [text for text in page.texts["li"] if "too high" in text]
@@ -226,9 +227,10 @@ def test_a_loss_that_is_not_finite_interrupts_the_curve(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(text.replace('"loss": 1.4,', '"loss": "nan",'))
     (loss, *_) = curves.charts(history.read(run / "metrics.jsonl"))
     assert math.isnan(loss.series[0].points[4][1])
-    assert loss.path(loss.series[0]).count("M") == 2
     assert loss.data["series"][0]["points"][4] == [5, None]
-    assert "nan" not in loss.path(loss.series[0])
+    line = max(paths(loss.svg, "--accent"), key=len)  # not the legend's
+    assert (line.count("M"), line.count("L")) == (2, 7)
+    assert "nan" not in loss.svg + loss.description
 
 
 def test_there_has_to_be_a_run(tmp_path: Path) -> None:
@@ -275,19 +277,87 @@ def test_a_long_run_keeps_its_extremes_and_gets_a_mean() -> None:
     assert means == [(10, 0.0), (14, 3.0)]
 
 
-@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(1, 6))
-@example(6925363.0, 1e-9, 1)
-def test_ticks_are_few_evenly_apart_and_enclose(low: float, span: float, count: int) -> None:
-    found = curves.ticks(low, low + span, count)
-    assert found[0] <= low + 1e-6 * span + 1e-6 * abs(low)
-    assert found[-1] >= low + span - 1e-6 * span - 1e-6 * abs(low)
-    assert 2 <= len(found) <= count + 3
+def paths(svg: str, variable: str) -> list[str]:
+    """The lines in a colour of the page."""
+    elements = ElementTree.fromstring(svg).iter("path")
+    return [path.get("d", "") for path in elements if f"stroke: var({variable}" in path.get("style", "")]
 
 
-def test_ticks_are_round() -> None:
-    assert curves.ticks(0, 7.3) == [0, 2, 4, 6, 8]
-    assert curves.ticks(0, 0.0002) == [0, 0.00005, 0.0001, 0.00015, 0.0002]
-    assert curves.ticks(3, 3) == [3, 4, 5, 6]
+def chart_of(*values: float, style: str = "number") -> curves.Chart:
+    """A chart of one curve, from step 1."""
+    return curves.Chart("Loss", "", [curves.Series("loss", list(enumerate(values, 1)))], len(values), style)
+
+
+def heights(chart: curves.Chart) -> list[str]:
+    """The numbers of the vertical axis, from below."""
+    texts = ElementTree.fromstring(chart.svg).iter("text")
+    return [text.text or "" for text in texts if "text-anchor: end" in text.get("style", "")]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=3))
+@example([6925363.0, 6925363.0 + 1e-9])
+@example([0.0, 0.0])
+@example([math.nan, math.inf])
+def test_any_curve_can_be_drawn_and_lies_in_its_plot(values: list[float]) -> None:
+    chart = chart_of(*values)
+    inches, points = curves.INCHES[1], 72
+    top, bottom = (points * inches * (1 - edge) for edge in (curves.TOP, curves.BOTTOM))
+    for path in paths(chart.svg, "--accent"):
+        for height in re.findall(r"[ML] \S+ (\S+)", path):
+            assert top - 0.1 <= float(height) <= bottom + 0.1
+    assert 2 <= len(heights(chart)) <= 7
+
+
+def test_the_scale_is_round_and_begins_at_zero_unless_the_values_are_far_from_it() -> None:
+    assert heights(chart_of(1.2, 7.3)) == ["0", "2", "4", "6", "8"]
+    assert heights(chart_of(3, 3)) == ["0", "1", "2", "3"]
+    assert heights(chart_of(0.00002, 0.0002)) == ["0.00000", "0.00005", "0.00010", "0.00015", "0.00020"]
+    assert heights(chart_of(2150, 2800, style="count")) == ["2,000", "2,200", "2,400", "2,600", "2,800"]
+
+
+def test_the_script_points_where_the_curve_is_drawn(tmp_path: Path) -> None:
+    page = page_of(run_in(tmp_path))
+    plots = [div["style"] for div in page.all("div") if div.get("class") == "plot"]
+    assert len(set(plots)) == 1
+    top, right, bottom, left = (float(edge) / 100 for edge in re.findall(r"([\d.]+)%", plots[0]))
+    (loss, *_) = curves.charts(history.read(tmp_path / "metrics.jsonl"))
+    width, height = (72 * inches for inches in curves.INCHES)
+    dots = [use for use in ElementTree.fromstring(loss.svg).iter("use") if "--second" in use.get("style", "")]
+    steps = [width * (left + (1 - left - right) * step / 40) for step in (0, 10, 20, 30, 40)]
+    assert [float(dot.get("x", "")) for dot in dots[:5]] == pytest.approx(steps, abs=0.1)
+    scale = height * (1 - top - bottom) / 8  # 0 to 8 nats
+    assert float(dots[0].get("y", "")) == pytest.approx(height * top + 4 * scale, abs=0.1)
+
+
+def test_a_chart_follows_the_page_and_is_told_in_words(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    for chart in curves.charts(history.read(run / "metrics.jsonl")):
+        assert not re.findall(r"(?<!, )#[0-9a-f]{6}", chart.svg), "a colour that is none of the page's"
+    labels = [div["aria-label"] for div in page_of(run).all("div") if div.get("role") == "img"]
+    assert labels[0] == "Loss by step: loss from 7 to 0.175, held-out loss from 4 to 2"
+    assert len(labels) == 4
+
+
+def test_the_same_run_has_the_same_page(tmp_path: Path) -> None:
+    run = run_in(tmp_path, memory=tiny())
+    assert render(run) == render(run)
+
+
+def test_the_charts_of_a_long_run_are_small() -> None:
+    steps = [
+        {
+            "step": i,
+            "loss": math.sin(i),
+            "lr": 1 / i,
+            "grad_norm": math.cos(i),
+            "tokens_per_second": 900 + i % 7,
+        }
+        for i in range(1, 10_001)
+    ]
+    evaluations = [{"step": i, "eval_loss": math.sin(i)} for i in range(0, 10_001, 10)]
+    for chart in curves.charts(history.History(steps, evaluations, [])):
+        assert len(chart.svg) + len(json.dumps(chart.data)) < 130_000
 
 
 def test_durations_read_well() -> None:

@@ -14,6 +14,7 @@ from qlora.data.order import permutation
 from qlora.data.packing import best_fit
 
 IGNORE_INDEX = -100
+"""Label of a token that is not trained."""
 
 LARGEST_WITHIN = 3
 """epochs that are searched for the largest micro-batch: every row comes in each of them"""

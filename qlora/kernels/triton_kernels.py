@@ -15,7 +15,6 @@ from torch import Tensor
 ELEMENTS = 1024
 """of a program, where a pass goes element by element"""
 VOCABULARY_BLOCK = 4096
-STATISTICS_BLOCK_SIZE = 256
 
 
 def silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
@@ -86,12 +85,13 @@ def dequantize(
     offset: Tensor,
     code: Tensor,
     block_size: int,
+    statistics_block_size: int,
 ) -> None:
     """See `quantization.nf4`: codes `packed`, each block's 8-bit `absmax`, their own `scales`, `table` and `offset`."""
     with _on(out):
         _dequantize[(triton.cdiv(packed.numel(), ELEMENTS),)](
             out, packed, absmax, scales, table, offset, code, out.numel(),
-            BLOCK_SIZE=block_size, STATISTICS=STATISTICS_BLOCK_SIZE, BYTES=ELEMENTS,
+            BLOCK_SIZE=block_size, STATISTICS=statistics_block_size, BYTES=ELEMENTS,
             enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds the offset
         )  # fmt: skip
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from qlora.data import Batch
+from qlora.data import IGNORE_INDEX, Batch
 from qlora.model import varlen_attention
 from qlora.model.head import head_of
 from qlora.objective.objective import Loss, Objective
-from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from qlora.ops.cross_entropy import linear_cross_entropy
 from qlora.ops.dropout import rows_lie
 from qlora.runtime.device import tokens_together
 

@@ -7,14 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from qlora.data import Batch
+from qlora.data import IGNORE_INDEX, Batch
 from qlora.errors import ModelError
 from qlora.model import varlen_attention
 from qlora.model.head import head_of
 from qlora.model.offload import HostEmbedding
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import evaluation_mode
-from qlora.ops.cross_entropy import IGNORE_INDEX
 
 
 @torch.no_grad()

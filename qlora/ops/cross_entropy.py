@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.data.batches import IGNORE_INDEX
 from qlora.kernels import loss_and_gradient
 from qlora.quantization.nf4 import autocast
 from qlora.runtime.device import on_cuda
-
-IGNORE_INDEX = -100
-"""Label of a token that is not trained."""
 
 LARGEST_CHUNK, LOGITS_BYTES = 1024, 2**28
 

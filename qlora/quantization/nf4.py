@@ -124,7 +124,10 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
         inner = state.state2
         with record_function("dequantization"):  # to who counts memory: the scratch
             out = torch.empty(shape, dtype=dtype, device=packed.device)
-        DEQUANTIZE(out, packed, state.absmax, inner.absmax, inner.code, state.offset, state.code, block_size)
+        DEQUANTIZE(
+            out, packed, state.absmax, inner.absmax, inner.code, state.offset, state.code,
+            block_size, inner.blocksize,
+        )  # fmt: skip
         return out
     absmax, rows = _absmax(state), shape
     if packed.device.type == "cpu" and shape[-1] % block_size != 0:
@@ -305,9 +308,10 @@ def _dequantize_nested(
     offset: Tensor,
     code: Tensor,
     block_size: int,
+    statistics_block_size: int,
 ) -> None:
     """Into `out` [out, in], on a GPU: bitsandbytes' way, three launches with the fp32 absmax between them."""
-    found = _inner_absmax(absmax, scales, table, offset, STATISTICS_BLOCK_SIZE)
+    found = _inner_absmax(absmax, scales, table, offset, statistics_block_size)
     torch.ops.bitsandbytes.dequantize_4bit.out(
         packed, found, block_size, "nf4", out.shape, out.dtype, out=out
     )
@@ -319,7 +323,10 @@ def _nested_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]
     state = weight.quant_state
     inner, out = state.state2, torch.empty(130, 300, device=device, dtype=dtype)
     codes = weight.detach().view(torch.uint8).reshape(-1)
-    return out, codes, state.absmax, inner.absmax, inner.code, state.offset, state.code, state.blocksize
+    return (
+        out, codes, state.absmax, inner.absmax, inner.code, state.offset, state.code,
+        state.blocksize, inner.blocksize,
+    )  # fmt: skip
 
 
 DEQUANTIZE = FusedOp(_dequantize_nested, "dequantize", _nested_example, exact=True)

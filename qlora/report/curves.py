@@ -1,19 +1,28 @@
-"""The curves of a run as geometry: what a template needs to draw them and a script to name a point.
-
-A plot is a square of SIZE that the page stretches to its own shape, with the axes' numbers beside it in percent: so
-text keeps its size on any screen.
-"""
+"""The curves of a run: drawn by matplotlib for the page, and as data for the script that names a point."""
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from qlora.report import pictures
 from qlora.report.history import History
+from qlora.report.pictures import ACCENT, SECOND
 
-SIZE = 1000
+INCHES = (4.6, 2.7)
+"""of a chart: narrow enough for its text to be read on a phone"""
+
+LEFT, BOTTOM, RIGHT, TOP = 0.115, 0.11, 0.955, 0.88
+"""edges of the plot within its chart, in fractions from the lower left; the page lays the cursor over it"""
+
 POINTS = 400
 """at most so many a curve; of more, the lowest and the highest of each stretch are kept"""
+
+MARKS: dict[str, dict[str, Any]] = {
+    "line": {"color": ACCENT, "linewidth": 1.3},
+    "faint": {"color": ACCENT, "linewidth": 0.6, "alpha": 0.45},
+    "dots": {"color": SECOND, "linewidth": 1.3, "marker": "o", "markersize": 4},
+}
+"""a line, a noisy line behind another, and joined dots"""
 
 Point = tuple[int, float]
 """(step, value)"""
@@ -21,11 +30,16 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `mark` is how it is drawn: line, faint (a noisy line behind another) or dots (joined)."""
+    """One curve, drawn as its mark says."""
 
     name: str
     points: list[Point]
     mark: str = "line"
+
+    @property
+    def finite(self) -> list[Point]:
+        """The points that can be drawn."""
+        return [point for point in self.points if math.isfinite(point[1])]
 
 
 @dataclass(frozen=True)
@@ -37,52 +51,43 @@ class Chart:
     series: list[Series]
     last_step: int
     style: str = "number"
-    """of the numbers: number, count (1,234) or power (1.0e-04)"""
-
-    @cached_property
-    def y_ticks(self) -> list[float]:
-        """Round numbers that enclose all values; from zero, unless the values are far from it."""
-        values = [value for series in self.series for _, value in series.points if math.isfinite(value)]
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        return ticks(0.0 if 0 <= low < 0.6 * high else low, high)
+    """of the numbers: number, count (1,234) or power (1.00e-4)"""
 
     @property
-    def x_ticks(self) -> list[int]:
-        """Round steps within the run."""
-        return [
-            int(tick) for tick in ticks(0, self.last_step, 3) if tick <= self.last_step and tick == int(tick)
+    def svg(self) -> str:
+        """The chart as an SVG element, its curves interrupted where a value is not finite.
+
+        The scale begins at zero, unless the values differ and are far from it.
+        """
+        with pictures.figure(*INCHES) as figure:
+            axes = figure.add_axes((LEFT, BOTTOM, RIGHT - LEFT, TOP - BOTTOM))
+            axes.locator_params(nbins=5)
+            axes.locator_params("x", integer=True)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            if self.style == "count":
+                axes.yaxis.set_major_formatter("{x:,.0f}")
+            for series in self.series:
+                mark = MARKS[series.mark]
+                axes.plot(*zip(*series.points, strict=True), label=series.name, clip_on=False, **mark)
+            values = [value for series in self.series for _, value in series.finite]
+            low, high = min(values, default=0.0), max(values, default=1.0)
+            if low >= 0 and (low <= 0.6 * high or low == high):
+                axes.update_datalim([(0, 0), (0, high or 1.0)])
+            axes.set_xlim(0, self.last_step)
+            axes.grid(axis="y")
+            if len(self.series) > 1:
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(self.series), borderaxespad=0)
+            return pictures.svg_element(figure, self.title.lower().replace(" ", "-"))
+
+    @property
+    def description(self) -> str:
+        """The chart in words, for those who do not see it."""
+        ends = [
+            f"{series.name} from {series.finite[0][1]:.4g} to {series.finite[-1][1]:.4g}"
+            for series in self.series
+            if series.finite
         ]
-
-    def x(self, step: float) -> float:
-        """Where a step stands, 0 to SIZE."""
-        return round(SIZE * step / max(self.last_step, 1), 1)
-
-    def y(self, value: float) -> float:
-        """Where a value stands, 0 (top) to SIZE."""
-        low, high = self.y_ticks[0], self.y_ticks[-1]
-        return round(SIZE * (high - value) / (high - low), 1)
-
-    def path(self, series: Series) -> str:
-        """The curve as SVG path data, interrupted where a value is not finite."""
-        pieces, pen = [], "M"
-        for step, value in series.points:
-            if not math.isfinite(value):
-                pen = "M"
-                continue
-            pieces.append(f"{pen}{self.x(step):g} {self.y(value):g}")
-            pen = "L"
-        return "".join(pieces)
-
-    def dots(self, series: Series) -> str:
-        """The points as SVG path data: lines of no length, which round caps make into dots."""
-        finite = [point for point in series.points if math.isfinite(point[1])]
-        return "".join(f"M{self.x(step):g} {self.y(value):g}h0" for step, value in finite)
-
-    def text(self, value: float) -> str:
-        """A number of an axis."""
-        if self.style == "power" and value and self.y_ticks[-1] < 0.001:
-            return f"{value:.1e}"
-        return f"{value:,.0f}" if self.style == "count" else f"{value:g}"
+        return f"{self.title} by step: {', '.join(ends)}"
 
     @property
     def data(self) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def charts(history: History) -> list[Chart]:
 
     losses = _with_mean("loss", curve("loss"))
     if history.held_out_losses:
-        losses.append(Series("held-out loss", history.held_out_losses, "dots"))
+        losses.append(Series("held-out loss", thinned(history.held_out_losses), "dots"))
     return [
         Chart("Loss", "nats a token", losses, last),
         Chart("Learning rate", "", [Series("learning rate", thinned(curve("lr")))], last, "power"),
@@ -160,14 +165,3 @@ def thinned(points: list[Point]) -> list[Point]:
 def _value(point: Point) -> float:
     """What is not finite is the lowest, so that it is kept."""
     return point[1] if math.isfinite(point[1]) else -math.inf
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` + 1 round numbers from at or below `low` to at or above `high`, evenly apart."""
-    if high - low <= 1e-9 * abs(low):  # nothing, or too little to be written in twelve digits
-        high = low + (abs(low) or 1.0)
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= 0.999 * rough)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]

@@ -1,21 +1,19 @@
 """memory.png, and the same two drawings as SVG: bars of estimate, forecast and measurement, and a step by part."""
 
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora.memory.parts import PARTS
+from qlora.report import pictures
 from qlora.report.memory_comparison import Comparison
+from qlora.report.pictures import INK, MUTED, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # From the bottom up: what stays first, what comes and goes above it. One hue a family (base, trained, overhead,
 # activations, products) and steps of lightness within it, so they are told apart by all eyes, and in grey.
@@ -25,10 +23,6 @@ COLOURS = {
     "device_context": "#8a929b", "allocator_slack": "#c3c9cf", "saved_activations": "#14756a",
     "working_set": "#59b3a2", "logits_and_loss": "#6f4f9b", "dequantization": "#b59fd3",
 }  # fmt: skip
-
-# Drawn in these, and in a page replaced by its own, so that the drawings follow light and dark.
-INK, MUTED, PAPER = "#1f2329", "#68707a", "#fffffe"
-VARIABLES = {INK: "--ink", MUTED: "--muted", PAPER: "--paper"}
 
 ON_DARK, ON_LIGHT = "#ffffff", "#101418"
 """text on a colour of COLOURS, in light and in dark pages alike"""
@@ -44,29 +38,29 @@ BREAK_AT = 1.6
 def png(memory: Mapping[str, Any]) -> bytes:
     """memory.png: bars to the left, a step to the right, the finding above."""
     comparison = Comparison(memory)
-    with _figure(13, 6.4) as figure:
+    with pictures.figure(13, 6.4) as figure:
         finding = comparison.finding
-        figure.text(0.03, 0.94, finding, fontsize=min(15, 1350 / len(finding)), fontweight="bold", color=INK)
+        figure.text(0.03, 0.94, finding, fontsize=min(15, 1350 / len(finding)), fontweight="bold")
         details, small = f"{comparison.fit}\n{comparison.workload}", min(9, 1500 / len(comparison.workload))
         figure.text(0.03, 0.865, details, fontsize=small, color=MUTED, linespacing=1.5)
         left, right = figure.add_axes((0.045, 0.09, 0.44, 0.7)), figure.add_axes((0.55, 0.09, 0.4, 0.7))
         _bars(left, comparison)
         _timeline(right, comparison)
-        return _saved(figure, "png", dpi=150)
+        return pictures.png(figure)
 
 
 def bars_svg(memory: Mapping[str, Any]) -> str:
     """The bars as an SVG element whose ink and paper are the page's variables --ink, --muted and --paper."""
-    with _figure(*SVG_INCHES) as figure:
+    with pictures.figure(*SVG_INCHES) as figure:
         _bars(figure.add_axes((0.06, 0.1, 0.92, 0.82)), Comparison(memory))
-        return _element(_saved(figure, "svg"), "bars")
+        return pictures.svg_element(figure, "bars")
 
 
 def timeline_svg(memory: Mapping[str, Any]) -> str:
     """The step by part as an SVG element, like `bars_svg`."""
-    with _figure(*SVG_INCHES) as figure:
+    with pictures.figure(*SVG_INCHES) as figure:
         _timeline(figure.add_axes((0.06, 0.1, 0.86, 0.82)), Comparison(memory))
-        return _element(_saved(figure, "svg"), "timeline")
+        return pictures.svg_element(figure, "timeline")
 
 
 def _bars(axes: "Axes", comparison: Comparison) -> None:
@@ -113,15 +107,13 @@ def _bar(axes: "Axes", x: int, column: Mapping[str, Any], top: int, comparison: 
         axes.bar(x, head - foot, 0.66, foot, color=COLOURS[part], edgecolor=PAPER, linewidth=0.6)
         if head - foot > (0.075 if head == cut else 0.045) * top:  # the break takes some of the room
             place, colour = (x, (foot + head) / 2), _on(COLOURS[part])
-            axes.text(
-                *place, comparison.unit.number(size), ha="center", va="center", fontsize=8, color=colour
-            )
+            axes.text(*place, comparison.unit.number(size), ha="center", va="center", color=colour)
     if broken:
         wave = np.linspace(x - 0.36, x + 0.36, 60)
         axes.plot(wave, cut + 0.006 * top * np.sin(50 * wave), color=PAPER, linewidth=3.5)
     axes.annotate(
         comparison.unit.number(total), (x, end), (0, 3), textcoords="offset points",
-        ha="center", fontsize=9.5, fontweight="bold", color=INK,
+        ha="center", fontsize=9.5, fontweight="bold",
     )  # fmt: skip
 
 
@@ -140,7 +132,7 @@ def _labels(axes: "Axes", x: int, comparison: Comparison, top: int) -> None:
             axes.plot([x + 0.34, x + 0.5, x + 0.6], [middle, height, height], color=colour, linewidth=1)
         axes.plot([x + 0.62], [height], "s", markersize=5, color=colour)
         text = f"{PARTS[part]}  {comparison.unit.number(size) if size else '–'}"
-        axes.text(x + 0.74, height, text, va="center", fontsize=8, color=INK)
+        axes.text(x + 0.74, height, text, va="center")
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -220,7 +212,7 @@ def _name(axes: "Axes", part: str, lower: np.ndarray, upper: np.ndarray, top: in
     place = int((ceiling - floor).argmax())
     if ceiling[place] - floor[place] > 0.04 * top:
         at = place + 0.01 * len(lower), (ceiling[place] + floor[place]) / 2
-        axes.text(*at, label, va="center", fontsize=8, color=_on(COLOURS[part]))
+        axes.text(*at, label, va="center", color=_on(COLOURS[part]))
 
 
 def _phases(axes: "Axes", timeline: Mapping[str, Any], samples: int, top: int) -> None:
@@ -238,7 +230,7 @@ def _phases(axes: "Axes", timeline: Mapping[str, Any], samples: int, top: int) -
             axes.vlines(begin, 0, (height + 0.035) * top, color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
         place = begin + 0.008 * samples, height * top
         paper = {"facecolor": PAPER, "linewidth": 0, "pad": 0.5}
-        axes.text(*place, name, fontsize=8, color=MUTED, bbox=paper)
+        axes.text(*place, name, color=MUTED, bbox=paper)
 
 
 def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
@@ -249,12 +241,12 @@ def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
     near_end = at > 0.8 * len(totals)
     axes.annotate(
         f"{name} {comparison.unit.number(int(totals[at]))}", (at, totals[at]), (-6 if near_end else 6, 3),
-        textcoords="offset points", ha="right" if near_end else "left", fontsize=9, fontweight="bold", color=INK,
+        textcoords="offset points", ha="right" if near_end else "left", fontsize=9, fontweight="bold",
     )  # fmt: skip
 
 
 def _style(axes: "Axes", title: str, notes: list[str], end: float, top: int, comparison: Comparison) -> None:
-    """What both drawings share: no frame, quiet ticks in the unit, the title where a label would be.
+    """What both drawings share: ticks in the unit, the title where a label would be.
 
     The device's memory is a line as far as `end`, where the scale reaches it.
     """
@@ -271,9 +263,6 @@ def _style(axes: "Axes", title: str, notes: list[str], end: float, top: int, com
     axes.set_ylim(0, 1.22 * top)
     axes.set_yticks(shown)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:.4g}"))
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
-    axes.spines[:].set_visible(False)
-    axes.set_facecolor("none")
     axes.axhline(0, color=MUTED, linewidth=0.8)
     title = f"{comparison.unit.name} {title}" + (f" ({'; '.join(notes)})" if notes else "")
     axes.set_title(title, loc="left", fontsize=9, color=MUTED, pad=4)
@@ -283,42 +272,3 @@ def _on(colour: str) -> str:
     """Text that can be read on `colour` (relative luminance of sRGB, roughly)."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return ON_LIGHT if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.22 else ON_DARK
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator["Figure"]:
-    """A figure in inches that needs no display, with plain text: `$` in a device's name is no formula."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "text.parse_math": False,
-        "font.sans-serif": ["DejaVu Sans", "Verdana"],  # nearly as wide, where a page has no DejaVu
-        "svg.fonttype": "none",
-        "svg.hashsalt": "qlora",
-    }
-    with rc_context(settings):
-        yield Figure((width, height), facecolor=PAPER)
-
-
-def _saved(figure: "Figure", kind: str, **how: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format=kind, **how)
-    return stream.getvalue()
-
-
-def _element(svg: bytes, name: str) -> str:
-    """An SVG file as an element for a page: its ids begin with `name`, its colours follow the page."""
-    text = svg.decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    viewbox = re.search(r'viewBox="[^"]*"', text)
-    assert viewbox is not None
-    text = re.sub(r"<svg[^>]*>", f'<svg {viewbox[0]} style="stroke-linejoin: round">', text, count=1)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # only paths are referred to
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r' id="|href="#|url\(#', rf"\g<0>{name}-", text)
-    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable}, {colour})")
-    return text

@@ -10,7 +10,7 @@ from typing import Any
 from qlora.errors import ModelError
 from qlora.recipe import Recipe
 from qlora.report import history
-from qlora.report.curves import SIZE, charts
+from qlora.report.curves import BOTTOM, LEFT, RIGHT, TOP, charts
 from qlora.report.headlines import headlines
 from qlora.report.memory_comparison import COLUMNS, Comparison
 from qlora.report.samples import prompts
@@ -62,7 +62,7 @@ def render(run: Path) -> str:
         finished=result is not None,
         headlines=headlines(recipe, records, result, memory),
         charts=charts(records),
-        size=SIZE,
+        plot=f"inset: {1 - TOP:.1%} {1 - RIGHT:.1%} {BOTTOM:.1%} {LEFT:.1%}",
         prompts=prompts(records.samples),
         memory=None if memory is None else _memory(memory),
         style=Markup((HERE / "page.css").read_text()),
