@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
     {"errors"},
+    {"formats"},
     {"recipe"},
     {"bundled"},
     {"storage"},
@@ -56,7 +57,7 @@ DOORS = {
 }
 # Rooms and files that never import torch, so that a mistake in a recipe is told at once.
 WITHOUT_TORCH = (
-    "errors", "recipe", "bundled", "report", "cli", "storage/atomic", "storage/folders", "storage/manifest",
+    "errors", "formats", "recipe", "bundled", "report", "cli", "storage/atomic", "storage/folders", "storage/manifest",
     "storage/cache", "runtime/signals", "runtime/streams", "training/run_folder",
 )  # fmt: skip
 

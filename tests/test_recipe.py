@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 import qlora
 from qlora.cli.recipes import app
 from qlora.errors import RecipeError
+from qlora.formats import FORMATS
 from qlora.recipe import Adapter, Base, Data, Recipe
 from qlora.recipe.fields import names, resolved
 from qlora.recipe.reading import read
-from qlora.recipe.rules import COLUMNS, IDLE, MAPPINGS, flatten
+from qlora.recipe.rules import IDLE, MAPPINGS, flatten
 from qlora.recipe.scalars import scalar
 from qlora.recipe.unknown import ELSEWHERE
 
@@ -149,7 +150,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.targets": st.just("all-linear") | st.lists(TEXT.map(re.escape), min_size=1, max_size=3),
     "adapter.rank_pattern": st.dictionaries(TEXT.map(re.escape), COUNT, max_size=2),
     "data.source": st.just("bundled/tickets/train.jsonl") | TEXT,
-    "data.format": st.sampled_from(sorted(COLUMNS)),
+    "data.format": st.sampled_from(sorted(FORMATS)),
     "data.held_out": st.just(0) | st.integers(0, 99) | st.floats(0.01, 0.99) | TEXT,
     "training.save_every": st.none() | COUNT,
     "training.samples": st.integers(0, 9),
@@ -225,13 +226,6 @@ def test_rules_and_hints_name_settings_that_exist() -> None:
     assert set(ELSEWHERE.values()) <= known
     assert set(MAPPINGS) <= known
     assert {key for keys, reason, _ in IDLE for key in (*keys, reason)} <= known
-
-
-def test_the_columns_are_those_that_the_formats_read() -> None:
-    from qlora.data.formats import FIELDS
-
-    assert COLUMNS == FIELDS
-    assert list(COLUMNS) == Recipe.json_schema()["$defs"]["Data"]["properties"]["format"]["enum"]
 
 
 def test_every_setting_is_read_somewhere() -> None:
