@@ -70,9 +70,10 @@ def test_messages_in_a_csv_cell() -> None:
     assert turns(parse("messages", row)) == [("user", "2+2?"), ("assistant", "4")]
 
 
-def test_prompt_completion_and_completion_are_taken_as_they_are() -> None:
+def test_prompt_completion_and_plain_text_are_taken_as_they_are() -> None:
     assert parse("prompt-completion", {"prompt": " a ", "completion": "\nb"}) == Completion(" a ", "\nb")
-    assert parse("completion", {"text": " a b\n"}) == Completion("", " a b\n")
+    for plain in ("completion", "text"):
+        assert parse(plain, {"text": " a b\n"}) == Completion("", " a b\n")
 
 
 def test_columns_can_have_other_names() -> None:
