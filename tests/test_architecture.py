@@ -58,7 +58,7 @@ DOORS = {
 # Rooms and files that never import torch, so that a mistake in a recipe is told at once.
 WITHOUT_TORCH = (
     "errors", "formats", "recipe", "bundled", "report", "cli", "storage/atomic", "storage/folders", "storage/manifest",
-    "storage/cache", "runtime/signals", "runtime/streams", "training/run_folder",
+    "storage/cache", "tracking", "runtime/signals", "runtime/streams", "training/run_folder",
 )  # fmt: skip
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}

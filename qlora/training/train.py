@@ -138,11 +138,11 @@ class Session:
         """Optimizer steps of the whole run."""
         return self.recipe.training.total_steps(self.batches.steps_per_epoch)
 
-    def fit(self, *, terminal: bool = True) -> TrainResult:
+    def fit(self, *, terminal: bool = True, trackers: bool = True) -> TrainResult:
         """The loop: steps, evaluations, checkpoints, until the end or a signal."""
         training = self.recipe.training
         began = time.monotonic()
-        with StopRequest() as stop, self._tracker(terminal) as tracker:
+        with StopRequest() as stop, self._tracker(terminal, trackers) as tracker:
             for note in self.notes if terminal else ():
                 tracker.note(note)
             loss = self.loss_before
@@ -355,11 +355,11 @@ class Session:
         else:
             tracker.memory(content, self.run.path / "memory.png")
 
-    def _tracker(self, terminal: bool) -> Tracker:
+    def _tracker(self, terminal: bool, trackers: bool) -> Tracker:
         return Tracker(
             self.run.path,
             config=self.recipe.to_dict(),
-            wandb=self.recipe.tracking.wandb,
+            sections=dict(self.recipe.tracking) if trackers else {},
             total_steps=self.total_steps,
             resume_step=self.first_step,
             terminal=terminal,
