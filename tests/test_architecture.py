@@ -45,6 +45,7 @@ SAME_ROOM: set[tuple[str, str]] = set()
 DOORS = {
     "bitsandbytes": {"runtime"},
     "wandb": {"tracking"},
+    "tensorboard": {"tracking"},
     "pydantic": {"recipe"},
     "ruamel": {"recipe"},
     "datasets": {"data"},

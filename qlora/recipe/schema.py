@@ -201,6 +201,8 @@ class Tracking(Section):
 
     wandb: Wandb = Wandb()
     """Weights & Biases."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run's folder; needs `pip install tensorboard`."""
 
 
 class Recipe(Section):

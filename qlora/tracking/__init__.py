@@ -6,14 +6,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qlora.tracking import wandb
+from qlora.tracking import tensorboard, wandb
 from qlora.tracking.backend import Backend, Guarded, Run
 from qlora.tracking.record import Record
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 __all__ = ["BACKENDS", "Sample", "Tracker"]
 
-BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in (wandb,)}
+BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in (wandb, tensorboard)}
 """Trackers by their section of a recipe's `tracking`."""
 
 
