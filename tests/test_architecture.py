@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 
 ROOMS = [
     {"errors"},
+    {"formats"},
     {"recipe"},
     {"bundled"},
     {"storage"},
@@ -44,6 +45,7 @@ SAME_ROOM: set[tuple[str, str]] = set()
 DOORS = {
     "bitsandbytes": {"runtime"},
     "wandb": {"tracking"},
+    "tensorboard": {"tracking"},
     "pydantic": {"recipe"},
     "ruamel": {"recipe"},
     "datasets": {"data"},
@@ -56,8 +58,8 @@ DOORS = {
 }
 # Rooms and files that never import torch, so that a mistake in a recipe is told at once.
 WITHOUT_TORCH = (
-    "errors", "recipe", "bundled", "report", "cli", "storage/atomic", "storage/folders", "storage/manifest",
-    "storage/cache", "runtime/signals", "runtime/streams", "training/run_folder",
+    "errors", "formats", "recipe", "bundled", "report", "cli", "storage/atomic", "storage/folders", "storage/manifest",
+    "storage/cache", "tracking", "runtime/signals", "runtime/streams", "training/run_folder",
 )  # fmt: skip
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}

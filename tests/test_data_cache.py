@@ -156,6 +156,13 @@ def test_other_code_or_libraries_make_it_again(
     assert len(made) == 2
 
 
+def test_the_key_names_the_code_that_parses_and_encodes(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code: list[str] = []
+    monkeypatch.setattr(cache, "made_by", lambda *names, **_: code.extend(names))
+    load_dataset(section(rows), TOKENIZERS["bytes"], 0)
+    assert set(code) == {"formats", "data"}
+
+
 @pytest.mark.parametrize("held_out", [0, "second"])
 def test_a_seed_that_splits_nothing_changes_nothing(
     tmp_path: Path, rows: Path, made: list[str], held_out: int | str

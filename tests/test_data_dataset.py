@@ -135,6 +135,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% en
         ("alpaca", None, CHAT, {"instruction": "a", "output": "b"}, "<user>a</s><assistant>b</s>"),
         ("alpaca", "plain", CHAT, {"instruction": "a", "output": "b"}, "<s>Question: a\nAnswer: b</s>"),
         ("completion", None, CHAT, {"text": "a"}, "<s>a</s>"),
+        ("text", None, CHAT, {"text": "a"}, "<s>a</s>"),
     ],
 )
 def test_which_template_a_format_is_written_with(

@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora.data.formats import BadRow
 from qlora.data.sources import read
 from qlora.errors import DataError
+from qlora.formats import BadRow
 
 ROWS = [{"text": "one"}, {"text": "zwei\nZeilen, 'ä' 😀"}, {"text": 'drei "quoted", done'}]
 

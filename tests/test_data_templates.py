@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data import IGNORE_INDEX
 from qlora.data.encoding import Encoded, Encoder
-from qlora.data.formats import BadRow, Completion, Conversation
 from qlora.data.templates import NAMED, RawText, Renderer, template_text
 from qlora.errors import DataError
+from qlora.formats import BadRow, Completion, Conversation
 
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}"

@@ -221,6 +221,7 @@ CASES = {
     "base: {model: ./m, revision: x}": "base.revision: has no effect with base.model: ./m",
     "data: {source: x.jsonl.gz, split: train}": "data.split: has no effect with data.source: x.jsonl.gz",
     "data: {source: s, format: completion, loss_on: all}": "data.loss_on: has no effect with data.format:",
+    "data: {source: s, format: text, template: plain}": "data.template: has no effect with data.format: text",
     "data: {source: s, held_out: 0}\ntraining: {samples: 3}": "training.samples: has no effect with",
     "training: {samples: 0, sample_tokens: 9}": "training.sample_tokens: has no effect with",
     "training: {save_every: null, keep_checkpoints: 3}": "has no effect with training.save_every: null",

@@ -10,18 +10,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from qlora.errors import SaveError
-from qlora.tracking import Sample, Tracker
+from qlora.recipe import Tracking
+from qlora.tracking import BACKENDS, Sample, Tracker
+from qlora.tracking.backend import Backend, Run
 from qlora.tracking.record import Record
+from qlora.tracking.sink import Metrics, Sink
 from qlora.tracking.terminal import Bar, Lines, Pace, one_line
+from qlora.training.run_folder import CONTENTS, INSIDE
 
-DISABLED = SimpleNamespace(mode="disabled", project="qlora", entity=None, name=None, tags=[])
 SAMPLE = Sample(prompt="Send two red lamps.", reference="lamp 2 red", answer="lamp 2 red\n")
 
 
@@ -231,12 +233,10 @@ def test_text_of_a_model_cannot_command_the_terminal() -> None:
 SHOW = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from qlora.tracking import Tracker
 print(sys.stderr.isatty(), flush=True)
 sys.stdin.readline()
-section = SimpleNamespace(mode="disabled")
-with Tracker(Path(sys.argv[1]), config={}, wandb=section, total_steps=8) as tracker:
+with Tracker(Path(sys.argv[1]), config={}, sections={}, total_steps=8) as tracker:
     for number in range(1, 9):
         tracker.step({"step": number, "loss": 1.0, "lr": 2e-4, "tokens_per_second": 100.0})
         tracker.note("still here")
@@ -265,18 +265,52 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, terminal: 
 # All together
 
 
+class Failing(Sink):
+    def step(self, record: Metrics) -> None:
+        raise OSError("disk on fire\nand a second line")
+
+
+def refuse(section: Any, run: Run) -> Sink:
+    raise ValueError("no server")
+
+
+def test_a_tracker_is_a_section_of_recipes_and_a_folder_of_runs() -> None:
+    assert set(Tracking.model_fields) == set(BACKENDS)
+    assert set(BACKENDS) <= set(CONTENTS) & set(INSIDE)
+
+
+@pytest.mark.parametrize(
+    ("open_sink", "reason"), [(lambda *_: Failing(), "disk on fire"), (refuse, "no server")]
+)
+def test_a_tracker_that_fails_is_one_note_and_the_run_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    open_sink: Any,
+    reason: str,
+) -> None:
+    monkeypatch.setitem(BACKENDS, "broken", Backend("broken", re.compile(""), open_sink))
+    sections = {"broken": {"url": "http://localhost"}}
+    with Tracker(tmp_path, config={}, sections=sections, total_steps=2, terminal=False) as tracker:
+        for number in (1, 2):
+            tracker.step(step(number))
+        tracker.finish({})
+    assert lines(tmp_path / "metrics.jsonl") == [step(1), step(2)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tracking.broken is off for this run: {reason}"
+    ]
+
+
 def test_the_tracker_closes_once_and_well_when_a_run_fails(tmp_path: Path) -> None:
     def fail() -> None:
-        with Tracker(tmp_path, config={}, wandb=DISABLED, total_steps=9, terminal=False) as tracker:
+        with Tracker(tmp_path, config={}, sections={}, total_steps=9, terminal=False) as tracker:
             tracker.step(step(1))
             raise RuntimeError("bug")
 
     with pytest.raises(RuntimeError, match="bug"):
         fail()
     assert lines(tmp_path / "metrics.jsonl") == [step(1)]
-    with Tracker(
-        tmp_path, config={}, wandb=DISABLED, total_steps=9, resume_step=1, terminal=False
-    ) as tracker:
+    with Tracker(tmp_path, config={}, sections={}, total_steps=9, resume_step=1, terminal=False) as tracker:
         tracker.step(step(2))
         tracker.finish({})
         tracker.finish({})
@@ -284,14 +318,14 @@ def test_the_tracker_closes_once_and_well_when_a_run_fails(tmp_path: Path) -> No
 
 
 def test_without_a_terminal_notes_go_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Tracker(tmp_path, config={}, wandb=DISABLED, total_steps=9, terminal=False) as tracker:
+    with Tracker(tmp_path, config={}, sections={}, total_steps=9, terminal=False) as tracker:
         tracker.note("the disk is full")
         tracker.samples([SAMPLE], 0)
     assert [record.getMessage() for record in caplog.records] == ["the disk is full"]
 
 
 def test_other_processes_record_and_show_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Tracker(tmp_path, config={}, wandb=DISABLED, total_steps=1, main=False) as tracker:
+    with Tracker(tmp_path, config={}, sections={}, total_steps=1, main=False) as tracker:
         tracker.step(step(1))
         tracker.note("quiet")
         tracker.finish({})
@@ -300,7 +334,7 @@ def test_other_processes_record_and_show_nothing(tmp_path: Path, capfd: pytest.C
 
 
 def test_progress_leaves_standard_output_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Tracker(tmp_path, config={}, wandb=DISABLED, total_steps=1) as tracker:
+    with Tracker(tmp_path, config={}, sections={}, total_steps=1) as tracker:
         tracker.step(step(1))
         tracker.finish({})
     out, err = capfd.readouterr()

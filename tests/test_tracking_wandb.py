@@ -33,7 +33,7 @@ from qlora.tracking import Sample, Tracker
 section = SimpleNamespace(mode="auto", project="tests", entity=None, name=None, tags=["a-tag"])
 config = {"optimizer": {"lr": 2e-4}, "training": {"seed": 7}}
 slowest, steps = 0.0, time.perf_counter()
-with Tracker(Path(sys.argv[1]), config=config, wandb=section, total_steps=20) as tracker:
+with Tracker(Path(sys.argv[1]), config=config, sections={"wandb": section}, total_steps=20) as tracker:
     for number in range(1, 21):
         time.sleep(0.01)
         began = time.perf_counter()

@@ -63,7 +63,7 @@ def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | 
         vocabulary=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         chat_template=tokenizer.chat_template,
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        made_by=cache.made_by("data", libraries=("tokenizers", "transformers", "jinja2")),
+        made_by=cache.made_by("formats", "data", libraries=("tokenizers", "transformers", "jinja2")),
     )
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder
-from qlora.data.formats import Completion, Conversation, Message, Row, parser
 from qlora.data.templates import RawText, Renderer, template_text
+from qlora.formats import FORMATS, Completion, Conversation, Message, Row
 from qlora.recipe import Data
 
 
@@ -24,16 +24,15 @@ class Question(NamedTuple):
 class Layout:
     """Row -> document, as a recipe's `data` section says.
 
-    alpaca, messages and sharegpt rows are conversations. They are written with `data.template`, or else with
-    the tokenizer's chat template; alpaca rows have the Stanford Alpaca prompt where there is neither.
-    prompt-completion rows stay raw unless `data.template` is set. completion rows always stay raw.
+    Conversations are written with `data.template`, or else with the tokenizer's chat template, or else with the
+    template that their format names. Which rows stay raw is said at `Format.kind`.
 
     Raises:
-        DataError: see `parser`, `template_text` and `Renderer`.
+        DataError: see `Format.parser`, `template_text` and `Renderer`.
     """
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
-        self._parse = parser(section.format, section.columns)
+        self._parse = FORMATS[section.format].parser(section.columns)
         self._everything = section.loss_on == "all"
         self._raw = RawText(encoder)
         self._renderer = _renderer(section, tokenizer, encoder)
@@ -83,8 +82,8 @@ class Layout:
 
 def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """The template that takes the place of the tokenizer's own; None where that stays."""
-    if section.format == "alpaca" and section.template is None and not tokenizer.chat_template:
-        return "alpaca"
+    if section.template is None and not tokenizer.chat_template:
+        return FORMATS[section.format].template
     return section.template
 
 
@@ -104,9 +103,8 @@ def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encode
 
 
 def _stays_raw(section: Data) -> bool:
-    return section.format == "completion" or (
-        section.format == "prompt-completion" and section.template is None
-    )
+    kind = FORMATS[section.format].kind
+    return kind == "text" or (kind == "pair" and section.template is None)
 
 
 def _beginning(text: str) -> tuple[str, str]:

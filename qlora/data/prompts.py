@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batches import IGNORE_INDEX
 from qlora.data.encoding import Document, Encoder
-from qlora.data.formats import BadRow, Completion, Conversation, Message, Row, parser
 from qlora.data.layout import Layout, template_name
 from qlora.data.sources import read
 from qlora.data.templates import template_text
 from qlora.errors import DataError
+from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
 from qlora.recipe import Data
 
 _ROWS = 200
@@ -60,7 +60,7 @@ class Prompts:
     @cached_property
     def can_follow(self) -> bool:
         """Whether a question can follow others: rows are conversations, and the template renders what was before."""
-        if self._section.format not in ("messages", "sharegpt"):
+        if FORMATS[self._section.format].kind != "chat":
             return False
         before = {"role": "user", "content": _FIRST}, {"role": "assistant", "content": _ANSWER}
         try:
@@ -75,7 +75,7 @@ class Prompts:
         source = self._section.source
         if not (self.can_follow and (source.startswith("bundled/") or Path(source).exists())):
             return self.can_follow
-        parse = parser(self._section.format, self._section.columns)
+        parse = FORMATS[self._section.format].parser(self._section.columns)
         with suppress(DataError):
             for record in read(source, limit=_ROWS):
                 with suppress(BadRow):

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from qlora.data.batches import IGNORE_INDEX, Example
 from qlora.data.encoding import Document, Encoded, Encoder
-from qlora.data.formats import BadRow, Completion, Conversation
 from qlora.data.layout import Layout
 from qlora.data.sources import Record, read
 from qlora.errors import DataError
+from qlora.formats import BadRow, Completion, Conversation
 from qlora.recipe import Data
 
 _CHUNK = 1024  # rows encoded at a time: enough to keep the tokenizer's threads busy, little memory

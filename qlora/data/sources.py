@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qlora.data.formats import BadRow, Row
 from qlora.errors import DataError
+from qlora.formats import BadRow, Row
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Files that can be read; all but Parquet also gzipped."""

@@ -15,8 +15,8 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder, Part
-from qlora.data.formats import BadRow, Completion, Conversation, Message
 from qlora.errors import DataError
+from qlora.formats import BadRow, Completion, Conversation, Message
 
 NAMED = ("alpaca", "chatml", "plain")
 """The templates that ship with qlora."""

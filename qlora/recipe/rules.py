@@ -12,6 +12,7 @@ from functools import partial
 from operator import eq
 from typing import Any
 
+from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS
 from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
@@ -22,14 +23,7 @@ Finding = tuple[str, str]
 MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.columns")
 """The settings whose values are mappings."""
 
-COLUMNS = {
-    "alpaca": ("instruction", "input", "output"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt-completion": ("prompt", "completion"),
-    "completion": ("text",),
-}
-"""The fields of each data format, which data.columns maps to the data's own names."""
+PLAIN_TEXT = {name for name, format in FORMATS.items() if format.kind == "text"}
 
 LOCAL_FILE = re.compile(r"bundled/.*|.*\.(json|jsonl|ndjson|csv|tsv|parquet)(\.gz)?", re.DOTALL)
 LOCAL_FOLDER = re.compile(r"bundled/.*|[./~].*", re.DOTALL)
@@ -55,7 +49,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     ),
     (("base.double_quant", "base.block_size"), "base.quantization", lambda name: name == "none"),
     (("base.revision",), "base.model", lambda model: LOCAL_FOLDER.fullmatch(model) is not None),
-    (("data.template", "data.loss_on"), "data.format", lambda name: name == "completion"),
+    (("data.template", "data.loss_on"), "data.format", lambda name: name in PLAIN_TEXT),
     (("data.split",), "data.source", lambda source: LOCAL_FILE.fullmatch(source) is not None),
     (
         ("training.eval_every", "training.samples", "training.sample_tokens"),
@@ -183,13 +177,14 @@ def _rows(settings: Settings) -> Iterator[Finding]:
 
 
 def _columns(settings: Settings) -> Iterator[Finding]:
-    layout = settings.get("data.format")
-    fields = COLUMNS.get(str(layout), ())
-    for name in settings.get("data.columns", ()) if fields else ():
-        if name not in fields:
-            near = get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
-            yield "data.columns", f"the {layout} format has no field {shorten(name)!r}; {hint}"
+    format = FORMATS.get(str(settings.get("data.format")))
+    if format is None:
+        return
+    for name in settings.get("data.columns", ()):
+        if name not in format.fields:
+            near = get_close_matches(name, format.fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(format.fields)}"
+            yield "data.columns", f"the {format.name} format has no field {shorten(name)!r}; {hint}"
 
 
 def _patterns(settings: Settings) -> Iterator[Finding]:

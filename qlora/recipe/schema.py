@@ -8,10 +8,11 @@ Kalajdzievski 2023 (arXiv:2312.03732).
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts
 from qlora.recipe.rules import conflicts, flatten, idle
 
@@ -21,6 +22,12 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
+_FIELDS = ", ".join(f"{format.name} ({', '.join(format.fields)})" for format in FORMATS.values())
+_FORMAT = Field(description=f"Layout of a row, and its fields: {_FIELDS}.")
 
 
 class Section(BaseModel):
@@ -100,8 +107,7 @@ class Data(Section):
     """A JSON, JSONL, CSV, TSV or Parquet file, bundled/<name>, or the id of a data set on the hub."""
     split: Text = "train"
     """Split of a hub data set."""
-    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "completion"] = "alpaca"
-    """How a row is laid out; completion is plain text."""
+    format: Annotated[FormatName, _FORMAT] = "alpaca"
     columns: dict[Text, Text] = {}
     """The format's field -> the data's own name for that column, where they differ."""
     template: Text | None = None
@@ -207,6 +213,8 @@ class Tracking(Section):
 
     wandb: Wandb = Wandb()
     """Weights & Biases."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run's folder; needs `pip install tensorboard`."""
 
 
 class Recipe(Section):

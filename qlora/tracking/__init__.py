@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the record, the terminal, Weights & Biases."""
+"""Where a run's numbers go: the record, the terminal, and the trackers that its recipe asks for."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qlora.tracking import tensorboard, wandb
+from qlora.tracking.backend import Backend, Guarded, Run
 from qlora.tracking.record import Record
 from qlora.tracking.sink import Metrics, Sample, Sink
-from qlora.tracking.wandb import Section, Wandb
 
-__all__ = ["Sample", "Tracker"]
+__all__ = ["BACKENDS", "Sample", "Tracker"]
+
+BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in (wandb, tensorboard)}
+"""Trackers by their section of a recipe's `tracking`."""
 
 
 class Tracker:
@@ -18,8 +22,8 @@ class Tracker:
 
     Args:
         run: the run's folder; the record is its metrics.jsonl.
-        config: the resolved recipe, shown beside the numbers at W&B.
-        wandb: the recipe's section `tracking.wandb`.
+        config: the resolved recipe, for trackers that show it beside the numbers.
+        sections: the recipe's sections of `tracking` by name; a tracker without one is off.
         total_steps: steps of the whole run.
         resume_step: the step a resumed run goes on from, 0 for a new one.
         terminal: show progress on standard error; without it, notes go to the log `qlora`.
@@ -27,7 +31,7 @@ class Tracker:
 
     As a context manager it also ends well when an exception ends the run.
 
-    >>> with Tracker(run, config=recipe.to_dict(), wandb=recipe.tracking.wandb, total_steps=100) as tracker:
+    >>> with Tracker(run, config=recipe.to_dict(), sections=dict(recipe.tracking), total_steps=9) as tracker:
     ...     tracker.step({"step": 1, "loss": 2.5, "lr": 2e-4, "tokens_per_second": 900.0})  # doctest: +SKIP
     ...     tracker.finish({"loss_after": 1.9})
     """
@@ -37,7 +41,7 @@ class Tracker:
         run: Path,
         *,
         config: Mapping[str, Any],
-        wandb: Section,
+        sections: Mapping[str, Any],
         total_steps: int,
         resume_step: int = 0,
         terminal: bool = True,
@@ -48,8 +52,9 @@ class Tracker:
             return
         self._sinks.append(Record(run / "metrics.jsonl", resume_step))
         self._sinks.append(_terminal(total_steps, resume_step) if terminal else _Log())
-        if wandb.mode != "disabled":
-            self._sinks.append(Wandb(run, config, wandb, note=self.note))
+        tracked = Run(run, config, resume_step, self.note)
+        for name, section in sections.items():
+            self._sinks.append(Guarded(BACKENDS[name], section, tracked))
 
     def __enter__(self) -> "Tracker":
         return self

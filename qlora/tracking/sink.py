@@ -18,6 +18,15 @@ class Sample:
     answer: str
 
 
+def memory_totals(content: Metrics) -> dict[str, float]:
+    """memory.json's totals in GiB, by the names that trackers show them under."""
+    return {
+        f"memory/{name}_gib": content[name]["total_bytes"] / 2**30
+        for name in ("documents", "forecast", "measured")
+        if content[name] is not None
+    }
+
+
 class Sink:
     """Takes everything and keeps nothing; sinks override what they care about."""
 

@@ -10,6 +10,7 @@ same process hangs (wandb/wandb issue 9865). Runs kept offline lie in `<run>/wan
 
 import netrc
 import os
+import re
 import socket
 import threading
 import urllib.request
@@ -19,7 +20,8 @@ from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from qlora.tracking.sink import Metrics, Sample, Sink
+from qlora.tracking.backend import Backend, Run
+from qlora.tracking.sink import Metrics, Sample, Sink, memory_totals
 
 PROBE_SECONDS = 3.0
 """wait for a server to accept a connection before a run is kept offline"""
@@ -77,11 +79,7 @@ class Wandb(Sink):
 
     def memory(self, content: Metrics, picture: Path) -> None:
         """Totals in the run's summary, and the picture."""
-        totals = {
-            f"memory/{name}_gib": content[name]["total_bytes"] / 2**30
-            for name in ("documents", "forecast", "measured")
-            if content[name] is not None
-        }
+        totals = memory_totals(content)
         self._send(lambda run: run.summary.update(totals))
         self._send(lambda run: run.log({"memory": _image(picture)}))
 
@@ -215,3 +213,10 @@ def _image(path: Path) -> Any:
     import wandb
 
     return wandb.Image(str(path))
+
+
+def _open(section: Section, run: Run) -> Wandb | None:
+    return None if section.mode == "disabled" else Wandb(run.path, run.config, section, run.note)
+
+
+BACKEND = Backend("wandb", re.compile(r"(offline-)?run-.*|latest-run|debug.*|wandb-resume\.json"), _open)

@@ -15,7 +15,7 @@ from qlora.training.train import fit, prepare
 def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, Any]:
     """Train for `steps` steps, evaluations included, and return what memory.json holds.
 
-    Nothing is left behind: the run's folder is a temporary one, and nothing goes to Weights & Biases.
+    Nothing is left behind: the run's folder is a temporary one, and no tracker hears of it.
 
     Raises:
         ModelError: the architecture cannot be forecast. QloraError: as `train`.
@@ -23,7 +23,8 @@ def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, A
     with TemporaryDirectory(prefix="qlora-profile-") as folder:
         trial = _trial(recipe, steps, Path(folder) / "run")
         session = prepare(trial, DataParallel.of(trial), watch_all=True)
-        fit(session, claim(trial, Path(trial.output), resume=False, fresh=True), terminal=terminal)
+        run = claim(trial, Path(trial.output), resume=False, fresh=True)
+        fit(session, run, terminal=terminal, trackers=False)
         content = session.memory.account()
     if content is None:
         raise ModelError(session.memory.note)
@@ -35,6 +36,4 @@ def _trial(recipe: Recipe, steps: int, folder: Path) -> Recipe:
     recipe = changed(recipe, max_steps=steps, eval_every=None, save_every=None, samples=0)
     warmup = min(recipe.optimizer.warmup_steps, steps - 1)
     optimizer = recipe.optimizer.model_copy(update={"warmup_steps": warmup})
-    wandb = recipe.tracking.wandb.model_copy(update={"mode": "disabled"})
-    tracking = recipe.tracking.model_copy(update={"wandb": wandb})
-    return recipe.model_copy(update={"optimizer": optimizer, "tracking": tracking, "output": str(folder)})
+    return recipe.model_copy(update={"optimizer": optimizer, "output": str(folder)})

@@ -20,11 +20,12 @@ from typing import Any
 from qlora.errors import ModelError, RecipeError
 from qlora.recipe import Recipe, Training
 from qlora.storage import atomic, folders, manifest
+from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
 
 # What a run writes, and therefore all that --fresh may remove.
 CONTENTS = (
-    "run.json", "recipe.yaml", "metrics.jsonl", "result.json", "checkpoints", "adapter", "model", "wandb",
+    "run.json", "recipe.yaml", "metrics.jsonl", "result.json", "checkpoints", "adapter", "model", *BACKENDS,
     "report.html", "memory.json", "memory.md", "memory.png",
 )  # fmt: skip
 
@@ -36,7 +37,7 @@ TELLTALES = {"metrics.jsonl", "result.json", "memory.json", "report.html"}
 # How a run's folders name what is in them.
 INSIDE = {
     "checkpoints": re.compile(r"(\.tmp-|\.trash-)?step-\d+"),
-    "wandb": re.compile(r"(offline-)?run-.*|latest-run|debug.*|wandb-resume\.json"),
+    **{name: backend.files for name, backend in BACKENDS.items()},
 }
 
 # What a process at work, or one that was killed, leaves beside it.

@@ -51,12 +51,12 @@ class Session:
         """What an adapter is trained on, for it to remember."""
         return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
 
-    def tracker(self, run: Path, first_step: int, *, terminal: bool) -> Tracker:
-        """Where the numbers go of the run in the folder `run`, from `first_step` on."""
+    def tracker(self, run: Path, first_step: int, *, terminal: bool, trackers: bool) -> Tracker:
+        """Where the numbers of the run in the folder `run` go, from `first_step` on; `trackers`: those of the recipe."""
         return Tracker(
             run,
             config=self.recipe.to_dict(),
-            wandb=self.recipe.tracking.wandb,
+            sections=dict(self.recipe.tracking) if trackers else {},
             total_steps=self.total_steps,
             resume_step=first_step,
             terminal=terminal,

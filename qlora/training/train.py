@@ -111,11 +111,12 @@ def prepare(
     )
 
 
-def fit(session: Session, run: RunFolder, *, terminal: bool = True) -> TrainResult:
+def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bool = True) -> TrainResult:
     """The loop: steps, evaluations, checkpoints, until the end or a signal."""
     training, total, began = session.recipe.training, session.total_steps, time.monotonic()
     progress = restore(session, run)
-    with StopRequest() as stop, session.tracker(run.path, progress.step, terminal=terminal) as tracker:
+    tracker = session.tracker(run.path, progress.step, terminal=terminal, trackers=trackers)
+    with StopRequest() as stop, tracker:
         for note in session.notes if terminal else ():
             tracker.note(note)
         loss = progress.loss_before

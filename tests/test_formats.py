@@ -1,23 +1,40 @@
 """Rows of every format, and every reason for which one is refused."""
 
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 
-from qlora.data.formats import FIELDS, BadRow, Completion, Conversation, parser
+from qlora import formats
 from qlora.errors import DataError
+from qlora.formats import FORMATS, BadRow, Completion, Conversation
+from qlora.recipe import Recipe
 
 QUESTION = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 
 
 def parse(format: str, row: dict[str, Any], **columns: str) -> Conversation | Completion:
-    return parser(format, columns)(row)
+    return FORMATS[format].parser(columns)(row)
 
 
 def turns(content: Conversation | Completion) -> list[tuple[str, str]]:
     assert isinstance(content, Conversation)
     return [(message["role"], message["content"]) for message in content.messages]
+
+
+def test_every_file_with_a_format_is_in_the_registry_under_its_name() -> None:
+    files = {info.name.replace("_", "-") for info in iter_modules(formats.__path__)}
+    assert files - set(FORMATS) == {"format", "turns", "values"}
+    assert all(name == format.name for name, format in FORMATS.items())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_recipe_takes_every_format_and_its_fields(format: str) -> None:
+    assert list(FORMATS) == Recipe.json_schema()["$defs"]["Data"]["properties"]["format"]["enum"]
+    columns = dict.fromkeys(FORMATS[format].fields, "another")
+    data = {"source": "some/data", "format": format, "columns": columns}
+    assert Recipe.from_dict({"base": {"model": "some/model"}, "data": data}).data.columns == columns
 
 
 def test_alpaca() -> None:
@@ -53,9 +70,10 @@ def test_messages_in_a_csv_cell() -> None:
     assert turns(parse("messages", row)) == [("user", "2+2?"), ("assistant", "4")]
 
 
-def test_prompt_completion_and_completion_are_taken_as_they_are() -> None:
+def test_prompt_completion_and_plain_text_are_taken_as_they_are() -> None:
     assert parse("prompt-completion", {"prompt": " a ", "completion": "\nb"}) == Completion(" a ", "\nb")
-    assert parse("completion", {"text": " a b\n"}) == Completion("", " a b\n")
+    for plain in ("completion", "text"):
+        assert parse(plain, {"text": " a b\n"}) == Completion("", " a b\n")
 
 
 def test_columns_can_have_other_names() -> None:
@@ -65,10 +83,10 @@ def test_columns_can_have_other_names() -> None:
     assert turns(parse("messages", {"chat": [QUESTION, ANSWER]}, messages="chat"))[1] == ("assistant", "4")
 
 
-@pytest.mark.parametrize("format", FIELDS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_field_that_the_format_has_not_is_an_error_with_those_it_has(format: str) -> None:
-    with pytest.raises(DataError, match=f"no field 'promt'; its fields are {FIELDS[format][0]}"):
-        parser(format, {"promt": "question"})
+    with pytest.raises(DataError, match=f"no field 'promt'; its fields are {FORMATS[format].fields[0]}"):
+        FORMATS[format].parser({"promt": "question"})
 
 
 def chat(*messages: dict[str, Any]) -> dict[str, Any]:

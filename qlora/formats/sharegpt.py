@@ -1,0 +1,24 @@
+"""ShareGPT: a list of objects with `from` and `value`."""
+
+from collections.abc import Mapping
+
+from qlora.formats.format import Conversation, Format, Row
+from qlora.formats.turns import conversation
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
+
+
+def _parse(row: Row, names: Mapping[str, str]) -> Conversation:
+    return conversation(row, names["conversations"], speaker="from", content="value", roles=_ROLES)
+
+
+FORMAT = Format("sharegpt", ("conversations",), _parse, "chat")
