@@ -52,7 +52,7 @@ class Session:
         return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
 
     def tracker(self, run: Path, first_step: int, *, terminal: bool, trackers: bool) -> Tracker:
-        """Where the numbers of the run in the folder `run` go, from `first_step` on; `trackers`: those of the recipe."""
+        """Where the numbers of the run in the folder `run` go; `trackers`: to those of the recipe too."""
         return Tracker(
             run,
             config=self.recipe.to_dict(),
