@@ -18,7 +18,7 @@ from qlora.errors import ModelError, RecipeError
 if TYPE_CHECKING:
     from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.tensors import Adapter
-    from qlora.adapter.algebra.weights import Weights
+    from qlora.storage.safetensors_files import ShardReader
 
 MiB = 2**20
 
@@ -137,17 +137,17 @@ def extract(
 
     from qlora.adapter.algebra import extract as extracting
     from qlora.adapter.algebra import tensors
-    from qlora.adapter.algebra.weights import Weights, find_checkpoint
     from qlora.model.load import load_architecture
     from qlora.recipe import Base
+    from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
     tensors.require_free(to)
     tuned_folder = find_checkpoint(tuned)
     extra_files = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)
     found = extracting.extract(
-        Weights(tuned_folder),
-        Weights(find_checkpoint(base)),
+        ShardReader(tuned_folder),
+        ShardReader(find_checkpoint(base)),
         load_architecture(Base(model=str(tuned_folder), trust_remote_code=trust_remote_code)),
         rank=rank,
         energy=energy,
@@ -246,21 +246,21 @@ def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str
     return {"recipe.yaml": recipe_of(tuned, changes, trust_remote_code=trust_remote_code).to_yaml()}
 
 
-def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":
+def _base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
     """The base's weights: those asked for, else those of the recorded base if they are here and small enough.
 
     A run that made its base up, by base.init, has not used the weights that have its name.
     """
-    from qlora.adapter.algebra.weights import Weights, find_checkpoint
+    from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
     if given is not None:
-        return Weights(find_checkpoint(given))
+        return ShardReader(find_checkpoint(given))
     name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
     made_up = re.search(r"^ +init: (random|synthetic)$", adapter.extra_files.get("recipe.yaml", ""), re.M)
     if isinstance(name, str) and not made_up:
         with suppress(ModelError):
-            weights = Weights(find_checkpoint(name, revision))
-            return weights if weights.file_bytes <= CHEAP_BYTES else None
+            weights = ShardReader(find_checkpoint(name, revision))
+            return weights if sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES else None
     return None
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -34,6 +33,7 @@ from qlora.quantization import nf4
 from qlora.quantization.transformers_loader import cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
+from qlora.storage.safetensors_files import find_checkpoint
 
 # Hub ids whose architecture the package knows, so that `init: synthetic` needs no network for a shipped recipe.
 KNOWN_ARCHITECTURES = {
@@ -46,9 +46,6 @@ KNOWN_ARCHITECTURES = {
     "mistralai/Mistral-7B-v0.3": "mistral-7b",
     "Qwen/Qwen3-8B": "qwen3-8b",
 }
-
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-"""What is fetched of a hub model whose files are read one by one."""
 
 
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
@@ -273,10 +270,8 @@ def checkpoint_folder(base: Base) -> Path:
             f"base.init is {base.init}: this base was made from a seed and has no files; only pretrained bases have"
         )
     location = locate(base)
-    if Path(location).is_dir():
-        return Path(location)
     try:
-        return Path(snapshot_download(location, revision=_revision(base), allow_patterns=CHECKPOINT_FILES))
+        return find_checkpoint(location, _revision(base), download=True)
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         raise ModelError(_load_problem(base, error)) from error
 
