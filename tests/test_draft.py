@@ -8,14 +8,17 @@ from qlora.errors import ModelError, SaveError
 from qlora.storage.draft import drafting, publish
 
 
-def test_a_draft_takes_its_place_in_one_step(tmp_path: Path) -> None:
+def test_a_draft_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "models" / "mine"
+    synced: list[Path] = []
+    monkeypatch.setattr("qlora.storage.draft.sync", synced.append)
     with drafting(final) as drafts:
         for name in ("first", "second"):
             (drafts / name).mkdir()
             (drafts / name / "file").write_text(name)
         assert not final.exists()
         publish(drafts / "second", final)
+    assert synced == [final.parent], "a name is safe once its folder is"
     assert (final / "file").read_text() == "second"
     assert [path.name for path in final.parent.iterdir()] == ["mine"]
 

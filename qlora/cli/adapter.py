@@ -72,8 +72,9 @@ def compose(
     _check_size(rank, energy, needed=False)
     from qlora.adapter.algebra import compose as composing
     from qlora.adapter.algebra import tensors
+    from qlora.storage.draft import check_absent
 
-    tensors.require_free(to)
+    check_absent(to)
     adapters = [(tensors.read(path), weight) for path, weight in weighted]
     result, deviations = composing.compose(
         adapters, rank=rank, energy=energy, dtype=tensors.DTYPES[dtype], any_base=any_base
@@ -101,8 +102,9 @@ def compress(
     _check_size(rank, energy, needed=True)
     from qlora.adapter.algebra import compose as composing
     from qlora.adapter.algebra import tensors
+    from qlora.storage.draft import check_absent
 
-    tensors.require_free(to)
+    check_absent(to)
     whole = tensors.read(adapter)
     stored_in = None if dtype is None else tensors.DTYPES[dtype]
     result, deviations = composing.compress(whole, rank=rank, energy=energy, dtype=stored_in)
@@ -139,9 +141,10 @@ def extract(
     from qlora.adapter.algebra import tensors
     from qlora.model.load import load_architecture
     from qlora.recipe import Base
+    from qlora.storage.draft import check_absent
     from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
-    tensors.require_free(to)
+    check_absent(to)
     tuned_folder = find_checkpoint(tuned)
     extra_files = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora.errors import ModelError
-from qlora.storage.folders import fsync_tree, lock, save_errors
+from qlora.storage.atomic import sync
+from qlora.storage.folders import TEMPORARY, fsync_tree, lock, save_errors
 
 
 def check_absent(final: Path) -> None:
@@ -36,7 +37,7 @@ def drafting(final: Path) -> Iterator[Path]:
         SaveError: the folder cannot be made.
     """
     check_absent(final)
-    drafts = final.parent / f".tmp-{final.name}"
+    drafts = final.with_name(f"{TEMPORARY}{final.name}")
     with lock(drafts):
         try:
             with save_errors(drafts):
@@ -59,3 +60,4 @@ def publish(folder: Path, final: Path) -> None:
         fsync_tree(folder)
         check_absent(final)
         folder.rename(final)
+        sync(final.parent)

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora import bundled
-from qlora.errors import ModelError, SaveError
+from qlora.errors import ModelError
+from qlora.storage.folders import save_errors
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -213,10 +214,8 @@ class ShardWriter:
 
     def _write(self) -> None:
         path = self.folder / f"shard-{len(self._shards) + 1}"
-        try:
+        with save_errors(path):
             save_file(self._held, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise SaveError(f"cannot write {path}: {error}") from error
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 

@@ -5,16 +5,13 @@ at all, and never over anything.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +27,8 @@ from qlora.adapter.config import (
 from qlora.adapter.identity import IDENTITY_FILE
 from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
 from qlora.errors import ModelError, SaveError
-from qlora.storage.atomic import sync
+from qlora.storage.draft import drafting, publish
+from qlora.storage.folders import save_errors
 
 COMPANIONS = ("recipe.yaml", IDENTITY_FILE)
 """Text files of qlora's own that travel with an adapter."""
@@ -124,39 +122,24 @@ def write(adapter: Adapter, path: str | Path) -> int:
     Whatever goes wrong, `path` is then not there.
     """
     folder = Path(path)
-    require_free(folder)
     tensors = _tensors(adapter.layers)
     config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
-    draft = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with drafting(folder) as drafts, save_errors(folder):
+        draft = drafts / "adapter"
         draft.mkdir()
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
         for name, text in {CONFIG_FILE: config, **adapter.extra_files}.items():
             (draft / name).write_text(text, encoding="utf-8")
-        for file in draft.iterdir():
-            sync(file)
         back = load_file(draft / TENSORS_FILE)
         if not all(torch.equal(tensor, back[key]) for key, tensor in tensors.items()):
             raise SaveError(f"{folder}: reading back gave other numbers than were written")
-        draft.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        publish(draft, folder)
     return (folder / TENSORS_FILE).stat().st_size
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As `bfloat16`."""
     return str(dtype).removeprefix("torch.")
-
-
-def require_free(path: str | Path) -> None:
-    """Raises ModelError if there is anything at `path`: results never replace what is there."""
-    if os.path.lexists(path):
-        raise ModelError(f"{path} exists already: choose another folder, or remove it first")
 
 
 def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: Path) -> Layer:
