@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora.adapter import adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.algebra.tensors import Layer, read, write
-from qlora.errors import ModelError, SaveError
+from qlora.errors import ModelError, SaveError, UsageError
 
 LAYERS = {"blocks.0.up": (6, 4, 2), "blocks.0.down": (4, 6, 3), "blocks.1.up": (6, 4, 2)}
 
@@ -112,7 +112,7 @@ def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     for name in ("a", "file", "dangling"):
-        with pytest.raises(ModelError, match=re.escape(f"{tmp_path / name}: exists already")):
+        with pytest.raises(UsageError, match=re.escape(f"{tmp_path / name}: exists already")):
             write(adapter, tmp_path / name)
     (tmp_path / "empty").mkdir()
     write(adapter, tmp_path / "empty")

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora.cli import app
-from qlora.errors import RecipeError
+from qlora.errors import UsageError
 from qlora.storage import cache
 from qlora.storage.folders import lock
 
@@ -232,7 +232,7 @@ def test_a_limit_that_is_no_number(
     monkeypatch.setenv("QLORA_CACHE_GIB", "many")
     assert get() == b"0"
     assert "'many' is no number of GiB" in caplog.text
-    with pytest.raises(RecipeError, match="'many' is no number of GiB"):
+    with pytest.raises(UsageError, match="'many' is no number of GiB"):
         cache.limit_bytes()
     monkeypatch.setenv("QLORA_CACHE_GIB", "1.5")
     assert cache.limit_bytes() == 3 * 2**29

@@ -13,7 +13,7 @@ import typer
 
 from qlora.cli.arguments import Json, TrustRemoteCode
 from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from qlora.adapter.algebra.compose import ApproximationError
@@ -213,7 +213,7 @@ def _weighted(part: str) -> tuple[Path, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value == 0:
-        raise RecipeError(
+        raise UsageError(
             f"{part!r} is not ADAPTER:WEIGHT with a weight other than 0, as in runs/a:0.7 or runs/b:-1"
         )
     return Path(path), value
@@ -221,11 +221,11 @@ def _weighted(part: str) -> tuple[Path, float]:
 
 def _check_size(rank: int | None, energy: float | None, *, needed: bool) -> None:
     if rank is not None and energy is not None:
-        raise RecipeError("--rank and --energy exclude each other")
+        raise UsageError("--rank and --energy exclude each other")
     if needed and rank is None and energy is None:
-        raise RecipeError("how small? Give --rank, as 8, or --energy, as 0.99")
+        raise UsageError("how small? Give --rank, as 8, or --energy, as 0.99")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy must be above 0 and at most 1, not {energy:g}")
+        raise UsageError(f"--energy must be above 0 and at most 1, not {energy:g}")
 
 
 def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
-from qlora.errors import ModelError
+from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
@@ -133,6 +133,7 @@ def load_base(
 
     Raises:
         ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
+        RecipeError: the model cannot do what the recipe's `base` says.
 
     Example:
         >>> model = load_base(Recipe.load("quickstart").base, "cpu")
@@ -161,7 +162,7 @@ def embedding_apart(model: PreTrainedModel) -> bool:
 
 def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
     if not embedding_apart(model):
-        raise ModelError(
+        raise RecipeError(
             f"base.embedding: the input embedding of {type(model).__name__} cannot stand on the host: its output head "
             "shares it, or it does more than to look up rows. Leave the key out"
         )

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from qlora.errors import ModelError
+from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages
 
@@ -15,11 +15,11 @@ Found = TypeVar("Found")
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """This process and its device. Raises ModelError if the recipe wants a GPU and there is none."""
+    """This process and its device. Raises RecipeError if the recipe wants a GPU and there is none."""
     grow_by_pages()
     accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
     if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
-        raise ModelError(
+        raise RecipeError(
             "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
         )
     return accelerator

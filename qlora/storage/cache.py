@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from qlora.errors import RecipeError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage import manifest
 from qlora.storage.folders import InUseError, discard, lock, remove_leftovers, temporary
 
@@ -56,10 +56,10 @@ def folder() -> Path | None:
 
 
 def limit_bytes() -> int:
-    """The most that the cache may hold. Raises RecipeError if QLORA_CACHE_GIB is no number."""
+    """The most that the cache may hold. Raises UsageError if QLORA_CACHE_GIB is no number."""
     text = os.environ.get("QLORA_CACHE_GIB") or "20"
     if not re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        raise RecipeError(f"QLORA_CACHE_GIB: {text!r} is no number of GiB")
+        raise UsageError(f"QLORA_CACHE_GIB: {text!r} is no number of GiB")
     return int(float(text) * GIB)
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage.atomic import sync
 
 TEMPORARY, TRASH = ".tmp-", ".trash-"
 """before the name of what is being written, and of what is being removed"""
 
 
-class InUseError(ModelError):
+class InUseError(UsageError):
     """Another process holds a folder."""
 
 

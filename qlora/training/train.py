@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.data import Batch, Batches, Dataset, held_out_batches, load_dataset, prompting, training_batches
-from qlora.errors import DivergedError, ModelError, SaveError
+from qlora.errors import DataError, DivergedError, ModelError, SaveError
 from qlora.inference.generate import answer
 from qlora.memory import measure
 from qlora.memory.oom import out_of_memory_explained
@@ -316,7 +316,7 @@ class Session:
             return
         state = checkpoint.read_state(folder)
         if state["data"] != self.dataset.fingerprint:
-            raise ModelError(
+            raise DataError(
                 f"{folder}: the data set has changed since this checkpoint (its rows, tokenizer or template), so the "
                 "run cannot go on exactly. Put it back, or start again with --fresh"
             )

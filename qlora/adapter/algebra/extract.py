@@ -21,6 +21,7 @@ from qlora.adapter.config import targets_of
 from qlora.adapter.methods.lora import layer_generator
 from qlora.adapter.targets import is_conv1d, select
 from qlora.errors import ModelError
+from qlora.runtime.device import device_named
 from qlora.storage.safetensors_files import ShardReader
 
 OVERSAMPLING = 16
@@ -65,17 +66,15 @@ def extract(
 
     model: the architecture, on the meta device will do; its linear layers but the head are compared, and those
         that do not differ get no adapter. device: auto, cpu or cuda. progress: sees the layers' names go by.
-    Raises ModelError if a linear weight is missing, quantized or of other shapes, or none differs.
+    Raises ModelError if a linear weight is missing, quantized or of other shapes, or none differs; UsageError if
+    there is no CUDA device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("there is no CUDA device here: leave --device out")
+    place = device_named(device)
     keys = {name: _keys(name, model, tuned, base) for name in select(model, "all-linear")}
     layers, deviations = {}, {}
     for name in progress(list(keys)):
         ours, theirs = keys[name]
-        difference = _difference(tuned[ours].to(device), base[theirs].to(device))
+        difference = _difference(tuned[ours].to(place), base[theirs].to(place))
         norm = _norm(difference)
         if not math.isfinite(norm):
             raise ModelError(f"{tuned.folder} or {base.folder}: {ours} holds numbers that are not finite")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.adapter.algebra.module_types import places
 from qlora.adapter.algebra.spectrum import MOST, Spectrum
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage.atomic import replacing
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ MOST_NAMED = 10
 
 
 def require_format(path: Path) -> None:
-    """Raises ModelError if `path` does not end as a picture's name does."""
+    """Raises UsageError if `path` does not end as a picture's name does."""
     if path.suffix.lower() not in FORMATS:
-        raise ModelError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
 
 
 def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:
     """Write the picture of an adapter's spectra to `path`, in place of an older one.
 
-    Raises ModelError for a name that is no picture's, SaveError if the disk refuses.
+    Raises UsageError for a name that is no picture's, SaveError if the disk refuses.
     """
     require_format(path)
     from matplotlib.figure import Figure

@@ -118,8 +118,8 @@ def read(path: str | Path) -> Adapter:
 def write(adapter: Adapter, path: str | Path) -> int:
     """Write an adapter to the new folder `path`, read it back, and return the bytes of its tensors.
 
-    Raises ModelError if `path` exists or a number is not finite in its dtype; SaveError if the disk refuses.
-    Whatever goes wrong, `path` is then not there.
+    Raises UsageError if `path` exists; ModelError if a number is not finite in its dtype; SaveError if the disk
+    refuses. Whatever goes wrong, `path` is then not there.
     """
     folder = Path(path)
     tensors = _tensors(adapter.layers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.targets import features, is_conv1d, is_linear, select
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.ops.lora_linear import lora_linear
 from qlora.quantization.nf4 import protect, quant_state
 
@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
     generator: a CPU generator for A; None: torch's.
 
     There is no `weight` on purpose: code that reads it would pass the update by, and nobody would notice.
-    Raises ModelError for a module that is no linear layer, or numbers out of range.
+    Raises ModelError for a module that is no linear layer, UsageError for numbers out of range.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ def adapt(
     layer's name or its last parts; the first match counts. Each A depends on (seed, name of the layer) alone,
     whatever the device and the other targets.
 
-    Raises ModelError if the model is adapted already, or a target or pattern matches no layer.
+    Raises ModelError if the model is adapted already, UsageError if an argument is wrong or matches no layer.
     """
     if lora_layers(model):
         raise ModelError("the model has LoRA layers already: adapt a base, or load an adapter into this one")
@@ -121,7 +121,7 @@ def adapt(
     ranks, alphas = rank_pattern or {}, alpha_pattern or {}
     for key in [*ranks, *alphas]:
         if not any(_fits(key, name) for name in names):
-            raise ModelError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
+            raise UsageError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
     protect(model.requires_grad_(False))
     layers = {
         name: LoRALinear(
@@ -191,7 +191,7 @@ def _expression(key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
-        raise ModelError(
+        raise UsageError(
             f'rank_pattern or alpha_pattern: "{key}" is no regular expression ({error})'
         ) from error
 
@@ -227,12 +227,12 @@ def _forbid_fused_inference(model: nn.Module) -> None:
 
 def _check(rank: int, alpha: float, dropout: float, scaling: str, init: str) -> None:
     if rank < 1:
-        raise ModelError(f"rank must be at least 1, not {rank}")
+        raise UsageError(f"rank must be at least 1, not {rank}")
     if not (math.isfinite(alpha) and alpha > 0):
-        raise ModelError(f"alpha must be above 0, not {alpha}")
+        raise UsageError(f"alpha must be above 0, not {alpha}")
     if not 0 <= dropout < 1:
-        raise ModelError(f"dropout must be at least 0 and below 1, not {dropout}")
+        raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}")
     if scaling not in SCALINGS:
-        raise ModelError(f"scaling must be {' or '.join(SCALINGS)}, not {scaling!r}")
+        raise UsageError(f"scaling must be {' or '.join(SCALINGS)}, not {scaling!r}")
     if init not in ("kaiming", "gaussian", "zero"):
-        raise ModelError(f"init must be kaiming, gaussian or zero, not {init!r}")
+        raise UsageError(f"init must be kaiming, gaussian or zero, not {init!r}")
