@@ -142,8 +142,9 @@ def test_inspect_finds_a_base_that_is_here(runs: dict[str, Path], tiny_llama: Pa
         assert all(0 < layer["relative_norm"] < 1 for layer in layers.values())
     made_up = tmp_path / "made-up"
     shutil.copytree(runs["lora"] / "adapter", made_up)
-    recipe = (made_up / "recipe.yaml").read_text()
-    (made_up / "recipe.yaml").write_text(recipe.replace("init: pretrained", "init: random"))
+    record = json.loads((made_up / "qlora.json").read_text())
+    record["base"]["weights"] = "random of seed 0"  # as of a run with base.init=random
+    (made_up / "qlora.json").write_text(json.dumps(record))
     layers = json.loads(shown("inspect", made_up, "--json"))["layers"]
     assert all(layer["relative_norm"] is None for layer in layers.values())
 

@@ -1,5 +1,6 @@
 """The tensors of an adapter as PEFT names and stores them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,6 +17,21 @@ CONVERSION = (
     "s.save_file({k: v.contiguous().clone() for k, v in t.items()}, 'adapter_model.safetensors')\""
 )
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def named_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A [rank, in] and B [out, rank] of each layer under PEFT's names, on the CPU.
+
+    Raises:
+        ModelError: a number is not finite.
+    """
+    tensors = {}
+    for name, pair in pairs.items():
+        for suffix, tensor in zip((SUFFIX_A, SUFFIX_B), pair, strict=True):
+            if not tensor.isfinite().all():
+                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
+            tensors[PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
+    return tensors
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

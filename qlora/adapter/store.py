@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qlora.adapter.config import CONFIG_FILE, config_of, dropout_in, layer_settings, read_config, targets_in
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods.lora import LoRALinear, lora_layers, wrap
-from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
 from qlora.adapter.targets import features
 from qlora.errors import ModelError, SaveError
 from qlora.quantization.nf4 import protect
@@ -54,7 +54,7 @@ def save_adapter(
     base = base or BaseIdentity.of(model)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     config = json.dumps(config_of(model, layers, base), indent=2, sort_keys=True) + "\n"
-    tensors = _tensors(layers)
+    tensors = named_tensors({name: (layer.lora_a, layer.lora_b) for name, layer in layers.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(folder / TENSORS_FILE) as file:
@@ -113,16 +113,6 @@ def load_adapter(
             layer.rank, layer.alpha, layer.scaling = settings[name]
             layer.dropout = dropout
     return model
-
-
-def _tensors(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        for suffix, parameter in ((SUFFIX_A, layer.lora_a), (SUFFIX_B, layer.lora_b)):
-            if not parameter.isfinite().all():
-                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
-            tensors[PREFIX + name + suffix] = parameter.detach().cpu().contiguous()
-    return tensors
 
 
 def _check_names(names: list[str], found: Mapping[str, Any], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -252,18 +251,21 @@ def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str
 def _base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
     """The base's weights: those asked for, else those of the recorded base if they are here and small enough.
 
-    A run that made its base up, by base.init, has not used the weights that have its name.
+    Other weights may have its name by now, and a run that made its base up, by base.init, never used any of a file.
     """
+    from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, checkpoint_digest
     from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
     if given is not None:
         return ShardReader(find_checkpoint(given))
     name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
-    made_up = re.search(r"^ +init: (random|synthetic)$", adapter.extra_files.get("recipe.yaml", ""), re.M)
-    if isinstance(name, str) and not made_up:
+    if isinstance(name, str):
         with suppress(ModelError):
+            identity = adapter.extra_files.get(IDENTITY_FILE)
+            used = BaseIdentity.parse(identity).weights if identity else None
             weights = ShardReader(find_checkpoint(name, revision))
-            return weights if sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES else None
+            small = sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES
+            return weights if small and used in (None, checkpoint_digest(weights.files)) else None
     return None
 
 

@@ -25,7 +25,7 @@ from qlora.adapter.config import (
     read_config,
 )
 from qlora.adapter.identity import IDENTITY_FILE
-from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
 from qlora.errors import ModelError, SaveError
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
@@ -122,7 +122,7 @@ def write(adapter: Adapter, path: str | Path) -> int:
     refuses. Whatever goes wrong, `path` is then not there.
     """
     folder = Path(path)
-    tensors = _tensors(adapter.layers)
+    tensors = named_tensors({name: (layer.a, layer.b) for name, layer in adapter.layers.items()})
     config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
     with drafting(folder) as drafts, save_errors(folder):
         draft = drafts / "adapter"
@@ -186,13 +186,3 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
         "use_rslora": is_rslora(layers),  # type: ignore[arg-type]  # it asks for rank, alpha and scaling alone
     }
-
-
-def _tensors(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        for suffix, tensor in ((SUFFIX_A, layer.a), (SUFFIX_B, layer.b)):
-            if not tensor.isfinite().all():
-                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
-            tensors[PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
-    return tensors
