@@ -1,7 +1,8 @@
 """What a user can be told went wrong, and the exit code that goes with it.
 
-Every message says what is wrong, where (file:line or key), and what to do about it. Anything else that
-escapes is a bug of ours and may show a traceback.
+Every message says what is wrong, where (file:line or key), and what to do about it. Its class follows what has to
+change: the recipe, the command, the data, the model, or the disk. Anything else that escapes is a bug of ours and may
+show a traceback.
 """
 
 
@@ -18,13 +19,19 @@ class QloraError(ValueError):
 
 
 class RecipeError(QloraError):
-    """A recipe or an argument on the command line is wrong."""
+    """A recipe is wrong, or asks for what this model or machine cannot do."""
+
+    exit_code = 2
+
+
+class UsageError(QloraError):
+    """What was asked for cannot be done: a wrong argument, a place that is taken, a folder in use."""
 
     exit_code = 2
 
 
 class DataError(QloraError):
-    """A data set, or a row of one, cannot be used."""
+    """A data set, or a row of one, cannot be used, or not in the way that the recipe's `data` says."""
 
     exit_code = 3
 

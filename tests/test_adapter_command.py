@@ -142,14 +142,11 @@ def test_inspect_finds_a_base_that_is_here(runs: dict[str, Path], tiny_llama: Pa
         assert all(0 < layer["relative_norm"] < 1 for layer in layers.values())
     made_up = tmp_path / "made-up"
     shutil.copytree(runs["lora"] / "adapter", made_up)
-    recipe = (made_up / "recipe.yaml").read_text()
-    for other in (recipe.replace("init: pretrained", "init: random"), "base: {init: synthetic, old_key: 1}"):
-        (made_up / "recipe.yaml").write_text(other)
-        layers = json.loads(shown("inspect", made_up, "--json"))["layers"]
-        assert all(layer["relative_norm"] is None for layer in layers.values())
-    (made_up / "recipe.yaml").write_text("no [recipe")
+    record = json.loads((made_up / "qlora.json").read_text())
+    record["base"]["weights"] = "random of seed 0"  # as of a run with base.init=random
+    (made_up / "qlora.json").write_text(json.dumps(record))
     layers = json.loads(shown("inspect", made_up, "--json"))["layers"]
-    assert all(0 < layer["relative_norm"] < 1 for layer in layers.values())
+    assert all(layer["relative_norm"] is None for layer in layers.values())
 
 
 def test_what_full_training_changed_is_extracted(
@@ -196,9 +193,9 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no size": (["compress", "a", "--to", "new"], 2, "how small? Give --rank, as 8, or --energy"),
     "energy": (["extract", "a", "b", "--to", "new", "--energy", "99"], 2, "at most 1, not 99"),
     "missing": (["compose", "nowhere:1", "--to", "new"], 4, "nowhere: there is no adapter"),
-    "existing": (["compose", "a:1", "--to", "a"], 4, "a exists already: choose another folder"),
-    "existing too": (["compress", "a", "--to", "a", "--rank", "2"], 4, "a exists already"),
-    "existing as well": (["extract", "a", "a", "--to", "a", "--rank", "2"], 4, "a exists already"),
+    "existing": (["compose", "a:1", "--to", "a"], 2, "a: exists already, and nothing is overwritten"),
+    "existing too": (["compress", "a", "--to", "a", "--rank", "2"], 2, "a: exists already"),
+    "existing as well": (["extract", "a", "a", "--to", "a", "--rank", "2"], 2, "a: exists already"),
     "other base": (["compose", "a:1", "b:1", "--to", "new"], 4, "different bases: some/base and other/base"),
     "other shapes": (
         ["compose", "a:1", "b:1", "--to", "new", "--any-base"],
@@ -215,7 +212,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         4,
         "too large for float16",
     ),
-    "no picture": (["inspect", "a", "--picture", "new.txt"], 4, "new.txt: a picture's name ends in"),
+    "no picture": (["inspect", "a", "--picture", "new.txt"], 2, "new.txt: a picture's name ends in"),
     "no base": (["inspect", "a", "--base", "nowhere"], 4, "nowhere: there is no such folder"),
 }
 

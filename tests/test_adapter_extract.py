@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qlora.adapter.algebra import extract as extracting
 from qlora.adapter.algebra.extract import extract
 from qlora.adapter.algebra.tensors import write
-from qlora.adapter.algebra.weights import Weights, find_checkpoint
 from qlora.errors import ModelError
+from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
 
 def network() -> nn.Module:
@@ -41,20 +41,20 @@ def random_weights(seed: int) -> dict[str, Tensor]:
     }
 
 
-def checkpoint(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> Weights:
+def checkpoint(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> ShardReader:
     """Written as transformers does, with an index where there are several shards."""
     folder.mkdir()
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
-        return Weights(folder)
+        return ShardReader(folder)
     place = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(tensors)}
     for file in set(place.values()):
         save_file({name: tensors[name] for name in tensors if place[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
-    return Weights(folder)
+    return ShardReader(folder)
 
 
-def pair(tmp_path: Path, changes: dict[str, Tensor]) -> tuple[Weights, Weights]:
+def pair(tmp_path: Path, changes: dict[str, Tensor]) -> tuple[ShardReader, ShardReader]:
     """(tuned, base) that differ by `changes`, in different shards."""
     base = random_weights(0)
     tuned = {name: tensor + changes[name] if name in changes else tensor for name, tensor in base.items()}
@@ -144,18 +144,18 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="there is no such folder, and no such model in the local hub"):
             find_checkpoint(name)
     with pytest.raises(ModelError, match=r"there is no model.safetensors"):
-        Weights(tmp_path)
+        ShardReader(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle, which is not read"):
-        Weights(tmp_path)
+    with pytest.raises(ModelError, match=r"pytorch_model.bin, a pickle, which is not read"):
+        ShardReader(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "missing.safetensors"}}')
-    with pytest.raises(ModelError, match=r"missing.safetensors: missing, damaged"):
-        Weights(tmp_path)
+    with pytest.raises(ModelError, match=r"missing.safetensors: missing or damaged"):
+        ShardReader(tmp_path)
     for text in ("[]", "{", '{"weight_map": {"a": 1}}'):
         index.write_text(text)
         with pytest.raises(ModelError, match=r"index.json: cannot be read"):
-            Weights(tmp_path)
+            ShardReader(tmp_path)
 
 
 def test_a_run_of_full_training_is_a_checkpoint(tmp_path: Path) -> None:

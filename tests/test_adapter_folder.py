@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.algebra.tensors import Layer, read, write
-from qlora.errors import ModelError, SaveError
+from qlora.errors import ModelError, SaveError, UsageError
 
 LAYERS = {"blocks.0.up": (6, 4, 2), "blocks.0.down": (4, 6, 3), "blocks.1.up": (6, 4, 2)}
 
@@ -112,11 +112,13 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
 def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
     adapter = read(write_adapter(tmp_path / "a", LAYERS))
     (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
-    for name in ("a", "file", "empty", "dangling"):
-        with pytest.raises(ModelError, match=re.escape(f"{tmp_path / name} exists already")):
+    for name in ("a", "file", "dangling"):
+        with pytest.raises(UsageError, match=re.escape(f"{tmp_path / name}: exists already")):
             write(adapter, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    write(adapter, tmp_path / "empty")
+    assert read(tmp_path / "empty").layers.keys() == adapter.layers.keys(), "an empty folder is nothing"
 
 
 def test_nothing_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +132,7 @@ def test_nothing_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(SaveError, match=r"cannot save the adapter: .*No space left"):
+    with pytest.raises(SaveError, match=r"cannot write .*No space left"):
         write(adapter, tmp_path / "b")
     monkeypatch.undo()
 

@@ -15,8 +15,8 @@ from qlora.adapter.algebra.module_types import places
 from qlora.adapter.algebra.plot import draw
 from qlora.adapter.algebra.spectrum import Spectrum, judge, spectra
 from qlora.adapter.algebra.tensors import read
-from qlora.adapter.algebra.weights import Weights
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
+from qlora.storage.safetensors_files import ShardReader
 
 LAYERS = {f"model.layers.{i}.{kind}": (12, 10, 4) for i in range(2) for kind in ("mlp.up", "attn.q")}
 
@@ -66,7 +66,7 @@ def test_norms_are_compared_with_the_base_where_it_holds_floats(tmp_path: Path) 
         },
         base / "model.safetensors",
     )
-    found = spectra(read(write_adapter(tmp_path / "a", LAYERS)), Weights(base))
+    found = spectra(read(write_adapter(tmp_path / "a", LAYERS)), ShardReader(base))
     relative = {name: layer.relative_norm for name, layer in found.items()}
     up, q = found["model.layers.0.mlp.up"], found["model.layers.0.attn.q"]
     assert relative["model.layers.0.mlp.up"] == pytest.approx(up.norm / weight.norm().item())
@@ -149,7 +149,7 @@ def test_the_picture_is_drawn_whole_and_alone(tmp_path: Path, suffix: str) -> No
 
 
 def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"a.safetensors: a picture's name ends in .png"):
+    with pytest.raises(UsageError, match=r"a.safetensors: a picture's name ends in .png"):
         draw(falling(4, used=2), tmp_path / "a.safetensors", "")
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="cannot save the picture"):

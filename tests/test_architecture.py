@@ -124,6 +124,25 @@ def test_imports_point_down() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_private_names_stay_in_their_file() -> None:
+    """Neither imported by name nor reached through the module."""
+    wrong = []
+    for path in files():
+        tree = ast.parse(path.read_text())
+        modules = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlora":
+                modules |= {alias.asname or alias.name for alias in node.names}
+                wrong += [f"{path.name}:{node.lineno}: {a.name}" for a in node.names if a.name[0] == "_"]
+        wrong += [
+            f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr)
+            if ast.unparse(node.value) in modules
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_libraries_are_opened_by_their_rooms_only() -> None:
     wrong = [
         f"{path.name}:{line}: {room_of(path)} imports {module}"

@@ -211,7 +211,7 @@ def test_the_digest_is_of_names_dtypes_and_shapes_too(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
-    with pytest.raises(ModelError, match="its safetensors files cannot be read"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: missing or damaged"):
         checkpoint_digest([tmp_path / "model.safetensors"])
 
 

@@ -10,14 +10,16 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from qlora.cli import app
-from qlora.errors import RecipeError
+from qlora.errors import UsageError
 from qlora.storage import cache
+from qlora.storage.folders import lock
 
 KEYS = [f"{number:064x}" for number in range(8)]
 
@@ -230,7 +232,7 @@ def test_a_limit_that_is_no_number(
     monkeypatch.setenv("QLORA_CACHE_GIB", "many")
     assert get() == b"0"
     assert "'many' is no number of GiB" in caplog.text
-    with pytest.raises(RecipeError, match="'many' is no number of GiB"):
+    with pytest.raises(UsageError, match="'many' is no number of GiB"):
         cache.limit_bytes()
     monkeypatch.setenv("QLORA_CACHE_GIB", "1.5")
     assert cache.limit_bytes() == 3 * 2**29
@@ -244,6 +246,18 @@ def test_one_that_finds_another_writing_does_without(get: Maker, caplog: pytest.
     assert get(KEYS[0], save=save) == b"0"
     assert kept() == [KEYS[0]]
     assert caplog.text == ""
+
+
+def test_whoever_clears_waits_for_the_writer(get: Maker, cache_folder: Path) -> None:
+    get()
+    clearing = Thread(target=cache.clear, args=("data",))
+    with lock(cache_folder):
+        clearing.start()
+        clearing.join(0.1)
+        assert clearing.is_alive()
+        assert kept() == [KEYS[0]]
+    clearing.join()
+    assert kept() == []
 
 
 def test_the_first_of_two_wins(get: Maker) -> None:

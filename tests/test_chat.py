@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from qlora import cli
 from qlora.cli.chat import Plain, Terminal
 from qlora.data import Prompts
-from qlora.errors import DataError, ModelError, RecipeError
+from qlora.errors import DataError, ModelError, UsageError
 from qlora.inference.chat import Chat, open_chat
 from qlora.inference.generate import answer
 from qlora.inference.load import load_trained
@@ -217,7 +217,7 @@ def test_a_signal_in_an_answer_is_told_by_the_exit_code(
 def test_what_cannot_be_opened(runs: dict[str, Path], recipe_file: RecipeFile, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere: no adapter here"):
         open_chat(str(runs["clerk"]), {"a": str(tmp_path / "nowhere")}, Heard())
-    with pytest.raises(RecipeError, match="'base' and 'clerk' are taken"):
+    with pytest.raises(UsageError, match="'base' and 'clerk' are taken"):
         open_chat(str(runs["clerk"]), {"clerk": str(runs["poet"])}, Heard())
     result = CliRunner().invoke(cli.app, ["chat", str(runs["clerk"]), "--adapter", "poet"])
     assert result.exit_code == 2

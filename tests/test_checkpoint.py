@@ -19,7 +19,7 @@ import pytest
 import torch
 from checkpoints_for_tests import RUN_ID, contents, hidden, save
 
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage import folders
 from qlora.training import checkpoint
 
@@ -352,10 +352,10 @@ with folders.lock(Path(sys.argv[1])):
 def test_a_folder_in_use_is_refused_until_its_process_is_gone(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    with pytest.raises(ModelError, match=f"in use by process {holder.pid}") as caught:
+    with pytest.raises(UsageError, match=f"in use by process {holder.pid}") as caught:
         with folders.lock(tmp_path):
             pass
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 2
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with folders.lock(tmp_path):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora.data import IGNORE_INDEX
 from qlora.data.encoding import Encoded, Encoder
 from qlora.data.templates import NAMED, RawText, Renderer, template_text
-from qlora.errors import DataError
+from qlora.errors import DataError, ModelError
 from qlora.formats import BadRow, Completion, Conversation
 
 LLAMA_2 = (
@@ -352,7 +352,7 @@ def test_the_alpaca_prompt_is_stanfords() -> None:
 def test_tokenizers_that_will_not_do_are_refused() -> None:
     without_eos = byte_level()
     without_eos.eos_token = None
-    with pytest.raises(DataError, match="no eos token"):
+    with pytest.raises(ModelError, match="no eos token"):
         Encoder(without_eos)
 
 

@@ -4,18 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage.draft import drafting, publish
 
 
-def test_a_draft_takes_its_place_in_one_step(tmp_path: Path) -> None:
+def test_a_draft_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "models" / "mine"
+    synced: list[Path] = []
+    monkeypatch.setattr("qlora.storage.draft.sync", synced.append)
     with drafting(final) as drafts:
         for name in ("first", "second"):
             (drafts / name).mkdir()
             (drafts / name / "file").write_text(name)
         assert not final.exists()
         publish(drafts / "second", final)
+    assert synced == [final.parent], "a name is safe once its folder is"
     assert (final / "file").read_text() == "second"
     assert [path.name for path in final.parent.iterdir()] == ["mine"]
 
@@ -29,7 +32,7 @@ def test_an_empty_folder_is_no_obstacle_and_anything_else_is(tmp_path: Path) -> 
     (tmp_path / "text").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("empty", "text", "link"):
-        with pytest.raises(ModelError, match=f"{name}: exists already"):
+        with pytest.raises(UsageError, match=f"{name}: exists already"):
             with drafting(tmp_path / name):
                 pass
     assert (tmp_path / "text").read_text() == "mine"
@@ -41,7 +44,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
         (drafts / "a").mkdir()
         final.mkdir()
         (final / "theirs").touch()
-        with pytest.raises(ModelError, match="exists already"):
+        with pytest.raises(UsageError, match="exists already"):
             publish(drafts / "a", final)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (final / "theirs").exists()
@@ -58,7 +61,7 @@ def test_leftovers_are_removed_and_neighbours_are_not(tmp_path: Path) -> None:
 def test_two_at_the_same_place(tmp_path: Path) -> None:
     with drafting(tmp_path / "mine") as drafts:
         (drafts / "a").mkdir()
-        with pytest.raises(ModelError, match="in use by process"):
+        with pytest.raises(UsageError, match="in use by process"):
             with drafting(tmp_path / "mine"):
                 pass
         assert (drafts / "a").is_dir()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter, trainable_parameters
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.quantization import nf4
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -222,7 +222,7 @@ def test_patterns_override_rank_and_alpha(base: PreTrainedModel) -> None:
     assert found["0.self_attn.k_proj"] == (4, 32)
     assert found["1.self_attn.k_proj"] == (16, 32)
     assert found["0.self_attn.v_proj"] == (4, 8)
-    with pytest.raises(ModelError, match='"proj" matches no targeted layer'):  # nor half a name
+    with pytest.raises(UsageError, match='"proj" matches no targeted layer'):  # nor half a name
         adapt(
             nn.ModuleDict({"q_proj": nn.Linear(2, 2)}),
             LoraSpec(targets="attention", rank_pattern={"proj": 2}),
@@ -293,7 +293,7 @@ def test_code_that_reads_the_weight_past_the_layer_is_told() -> None:
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(UsageError, match=message):
         adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="all-linear", **arguments))
 
 

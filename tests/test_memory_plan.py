@@ -11,7 +11,7 @@ import torch
 from architectures_for_tests import recipe
 
 from qlora.data import load_dataset, training_batches
-from qlora.errors import ModelError, OutOfMemoryError
+from qlora.errors import OutOfMemoryError, RecipeError
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import estimate
 from qlora.memory.forecast import forecast
@@ -91,7 +91,7 @@ def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
     assert found.checkpointed_mlps == 0
     wrong = with_training(made, gradient_checkpointing=False, mlp_checkpointing=True)
     with pytest.raises(
-        ModelError, match=r"no layers of ours, whose MLP can be recomputed alone.*mlp_checkpointing=false"
+        RecipeError, match=r"no layers of ours, whose MLP can be recomputed alone.*mlp_checkpointing=false"
     ):
         takes(wrong)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import qlora
 from qlora import cli
 from qlora.data import encode_prompt
-from qlora.errors import DataError, ModelError, QloraError, RecipeError
+from qlora.errors import DataError, ModelError, QloraError, UsageError
 from qlora.inference.generate import answer
 from qlora.inference.load import load_trained
 from qlora.merging.merge import merge
@@ -123,7 +123,7 @@ def test_held_out_text_is_the_recipes_or_a_file_and_is_limited(recipe: Recipe, t
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"onto": "auto", "max_tokens": 0}, RecipeError, "--tokens must be above 0"),
+        ({"onto": "auto", "max_tokens": 0}, UsageError, "--tokens must be above 0"),
         ({"data": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
         ({"original": "./nowhere"}, ModelError, "no folder './nowhere'"),
     ],
@@ -146,29 +146,33 @@ def test_places_and_results_that_cannot_be_merged(
     (tmp_path / "there" / "file").write_text("mine")
     before = sorted(tmp_path.iterdir())
 
-    def refused(adapter: Path, said: str, **settings: Any) -> None:
-        with pytest.raises(ModelError, match=said) as caught:
+    def refused(adapter: Path, said: str, code: int = 4, **settings: Any) -> None:
+        with pytest.raises(QloraError, match=said) as caught:
             merge(adapter, tmp_path / "m", **{"onto": "original", "max_tokens": 0, **settings})
-        assert caught.value.exit_code == 4
+        assert caught.value.exit_code == code
         assert "\n" not in str(caught.value)
         assert sorted(tmp_path.iterdir()) == before
 
-    with pytest.raises(ModelError, match="there: exists already"):
+    with pytest.raises(UsageError, match="there: exists already"):
         merge(run, tmp_path / "there")
     refused(tmp_path / "there", "no trained adapter here")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))  # type: ignore[attr-defined]
-        refused(run, r"takes 0.0 GiB of disk there, and 0.0 GiB are free")
+        refused(run, r"takes 0.0 GiB of disk there, and 0.0 GiB are free", code=74)
     data = {"source": recipe.data.source, "format": "messages"}
-    for changes, said in [
-        ({"base": {"quantization": "none"}, "adapter": {"method": "full"}}, "all weights were trained"),
-        ({"base": {"init": "random"}}, "made from a seed"),
-        ({"base": {"model": "someone/absent"}}, "hub cannot be reached.*download it"),
-        ({"base": {"quantization": "none"}}, "was not quantized in training: merge --onto original or nf4"),
+    for changes, said, code in [
+        ({"base": {"quantization": "none"}, "adapter": {"method": "full"}}, "all weights were trained", 4),
+        ({"base": {"init": "random"}}, "made from a seed", 4),
+        ({"base": {"model": "someone/absent"}}, "hub cannot be reached.*download it", 4),
+        (
+            {"base": {"quantization": "none"}},
+            "was not quantized in training: merge --onto original or nf4",
+            2,
+        ),
     ]:
         base = {"model": recipe.base.model, **changes["base"]}
         (run / "adapter" / "recipe.yaml").write_text(json.dumps({"data": data, **changes, "base": base}))
-        refused(run, said, onto="dequantized")
+        refused(run, said, code, onto="dequantized")
 
 
 def test_an_nf4_base_needs_to_be_told_its_original(recipe: Recipe, tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_an_nf4_base_needs_to_be_told_its_original(recipe: Recipe, tmp_path: Pat
     merge(run, tmp_path / "base", onto="nf4", max_tokens=0)
     base = recipe.base.model_copy(update={"model": str(tmp_path / "base")})
     run = finished_run(recipe.model_copy(update={"base": base, "output": str(tmp_path / "second")}))
-    with pytest.raises(ModelError, match="16-bit weights are elsewhere: name them with --original MODEL"):
+    with pytest.raises(UsageError, match="16-bit weights are elsewhere: name them with --original MODEL"):
         merge(run, tmp_path / "m", onto="original")
     with pytest.raises(ModelError, match="is in NF4 itself"):
         merge(run, tmp_path / "m", original=str(tmp_path / "base"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.quantization import nf4
 
 DEQUANTIZE = torch.ops.bitsandbytes.dequantize_4bit.default
@@ -241,7 +241,7 @@ def test_protect_replaces_every_linear_once_shared_ones_too() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ModelError, match=r"block_size must be one of 64, .* not 100"):
+    with pytest.raises(UsageError, match=r"block_size must be one of 64, .* not 100"):
         nf4.quantize(torch.randn(8, 8), block_size=100)
     with pytest.raises(ModelError, match="matrix of floats"):
         nf4.quantize(torch.randn(8))

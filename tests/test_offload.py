@@ -16,7 +16,7 @@ from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import adapt
 from qlora.data import Batch
-from qlora.errors import ModelError
+from qlora.errors import RecipeError
 from qlora.memory import measure
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import estimate
@@ -180,7 +180,7 @@ def test_a_base_keeps_its_embedding_on_the_host(tmp_path: Path) -> None:
 
 def test_a_shared_embedding_stays(tmp_path: Path) -> None:
     made = with_base(recipe(tmp_path, "qwen2"), embedding="host")
-    with standing_for_cuda(), pytest.raises(ModelError, match=r"base\.embedding: .* Qwen2.* shares it"):
+    with standing_for_cuda(), pytest.raises(RecipeError, match=r"base\.embedding: .* Qwen2.* shares it"):
         load_base(made.base)
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_wants_the_ids_elsewhere_is_refused(monkeypatch: pytest.Mon
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cpu")))  # type: ignore[operator]
     with pytest.raises(
-        ModelError, match=r"base\.embedding: Llama.* leave the key out \(Expected all .* device\)$"
+        RecipeError, match=r"base\.embedding: Llama.* leave the key out \(Expected all .* device\)$"
     ):
         check_head(model)
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import qlora
 from qlora.cli.recipes import app
-from qlora.errors import RecipeError
+from qlora.errors import RecipeError, SaveError, UsageError
 from qlora.formats import FORMATS
 from qlora.recipe import Adapter, Base, Data, Recipe
 from qlora.recipe.fields import names, resolved
@@ -269,13 +269,13 @@ def test_qlora_recipes_copy_overwrites_nothing(tmp_path: Path) -> None:
     assert Recipe.load(target).adapter == Recipe.load("llama-7b").adapter
     assert target.read_text().startswith(f"# qlora train {target}\n")
     target.write_text("precious")
-    with pytest.raises(RecipeError, match="exists"):
+    with pytest.raises(UsageError, match="exists"):
         invoke("copy", "llama-7b", str(target))
     assert target.read_text() == "precious"
     invoke("copy", "llama-7b", str(target), "--force")
     invoke("copy", "quickstart", str(tmp_path))
     assert Recipe.load(tmp_path / "quickstart.yaml") == Recipe.load("quickstart")
-    with pytest.raises(RecipeError, match=r"nowhere/x\.yaml: cannot be written: No such file"):
+    with pytest.raises(SaveError, match=r"nowhere/x\.yaml: cannot be written: No such file"):
         invoke("copy", "quickstart", str(tmp_path / "nowhere/x.yaml"))
     with pytest.raises(RecipeError, match="did you mean 'llama-7b'"):
         invoke("show", "lama-7b")

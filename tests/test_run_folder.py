@@ -111,7 +111,7 @@ def test_a_lost_recipe_is_that_of_the_newest_checkpoint(
         (run / "recipe.yaml").unlink()
     else:
         (run / "recipe.yaml").write_bytes(content)
-    with pytest.raises(ModelError, match=r"training\.seed: 0 then, 1 now"):
+    with pytest.raises(RecipeError, match=r"training\.seed: 0 then, 1 now"):
         claim(recipe(seed=1), run, resume=True, fresh=False)
     assert resumed(run) == before
     assert f"{run / 'recipe.yaml'} was missing or damaged" in caplog.text

@@ -19,7 +19,7 @@ from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import adapt
 from qlora.data import Batch
-from qlora.errors import ModelError
+from qlora.errors import ModelError, RecipeError
 from qlora.model.checkpointing import checkpoint_layers
 from qlora.model.head import head_of
 from qlora.objective.causal_lm import CausalLM, loss_sum
@@ -150,7 +150,7 @@ def test_packing_is_refused_where_documents_would_see_each_other(name: str) -> N
     for parameter in model.parameters():  # a freshly initialised attention hardly looks anywhere
         parameter.data.mul_(4.0)
     if name == "opt":  # takes its positions from the attention mask alone
-        with pytest.raises(ModelError, match=r"OPTForCausalLM lets documents .* set data\.packing=false"):
+        with pytest.raises(RecipeError, match=r"OPTForCausalLM lets documents .* set data\.packing=false"):
             check_packing(model)
     else:
         check_packing(model)
@@ -225,5 +225,5 @@ def test_gemma_caps_and_scales_are_read_from_the_configuration() -> None:
 
 
 def test_a_model_without_layers_to_checkpoint_is_an_error() -> None:
-    with pytest.raises(ModelError, match="gradient_checkpointing=false"):
+    with pytest.raises(RecipeError, match="gradient_checkpointing=false"):
         checkpoint_layers(torch.nn.Linear(2, 2))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlora.adapter import Adapters, LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import BaseIdentity
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.model.load import load_base
 from qlora.recipe import Base
 
@@ -104,18 +104,18 @@ def test_a_failed_load_changes_nothing(model: nn.Module, folders: dict[str, Path
     small = update(adapt(nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), LoraSpec(targets=["q_proj"])))
     save_adapter(small, tmp_path / "stranger")
     save_adapter(small, tmp_path / "misfit", base=BaseIdentity())
-    for name, folder, said in [
-        ("wide", folders["narrow"], "already"),
-        ("stranger", tmp_path / "stranger", "trained on a base without a name"),
-        ("misfit", tmp_path / "misfit", "no tensors for|does not fit"),
-        ("nowhere", tmp_path / "missing", "no adapter"),
+    for name, folder, error, said in [
+        ("wide", folders["narrow"], UsageError, "already"),
+        ("stranger", tmp_path / "stranger", ModelError, "trained on a base without a name"),
+        ("misfit", tmp_path / "misfit", ModelError, "no tensors for|does not fit"),
+        ("nowhere", tmp_path / "missing", ModelError, "no adapter"),
     ]:
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(error, match=said):
             adapters.load(name, folder)
         assert adapters.names == ["wide"]
         assert adapters.active == "wide"
         assert torch.equal(logits(model), before)
-    with pytest.raises(ModelError, match="no adapter is named 'x'; loaded: wide"):
+    with pytest.raises(UsageError, match="no adapter is named 'x'; loaded: wide"):
         adapters.activate("x")
     assert torch.equal(logits(model), before)
     with pytest.raises(ModelError, match="adapted already"):

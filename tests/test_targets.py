@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from qlora.adapter import LoraSpec, adapt, select
-from qlora.errors import ModelError
+from qlora.errors import UsageError
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = {**SMALL, "intermediate_size": 128}
@@ -140,19 +140,19 @@ def test_the_order_is_that_of_the_model_and_nothing_comes_twice() -> None:
 
 def test_a_target_that_matches_nothing_lists_what_could_have() -> None:
     llama = causal("llama", **LLAMA)
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UsageError) as error:
         select(llama, ["q_proj", "query"])
     assert str(error.value) == (
         'targets: "query" matches nothing in LlamaForCausalLM. Its linear layers: q_proj (2), k_proj (2), '
         "v_proj (2), o_proj (2), gate_proj (2), up_proj (2), down_proj (2), lm_head (1)."
     )
-    with pytest.raises(ModelError, match='"embed_tokens" matches 1 Embedding, but no linear layer'):
+    with pytest.raises(UsageError, match='"embed_tokens" matches 1 Embedding, but no linear layer'):
         select(llama, ["embed_tokens"])
-    with pytest.raises(ModelError, match="the list is empty"):
+    with pytest.raises(UsageError, match="the list is empty"):
         select(llama, [])
-    with pytest.raises(ModelError, match="no regular expression"):
+    with pytest.raises(UsageError, match="no regular expression"):
         select(llama, ["q_proj("])
-    with pytest.raises(ModelError, match=r'"attention" matches no layer of Sequential.*: 0 \(1\)'):
+    with pytest.raises(UsageError, match=r'"attention" matches no layer of Sequential.*: 0 \(1\)'):
         adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="attention"))
 
 
@@ -162,7 +162,7 @@ def test_gpt2_s_conv1d_are_linear_layers() -> None:
     assert leaves(attention) == {"c_attn": 2, "c_proj": 2}
     assert all("attn" in name for name in attention), "the c_proj of the feed-forward is not attention"
     assert leaves(select(gpt2, "all-linear")) == {"c_attn": 2, "c_proj": 4, "c_fc": 2}
-    with pytest.raises(ModelError, match=r"c_attn \(2\), c_proj \(4\), c_fc \(2\), lm_head \(1\)"):
+    with pytest.raises(UsageError, match=r"c_attn \(2\), c_proj \(4\), c_fc \(2\), lm_head \(1\)"):
         select(gpt2, ["q_proj"])
 
 
@@ -183,5 +183,5 @@ def test_only_plain_products_are_linear_layers() -> None:
         }
     )
     assert select(model, "all-linear") == ["plain", "packed"]
-    with pytest.raises(ModelError, match="matches 1 Scaled, but no linear layer"):
+    with pytest.raises(UsageError, match="matches 1 Scaled, but no linear layer"):
         select(model, ["scaled"])

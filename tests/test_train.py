@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes_for_tests import Process
 
-from qlora.errors import DataError, DivergedError, ModelError, RecipeError
+from qlora.errors import DataError, DivergedError, RecipeError
 from qlora.inference.load import held_out_loss, load_trained
 from qlora.recipe import Recipe
 from qlora.storage import folders
@@ -223,7 +223,7 @@ def test_bad_input_costs_no_older_run_and_leaves_none(recipe_file: RecipeFile, t
 def test_a_run_is_not_resumed_by_a_recipe_that_computes_something_else(recipe_file: RecipeFile) -> None:
     file = recipe_file(training={"save_every": 2})
     run(file, "training.max_steps=2")
-    with pytest.raises(ModelError, match=r"optimizer\.lr: 0\.0002 then, 0\.1 now"):
+    with pytest.raises(RecipeError, match=r"optimizer\.lr: 0\.0002 then, 0\.1 now"):
         run(file, "optimizer.lr=0.1", resume=True)
 
 

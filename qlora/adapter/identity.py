@@ -19,6 +19,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4, quant_state
+from qlora.storage.safetensors_files import StoredTensor, checkpoint_files, find_checkpoint, stored_tensors
 
 IDENTITY_FILE = "qlora.json"
 FORMAT = 1
@@ -58,8 +59,7 @@ class BaseIdentity:
             return known
         config = getattr(model, "config", None)
         name, commit = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
-        files = [] if name is None else _checkpoint_files(name, commit)
-        weights = checkpoint_digest(files) if files else None
+        weights = _weights_of(name, commit)
         return cls(name, commit=commit, weights=weights, quantization=quantization_of(model))
 
     @classmethod
@@ -141,53 +141,34 @@ def checkpoint_digest(files: Sequence[Path]) -> str:
     Raises:
         ModelError: a file is missing or not a safetensors file.
     """
-    try:
-        tensors = sorted(tensor for file in files for tensor in _tensors(file))
-        return digest(part for tensor in tensors for part in _parts(*tensor))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{files[0].parent}: its safetensors files cannot be read: {error}") from error
+    tensors = sorted(tensor for file in files for tensor in stored_tensors(file))
+    return digest(part for tensor in tensors for part in _parts(tensor))
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
-    """(name, dtype, shape, file, start, stop) of every tensor; offsets count from the file's beginning."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + size + offset for offset in tensor["data_offsets"])
-            yield name, tensor["dtype"], tensor["shape"], file, start, stop
-
-
-def _parts(name: str, dtype: str, shape: list[int], file: Path, start: int, stop: int) -> Iterator[bytes]:
+def _parts(tensor: StoredTensor) -> Iterator[bytes]:
     """What of a tensor goes into the digest."""
-    yield json.dumps([name, dtype, shape]).encode()
-    size, last = stop - start, stop - start - SAMPLE_BYTES
-    with file.open("rb") as stream:
-        for offset in (
-            (last * index // (SAMPLES - 1) for index in range(SAMPLES)) if size > WHOLE_BYTES else [0]
-        ):
-            stream.seek(start + offset)
-            yield stream.read(SAMPLE_BYTES if size > WHOLE_BYTES else size)
+    yield json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode()
+    size = tensor.stop - tensor.start
+    if size <= WHOLE_BYTES:
+        yield from tensor.stretches([0], size)
+    else:
+        last = size - SAMPLE_BYTES
+        yield from tensor.stretches((last * index // (SAMPLES - 1) for index in range(SAMPLES)), SAMPLE_BYTES)
 
 
-def _checkpoint_files(name: str, commit: str | None) -> list[Path]:
-    """The safetensors files of a local folder or of the hub's cache; none if it has none."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+def _weights_of(name: str | None, commit: str | None) -> str | None:
+    """The digest of a model's safetensors files; None if it has none here, or some are missing.
 
-        cached = try_to_load_from_cache(name, "config.json", revision=commit) if commit else None
-        if not isinstance(cached, str):
-            return []
-        folder = Path(cached).parent
-    index = folder / "model.safetensors.index.json"
+    commit: of a hub id; without one, its files cannot be told from those of another revision.
+    """
+    if name is None or not (Path(name).is_dir() or commit):
+        return None
     try:
-        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
-    except (OSError, ValueError, LookupError, AttributeError) as error:
-        raise ModelError(f"{index}: cannot be read: {error}") from error
-    files = sorted({folder / shard for shard in shards}) or [folder / "model.safetensors"]
-    return files if all(file.is_file() for file in files) else []
+        folder = find_checkpoint(name, commit)
+    except ModelError:
+        return None
+    files = checkpoint_files(folder)
+    return checkpoint_digest(files) if files and all(file.is_file() for file in files) else None
 
 
 def quantization_of(model: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from qlora.adapter.patterns import pattern_value
-from qlora.errors import ModelError
+from qlora.errors import UsageError
 
 SCALINGS = {
     "alpha/rank": lambda alpha, rank: alpha / rank,  # LoRA, section 4.1
@@ -22,7 +22,7 @@ class LoraSpec:
         >>> LoraSpec(rank=16, alpha=32, targets="all-linear").factor
         2.0
 
-    Raises ModelError for numbers out of range.
+    Raises UsageError for numbers out of range.
     """
 
     rank: int = 8
@@ -46,15 +46,15 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ModelError(f"rank must be at least 1, not {self.rank}")
+            raise UsageError(f"rank must be at least 1, not {self.rank}")
         if not (math.isfinite(self.resolved_alpha) and self.resolved_alpha > 0):
-            raise ModelError(f"alpha must be above 0, not {self.alpha}")
+            raise UsageError(f"alpha must be above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+            raise UsageError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling not in SCALINGS:
-            raise ModelError(f"scaling must be {' or '.join(SCALINGS)}, not {self.scaling!r}")
+            raise UsageError(f"scaling must be {' or '.join(SCALINGS)}, not {self.scaling!r}")
         if self.init not in ("kaiming", "gaussian", "zero"):
-            raise ModelError(f"init must be kaiming, gaussian or zero, not {self.init!r}")
+            raise UsageError(f"init must be kaiming, gaussian or zero, not {self.init!r}")
 
     @property
     def resolved_alpha(self) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeVar
 
-from qlora.errors import ModelError
+from qlora.errors import UsageError
 
 Value = TypeVar("Value")
 
@@ -30,6 +30,6 @@ def _expression(key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
-        raise ModelError(
+        raise UsageError(
             f'rank_pattern or alpha_pattern: "{key}" is no regular expression ({error})'
         ) from error

@@ -1,6 +1,6 @@
 """The tensors of an adapter as PEFT names and stores them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +17,21 @@ CONVERSION = (
     "s.save_file({k: v.contiguous().clone() for k, v in t.items()}, 'adapter_model.safetensors')\""
 )
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of each layer, given by what follows its name, under their names in the file, on the CPU.
+
+    Raises:
+        ModelError: a number is not finite.
+    """
+    tensors = {}
+    for name, parts in layers.items():
+        for suffix, tensor in parts.items():
+            if not tensor.isfinite().all():
+                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
+            tensors[PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
+    return tensors
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

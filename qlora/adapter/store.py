@@ -25,7 +25,7 @@ from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
-from qlora.adapter.peft_tensors import PREFIX, TENSORS_FILE, read_layers
+from qlora.adapter.peft_tensors import TENSORS_FILE, named_tensors, read_layers
 from qlora.errors import ModelError, SaveError
 from qlora.quantization.nf4 import protect
 from qlora.storage import atomic
@@ -54,7 +54,7 @@ def save_adapter(
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = method_of(layers).config(model, layers, base)
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    tensors = _tensors(layers)
+    tensors = named_tensors({name: layer.saved() for name, layer in layers.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(folder / TENSORS_FILE) as file:
@@ -128,16 +128,6 @@ def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
         raise ModelError("the model has no adapter: there is nothing to save")
     kind = type(next(iter(layers.values())))
     return next(method for method in ADAPTERS.values() if method.layer is kind)
-
-
-def _tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        for suffix, parameter in layer.saved().items():
-            if not parameter.isfinite().all():
-                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
-            tensors[PREFIX + name + suffix] = parameter.detach().cpu().contiguous()
-    return tensors
 
 
 def _check_names(names: list[str], found: Mapping[str, Any], path: Path) -> None:

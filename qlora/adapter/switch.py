@@ -12,7 +12,7 @@ from torch import nn
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 
 Place = tuple[nn.Module, str]
 """A parent and the name under which it holds a child"""
@@ -51,11 +51,11 @@ class Adapters:
     ) -> None:
         """Read the adapter in `folder` and keep it as `name`; which one is active stays as it is.
 
-        base, any_base: see `load_adapter`. Raises ModelError, and changes nothing, if the name is taken, or the
-        adapter does not fit the model or was trained on another one.
+        base, any_base: see `load_adapter`. Raises UsageError, and changes nothing, if the name is taken; ModelError if
+        the adapter does not fit the model or was trained on another one.
         """
         if name in self._layers:
-            raise ModelError(
+            raise UsageError(
                 f"an adapter named {name!r} is loaded already: choose another name, or unload it"
             )
         active = self.active
@@ -68,7 +68,7 @@ class Adapters:
             self.activate(active)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; an active one is deactivated first. Raises ModelError if there is none of that name."""
+        """Forget an adapter; an active one is deactivated first. Raises UsageError if there is none of that name."""
         self._check(name)
         if name == self.active:
             self.deactivate()
@@ -77,7 +77,7 @@ class Adapters:
     def activate(self, name: str | None) -> None:
         """Make the model compute base + adapter `name`; None is the base alone.
 
-        Raises ModelError, and changes nothing, if there is no adapter of that name.
+        Raises UsageError, and changes nothing, if there is no adapter of that name.
         """
         if name is not None:
             self._check(name)
@@ -101,7 +101,7 @@ class Adapters:
     def _check(self, name: str) -> None:
         if name not in self._layers:
             have = ", ".join(self._layers) or "none"
-            raise ModelError(f"no adapter is named {name!r}; loaded: {have}")
+            raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
 
 
 def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from qlora.errors import ModelError
+from qlora.errors import UsageError
 from qlora.quantization.nf4 import is_nf4
 
 # The projections of attention as the architectures call them. The names of the second set are also used for
@@ -37,7 +37,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         the output head and the routers of a mixture of experts; a list: each entry is a name, or the last
         parts of one (`mlp.up_proj`), or else a regular expression that matches a whole name.
 
-    Raises ModelError if nothing matches, or one entry of a list does not; it lists what could have matched.
+    Raises UsageError if nothing matches, or one entry of a list does not; it lists what could have matched.
     """
     linears = linear_names(model)
     if isinstance(targets, str) and targets not in ("attention", "all-linear"):
@@ -48,13 +48,13 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         chosen = set(linears) - _heads_and_routers(model)
     else:
         if not targets:
-            raise ModelError("targets: the list is empty")
+            raise UsageError("targets: the list is empty")
         chosen = set()
         for entry in targets:
             chosen |= _match(model, linears, entry)
     if not chosen:
         kind = type(model).__name__
-        raise ModelError(f'targets: "{targets}" matches no layer of {kind}. {offer(linears)}')
+        raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {offer(linears)}')
     return [name for name in linears if name in chosen]
 
 
@@ -113,7 +113,7 @@ def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
     try:
         pattern = re.compile(entry)
     except re.error as error:
-        raise ModelError(f'targets: "{entry}" is no name and no regular expression ({error})') from error
+        raise UsageError(f'targets: "{entry}" is no name and no regular expression ({error})') from error
 
     def fits(name: str) -> bool:
         return name == entry or name.endswith("." + entry) or pattern.fullmatch(name) is not None
@@ -123,7 +123,7 @@ def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no linear layer" if others else "matches nothing"
-        raise ModelError(f'targets: "{entry}" {why} in {type(model).__name__}. {offer(linears)}')
+        raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {offer(linears)}')
     return found
 
 

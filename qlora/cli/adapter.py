@@ -12,12 +12,12 @@ import typer
 
 from qlora.cli.arguments import Json, TrustRemoteCode
 from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.tensors import Adapter
-    from qlora.adapter.algebra.weights import Weights
+    from qlora.storage.safetensors_files import ShardReader
 
 MiB = 2**20
 
@@ -71,8 +71,9 @@ def compose(
     _check_size(rank, energy, needed=False)
     from qlora.adapter.algebra import compose as composing
     from qlora.adapter.algebra import tensors
+    from qlora.storage.draft import check_absent
 
-    tensors.require_free(to)
+    check_absent(to)
     adapters = [(tensors.read(path), weight) for path, weight in weighted]
     result, deviations = composing.compose(
         adapters, rank=rank, energy=energy, dtype=tensors.DTYPES[dtype], any_base=any_base
@@ -100,8 +101,9 @@ def compress(
     _check_size(rank, energy, needed=True)
     from qlora.adapter.algebra import compose as composing
     from qlora.adapter.algebra import tensors
+    from qlora.storage.draft import check_absent
 
-    tensors.require_free(to)
+    check_absent(to)
     whole = tensors.read(adapter)
     stored_in = None if dtype is None else tensors.DTYPES[dtype]
     result, deviations = composing.compress(whole, rank=rank, energy=energy, dtype=stored_in)
@@ -136,17 +138,18 @@ def extract(
 
     from qlora.adapter.algebra import extract as extracting
     from qlora.adapter.algebra import tensors
-    from qlora.adapter.algebra.weights import Weights, find_checkpoint
     from qlora.model.load import load_architecture
     from qlora.recipe import Base
+    from qlora.storage.draft import check_absent
+    from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
-    tensors.require_free(to)
+    check_absent(to)
     tuned_folder = find_checkpoint(tuned)
     extra_files = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)
     found = extracting.extract(
-        Weights(tuned_folder),
-        Weights(find_checkpoint(base)),
+        ShardReader(tuned_folder),
+        ShardReader(find_checkpoint(base)),
         load_architecture(Base(model=str(tuned_folder), trust_remote_code=trust_remote_code)),
         rank=rank,
         energy=energy,
@@ -209,7 +212,7 @@ def _weighted(part: str) -> tuple[Path, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value == 0:
-        raise RecipeError(
+        raise UsageError(
             f"{part!r} is not ADAPTER:WEIGHT with a weight other than 0, as in runs/a:0.7 or runs/b:-1"
         )
     return Path(path), value
@@ -217,11 +220,11 @@ def _weighted(part: str) -> tuple[Path, float]:
 
 def _check_size(rank: int | None, energy: float | None, *, needed: bool) -> None:
     if rank is not None and energy is not None:
-        raise RecipeError("--rank and --energy exclude each other")
+        raise UsageError("--rank and --energy exclude each other")
     if needed and rank is None and energy is None:
-        raise RecipeError("how small? Give --rank, as 8, or --energy, as 0.99")
+        raise UsageError("how small? Give --rank, as 8, or --energy, as 0.99")
     if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy must be above 0 and at most 1, not {energy:g}")
+        raise UsageError(f"--energy must be above 0 and at most 1, not {energy:g}")
 
 
 def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":
@@ -245,23 +248,24 @@ def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str
     return {"recipe.yaml": recipe_of(tuned, changes, trust_remote_code=trust_remote_code).to_yaml()}
 
 
-def _base_weights(adapter: "Adapter", given: str | None) -> "Weights | None":
+def _base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
     """The base's weights: those asked for, else those of the recorded base if they are here and small enough.
 
-    A run that made its base up, by base.init, has not used the weights that have its name.
+    Other weights may have its name by now, and a run that made its base up, by base.init, never used any of a file.
     """
-    from qlora.adapter.algebra.weights import Weights, find_checkpoint
-    from qlora.recipe.reading import read
+    from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, checkpoint_digest
+    from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
     if given is not None:
-        return Weights(find_checkpoint(given))
+        return ShardReader(find_checkpoint(given))
     name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
-    # read, not checked: the recipe of an older or a foreign adapter may have keys that are unknown here
-    recipe = read(adapter.extra_files.get("recipe.yaml", ""), "recipe.yaml")
-    if isinstance(name, str) and recipe.setting("base", "init") not in ("random", "synthetic"):
+    if isinstance(name, str):
         with suppress(ModelError):
-            weights = Weights(find_checkpoint(name, revision))
-            return weights if weights.file_bytes <= CHEAP_BYTES else None
+            identity = adapter.extra_files.get(IDENTITY_FILE)
+            used = BaseIdentity.parse(identity).weights if identity else None
+            weights = ShardReader(find_checkpoint(name, revision))
+            small = sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES
+            return weights if small and used in (None, checkpoint_digest(weights.files)) else None
     return None
 
 

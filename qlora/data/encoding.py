@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batches import IGNORE_INDEX
-from qlora.errors import DataError
+from qlora.errors import ModelError
 
 # Stand for a control token spelled in a user's text while a template is rendered. Unicode noncharacters, so
 # that no template's logic trips over them; a user who writes them gets the same, harmless: text.
@@ -68,17 +68,17 @@ class Encoder:
         tokenizer: a fast tokenizer with an eos token. It is not changed.
 
     Raises:
-        DataError: the tokenizer is not a fast one, or has no eos.
+        ModelError: the tokenizer is not a fast one, or has no eos.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise DataError(
+            raise ModelError(
                 f"base.model: {type(tokenizer).__name__} is not a fast tokenizer, so it cannot say which "
                 "characters a token stands for; use a model that has a tokenizer.json"
             )
         if tokenizer.eos_token_id is None:
-            raise DataError(
+            raise ModelError(
                 "base.model: the tokenizer has no eos token, so the model could never learn where an answer "
                 "ends; name one in its tokenizer_config.json (eos_token)"
             )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.adapter.switch import Adapters
 from qlora.data import Prompts
-from qlora.errors import ModelError, QloraError, RecipeError
+from qlora.errors import ModelError, QloraError, UsageError
 from qlora.inference.generate import answer
 from qlora.inference.load import find_adapter, find_trained, load_trained, recipe_of
 from qlora.runtime.signals import StopRequest
@@ -146,17 +146,17 @@ class Chat:
         if forgotten:
             self.screen.note(f"(the oldest {forgotten} of the questions no longer fit and are forgotten)")
         if room is not None and len(ids) >= room:
-            raise ModelError(f"the question takes {len(ids)} tokens, and the model has {room} positions")
+            raise UsageError(f"the question takes {len(ids)} tokens, and the model has {room} positions")
         return ids
 
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
         command = self.commands.get(name)
         if command is None:
-            raise ModelError(f"there is no command /{name}; /help lists them")
+            raise UsageError(f"there is no command /{name}; /help lists them")
         arguments = [rest.strip()] if rest.strip() else []
         if len(arguments) > len(inspect.signature(command).parameters):
-            raise ModelError(f"/{name} takes no argument")
+            raise UsageError(f"/{name} takes no argument")
         command(*arguments)
 
     def _adapter(self, name: str = "") -> None:
@@ -200,7 +200,7 @@ class Chat:
 
     def _need_adapters(self) -> None:
         if not self.adapters.names:
-            raise ModelError(
+            raise UsageError(
                 "all of this model's weights were trained: there is no base without an adapter to ask"
             )
 
@@ -228,7 +228,7 @@ def open_chat(
     if not places and others:
         raise ModelError(f"{folder}: all weights were trained, so adapters of its base do not fit it")
     if BASE in others or places.keys() & others.keys():
-        raise RecipeError(f"--adapter: {BASE!r} and {recipe.name!r} are taken, choose other names")
+        raise UsageError(f"--adapter: {BASE!r} and {recipe.name!r} are taken, choose other names")
     found = {name: find_adapter(Path(place)) for name, place in {**places, **others}.items()}
     trained = load_trained(
         folder, device=device, with_adapter=not places, trust_remote_code=trust_remote_code
@@ -241,8 +241,6 @@ def open_chat(
         adapters.activate(recipe.name)
     prompts = Prompts(recipe.data, trained.tokenizer)
     if history and not prompts.can_follow:
-        raise RecipeError(
-            f"--history: rows of the {recipe.data.format} format are single, or the template is"
-        )
+        raise UsageError(f"--history: rows of the {recipe.data.format} format are single, or the template is")
     history = prompts.learned_to_follow if history is None else history
     return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from qlora.adapter.identity import BaseIdentity
@@ -17,6 +16,7 @@ from qlora.model.load import load_base, load_tokenizer
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
+from qlora.runtime.device import device_named
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ def recipe_of(result: Path, changes: Sequence[str] = (), *, trust_remote_code: b
             "trust_remote_code=True"
         )
     return recipe
-
-
-def device_named(name: str) -> torch.device:
-    """auto is the GPU where there is one."""
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def find_trained(folder: Path) -> Path:

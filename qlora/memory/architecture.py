@@ -60,7 +60,7 @@ class Architecture:
 
 
 def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
-    """Read the architecture of a recipe's base. Raises ModelError if there is none, or no layer to adapt."""
+    """Read the architecture of a recipe's base. Raises QloraError if there is none, or no layer to adapt."""
     config = load_config(recipe.base) if config is None else config
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

@@ -11,12 +11,13 @@ from typing import Any, Literal, cast
 import torch
 
 from qlora.data import Batch, Prompts, held_out_batches, load_dataset
-from qlora.errors import DataError, ModelError, OutOfMemoryError, RecipeError
-from qlora.inference.load import device_named, find_trained, load_trained, recipe_of
+from qlora.errors import ModelError, OutOfMemoryError, SaveError, UsageError
+from qlora.inference.load import find_trained, load_trained, recipe_of
 from qlora.merging.compare import Judgement, Reference, choose, judge, reference, stored_bytes
 from qlora.merging.write import MergeSource, Onto, write_merged
 from qlora.model.load import load_base, load_tokenizer
 from qlora.recipe import Recipe
+from qlora.runtime.device import device_named
 from qlora.storage.draft import check_absent, drafting, publish
 from qlora.storage.folders import save_errors
 
@@ -139,7 +140,7 @@ def _prepare(
     tokenizer = load_tokenizer(recipe.base)
     batches = _held_out(recipe, tokenizer, data, max_tokens)
     if onto == "auto" and not batches:
-        raise DataError(
+        raise UsageError(
             "there is no held-out text to judge by: give --data FILE, or say what to merge onto with --onto"
         )
     return _Plan(folder, recipe, sources, batches, Prompts(recipe.data, tokenizer), device, any_base)
@@ -155,7 +156,7 @@ def _check_mergeable(recipe: Recipe, folder: Path, onto: str, max_tokens: int) -
             f"{folder}: its base was made from a seed (base.init={recipe.base.init}): it has no files to merge onto"
         )
     if onto == "auto" and max_tokens == 0:
-        raise RecipeError("--onto auto judges by held-out tokens, so --tokens must be above 0")
+        raise UsageError("--onto auto judges by held-out tokens, so --tokens must be above 0")
 
 
 def _sources(
@@ -175,12 +176,12 @@ def _sources(
     if onto == "auto":
         return sources
     if onto == "original" and onto not in sources:
-        raise ModelError(
+        raise UsageError(
             f"the base {base.model} is an NF4 checkpoint, so its 16-bit weights are elsewhere: name them with "
             "--original MODEL, or merge --onto dequantized"
         )
     if onto == "dequantized" and onto not in sources:
-        raise ModelError(f"the base {base.model} was not quantized in training: merge --onto original or nf4")
+        raise UsageError(f"the base {base.model} was not quantized in training: merge --onto original or nf4")
     return {name: where for name, where in sources.items() if name == onto}
 
 
@@ -190,7 +191,7 @@ def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
     existing = next(parent for parent in (to, *to.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise ModelError(
+        raise SaveError(
             f"{to}: merging takes {needed / GiB:.1f} GiB of disk there, and {free / GiB:.1f} GiB are free. "
             "A single choice (--onto) takes less than auto"
         )

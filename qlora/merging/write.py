@@ -90,7 +90,7 @@ class MergeSource:
         self._statistics = statistics
         sizes: Counter[str] = Counter()
         for key in self.keys:
-            sizes[self.reader.dtype(key)] += self.reader.elements(key)
+            sizes[self.reader.stored[key].dtype] += self.reader.stored[key].elements
         self._main_dtype = next((dtype for dtype, _ in sizes.most_common() if dtype in FLOATS), None)
 
     @property
@@ -104,7 +104,7 @@ class MergeSource:
         """About what the merged model's files will take."""
         total = 0.0
         for key in self.keys:
-            elements = self.reader.elements(key)
+            elements = self.reader.stored[key].elements
             if key in self.matrices and self.matrices[key].quantized:
                 elements *= 2 if self.prequantized else 1  # two codes a byte
                 total += elements * (NF4_BYTES if onto == "nf4" else 2)
@@ -119,10 +119,11 @@ class MergeSource:
             if matrix is not None and (matrix.adapted is not None or matrix.quantized):
                 yield self._matrix(key, matrix, onto)
             else:
-                tensor = self.reader.read(key)
+                tensor = self.reader[key]
                 if key in self.biases:
                     tensor = self.biases[key].merged_bias(tensor)
-                yield {key: tensor.bfloat16() if self.reader.dtype(key) == self._main_dtype else tensor}
+                main = self.reader.stored[key].dtype == self._main_dtype
+                yield {key: tensor.bfloat16() if main else tensor}
 
     def _matrix(self, key: str, matrix: _Matrix, onto: Onto) -> dict[str, Tensor]:
         weight, packed = self._read(key, matrix, as_trained=onto != "original")
@@ -139,10 +140,10 @@ class MergeSource:
         """A weight [out, in], and its NF4 form if it has one that the base was trained with."""
         if self.prequantized and matrix.quantized:
             names = [name for name in self._statistics if name.startswith(f"{key}.")]
-            parts = {name[len(key) :]: self.reader.read(name) for name in names}
-            packed = nf4.from_tensors({"": self.reader.read(key).to(self.device), **parts})
+            parts = {name[len(key) :]: self.reader[name] for name in names}
+            packed = nf4.from_tensors({"": self.reader[key].to(self.device), **parts})
         else:
-            weight = self.reader.read(key).to(self.device)
+            weight = self.reader[key].to(self.device)
             weight = weight.T if matrix.transposed else weight
             if not (as_trained and matrix.quantized and self.base.quantization == "nf4"):
                 return weight, None

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora.errors import ModelError
+from qlora.errors import RecipeError
 from qlora.model.decoder_layer import LlamaLayer, Recompute
 from qlora.model.offload import ActivationOffloader
 
@@ -28,7 +28,7 @@ def checkpoint_layers(
     """
     found = decoder_layers(model)
     if not found:
-        raise ModelError(
+        raise RecipeError(
             f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false "
             "and leave training.mlp_checkpointing out"
         )
@@ -43,7 +43,7 @@ def checkpoint_layers(
             layer.checkpoint = kept_by
             continue
         if alone:
-            raise ModelError(
+            raise RecipeError(
                 f"{type(model).__name__} has no layers of ours, whose MLP can be recomputed alone: "
                 "set training.mlp_checkpointing=false"
             )

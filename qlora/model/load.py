@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -27,13 +26,14 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
-from qlora.errors import ModelError
+from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
 from qlora.quantization.transformers_loader import cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
+from qlora.storage.safetensors_files import find_checkpoint
 
 # Hub ids whose architecture the package knows, so that `init: synthetic` needs no network for a shipped recipe.
 KNOWN_ARCHITECTURES = {
@@ -46,9 +46,6 @@ KNOWN_ARCHITECTURES = {
     "mistralai/Mistral-7B-v0.3": "mistral-7b",
     "Qwen/Qwen3-8B": "qwen3-8b",
 }
-
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-"""What is fetched of a hub model whose files are read one by one."""
 
 
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
@@ -136,6 +133,7 @@ def load_base(
 
     Raises:
         ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
+        RecipeError: the model cannot do what the recipe's `base` says.
 
     Example:
         >>> model = load_base(Recipe.load("quickstart").base, "cpu")
@@ -164,7 +162,7 @@ def embedding_apart(model: PreTrainedModel) -> bool:
 
 def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
     if not embedding_apart(model):
-        raise ModelError(
+        raise RecipeError(
             f"base.embedding: the input embedding of {type(model).__name__} cannot stand on the host: its output head "
             "shares it, or it does more than to look up rows. Leave the key out"
         )
@@ -273,10 +271,8 @@ def checkpoint_folder(base: Base) -> Path:
             f"base.init is {base.init}: this base was made from a seed and has no files; only pretrained bases have"
         )
     location = locate(base)
-    if Path(location).is_dir():
-        return Path(location)
     try:
-        return Path(snapshot_download(location, revision=_revision(base), allow_patterns=CHECKPOINT_FILES))
+        return find_checkpoint(location, _revision(base), download=True)
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         raise ModelError(_load_problem(base, error)) from error
 

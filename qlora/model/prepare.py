@@ -24,7 +24,7 @@ def build(
 ) -> tuple[PreTrainedModel, Optimizer]:
     """Load the recipe's base on `device`, adapt it, give it our layers, and make the optimizer over what is trained.
 
-    `config`: the architecture, where it is not that of the base. Raises ModelError as `load_base` and `adapt` do.
+    `config`: the architecture, where it is not that of the base. Raises QloraError as `load_base` and `adapt` do.
 
     >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """

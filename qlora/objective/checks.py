@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qlora.data import IGNORE_INDEX, Batch
-from qlora.errors import ModelError
+from qlora.errors import ModelError, RecipeError
 from qlora.model import varlen_attention
 from qlora.model.head import head_of
 from qlora.model.offload import HostEmbedding
@@ -32,7 +32,7 @@ def check_head(model: nn.Module) -> None:
             embedding = model.get_input_embeddings()  # type: ignore[operator]
             if not isinstance(embedding, HostEmbedding):
                 raise
-            raise ModelError(
+            raise RecipeError(
                 f"base.embedding: {type(model).__name__} needs the token ids on the GPU too, so leave the key out "
                 f"({str(error).splitlines()[0]})"
             ) from error
@@ -77,7 +77,7 @@ def check_packing(model: nn.Module) -> None:
     """
     passed, together, apart = _kept_apart(model)
     if not passed:
-        raise ModelError(
+        raise RecipeError(
             f"{type(model).__name__} lets documents that are packed into one row see each other "
             f"(loss {together:.4f}, apart {apart:.4f}): set data.packing=false"
         )

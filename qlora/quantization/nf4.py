@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.kernels import FusedOp
 from qlora.runtime.bnb import Linear4bit, Params4bit, QuantState, create_dynamic_map, get_4bit_type
 from qlora.runtime.device import on_cuda
@@ -64,7 +64,7 @@ NF4_CODE_RMS = (sum(value * value for value in NF4_CODE) / len(NF4_CODE)) ** 0.5
 def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Params4bit:
     """Quantize `weight` [out, in] to NF4 on its own device; the same bytes as `bitsandbytes.quantize_4bit`.
 
-    Raises ModelError for a weight that is no matrix of floats, or a block size that does not exist.
+    Raises ModelError for a weight that is no matrix of floats, UsageError for a block size that does not exist.
     """
     _check_block_size(block_size)
     if weight.ndim != 2 or not weight.is_floating_point():
@@ -366,4 +366,4 @@ def _parameter(packed: Tensor, state: QuantState) -> Params4bit:
 
 def _check_block_size(block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
-        raise ModelError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")
+        raise UsageError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}")

@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qlora.errors import ModelError
+from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
 from qlora.recipe import Base
 
@@ -25,7 +25,8 @@ def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def require_nf4(base: Base, config: Any) -> None:
-    """Raises ModelError unless a checkpoint's own quantization config is bitsandbytes' NF4 and the recipe's."""
+    """Raises ModelError unless a checkpoint's own quantization config is bitsandbytes' NF4, RecipeError unless the
+    recipe's is."""
     settings = config if isinstance(config, dict) else config.to_dict()
     method = settings.get("quant_method", "unknown")
     kind = settings.get("bnb_4bit_quant_type")
@@ -35,7 +36,7 @@ def require_nf4(base: Base, config: Any) -> None:
             "Use its 16-bit version, or one quantized to NF4 by bitsandbytes"
         )
     if base.quantization != "nf4":
-        raise ModelError(f"base.model: {base.model!r} is an NF4 checkpoint: set base.quantization=nf4")
+        raise RecipeError(f"base.model: {base.model!r} is an NF4 checkpoint: set base.quantization=nf4")
 
 
 def cast_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from pathlib import Path
 
-from qlora.errors import RecipeError
+from qlora.errors import RecipeError, SaveError, UsageError
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ def nearest(name: str) -> str | None:
 def copy(name: str, destination: Path, *, overwrite: bool = False) -> Path:
     """Copy a shipped recipe to a file, or into a folder; the launch command in its first line names the copy.
 
-    Raises `RecipeError` if the file exists and may not be overwritten, or cannot be written.
+    Raises `UsageError` if the file exists and may not be overwritten, `SaveError` if it cannot be written.
     """
     content = text(name)
     target = destination / f"{name}.yaml" if destination.is_dir() else destination
@@ -56,9 +56,9 @@ def copy(name: str, destination: Path, *, overwrite: bool = False) -> Path:
         with target.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(content.replace(f"# qlora train {name}", f"# qlora train {target}", 1))
     except FileExistsError:
-        raise RecipeError(
+        raise UsageError(
             f"{target}: exists already; choose another name, or overwrite it with --force"
         ) from None
     except OSError as error:
-        raise RecipeError(f"{target}: cannot be written: {error.strerror}") from None
+        raise SaveError(f"{target}: cannot be written: {error.strerror}") from None
     return target

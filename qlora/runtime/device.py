@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qlora.errors import UsageError
+
 TOKENS_TOGETHER = 128
 """150 steps of the quickstart took 19.5 s and 0.86 GiB with multiples of 128, 19.7 s with 64, and 23.0 s and 1.53 GiB
 with none (two cores with AVX512-BF16, torch 2.13, 2026-11-29). In float32, where nothing is compiled, 128 costs 7%"""
@@ -22,6 +24,16 @@ _standing_for_cuda = False
 def on_cuda(tensor: Tensor) -> bool:
     """Whether `tensor` lives on a GPU, or stands for one that does."""
     return tensor.is_cuda or _standing_for_cuda
+
+
+def device_named(name: str) -> torch.device:
+    """The device that `name` (auto, cpu or cuda) asks for; auto is the GPU where there is one.
+
+    Raises UsageError if there is no CUDA device and cuda was asked for.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device here: leave --device out")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @cache

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from qlora.errors import ModelError
+from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages
 
@@ -36,12 +36,12 @@ class DataParallel:
     def of(cls, recipe: Recipe) -> "DataParallel":
         """This process among those that `torchrun` or `accelerate launch` started.
 
-        Raises ModelError if the recipe wants a GPU and there is none.
+        Raises RecipeError if the recipe wants a GPU and there is none.
         """
         grow_by_pages()
         accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
         if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
-            raise ModelError(
+            raise RecipeError(
                 "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
             )
         return cls(accelerator.device, accelerator.process_index, accelerator.num_processes)

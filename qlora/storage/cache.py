@@ -11,7 +11,6 @@ One process writes at a time, and one that finds another writing does without. R
 that vanishes under them is one that they do not find. Above the limit, those unused for longest are removed.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,8 +26,9 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from qlora.errors import RecipeError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage import manifest
+from qlora.storage.folders import InUseError, discard, lock, remove_leftovers, temporary
 
 KINDS = ("data", "base")
 GIB = 2**30
@@ -36,7 +36,6 @@ PACKAGE = Path(__file__).parents[1]
 RESERVE_BYTES = GIB
 """left free on the disk, for what a run has to save"""
 
-_TEMPORARY = ".tmp-"
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 _warn = logging.getLogger("qlora").warning
@@ -57,10 +56,10 @@ def folder() -> Path | None:
 
 
 def limit_bytes() -> int:
-    """The most that the cache may hold. Raises RecipeError if QLORA_CACHE_GIB is no number."""
+    """The most that the cache may hold. Raises UsageError if QLORA_CACHE_GIB is no number."""
     text = os.environ.get("QLORA_CACHE_GIB") or "20"
     if not re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        raise RecipeError(f"QLORA_CACHE_GIB: {text!r} is no number of GiB")
+        raise UsageError(f"QLORA_CACHE_GIB: {text!r} is no number of GiB")
     return int(float(text) * GIB)
 
 
@@ -163,7 +162,7 @@ def clear(*kinds: str) -> list[Entry]:
         with _alone(root, wait=True):
             gone = [entry for entry in entries() if entry.kind in kinds]
             for entry in gone:
-                _remove(entry.path)
+                discard(entry.path)
     except OSError as error:
         raise SaveError(f"cannot clear {error.filename or root}: {error.strerror}") from error
     return gone
@@ -196,19 +195,14 @@ def _whole(entry: Path) -> bool:
 
 def _keep(root: Path, entry: Path, needed: int, about: str, write: Callable[[Path], object]) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(root) as alone:
-        if not alone or _kept_meanwhile(entry):
+    with suppress(InUseError), _alone(root):
+        if _kept_meanwhile(entry):
             return
         _make_room(root, needed)
-        temporary = entry.with_name(f"{_TEMPORARY}{entry.name}")
-        try:
-            temporary.mkdir()
-            write(temporary)
-            manifest.write(temporary, about=about)
-            # No fsync: what a power cut spoils, its checksums tell.
-            temporary.rename(entry)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with temporary(entry.parent, entry.name) as folder:
+            write(folder)
+            manifest.write(folder, about=about)
+            folder.rename(entry)  # no fsync: what a power cut spoils, its checksums tell
 
 
 def _kept_meanwhile(entry: Path) -> bool:
@@ -216,7 +210,7 @@ def _kept_meanwhile(entry: Path) -> bool:
     try:
         return _whole(entry)
     except (OSError, ValueError):
-        _remove(entry)
+        discard(entry)
         return False
 
 
@@ -234,29 +228,14 @@ def _make_room(root: Path, needed: int) -> None:
     for entry in kept:
         if used + needed <= room:
             break
-        _remove(entry.path)
+        discard(entry.path)
         used -= entry.bytes
 
 
 @contextmanager
-def _alone(root: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the cache's lock; False if another process has it. What a killed writer left is removed.
-
-    The lock is the kernel's (flock): it goes with the process, however that ends.
-    """
-    with (root / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+def _alone(root: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the cache's lock. What a killed writer left is removed."""
+    with lock(root, wait=wait):
         for kind in KINDS:
-            for leftover in (root / kind).glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover)
-        yield True
-
-
-def _remove(entry: Path) -> None:
-    """Remove an entry so that no half of it is ever seen; the caller holds the lock."""
-    trash = entry.rename(entry.with_name(f"{_TEMPORARY}{entry.name}"))
-    shutil.rmtree(trash)
+            remove_leftovers(root / kind, "*")
+        yield

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora.errors import ModelError
-from qlora.storage.folders import fsync_tree, lock, save_errors
+from qlora.errors import UsageError
+from qlora.storage.atomic import sync
+from qlora.storage.folders import TEMPORARY, fsync_tree, lock, save_errors
 
 
 def check_absent(final: Path) -> None:
-    """Raises ModelError if there is something at `final`; an empty folder is nothing."""
+    """Raises UsageError if there is something at `final`; an empty folder is nothing."""
     if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
-        raise ModelError(
+        raise UsageError(
             f"{final}: exists already, and nothing is overwritten: choose another place, or remove it"
         )
 
@@ -32,11 +33,11 @@ def drafting(final: Path) -> Iterator[Path]:
     What a killed process left of an earlier draft of the same place is removed first.
 
     Raises:
-        ModelError: `final` exists, or another process is writing it.
+        UsageError: `final` exists, or another process is writing it.
         SaveError: the folder cannot be made.
     """
     check_absent(final)
-    drafts = final.parent / f".tmp-{final.name}"
+    drafts = final.with_name(f"{TEMPORARY}{final.name}")
     with lock(drafts):
         try:
             with save_errors(drafts):
@@ -52,10 +53,11 @@ def publish(folder: Path, final: Path) -> None:
     """Give a draft its place, in one step, once it is safely on disk.
 
     Raises:
-        ModelError: something has appeared there in the meantime.
+        UsageError: something has appeared there in the meantime.
         SaveError: the disk refuses.
     """
     with save_errors(final):
         fsync_tree(folder)
         check_absent(final)
         folder.rename(final)
+        sync(final.parent)

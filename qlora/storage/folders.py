@@ -15,35 +15,40 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
 from qlora.storage.atomic import sync
 
 TEMPORARY, TRASH = ".tmp-", ".trash-"
 """before the name of what is being written, and of what is being removed"""
 
 
-@contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; made if it is missing.
+class InUseError(UsageError):
+    """Another process holds a folder."""
 
-    The lock is the kernel's (flock on `<run>/.lock`): it goes with the process, however that ends.
+
+@contextmanager
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process; made if it is missing.
+
+    The lock is the kernel's (flock on `<folder>/.lock`): it goes with the process, however that ends. `wait` for
+    another process to let go of it.
 
     Raises:
-        ModelError: another process holds it.
+        InUseError: another process holds it.
         SaveError: the folder cannot be written.
     """
-    with save_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("a+")
+    with save_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
     with file:
-        with save_errors(run):
+        with save_errors(folder):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-                raise ModelError(
-                    f"{run} is in use by process {holder}. Wait for it to end, or choose another output=..."
+                raise InUseError(
+                    f"{folder} is in use by process {holder}. Wait for it to end, or choose another output=..."
                 ) from None
             file.truncate(0)
             file.write(str(os.getpid()))

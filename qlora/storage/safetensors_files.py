@@ -1,4 +1,4 @@
-"""A model's safetensors files, read tensor by tensor and written shard by shard.
+"""A model's safetensors files: found, read tensor by tensor, and written shard by shard.
 
     model.safetensors                      or, of a larger model,
     model-00001-of-00065.safetensors ...   and model.safetensors.index.json, which says where each tensor is
@@ -8,78 +8,177 @@ Neither way does the whole model stand in memory: reading takes one tensor, writ
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora.errors import ModelError, SaveError
+from qlora import bundled
+from qlora.errors import ModelError
+from qlora.storage.folders import save_errors
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32", "F64")
 SHARD_BYTES = 2**30
 """A tensor larger than this has a shard of its own."""
 
+DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+"""What is fetched of a hub model whose files are read one by one."""
 
-class ShardReader:
-    """The tensors of a checkpoint's folder by name, in the order of its files.
+
+def find_checkpoint(name: str | Path, revision: str | None = None, *, download: bool = False) -> Path:
+    """The folder of a checkpoint: a folder, that of a run of full training, bundled/<name>, or a hub id in the cache.
+
+    download: fetch what the cache lacks of a hub id; the hub's own errors, OSErrors or ValueErrors, are raised then.
+
+    Raises:
+        ModelError: there is none on this machine, and nothing was to be downloaded.
+    """
+    folder = bundled.path(str(name)) if str(name).startswith("bundled/") else Path(name)
+    if folder.is_dir():
+        whole = folder / "model"
+        return (
+            whole if (whole / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if download:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=DOWNLOADED))
+    try:
+        return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise ModelError(
+            f"{name}: there is no such folder, and no such model in the local hub cache. Give a local folder, or "
+            "download it first"
+        ) from None
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint's folder, those that its index names where it has one; [] where none are.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [folder / WHOLE] if (folder / WHOLE).is_file() else []
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({folder / shard for shard in shards})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: cannot be read: no index of safetensors files ({error!r})") from error
+
+
+class StoredTensor(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    name: str
+    dtype: str
+    """in safetensors' words, as BF16"""
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """of its bytes in the file"""
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds codes that mean nothing without further tensors: integers, or 8-bit floats."""
+        return self.dtype not in FLOATS
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU. Raises ModelError if the file cannot be read."""
+        # Opened for each tensor: a file that stays open keeps all that was read of it mapped
+        with _reading(self.file), safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.name)
+
+    def stretches(self, offsets: Iterable[int], size: int) -> Iterator[bytes]:
+        """`size` of its bytes from each offset on. Raises ModelError if the file cannot be read."""
+        with _reading(self.file), self.file.open("rb") as stream:
+            for offset in offsets:
+                stream.seek(self.start + offset)
+                yield stream.read(size)
+
+
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file by its header alone, sorted by name.
+
+    Raises:
+        ModelError: the file is missing, cut off, or no safetensors file.
+    """
+    with _reading(file):
+        with safe_open(file, framework="pt"):
+            pass  # it finds dtypes, shapes, offsets and the file's length to agree; the offsets it does not tell
+        with file.open("rb") as stream:
+            begin = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(begin - 8))
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(
+            name, at["dtype"], tuple(at["shape"]), file, *(begin + end for end in at["data_offsets"])
+        )
+        for name, at in sorted(header.items())
+    ]
+
+
+class ShardReader(Mapping[str, Tensor]):
+    """The tensors of a checkpoint's folder by name, in the order of its files; each look-up reads from disk.
 
         >>> reader = ShardReader(folder)
-        >>> for name in reader:
-        ...     tensor = reader.read(name)
+        >>> for name, tensor in reader.items(): ...
+        >>> reader.stored[name].shape
 
-    Raises ModelError if there is no safetensors file, or one is missing or damaged.
+    Only headers are read until a tensor is asked for, so a checkpoint may be larger than memory. Raises ModelError
+    if there is no safetensors file, or one is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries: dict[str, _Entry] = {}
-        for file in _files_of(folder):
-            with self._opened(file) as opened:
-                for name in opened.keys():  # noqa: SIM118  (no dictionary)
-                    header = opened.get_slice(name)
-                    elements = math.prod(header.get_shape())
-                    self._entries[name] = _Entry(file, str(header.get_dtype()), elements)
+        self.files = checkpoint_files(folder)
+        if not self.files:
+            pickled = sorted(folder.glob("*.bin"))
+            hint = f": its weights are in {pickled[0].name}, a pickle, which is not read" if pickled else ""
+            raise ModelError(
+                f"{folder}: there is no {WHOLE} and no {INDEX}{hint}. Load the model with transformers and "
+                "save_pretrained it: that writes safetensors"
+            )
+        self.stored = {tensor.name: tensor for file in self.files for tensor in stored_tensors(file)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.stored)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
+    def __len__(self) -> int:
+        return len(self.stored)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU. Raises ModelError if it cannot be read."""
-        # Opened for each tensor: a file that stays open keeps all that was read of it mapped
-        with self._opened(self._entries[name].file) as opened:
-            return opened.get_tensor(name)
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored  # Mapping would read the tensor
 
-    def elements(self, name: str) -> int:
-        """How many numbers the tensor `name` holds."""
-        return self._entries[name].elements
-
-    def dtype(self, name: str) -> str:
-        """The dtype of the tensor `name` in safetensors' words, as BF16."""
-        return self._entries[name].dtype
-
-    @contextmanager
-    def _opened(self, file: str) -> Iterator[Any]:
-        try:
-            with safe_open(self.folder / file, framework="pt") as opened:
-                yield opened
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{self.folder / file}: missing or damaged: {error}") from error
+    def of_layer(self, layer: str) -> StoredTensor | None:
+        """The weight of a linear layer; files of a model without its head lack the first part of the name."""
+        names = (f"{layer}.weight", f"{layer.partition('.')[2]}.weight")
+        return next((self.stored[name] for name in names if name in self.stored), None)
 
 
-class _Entry(NamedTuple):
-    """What a file's header says of a tensor."""
-
-    file: str
-    dtype: str
-    elements: int
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{file}: missing or damaged: {error}") from error
 
 
 class ShardWriter:
@@ -115,10 +214,8 @@ class ShardWriter:
 
     def _write(self) -> None:
         path = self.folder / f"shard-{len(self._shards) + 1}"
-        try:
+        with save_errors(path):
             save_file(self._held, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise SaveError(f"cannot write {path}: {error}") from error
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 
@@ -135,20 +232,3 @@ class ShardWriter:
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _files_of(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            return sorted({str(file) for file in index["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{folder / INDEX}: no index of safetensors files: {error!r}") from error
-    if (folder / WHOLE).is_file():
-        return [WHOLE]
-    pickled = sorted(folder.glob("*.bin"))
-    hint = f": its weights are in {pickled[0].name}, which is not read tensor by tensor" if pickled else ""
-    raise ModelError(
-        f"{folder}: there is no {WHOLE} and no {INDEX}{hint}. Load the model with transformers and "
-        "save_pretrained it: that writes safetensors"
-    )

@@ -121,8 +121,9 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
     """Whether `path` holds a run already. Writes nothing.
 
     Raises:
-        RecipeError: it holds a run and neither `resume` nor `fresh` was asked for, or it holds something else.
-        ModelError: the run to resume was made by a recipe that computes something else, or is damaged.
+        RecipeError: it holds a run and neither `resume` nor `fresh` was asked for; it holds something else; or the run
+            to resume was made by a recipe that computes something else.
+        ModelError: the run to resume is damaged.
     """
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file, not a folder")
@@ -272,7 +273,7 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     changed = [] if before is None else list(_differences(before, recipe.to_dict(), may_change))
     if changed:
         lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, old, new in changed)
-        raise ModelError(
+        raise RecipeError(
             f"{path}: the recipe has changed since the run began, so it cannot go on as the same run:\n{lines}\n"
             "Put the old values back, or start again with --fresh or another output"
         )

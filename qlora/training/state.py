@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
-from qlora.errors import ModelError, SaveError
+from qlora.errors import DataError, ModelError, SaveError
 from qlora.report import memory_files
 from qlora.storage import folders
 from qlora.tracking import Tracker
@@ -51,14 +51,14 @@ def restore(session: Session, run: RunFolder) -> Progress:
     """Put the newest whole checkpoint of the run, if there is one, into model and optimizer.
 
     Raises:
-        ModelError: data or base have changed since, so that the run cannot go on exactly.
+        DataError, ModelError: data or base have changed since, so that the run cannot go on exactly.
     """
     folder = checkpoint.newest(run.path, run_id=run.run_id)
     if folder is None:
         return Progress()
     state = checkpoint.read_state(folder)
     if state["data"] != session.dataset.fingerprint:
-        raise ModelError(
+        raise DataError(
             f"{folder}: the data set has changed since this checkpoint (its rows, tokenizer or template), so the "
             "run cannot go on exactly. Put it back, or start again with --fresh"
         )

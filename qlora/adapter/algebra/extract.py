@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.low_rank import ROUNDING, LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
-from qlora.adapter.algebra.weights import Weights
 from qlora.adapter.config import targets_of
 from qlora.adapter.methods.lora import layer_generator
 from qlora.adapter.targets import is_conv1d, select
 from qlora.errors import ModelError
+from qlora.runtime.device import device_named
+from qlora.storage.safetensors_files import ShardReader
 
 OVERSAMPLING = 16
 """Sketch columns beyond those that are used: the last are not exact."""
@@ -50,8 +51,8 @@ class Extraction:
 
 
 def extract(
-    tuned: Weights,
-    base: Weights,
+    tuned: ShardReader,
+    base: ShardReader,
     model: nn.Module,
     *,
     rank: int | None = None,
@@ -65,17 +66,15 @@ def extract(
 
     model: the architecture, on the meta device will do; its linear layers but the head are compared, and those
         that do not differ get no adapter. device: auto, cpu or cuda. progress: sees the layers' names go by.
-    Raises ModelError if a linear weight is missing, quantized or of other shapes, or none differs.
+    Raises ModelError if a linear weight is missing, quantized or of other shapes, or none differs; UsageError if
+    there is no CUDA device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("there is no CUDA device here: leave --device out")
+    place = device_named(device)
     keys = {name: _keys(name, model, tuned, base) for name in select(model, "all-linear")}
     layers, deviations = {}, {}
     for name in progress(list(keys)):
         ours, theirs = keys[name]
-        difference = _difference(tuned[ours].to(device), base[theirs].to(device))
+        difference = _difference(tuned[ours].to(place), base[theirs].to(place))
         norm = _norm(difference)
         if not math.isfinite(norm):
             raise ModelError(f"{tuned.folder} or {base.folder}: {ours} holds numbers that are not finite")
@@ -94,7 +93,7 @@ def extract(
     return Extraction(adapter, deviations, _not_captured(tuned, base, used))
 
 
-def _keys(layer: str, model: nn.Module, tuned: Weights, base: Weights) -> tuple[str, str]:
+def _keys(layer: str, model: nn.Module, tuned: ShardReader, base: ShardReader) -> tuple[str, str]:
     """Where the two checkpoints keep a layer's weight: checked for all layers before anything is computed."""
     module = model.get_submodule(layer)
     if is_conv1d(module):
@@ -103,19 +102,21 @@ def _keys(layer: str, model: nn.Module, tuned: Weights, base: Weights) -> tuple[
     shape = module.out_features, module.in_features
     found = []
     for weights in (tuned, base):
-        key = weights.of_layer(layer)
-        if key is None:
+        stored = weights.of_layer(layer)
+        if stored is None:
             raise ModelError(
                 f"{weights.folder}: has no {layer}.weight, as the architecture of {tuned.folder} has"
             )
-        if weights.is_quantized(key):
-            raise ModelError(f"{weights.folder}: {key} is quantized: give both checkpoints in 16 or 32 bits")
-        if weights.shape(key) != shape:
+        if stored.is_quantized:
             raise ModelError(
-                f"{weights.folder}: {key} is {list(weights.shape(key))}, and {list(shape)} in the architecture of "
+                f"{weights.folder}: {stored.name} is quantized: give both checkpoints in 16 or 32 bits"
+            )
+        if stored.shape != shape:
+            raise ModelError(
+                f"{weights.folder}: {stored.name} is {list(stored.shape)}, and {list(shape)} in the architecture of "
                 f"{tuned.folder}"
             )
-        found.append(key)
+        found.append(stored.name)
     return found[0], found[1]
 
 
@@ -172,13 +173,13 @@ def _config(model: nn.Module, layers: Mapping[str, Layer], base_model: str | Non
     }
 
 
-def _not_captured(tuned: Weights, base: Weights, used: set[str]) -> dict[str, float | None]:
+def _not_captured(tuned: ShardReader, base: ShardReader, used: set[str]) -> dict[str, float | None]:
     """Tensors that are no adapted linear weight and differ."""
     found: dict[str, float | None] = {}
     for name in dict.fromkeys([*tuned, *base]):
         if name in used:
             continue
-        if name not in tuned or name not in base or tuned.shape(name) != base.shape(name):
+        if name not in tuned or name not in base or tuned.stored[name].shape != base.stored[name].shape:
             found[name] = None
         elif norm := _distance(tuned[name], base[name]):
             found[name] = norm

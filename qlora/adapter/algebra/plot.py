@@ -1,9 +1,7 @@
 """What an adapter learned as a picture: effective rank by block and kind of layer, and the fall of the spectra."""
 
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, median
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.adapter.algebra.module_types import places
 from qlora.adapter.algebra.spectrum import MOST, Spectrum
-from qlora.errors import ModelError, SaveError
+from qlora.errors import SaveError, UsageError
+from qlora.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +26,15 @@ MOST_NAMED = 10
 
 
 def require_format(path: Path) -> None:
-    """Raises ModelError if `path` does not end as a picture's name does."""
+    """Raises UsageError if `path` does not end as a picture's name does."""
     if path.suffix.lower() not in FORMATS:
-        raise ModelError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
 
 
 def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:
     """Write the picture of an adapter's spectra to `path`, in place of an older one.
 
-    Raises ModelError for a name that is no picture's, SaveError if the disk refuses.
+    Raises UsageError for a name that is no picture's, SaveError if the disk refuses.
     """
     require_format(path)
     from matplotlib.figure import Figure
@@ -48,16 +47,12 @@ def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:
     _heat_map(ranks, kinds, max(layer.rank for layer in layers.values()))
     _falls(falls, kinds)
     figure.suptitle(f"{title}: {headline(layers)}", fontsize=11)
-    draft = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(draft, dpi=100, format=path.suffix[1:].lower())
-        draft.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=100, format=path.suffix[1:].lower())
     except OSError as error:
         raise SaveError(f"{path}: cannot save the picture: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
 
 
 def _heat_map(axes: "Axes", kinds: Mapping[str, Mapping[int, list[Spectrum]]], rank: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qlora.adapter.algebra.tensors import Adapter
-from qlora.adapter.algebra.weights import Weights
+from qlora.storage.safetensors_files import ShardReader
 
 MOST = 0.99
 """The share of the energy that a rank has to hold to be called enough."""
@@ -80,7 +80,7 @@ class Spectrum:
         }
 
 
-def spectra(adapter: Adapter, base: Weights | None = None) -> dict[str, Spectrum]:
+def spectra(adapter: Adapter, base: ShardReader | None = None) -> dict[str, Spectrum]:
     """The spectrum of every layer's update; with `base`, beside the norms of its weights."""
     return {
         name: Spectrum(
@@ -92,11 +92,11 @@ def spectra(adapter: Adapter, base: Weights | None = None) -> dict[str, Spectrum
     }
 
 
-def _base_norm(base: Weights, layer: str) -> float | None:
-    name = base.of_layer(layer)
-    if name is None or base.is_quantized(name):
+def _base_norm(base: ShardReader, layer: str) -> float | None:
+    stored = base.of_layer(layer)
+    if stored is None or stored.is_quantized:
         return None
-    return torch.linalg.vector_norm(base[name], dtype=torch.float64).item()
+    return torch.linalg.vector_norm(stored.read(), dtype=torch.float64).item()
 
 
 @dataclass(frozen=True)

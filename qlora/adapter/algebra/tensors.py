@@ -5,16 +5,13 @@ at all, and never over anything.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,9 +25,10 @@ from qlora.adapter.config import (
 )
 from qlora.adapter.identity import IDENTITY_FILE
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, TENSORS_FILE, read_pairs
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
 from qlora.errors import ModelError, SaveError
-from qlora.storage.atomic import sync
+from qlora.storage.draft import drafting, publish
+from qlora.storage.folders import save_errors
 
 COMPANIONS = ("recipe.yaml", IDENTITY_FILE)
 """Text files of qlora's own that travel with an adapter."""
@@ -120,43 +118,28 @@ def read(path: str | Path) -> Adapter:
 def write(adapter: Adapter, path: str | Path) -> int:
     """Write an adapter to the new folder `path`, read it back, and return the bytes of its tensors.
 
-    Raises ModelError if `path` exists or a number is not finite in its dtype; SaveError if the disk refuses.
-    Whatever goes wrong, `path` is then not there.
+    Raises UsageError if `path` exists; ModelError if a number is not finite in its dtype; SaveError if the disk
+    refuses. Whatever goes wrong, `path` is then not there.
     """
     folder = Path(path)
-    require_free(folder)
-    tensors = _tensors(adapter.layers)
+    tensors = named_tensors({name: {SUFFIX_A: x.a, SUFFIX_B: x.b} for name, x in adapter.layers.items()})
     config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
-    draft = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with drafting(folder) as drafts, save_errors(folder):
+        draft = drafts / "adapter"
         draft.mkdir()
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
         for name, text in {CONFIG_FILE: config, **adapter.extra_files}.items():
             (draft / name).write_text(text, encoding="utf-8")
-        for file in draft.iterdir():
-            sync(file)
         back = load_file(draft / TENSORS_FILE)
         if not all(torch.equal(tensor, back[key]) for key, tensor in tensors.items()):
             raise SaveError(f"{folder}: reading back gave other numbers than were written")
-        draft.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        publish(draft, folder)
     return (folder / TENSORS_FILE).stat().st_size
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As `bfloat16`."""
     return str(dtype).removeprefix("torch.")
-
-
-def require_free(path: str | Path) -> None:
-    """Raises ModelError if there is anything at `path`: results never replace what is there."""
-    if os.path.lexists(path):
-        raise ModelError(f"{path} exists already: choose another folder, or remove it first")
 
 
 def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: Path) -> Layer:
@@ -203,13 +186,3 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
         "use_rslora": is_rslora(layers),
     }
-
-
-def _tensors(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        for suffix, tensor in ((SUFFIX_A, layer.a), (SUFFIX_B, layer.b)):
-            if not tensor.isfinite().all():
-                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
-            tensors[PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
-    return tensors

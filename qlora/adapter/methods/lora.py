@@ -21,7 +21,7 @@ from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.adapter.targets import features, select
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
@@ -172,7 +172,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
     Works for any `nn.Module` with linear layers, on the meta device too. Each A depends on (seed, name of the layer)
     alone, whatever the device and the other targets.
 
-    Raises ModelError if the model is adapted already, or a target or pattern matches no layer.
+    Raises ModelError if the model is adapted already, UsageError if an argument is wrong or matches no layer.
     """
     spec = spec or LoraSpec()
     if AdaptedLinear.of(model):
@@ -180,7 +180,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
     names = select(model, spec.targets)
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
-            raise ModelError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
+            raise UsageError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
     protect(model.requires_grad_(False))
     layers = {
         name: LoRALinear(model.get_submodule(name), spec.of_layer(name), layer_generator(seed, name))

@@ -1,0 +1,36 @@
+"""An error's class, and so the program's exit code, says what has to change."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora import errors
+from qlora.errors import QloraError, RecipeError, UsageError
+from qlora.recipe import Recipe
+from qlora.runtime.device import device_named
+from qlora.runtime.distributed import accelerator_for
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_every_class_has_an_exit_code_that_the_readme_tells() -> None:
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not QloraError]
+    told = {
+        int(code) for code in re.findall(r"(\d+) [a-z]", README.read_text().split("Exit codes: ")[1][:300])
+    }
+    assert {kind.exit_code for kind in classes} <= told
+    assert {kind.__name__ for kind in classes if kind.exit_code == 2} == {"RecipeError", "UsageError"}
+
+
+def test_a_gpu_that_is_not_there_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert device_named("auto") == device_named("cpu")
+    with pytest.raises(UsageError, match="no CUDA device here: leave --device out"):
+        device_named("cuda")
+    cpu = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr("qlora.runtime.distributed.Accelerator", lambda **_: cpu)
+    with pytest.raises(RecipeError, match=r"training\.device: cuda was asked for"):
+        accelerator_for(Recipe.load("quickstart", ["training.device=cuda"]))
