@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import record_function
 
 from qlora.adapter.methods.lora import trainable_parameters
 from qlora.data import Batch
@@ -38,6 +37,7 @@ from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
 from qlora.runtime.device import standing_for_cuda
+from qlora.runtime.phases import Phase, announce
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
@@ -177,7 +177,7 @@ def _traces(
         accumulate(model, [batch], seed=0, step=0, loss_chunk=chunk)
 
     def to_loss(batch: Batch) -> None:
-        with record_function("forward"):
+        with announce(Phase.FORWARD):
             loss_sum(model, batch, loss_chunk=chunk)
 
     def whole(trace: Trace) -> Trace:
@@ -196,9 +196,9 @@ def _traces(
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
     """The passes, the update after them, then the evaluation."""
-    rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), "update")]
+    rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), Phase.UPDATE)]
     if evaluation is not None:
-        marks.append(Mark(len(step.parts) + len(update), "evaluation"))
+        marks.append(Mark(len(step.parts) + len(update), Phase.EVALUATION))
         rows.append(evaluation.parts)
     return Trace(np.concatenate(rows), marks)
 
@@ -304,11 +304,11 @@ def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
     """Note in the trace when the passes enter and leave each decoder layer."""
 
     def enter(number: int, module: nn.Module, args: Any) -> None:
-        if live.clock.phase != "backward":  # there, a checkpointed layer runs forward again
+        if live.clock.phase != Phase.BACKWARD:  # there, a checkpointed layer runs forward again
             live.clock.mark(number)
 
     def leave(number: int, module: nn.Module, args: Any, output: Any) -> None:
-        if live.clock.phase == "backward":
+        if live.clock.phase == Phase.BACKWARD:
             return
         if (
             number == last

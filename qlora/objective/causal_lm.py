@@ -2,13 +2,13 @@
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import record_function
 
 from qlora.data import Batch
 from qlora.model import varlen_attention
 from qlora.model.head import head_of
 from qlora.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from qlora.runtime.device import tokens_together
+from qlora.runtime.phases import Phase, announce
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -
     """
     hidden, targets = hidden_states(model, batch)
     head = head_of(model)
-    with record_function("loss"):
+    with announce(Phase.LOSS):
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             head.weight,

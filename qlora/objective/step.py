@@ -7,8 +7,8 @@ The loss of an optimizer step is the sum of the token losses divided by the supe
 step, over all its micro-batches: K micro-batches equal one batch, whatever their lengths. (Averaging the
 micro-batches' means instead weighs tokens of short answers more: huggingface/transformers#34191.)
 
-The phases forward, loss, backward and evaluation are announced with `record_function`: a profiler shows them,
-and the memory room (`qlora.memory.live`) books live bytes by them.
+The phases forward, loss, backward and evaluation are announced (`qlora.runtime.phases`): a profiler shows them, and the
+memory room (`qlora.memory.live`) books live bytes by them.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from qlora.data import Batch
 from qlora.objective.causal_lm import loss_sum
+from qlora.runtime.phases import Phase, announce
 
 
 def fold_seed(*numbers: int) -> int:
@@ -53,9 +53,9 @@ def accumulate(
     total = torch.zeros((), device=next(model.parameters()).device)
     for index, batch in list(enumerate(batches))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, index))
-        with record_function("forward"):
+        with announce(Phase.FORWARD):
             loss = loss_sum(model, batch, loss_chunk=loss_chunk) / supervised
-        with record_function("backward"):
+        with announce(Phase.BACKWARD):
             loss.backward()
         total += loss.detach()
     return total
@@ -75,7 +75,7 @@ def evaluate(
     Gradients and the training mode are left as they were.
     """
     total = torch.zeros((), device=next(model.parameters()).device)
-    with evaluation_mode(model), record_function("evaluation"):
+    with evaluation_mode(model), announce(Phase.EVALUATION):
         for batch in batches[rank::processes]:
             total += loss_sum(model, batch, loss_chunk=loss_chunk)
     return total, sum(batch.supervised for batch in batches)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.profiler import record_function
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
@@ -37,6 +36,7 @@ from qlora.report import memory_files
 from qlora.report.page import write_page
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import accelerator_for, broadcast_from_main
+from qlora.runtime.phases import Phase, announce
 from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.tracking import Sample, Tracker
@@ -213,7 +213,7 @@ class Session:
             for gradient in self.optimizer.gradients():
                 torch.distributed.all_reduce(gradient)
             torch.distributed.all_reduce(loss)
-        with record_function("update"):
+        with announce(Phase.UPDATE):
             norm = self.optimizer.clip(self.recipe.training.max_grad_norm)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # one wait for the device a step
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -222,7 +222,7 @@ class Session:
                 f"the newest checkpoint in {self.run.path / 'checkpoints'} is intact. Try a lower optimizer.lr, "
                 "or look at the rows of this step with `qlora data`"
             )
-        with record_function("update"):
+        with announce(Phase.UPDATE):
             self.optimizer.step(lr)
         return loss_value, norm_value
 
