@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora.adapter.methods.lora import trainable_parameters
 from qlora.data import Batch
@@ -36,7 +35,7 @@ from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
-from qlora.runtime.device import standing_for_cuda
+from qlora.runtime.fake import faking
 from qlora.runtime.phases import Phase, announce
 
 KEPT_LAYERS = 3
@@ -115,11 +114,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     few = KEPT_OFFLOADED if cuda and recipe.training.offload else KEPT_LAYERS
     kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
     small = _with_checkpointing(recipe, *kept[:2])
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as fake,
-        standing_for_cuda(cuda),
-        torch.random.fork_rng([]),
-    ):
+    with faking(cuda=cuda) as fake, torch.random.fork_rng([]):
         base = recipe.base.model_copy(
             update={"init": "synthetic", "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch.")}
         )
@@ -154,7 +149,7 @@ def _traces(
     model: nn.Module,
     optimizer: Optimizer,
     workload: Workload,
-    fake: FakeTensorMode,
+    fake: Callable[[Tensor], Tensor],
     recipe: Recipe,
     copies: list[tuple[int, int]],
 ) -> tuple[Batch, Trace, Trace | None]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from qlora.runtime.fake import is_fake, real_values
 
 PIECE = 16_384
 """tokens whose mask is drawn together, so that an operation may also go through long rows a piece at a time; one that
@@ -31,7 +32,7 @@ class Dropout(NamedTuple):
         mask = torch.empty_like(rows, dtype=torch.bool)
         for number, part in enumerate(mask.split(PIECE)):
             generator = None
-            if not isinstance(rows, FakeTensor):  # stands for numbers, has none
+            if not is_fake(rows):
                 generator = torch.Generator(rows.device).manual_seed(self.seed + number)
             part.bernoulli_(1 - self.rate, generator=generator)
         return mask
@@ -41,5 +42,5 @@ def draw(rate: float) -> Dropout | None:
     """The next mask of this rate; None for a rate of 0, for which nothing is drawn."""
     if not rate:
         return None
-    with unset_fake_temporarily():  # a forecast draws too: as often as the run does
+    with real_values():  # a forecast draws too: as often as the run does
         return Dropout(rate, int(torch.randint(2**62, (), device="cpu")))

@@ -22,6 +22,7 @@ from qlora.errors import ModelError
 from qlora.kernels import FusedOp
 from qlora.runtime.bnb import Linear4bit, Params4bit, QuantState, create_dynamic_map, get_4bit_type
 from qlora.runtime.device import on_cuda
+from qlora.runtime.fake import is_fake
 from qlora.runtime.phases import Allocation, announce
 
 __all__ = [
@@ -341,7 +342,7 @@ def _state(
 
 
 def _parameter(packed: Tensor, state: QuantState) -> Params4bit:
-    if type(packed) is not Tensor:  # a FakeTensor, which cannot become a Params4bit: only its shape matters
+    if is_fake(packed):  # it cannot become a Params4bit: only its shape matters
         parameter = nn.Parameter(packed, requires_grad=False)
         parameter.quant_state = state  # type: ignore[attr-defined]
         return parameter
