@@ -1,17 +1,17 @@
 """What fake tensors cannot tell, said in their stead: values that transformers asks for, shapes of some operations."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
 
 from qlora.data import Batch
 from qlora.runtime.fake import real_values
+from qlora.runtime.patches import rows_packed
 
 
 def faked(batch: Batch, fake: Callable[[Tensor], Tensor]) -> Batch:
@@ -25,26 +25,14 @@ def faked(batch: Batch, fake: Callable[[Tensor], Tensor]) -> Batch:
     )
 
 
-@contextmanager
-def as_packed(batch: Batch) -> Iterator[None]:
+def as_packed(batch: Batch) -> AbstractContextManager[None]:
     """Tell transformers whether rows hold several documents: it reads that from values, which fake tensors lack.
 
     Where none does it needs no attention mask, and takes another way through attention.
     """
     positions = batch.position_ids
     with real_values():
-        several = positions is not None and bool((positions.diff(dim=-1) != 1).any())
-    original = masking_utils.find_packed_sequence_indices
-
-    def find(position_ids: Tensor) -> Tensor | None:
-        found = original(position_ids)
-        return found if several else None
-
-    masking_utils.find_packed_sequence_indices = find
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
+        return rows_packed(positions is not None and bool((positions.diff(dim=-1) != 1).any()))
 
 
 def keep_all_layers(model: nn.Module) -> None:
