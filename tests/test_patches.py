@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from torch import nn
 from transformers import masking_utils
+from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora.runtime import patches
 
@@ -24,6 +26,10 @@ PATCHES: dict[str, tuple[Patch, Callable[[], Any]]] = {
     "rows_packed": (
         lambda: patches.rows_packed(packed=False),
         lambda: masking_utils.find_packed_sequence_indices,
+    ),
+    "quantizer_replaced": (
+        lambda: patches.quantizer_replaced("bitsandbytes_4bit", HfQuantizer),
+        lambda: auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"],
     ),
 }
 """each with a look at what it changes"""
@@ -86,3 +92,9 @@ def test_transformers_looks_for_packed_rows_as_we_know_it() -> None:
     assert "find_packed_sequence_indices(position_ids)" in inspect.getsource(
         masking_utils._preprocess_mask_arguments
     )
+
+
+def test_transformers_prepares_4_bit_weights_as_we_know_it() -> None:
+    assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is Bnb4BitHfQuantizer
+    prepare = Bnb4BitHfQuantizer._process_model_before_weight_loading
+    assert list(inspect.signature(prepare).parameters)[:2] == ["self", "model"]

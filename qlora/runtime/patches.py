@@ -79,6 +79,21 @@ def rows_packed(packed: bool) -> Iterator[None]:
 
 
 @contextmanager
+def quantizer_replaced(name: str, quantizer: type[Any]) -> Iterator[None]:
+    """transformers' `from_pretrained` quantizes with `quantizer` in place of its own of that name.
+
+    Changes: an entry of `transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING`.
+    Needed by: transformers 5.24, whose 4-bit quantizer leaves the block size at bitsandbytes' default.
+    Source: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/quantizers/auto.py
+    Unnecessary once: `BitsAndBytesConfig` has a block size.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    with _entry(AUTO_QUANTIZER_MAPPING, name, quantizer):
+        yield
+
+
+@contextmanager
 def _attribute(owner: Any, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
