@@ -62,6 +62,12 @@ WITHOUT_TORCH = (
     "storage/cache", "tracking", "runtime/signals", "runtime/streams", "training/run_folder",
 )  # fmt: skip
 
+# Words that only these files may use: what they stand for is known there and nowhere else.
+KNOWN_IN = {
+    "_subclasses": "runtime/fake.py",  # of torch: FakeTensorMode
+    "record_function": "runtime/phases.py",
+}
+
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
@@ -157,6 +163,13 @@ def test_libraries_are_opened_by_their_rooms_only() -> None:
 def test_there_is_one_backward() -> None:
     found = [path.name for path in files() for _ in re.findall(r"\.backward\(", path.read_text())]
     assert found == ["step.py"]
+
+
+@pytest.mark.parametrize(("word", "file"), KNOWN_IN.items())
+def test_words_stay_in_their_file(word: str, file: str) -> None:
+    pattern = re.compile(rf"\b{word}\b")
+    found = [path.relative_to(PACKAGE).as_posix() for path in files() if pattern.search(path.read_text())]
+    assert found == [file]
 
 
 def test_recorded_recipes_are_read_only_where_nothing_is_loaded_by_them() -> None:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora.errors import ModelError
 from qlora.model.load import KNOWN_ARCHITECTURES, compute_dtype, load_base, load_config, load_tokenizer
@@ -45,6 +48,31 @@ def test_a_pretrained_base_is_quantized_as_bitsandbytes_would(
         )
     for name in ("model.embed_tokens", "model.norm", "lm_head"):
         assert torch.equal(model.get_submodule(name).weight, original.get_submodule(name).weight)
+
+
+TABLES = """
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+tables = AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING, AttentionInterface(), AttentionMaskInterface()
+before = [dict(table) for table in tables]
+import qlora.training.train
+from qlora.model.varlen_attention import NAME
+assert [{key: value for key, value in table.items() if key != NAME} for table in tables] == before
+"""
+
+
+def test_the_package_leaves_the_tables_of_transformers_as_they_are() -> None:
+    """Our attention has a name of its own in one of them."""
+    subprocess.run([sys.executable, "-c", TABLES], check=True)
+
+
+def test_somebody_elses_quantization_is_not_ours(tiny_llama: Path) -> None:
+    """Neither our block size nor our quantizer, also after a base was loaded in this process."""
+    load_base(section(tiny_llama, block_size=128))
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=settings)
+    assert type(model.hf_quantizer) is Bnb4BitHfQuantizer
+    assert {m.weight.quant_state.blocksize for m in model.modules() if nf4.is_nf4(m)} == {64}
 
 
 def test_a_prequantized_checkpoint_loads_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from qlora.runtime import bnb
+from qlora.runtime.patches import KERNELS_FAILED, kernels_hidden
 
 PROGRAM = """
 import kernels, sys
@@ -40,11 +40,11 @@ def test_kernels_are_out_of_reach_only_while_bitsandbytes_is_imported(
     if before is not None:
         monkeypatch.setitem(sys.modules, "kernels", before)
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    with bnb._without_kernels():
+    with kernels_hidden():
         with pytest.raises(ImportError):
             import kernels  # noqa: F401
-        logger.warning(f"{bnb.ABSENT}: %s. Please install it", "import failed")
+        logger.warning(f"{KERNELS_FAILED}: %s. Please install it", "import failed")
         logger.warning("Something else")
     assert sys.modules.get("kernels") is before
-    logger.warning(bnb.ABSENT)
-    assert [record.getMessage() for record in caplog.records] == ["Something else", bnb.ABSENT]
+    logger.warning(KERNELS_FAILED)
+    assert [record.getMessage() for record in caplog.records] == ["Something else", KERNELS_FAILED]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from qlora.kernels import cross_entropy, dispatch, gate, norm, rotary, triton_kernels
 from qlora.kernels.dispatch import FusedOp
 from qlora.quantization import nf4
-from qlora.runtime.device import standing_for_cuda
+from qlora.runtime.fake import standing_for_cuda
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 

@@ -11,7 +11,6 @@ import torch
 from architectures_for_tests import ARCHITECTURES, recipe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from torch.profiler import record_function
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qlora.memory import forecast as forecasting
@@ -28,6 +27,7 @@ from qlora.objective.step import accumulate, evaluate
 from qlora.optim.methods import METHODS
 from qlora.recipe import Recipe
 from qlora.runtime.device import on_cuda
+from qlora.runtime.phases import Phase, announce
 
 SAMPLES = 3
 """combinations of settings tried with every architecture, drawn so that every pair of them occurs"""
@@ -45,7 +45,7 @@ def measured(recipe: Recipe, workload: Workload) -> Trace:
     with LiveBytes(inventory(model, optimizer)) as live:
         optimizer.zero_grad()
         accumulate(model, [workload.train], objective, seed=0, step=0)
-        with record_function("update"):
+        with announce(Phase.UPDATE):
             optimizer.clip(0.3)
             optimizer.step(1e-4)
         if workload.evaluation is not None:

@@ -34,7 +34,7 @@ from qlora.objective.causal_lm import loss_sum
 from qlora.objective.checks import check_head
 from qlora.objective.step import accumulate
 from qlora.recipe import Recipe
-from qlora.runtime.device import standing_for_cuda
+from qlora.runtime.fake import standing_for_cuda
 from qlora.training.run_folder import check_output, claim
 
 LAYERS, ROWS, TOKENS, HIDDEN = 5, 4, 32, 64

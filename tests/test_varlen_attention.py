@@ -28,7 +28,8 @@ from qlora.errors import ModelError
 from qlora.model.varlen_attention import NAME, arguments, attend, reads_documents
 from qlora.objective.causal_lm import loss_sum, supervised_states
 from qlora.objective.checks import read_documents_if_apart
-from qlora.runtime.device import standing_for_cuda, tokens_together
+from qlora.runtime.device import tokens_together
+from qlora.runtime.fake import standing_for_cuda
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 CONFIGS = {

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora.runtime.device import on_cuda
+from qlora.runtime.fake import is_fake
 
 Form = Callable[..., None]
 Example = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
@@ -35,7 +35,7 @@ class FusedOp:
         first: Tensor = arguments[0]
         if not on_cuda(first) or first.dtype not in TOLERANCE or not wanted():
             return self.plain(*arguments)
-        if isinstance(first, FakeTensor):
+        if is_fake(first):
             return None  # a forecast: the kernel takes no memory but its arguments
         place = first.device, first.dtype
         if place not in self._trusted:

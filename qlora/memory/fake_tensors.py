@@ -1,50 +1,38 @@
 """What fake tensors cannot tell, said in their stead: values that transformers asks for, shapes of some operations."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
 
 from qlora.data import Batch
+from qlora.runtime.fake import real_values
+from qlora.runtime.patches import rows_packed
 
 
-def faked(batch: Batch, fake: FakeTensorMode) -> Batch:
-    """The batch's shapes."""
+def faked(batch: Batch, fake: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with each tensor made fake."""
     positions = batch.position_ids
     return replace(
         batch,
-        input_ids=fake.from_tensor(batch.input_ids),
-        labels=fake.from_tensor(batch.labels),
-        position_ids=None if positions is None else fake.from_tensor(positions),
+        input_ids=fake(batch.input_ids),
+        labels=fake(batch.labels),
+        position_ids=None if positions is None else fake(positions),
     )
 
 
-@contextmanager
-def as_packed(batch: Batch) -> Iterator[None]:
+def as_packed(batch: Batch) -> AbstractContextManager[None]:
     """Tell transformers whether rows hold several documents: it reads that from values, which fake tensors lack.
 
     Where none does it needs no attention mask, and takes another way through attention.
     """
     positions = batch.position_ids
-    with unset_fake_temporarily():
-        several = positions is not None and bool((positions.diff(dim=-1) != 1).any())
-    original = masking_utils.find_packed_sequence_indices
-
-    def find(position_ids: Tensor) -> Tensor | None:
-        found = original(position_ids)
-        return found if several else None
-
-    masking_utils.find_packed_sequence_indices = find
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
+    with real_values():
+        return rows_packed(positions is not None and bool((positions.diff(dim=-1) != 1).any()))
 
 
 def keep_all_layers(model: nn.Module) -> None:

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import record_function
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.data import Batch
@@ -37,7 +35,8 @@ from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Recipe
-from qlora.runtime.device import standing_for_cuda
+from qlora.runtime.fake import faking
+from qlora.runtime.phases import Phase, announce
 
 KEPT_LAYERS = 3
 """of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
@@ -115,11 +114,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     few = KEPT_OFFLOADED if cuda and recipe.training.offload else KEPT_LAYERS
     kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
     small = _with_checkpointing(recipe, *kept[:2])
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as fake,
-        standing_for_cuda(cuda),
-        torch.random.fork_rng([]),
-    ):
+    with faking(cuda=cuda) as fake, torch.random.fork_rng([]):
         base = recipe.base.model_copy(
             update={"init": "synthetic", "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch.")}
         )
@@ -154,7 +149,7 @@ def _traces(
     model: nn.Module,
     optimizer: Optimizer,
     workload: Workload,
-    fake: FakeTensorMode,
+    fake: Callable[[Tensor], Tensor],
     recipe: Recipe,
     copies: list[tuple[int, int]],
 ) -> tuple[Batch, Trace, Trace | None]:
@@ -177,7 +172,7 @@ def _traces(
         accumulate(model, [batch], objective, seed=0, step=0)
 
     def to_loss(batch: Batch) -> None:
-        with record_function("forward"):
+        with announce(Phase.FORWARD):
             objective.loss(model, batch)
 
     def whole(trace: Trace) -> Trace:
@@ -196,9 +191,9 @@ def _traces(
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
     """The passes, the update after them, then the evaluation."""
-    rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), "update")]
+    rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), Phase.UPDATE)]
     if evaluation is not None:
-        marks.append(Mark(len(step.parts) + len(update), "evaluation"))
+        marks.append(Mark(len(step.parts) + len(update), Phase.EVALUATION))
         rows.append(evaluation.parts)
     return Trace(np.concatenate(rows), marks)
 
@@ -304,11 +299,11 @@ def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
     """Note in the trace when the passes enter and leave each decoder layer."""
 
     def enter(number: int, module: nn.Module, args: Any) -> None:
-        if live.clock.phase != "backward":  # there, a checkpointed layer runs forward again
+        if live.clock.phase != Phase.BACKWARD:  # there, a checkpointed layer runs forward again
             live.clock.mark(number)
 
     def leave(number: int, module: nn.Module, args: Any, output: Any) -> None:
-        if live.clock.phase == "backward":
+        if live.clock.phase == Phase.BACKWARD:
             return
         if (
             number == last

@@ -4,8 +4,7 @@ A dispatch mode sees every tensor that an operation returns. The first sight of 
 weak reference tells of its death. (The `MemTracker` of torch.distributed does this too, but refuses frozen
 parameters.) What an operation takes and returns to the allocator inside itself is not seen.
 
-The phases are those that `objective` and `training` announce with `torch.profiler.record_function`, so that a
-profiler shows the same words.
+The phases are those that `objective` and `training` announce, see `qlora.runtime.phases`.
 """
 
 import itertools
@@ -21,15 +20,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.parts import PARTS
-from qlora.model.offload import HOST
+from qlora.runtime.phases import Allocation, Phase
 
-PHASES = ("forward", "loss", "backward", "update", "evaluation")
-PARTS_BY_NAME = {"loss": "logits_and_loss", "dequantization": "dequantization"}
-"""what is announced by these names belongs to a part of its own; a dequantization is no phase"""
+PARTS_BY_NAME: dict[str, str] = {Phase.LOSS: "logits_and_loss", Allocation.DEQUANTIZATION: "dequantization"}
+"""what is announced by these names belongs to a part of its own"""
 ROUNDING = 512
 """bytes; torch's CUDA allocator hands out multiples of this"""
 
 _COLUMN = {part: index for index, part in enumerate(PARTS)}
+_PHASES: tuple[str, ...] = tuple(Phase)
 
 
 @dataclass(slots=True)
@@ -104,7 +103,7 @@ class Trace:
         """A step at `samples` points at most, each the highest moment of its stretch, for a picture."""
         totals = self.totals
         start = self.marks[0].index if self.marks else 0
-        later = (mark.index for mark in self.marks if mark.phase == "evaluation" and mark.index > start)
+        later = (mark.index for mark in self.marks if mark.phase == Phase.EVALUATION and mark.index > start)
         end = min(next(later, len(totals)), len(totals))
         edges = np.unique(np.linspace(start, end, min(samples, end - start) + 1).astype(int))
         picked = [int(a + totals[a:b].argmax()) for a, b in itertools.pairwise(edges)]
@@ -129,8 +128,8 @@ class _Clock:
     @property
     def phase(self) -> str:
         """An evaluation is one phase, whatever goes on within it."""
-        known = [name for name in self.stack if name in PHASES]
-        return "evaluation" if "evaluation" in known else known[-1] if known else ""
+        known = [name for name in self.stack if name in _PHASES]
+        return Phase.EVALUATION if Phase.EVALUATION in known else known[-1] if known else ""
 
     def mark(self, layer: int | None = None) -> None:
         """Note the phase and layer from here on."""
@@ -178,13 +177,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event.startswith("profiler::_record_function_enter"):
-            name = args[0] if args[0] in (*PHASES, *PARTS_BY_NAME, HOST) else None
+            name = args[0] if args[0] in (*Phase, *Allocation) else None
             self.clock.stack.append(name)
         elif self.clock.stack:
             name = self.clock.stack.pop()
         else:
             return
-        if name in PHASES:
+        if name in _PHASES:
             self.clock.mark()
 
     def _see(self, tensor: Tensor, part: str | None) -> None:
@@ -198,7 +197,7 @@ class LiveBytes(TorchDispatchMode):
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
         if size == 0:
             return
-        if HOST in self.clock.stack:
+        if Allocation.HOST in self.clock.stack:
             size = 0  # from here on, wherever it is seen again
         announced = [PARTS_BY_NAME[name] for name in self.clock.stack if name in PARTS_BY_NAME]
         if part is None and announced:
@@ -217,7 +216,7 @@ class LiveBytes(TorchDispatchMode):
     def trace(self) -> Trace:
         """What has happened so far."""
         changes = np.zeros((self.clock.now + 1, len(PARTS)), dtype=np.int64)
-        backwards = [mark.index for mark in self.clock.marks if mark.phase == "backward"]
+        backwards = [mark.index for mark in self.clock.marks if mark.phase == Phase.BACKWARD]
         for block in self._blocks:
             column = _COLUMN[block.part or _part(block, backwards)]
             changes[block.born, column] += block.size_bytes
@@ -228,7 +227,7 @@ class LiveBytes(TorchDispatchMode):
 
 def _part(block: _Block, backwards: Sequence[int]) -> str:
     """What a forward pass leaves for the backward pass is saved; everything else is in flight."""
-    if block.phase == "forward":
+    if block.phase == Phase.FORWARD:
         place = bisect_left(backwards, block.born)
         if place < len(backwards) and (block.died is None or block.died >= backwards[place]):
             return "saved_activations"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora.memory.live import Mark, Trace
+from qlora.runtime.phases import Phase
 
 
 def repeat(trace: Trace, layer: int, copies: int) -> Trace:
@@ -39,10 +40,10 @@ def repeat(trace: Trace, layer: int, copies: int) -> Trace:
         number = mark.layer + copies if mark.layer is not None and mark.layer > layer else mark.layer
         if mark.layer != layer:
             add(mark.index, end, mark, number)
-        elif mark.phase == "backward":
+        elif mark.phase == Phase.BACKWARD:
             for lifted in range(copies, -1, -1):
                 add(mark.index, end, mark, layer + lifted)
-        elif mark.phase == "forward":
+        elif mark.phase == Phase.FORWARD:
             for lifted in range(copies + 1):
                 add(mark.index, end, mark, layer + lifted)
         else:
@@ -54,7 +55,9 @@ def repeat(trace: Trace, layer: int, copies: int) -> Trace:
 def _growth(trace: Trace, layer: int) -> np.ndarray:
     """[parts]: what the forward pass through `layer` leaves alive."""
     (segment,) = [
-        (mark.index, end) for mark, end in trace.segments() if (mark.phase, mark.layer) == ("forward", layer)
+        (mark.index, end)
+        for mark, end in trace.segments()
+        if (mark.phase, mark.layer) == (Phase.FORWARD, layer)
     ]
     return trace.parts[segment[1] - 1] - trace.parts[segment[0] - 1]
 

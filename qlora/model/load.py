@@ -30,7 +30,7 @@ from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
-from qlora.quantization.transformers_loader import cast_dense, nf4_config, require_nf4
+from qlora.quantization.transformers_loader import block_size_heeded, cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
 from qlora.storage.safetensors_files import find_checkpoint
@@ -209,14 +209,15 @@ def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: boo
     """The checkpoint as transformers reads it, its linears quantized on the way if `quantize`."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            locate(base),
-            revision=_revision(base),
-            trust_remote_code=base.trust_remote_code,
-            dtype=dtype,
-            device_map={"": device},
-            **kwargs,
-        )
+        with block_size_heeded():
+            return AutoModelForCausalLM.from_pretrained(
+                locate(base),
+                revision=_revision(base),
+                trust_remote_code=base.trust_remote_code,
+                dtype=dtype,
+                device_map={"": device},
+                **kwargs,
+            )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(_load_problem(base, error)) from error
 

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-HOST = "host memory"
-"""announced with `record_function` while host memory is taken: a forecast has no other way to tell it from a GPU's"""
+from qlora.runtime.phases import Allocation, announce
 
 
 class HostEmbedding(nn.Module):
@@ -38,7 +36,7 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...], int64 -> [..., hidden]"""
-        with record_function(HOST):
+        with announce(Allocation.HOST):
             shape = ids.numel(), self.weight.shape[1]
             rows = torch.empty(shape, dtype=self.weight.dtype, pin_memory=self.device.type == "cuda")
             torch.index_select(self.weight, 0, ids.cpu().flatten(), out=rows)
@@ -52,7 +50,7 @@ class _Offloaded:
     def __init__(self, tensor: Tensor, below: Callable[[], "_Offloaded | None"]) -> None:
         self._below, self._home = below, tensor.device
         self._device: Tensor | None = None  # while there is no copy yet: the host may have no memory for one
-        with record_function(HOST):
+        with announce(Allocation.HOST):
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._copied = _copy(self._host, tensor)
         self._device = tensor

@@ -1,7 +1,6 @@
 """Bases without a checkpoint: of random weights, or of random NF4 codes made directly on the device."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qlora.adapter.targets import is_conv1d, is_linear, select
 from qlora.quantization import nf4
 from qlora.recipe import Base
+from qlora.runtime.patches import parameters_on_meta
 
 
 def random(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -29,7 +29,7 @@ def random(base: Base, config: Any, device: torch.device, dtype: torch.dtype) ->
 
 def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture with random values in their final form, never larger than that; works with fake tensors too."""
-    with _parameters_without_storage():
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
         )
@@ -54,26 +54,6 @@ def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model
-
-
-@contextmanager
-def _parameters_without_storage() -> Iterator[None]:
-    """Modules made meanwhile have parameters on the meta device, and real buffers: rotary frequencies are computed.
-
-    accelerate's `init_empty_weights` fails with the fake tensors of a forecast, with torch 2.11 at least.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _replace_linears(

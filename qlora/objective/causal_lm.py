@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import record_function
 
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.model import varlen_attention
@@ -15,6 +14,7 @@ from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import linear_cross_entropy
 from qlora.ops.dropout import rows_lie
 from qlora.runtime.device import tokens_together
+from qlora.runtime.phases import Phase, announce
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -
     """
     hidden, targets = hidden_states(model, batch)
     head = head_of(model)
-    with record_function("loss"):
+    with announce(Phase.LOSS):
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             head.weight,

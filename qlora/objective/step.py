@@ -7,8 +7,8 @@ The loss of an optimizer step is the sum of the token losses divided by the supe
 step, over all its micro-batches: K micro-batches equal one batch, whatever their lengths. (Averaging the
 micro-batches' means instead weighs tokens of short answers more: huggingface/transformers#34191.)
 
-The phases forward, loss, backward and evaluation are announced with `record_function`: a profiler shows them,
-and the memory room (`qlora.memory.live`) books live bytes by them.
+The phases forward, loss, backward and evaluation are announced (`qlora.runtime.phases`): a profiler shows them, and the
+memory room (`qlora.memory.live`) books live bytes by them.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from qlora.data import Batch
 from qlora.objective.causal_lm import CausalLM
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.dropout import drawn_by_row
+from qlora.runtime.phases import Phase, announce
 from qlora.runtime.seeds import fold_seed
 
 CAUSAL_LM = CausalLM()
@@ -54,9 +54,9 @@ def accumulate(
     for batch, first in list(zip(batches, first_rows, strict=False))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, first))  # for a model's own dropout
         with drawn_by_row(fold_seed(seed, step), first):
-            with record_function("forward"):
+            with announce(Phase.FORWARD):
                 loss = _divided(objective.loss(model, batch), weight)
-            with record_function("backward"):
+            with announce(Phase.BACKWARD):
                 loss.sum.backward()
         total = _added(total, loss)
     return total
@@ -76,7 +76,7 @@ def evaluate(
     Gradients and the training mode are left as they were.
     """
     total = Loss(torch.zeros((), device=next(model.parameters()).device))
-    with evaluation_mode(model), record_function("evaluation"):
+    with evaluation_mode(model), announce(Phase.EVALUATION):
         for batch in batches[rank::processes]:
             total = _added(total, objective.loss(model, batch))
     return total, sum(map(objective.weight, batches))

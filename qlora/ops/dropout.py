@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from qlora.runtime.fake import is_fake, real_values
 from qlora.runtime.seeds import fold_seed
 
 PIECE = 16_384
@@ -87,7 +87,7 @@ class Dropout(NamedTuple):
 
     def _draw(self, part: Tensor, *numbers: int) -> None:
         generator = None
-        if not isinstance(part, FakeTensor):  # stands for numbers, has none
+        if not is_fake(part):  # which has no numbers
             generator = torch.Generator(part.device).manual_seed(fold_seed(self.seed, *numbers))
         part.bernoulli_(1 - self.rate, generator=generator)
 
@@ -129,5 +129,5 @@ def draw(rate: float, layer: int | None = None) -> Dropout | None:
     if _now is not None and layer is not None:
         rows = _now.rows or Rows(_now.first, (), (), -1)
         return Dropout(rate, fold_seed(_now.seed, layer), rows)
-    with unset_fake_temporarily():  # a forecast draws too: as often as the run does
+    with real_values():  # a forecast draws too: as often as the run does
         return Dropout(rate, int(torch.randint(2**62, (), device="cpu")))

@@ -20,8 +20,8 @@ MIN_SIZE = 100_000
 def paged_zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zeroed CUDA tensor [size], fp32, int16 or uint8, in managed memory.
 
-    bitsandbytes has no call that frees such memory: it lives as long as the process. In a forecast, where a CPU
-    tensor stands for it, only the name is given.
+    bitsandbytes has no call that frees such memory: it lives as long as the process. A CPU has none: there it is an
+    ordinary tensor, which `is_paged` calls paged all the same.
     """
     tensor: Any
     if device.type == "cpu":

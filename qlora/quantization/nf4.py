@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.profiler import record_function
 
 from qlora.errors import ModelError, UsageError
 from qlora.kernels import FusedOp
 from qlora.runtime.bnb import Linear4bit, Params4bit, QuantState, create_dynamic_map, get_4bit_type
 from qlora.runtime.device import on_cuda
+from qlora.runtime.fake import is_fake
+from qlora.runtime.phases import Allocation, announce
 
 __all__ = [
     "Linear4bit",
@@ -122,7 +123,7 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     packed = weight.detach().view(torch.uint8).reshape(-1)
     if on_cuda(packed) and dtype in KERNEL_DTYPES and _is_doubly_quantized_nf4(state):
         inner = state.state2
-        with record_function("dequantization"):  # to who counts memory: the scratch
+        with announce(Allocation.DEQUANTIZATION):
             out = torch.empty(shape, dtype=dtype, device=packed.device)
         DEQUANTIZE(
             out, packed, state.absmax, inner.absmax, inner.code, state.offset, state.code,
@@ -348,7 +349,7 @@ def _state(
 
 
 def _parameter(packed: Tensor, state: QuantState) -> Params4bit:
-    if type(packed) is not Tensor:  # a FakeTensor, which cannot become a Params4bit: only its shape matters
+    if is_fake(packed):  # it cannot become a Params4bit: only its shape matters
         parameter = nn.Parameter(packed, requires_grad=False)
         parameter.quant_state = state  # type: ignore[attr-defined]
         return parameter

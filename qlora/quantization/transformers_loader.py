@@ -1,20 +1,24 @@
-"""How transformers is told about NF4: the settings of a recipe, and what its own loader leaves out."""
+"""Adds our block size to transformers' bitsandbytes loader, and checks and mends what it reads."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
 from qlora.recipe import Base
+from qlora.runtime.patches import quantizer_replaced
 
 
 def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' configuration of a base quantized to NF4 as the recipe says, computing in `dtype`."""
+    """bitsandbytes' configuration of a base quantized to NF4 as the recipe says, computing in `dtype`.
+
+    Its block size is heeded within `block_size_heeded` only.
+    """
     return _BlockSizedNF4Config(
         block_size=base.block_size,
         load_in_4bit=True,
@@ -22,6 +26,11 @@ def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def block_size_heeded() -> AbstractContextManager[None]:
+    """A context within which `from_pretrained` quantizes with the block size of an `nf4_config`."""
+    return quantizer_replaced("bitsandbytes_4bit", _BlockSizedNF4Quantizer)
 
 
 def require_nf4(base: Base, config: Any) -> None:
@@ -65,6 +74,3 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if nf4.is_nf4(module):
                 module.weight.blocksize = block_size
-
-
-AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _BlockSizedNF4Quantizer

@@ -1,29 +1,21 @@
-"""Which device's way a tensor takes through our operations.
+"""Which device's way a tensor takes through our operations: some do one thing on a GPU and another on a CPU."""
 
-Some of them do one thing on a GPU and another on a CPU. A forecast runs the step with fake CPU tensors, since
-torch without CUDA has no backward pass for fake CUDA tensors; where it is asked about a GPU, these tensors stand
-for the GPU's and take its way.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from qlora.errors import UsageError
+from qlora.runtime.fake import stood_for
 
 TOKENS_TOGETHER = 128
 """150 steps of the quickstart took 19.5 s and 0.86 GiB with multiples of 128, 19.7 s with 64, and 23.0 s and 1.53 GiB
 with none (two cores with AVX512-BF16, torch 2.13, 2026-11-29). In float32, where nothing is compiled, 128 costs 7%"""
 
-_standing_for_cuda = False
-
 
 def on_cuda(tensor: Tensor) -> bool:
     """Whether `tensor` lives on a GPU, or stands for one that does."""
-    return tensor.is_cuda or _standing_for_cuda
+    return stood_for(tensor.device).type == "cuda"
 
 
 def device_named(name: str) -> torch.device:
@@ -51,16 +43,5 @@ def tokens_together(device: torch.device, dtype: torch.dtype) -> int:
     LoRA's dropout draws the same mask for the tokens that are learned from. A model's own dropout, which OPT has for
     one, draws other numbers than without the filler.
     """
-    compiled = device.type == "cpu" and not _standing_for_cuda and dtype == torch.bfloat16
+    compiled = stood_for(device).type == "cpu" and dtype == torch.bfloat16
     return TOKENS_TOGETHER if compiled and multiplies_bfloat16() else 1
-
-
-@contextmanager
-def standing_for_cuda(wanted: bool = True) -> Iterator[None]:
-    """Within, CPU tensors stand for a GPU's. For fake tensors only: real ones would be computed another way."""
-    global _standing_for_cuda
-    before, _standing_for_cuda = _standing_for_cuda, wanted
-    try:
-        yield
-    finally:
-        _standing_for_cuda = before

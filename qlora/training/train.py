@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 
 from qlora.adapter.methods import METHODS
 from qlora.data import Batch, load_dataset, training_batches
@@ -31,6 +30,7 @@ from qlora.recipe import Recipe
 from qlora.report.page import write_page
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import DataParallel
+from qlora.runtime.phases import Phase, announce
 from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
@@ -184,7 +184,7 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
         processes=processes.count,
     )  # fmt: skip
     processes.reduce([*optimizer.gradients(), sums.sum, *sums.metrics.values()])
-    with record_function("update"):
+    with announce(Phase.UPDATE):
         norm = optimizer.clip(training.max_grad_norm)
     names, numbers = ["loss", "grad_norm", *sums.metrics], [sums.sum, norm, *sums.metrics.values()]
     values = torch.stack(
@@ -197,6 +197,6 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
             f"updated; the newest checkpoint in {Path(session.recipe.output) / 'checkpoints'} is intact. Try a lower "
             "optimizer.lr, or look at the rows of this step with `qlora data`"
         )
-    with record_function("update"):
+    with announce(Phase.UPDATE):
         optimizer.step(lr)
     return found

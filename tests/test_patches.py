@@ -1,0 +1,100 @@
+"""Changes to other libraries: what they replace is still there, as we know it, and comes back."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import masking_utils
+from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora.runtime import patches
+
+Patch = Callable[[], AbstractContextManager[None]]
+
+PATCHES: dict[str, tuple[Patch, Callable[[], Any]]] = {
+    "kernels_hidden": (patches.kernels_hidden, lambda: sys.modules.get("kernels", "not imported")),
+    "parameters_on_meta": (patches.parameters_on_meta, lambda: nn.Module.register_parameter),
+    "rows_packed": (
+        lambda: patches.rows_packed(packed=False),
+        lambda: masking_utils.find_packed_sequence_indices,
+    ),
+    "quantizer_replaced": (
+        lambda: patches.quantizer_replaced("bitsandbytes_4bit", HfQuantizer),
+        lambda: auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"],
+    ),
+}
+"""each with a look at what it changes"""
+
+
+def public() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(patches).items()
+        if isinstance(value, FunctionType) and value.__module__ == patches.__name__ and name[0] != "_"
+    }
+
+
+def test_every_patch_is_tested_and_says_what_needs_it() -> None:
+    assert set(PATCHES) == set(public())
+    for name, patch in public().items():
+        text = inspect.getdoc(patch) or ""
+        for line in (
+            r"Changes: ",
+            r"Needed by: \w+ \d+\.\d+",
+            r"Source: https://github\.com/",
+            r"Unnecessary once: ",
+        ):
+            assert re.search(rf"^{line}", text, re.MULTILINE), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patch_is_taken_back(name: str) -> None:
+    patch, changed = PATCHES[name]
+    before = changed()
+    with patch():
+        assert changed() is not before
+    assert changed() is before
+    with pytest.raises(KeyError), patch():
+        raise KeyError
+    assert changed() is before
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("parameters_on_meta", ["self", "name", "param"]), ("rows_packed", ["position_ids"])],
+)
+def test_a_replaced_function_is_called_as_we_know_it(name: str, parameters: list[str]) -> None:
+    patch, changed = PATCHES[name]
+    assert list(inspect.signature(changed()).parameters) == parameters
+    with patch():
+        assert list(inspect.signature(changed()).parameters) == parameters
+
+
+def test_bitsandbytes_asks_for_kernels_as_we_know_it() -> None:
+    package = find_spec("bitsandbytes")
+    assert package is not None
+    source = (Path(str(package.origin)).parent / "backends/cpu/ops.py").read_text()
+    assert "from kernels import get_kernel" in source
+    assert f'"{patches.KERNELS_FAILED}' in source
+    assert "logger = logging.getLogger(__name__)" in source
+
+
+def test_transformers_looks_for_packed_rows_as_we_know_it() -> None:
+    assert "find_packed_sequence_indices(position_ids)" in inspect.getsource(
+        masking_utils._preprocess_mask_arguments
+    )
+
+
+def test_transformers_prepares_4_bit_weights_as_we_know_it() -> None:
+    assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is Bnb4BitHfQuantizer
+    prepare = Bnb4BitHfQuantizer._process_model_before_weight_loading
+    assert list(inspect.signature(prepare).parameters)[:2] == ["self", "model"]
