@@ -14,6 +14,16 @@ from qlora.model.head import head_of
 from qlora.model.offload import HostEmbedding
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import evaluation_mode
+from qlora.recipe import Recipe
+
+
+def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
+    """Prove that the model can be trained by this recipe, and give it attention over documents if it takes it."""
+    check_vocabulary(model, tokenizer, recipe.base.model)
+    check_head(model)
+    read_documents_if_apart(model)
+    if recipe.data.packing:
+        check_packing(model)
 
 
 @torch.no_grad()

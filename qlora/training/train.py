@@ -23,7 +23,7 @@ from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.model.load import load_tokenizer
 from qlora.model.prepare import build
 from qlora.objective import objective_of
-from qlora.objective.checks import check_head, check_packing, check_vocabulary, read_documents_if_apart
+from qlora.objective.checks import check_model
 from qlora.objective.step import accumulate
 from qlora.optim import learning_rate
 from qlora.recipe import Recipe
@@ -96,11 +96,7 @@ def prepare(
         keep_freed_memory()
     model, optimizer = build(recipe, device)
     model = processes.shard(model)
-    check_vocabulary(model, tokenizer, recipe.base.model)
-    check_head(model)
-    read_documents_if_apart(model)
-    if recipe.data.packing:
-        check_packing(model)
+    check_model(model, tokenizer, recipe)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
     notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
