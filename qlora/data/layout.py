@@ -34,7 +34,7 @@ class Layout:
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
         self._parse = parser(section.format, section.columns)
-        self._everything = section.loss_on == "all"
+        self._everything = section.train_on == "all"
         self._raw = RawText(encoder)
         self._renderer = _renderer(section, tokenizer, encoder)
 
