@@ -42,12 +42,12 @@ METHODS = {
     "LoRA": ["base.quantization=none", "adapter.rank=64", "adapter.targets=all-linear"],
     "QLoRA": ["adapter.rank=64", "adapter.targets=all-linear"],
 }
-HOST = ["training.offload=true", "base.embedding=host"]
+HOST = ["training.activation_offloading=true", "base.embedding=host"]
 WAYS: dict[str, list[str]] = {
-    "nothing recomputed": ["training.gradient_checkpointing=false"],
-    "MLPs recomputed": ["training.gradient_checkpointing=false", "training.mlp_checkpointing=true"],
+    "nothing recomputed": ["training.activation_checkpointing=none"],
+    "MLPs recomputed": ["training.activation_checkpointing=mlp"],
     "all layers recomputed": [],
-    "and their inputs on the host": ["training.offload=true"],
+    "and their inputs on the host": ["training.activation_offloading=true"],
     "and the embedding": HOST,
 }
 LONG = [("Llama 3.1 8B", 16384), ("Llama 3.1 8B", 65536), ("Llama 3.1 70B", 4096)]

@@ -74,7 +74,7 @@ def plain(dataset: Dataset) -> Any:
             "max_length": st.sampled_from([8, 16, 64]),
             "too_long": st.sampled_from(["drop", "truncate"]),
             "packing": st.booleans(),
-            "loss_on": st.sampled_from(["completion", "all"]),
+            "train_on": st.sampled_from(["completion", "all"]),
             "template": st.sampled_from([None, "plain", "chatml"]),
             "limit": st.sampled_from([None, 30]),
         }

@@ -83,7 +83,7 @@ def test_the_fingerprint_follows_what_is_trained_and_nothing_else(hundred: Path,
     others = [
         load(write(tmp_path / "b.jsonl", changed)),
         load(write(tmp_path / "c.jsonl", rows[::-1])),
-        load(hundred, loss_on="all"),
+        load(hundred, train_on="all"),
         load(hundred, tokenizer=byte_level()),
         load(hundred, held_out=1),
     ]

@@ -182,7 +182,7 @@ def test_ids_are_those_of_transformers_up_to_the_last_trained_token(template: st
     assert tokenizer.decode(theirs[len(ours) :]).strip() == ""
 
 
-def test_loss_on_everything_trains_all_but_the_first_token() -> None:
+def test_training_on_everything_trains_all_but_the_first_token() -> None:
     for template in (template_text("alpaca"), LLAMA_2):
         encoded = encode(byte_level(bos=True), template, TWICE, everything=True)
         assert encoded.labels[0] == IGNORE_INDEX

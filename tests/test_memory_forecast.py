@@ -86,9 +86,9 @@ SAMPLED = [
 def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, number: int) -> None:
     # seven layers: more than are run for a forecast
     draw = random.Random(f"{architecture} {number}")
-    layers, mlps = ((True, False), (False, 4), (2, 3))[number % SAMPLES]
+    layers, mlps = ((7, 0), (0, 4), (2, 3))[number % SAMPLES]
     if architecture not in ("llama", "mistral", "qwen2", "qwen3"):
-        mlps = False
+        mlps = 0
     _, packing, optimizer, dtype, dropout, chunk = draw.choice(SETTINGS)
     made = recipe(
         tmp_path,
@@ -97,7 +97,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
         base={"compute_dtype": dtype},
         adapter={} if architecture == "gpt2" else {"dropout": dropout},
         data={"packing": packing},
-        training={"gradient_checkpointing": layers, "mlp_checkpointing": mlps, "loss_chunk": chunk},
+        training={"activation_checkpointing": {"full": layers, "mlp": mlps}, "loss_chunk": chunk},
         optimizer={"name": optimizer},
     )
     workload = assumed(made)
@@ -163,8 +163,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
         training={
             "micro_batch_size": rows,
             "global_batch_size": rows,
-            "gradient_checkpointing": checkpointed,
-            "mlp_checkpointing": mlps,
+            "activation_checkpointing": {"full": checkpointed, "mlp": mlps},
         },
     )
     config("llama", **shape).save_pretrained(tmp_path)
@@ -173,19 +172,19 @@ def test_forecast_and_measurement_agree_for_any_shape(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "checkpointing", "mlps", "offload"),
+    ("architecture", "checkpointing", "offload"),
     [
-        ("llama", True, 0, False),
-        ("qwen2", 4, 3, False),
-        ("qwen3", 7, 2, True),
+        ("llama", "full", False),
+        ("qwen2", {"full": 4, "mlp": 3}, False),
+        ("qwen3", {"full": 7, "mlp": 2}, True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ("qwen3", False, 0, False),
-                ("phi3", 5, 0, False),
-                ("mistral", False, 5, False),
-                ("llama", True, 0, True),
-                ("phi3", 8, 0, True),
+                ("qwen3", "none", False),
+                ("phi3", {"full": 5}, False),
+                ("mistral", {"mlp": 5}, False),
+                ("llama", "full", True),
+                ("phi3", {"full": 8}, True),
             )
         ),
     ],
@@ -195,7 +194,6 @@ def test_a_few_layers_tell_what_all_of_them_do(
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     checkpointing: Any,
-    mlps: int,
     offload: bool,
 ) -> None:
     made = recipe(
@@ -203,9 +201,8 @@ def test_a_few_layers_tell_what_all_of_them_do(
         architecture,
         layers=11,
         training={
-            "gradient_checkpointing": checkpointing,
-            "mlp_checkpointing": mlps,
-            "offload": offload,
+            "activation_checkpointing": checkpointing,
+            "activation_offloading": offload,
             "micro_batch_size": 4,
         },
         data={"held_out": 0},  # an evaluation is the same in every layer, and not stretched

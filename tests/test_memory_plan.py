@@ -16,6 +16,7 @@ from qlora.memory.architecture import architecture
 from qlora.memory.estimate import estimate
 from qlora.memory.forecast import forecast
 from qlora.memory.plan import Plan, needed, plan, sized
+from qlora.memory.plan import changed as with_training
 from qlora.memory.run_memory import RunMemory
 from qlora.memory.workload import assumed
 from qlora.model.load import load_tokenizer
@@ -39,10 +40,6 @@ def planned(recipe: Recipe, budget: int) -> Plan:
     return plan(recipe, arch, lambda changed: sized(changed, workload), budget, cuda=False)
 
 
-def with_training(recipe: Recipe, **changes: Any) -> Recipe:
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
-
-
 def takes(recipe: Recipe) -> int:
     return needed(forecast(recipe, assumed(recipe), architecture(recipe, cuda=False), cuda=False))
 
@@ -61,14 +58,16 @@ def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
 def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
     """MLPs are recomputed before whole layers are, and one part of one layer less would not fit."""
     made = with_training(made, global_batch_size=1)
-    least, most = (takes(with_training(made, gradient_checkpointing=layers)) for layers in (LAYERS, 0))
+    least, most = (
+        takes(with_training(made, activation_checkpointing={"full": layers})) for layers in (LAYERS, 0)
+    )
     found = planned(made, int(least + share * (most - least)))
     whole, mlps = found.checkpointed_layers, found.checkpointed_mlps
     assert takes(found.apply(made)) == found.needed_bytes <= found.budget_bytes
     assert mlps > 0
     assert whole == 0 or whole + mlps == LAYERS
     fewer = (whole - 1, mlps + 1) if whole else (0, mlps - 1)
-    spared = with_training(found.apply(made), gradient_checkpointing=fewer[0], mlp_checkpointing=fewer[1])
+    spared = with_training(found.apply(made), activation_checkpointing={"full": fewer[0], "mlp": fewer[1]})
     assert takes(spared) > found.budget_bytes
 
 
@@ -76,7 +75,7 @@ def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
 def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> None:
     made = with_training(made, global_batch_size=1)
     counts = (max(0, level - LAYERS), LAYERS - abs(level - LAYERS))
-    exactly = with_training(made, gradient_checkpointing=counts[0], mlp_checkpointing=counts[1])
+    exactly = with_training(made, activation_checkpointing={"full": counts[0], "mlp": counts[1]})
     found = planned(made, takes(exactly))
     level_found = 2 * found.checkpointed_layers + found.checkpointed_mlps
     assert level_found <= level
@@ -85,13 +84,14 @@ def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> N
 
 def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
     made = recipe(tmp_path, "opt", layers=4, training={"global_batch_size": 1, "micro_batch_size": 1})
-    least, most = (takes(with_training(made, gradient_checkpointing=layers)) for layers in (4, 0))
+    least, most = (takes(with_training(made, activation_checkpointing={"full": layers})) for layers in (4, 0))
     found = planned(made, (least + most) // 2)
     assert 0 < found.checkpointed_layers < 4
     assert found.checkpointed_mlps == 0
-    wrong = with_training(made, gradient_checkpointing=False, mlp_checkpointing=True)
+    wrong = with_training(made, activation_checkpointing="mlp")
     with pytest.raises(
-        RecipeError, match=r"no layers of ours, whose MLP can be recomputed alone.*mlp_checkpointing=false"
+        RecipeError,
+        match=r"no layers of ours, whose MLP can be recomputed alone.*activation_checkpointing=full, or none",
     ):
         takes(wrong)
 
@@ -111,14 +111,14 @@ def test_where_nothing_fits_inputs_go_to_the_host(tmp_path: Path) -> None:
     smallest = with_training(made, micro_batch_size=1, loss_chunk=256)
     least, less = (
         needed(forecast(one, sized(one, assumed(made)), arch, cuda=True))
-        for one in (smallest, with_training(smallest, offload=True))
+        for one in (smallest, with_training(smallest, activation_offloading=True))
     )
     assert not planned_within(least).offload
     found = planned_within(least - 1)
     assert found.offload
     assert found.needed_bytes < least
-    assert found.apply(made).training.offload
-    assert "offload=true" in found.why
+    assert found.apply(made).training.activation_offloading
+    assert "activation_offloading=true" in found.why
     with pytest.raises(OutOfMemoryError, match=r"training\.memory: one row"):
         planned_within(less - 1)
 
@@ -127,7 +127,7 @@ def test_what_a_plan_makes_of_a_recipe_can_be_written_and_read(made: Recipe, tmp
     file = tmp_path / "planned.yaml"
     made = with_training(made, global_batch_size=2)
     for offload, budget in ((True, int(2.5 * MIB)), (False, 100 * MIB)):  # some is recomputed, and nothing is
-        wanted = with_training(made, offload=offload, memory="100MiB")
+        wanted = with_training(made, activation_offloading=offload, memory="100MiB")
         found = planned(wanted, budget)
         assert (found.checkpointed_layers + found.checkpointed_mlps > 0) == offload
         applied = found.apply(wanted)
@@ -141,7 +141,7 @@ def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_p
     tight = train(Recipe.load(file, [f"output={tmp_path}/tight", "training.memory=2MiB"]), terminal=False)
     assert plain.loss_after == pytest.approx(tight.loss_after, rel=1e-4)
     chosen = json.loads((tmp_path / "tight/run.json").read_text())["plan"]
-    assert chosen["gradient_checkpointing"] + chosen["mlp_checkpointing"] > 0
+    assert sum(chosen["activation_checkpointing"].values()) > 0
     memory = json.loads((tmp_path / "tight/memory.json").read_text())
     assert memory["measured"]["total_bytes"] <= 2 * MIB
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
@@ -170,7 +170,7 @@ def test_a_resumed_run_keeps_its_plan(
 
 def test_changes_make_it_fit_and_the_cheapest_comes_first(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=6, training={"global_batch_size": 4})
-    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False, mlp_checkpointing=2)
+    large = with_training(made, micro_batch_size=4, activation_checkpointing={"mlp": 2})
     whole = takes(large)
     found = estimate(large, 600 * MIB)
     assert found.fits
@@ -180,9 +180,7 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(tmp_path: Path) -> Non
     tight = estimate(large, context + whole // 2)
     assert not tight.fits
     assert tight.changes[0].settings[0].startswith("training.micro_batch_size=")
-    assert tight.changes[1].settings == (
-        "training.gradient_checkpointing=true training.mlp_checkpointing=false",
-    )
+    assert tight.changes[1].settings == ("training.activation_checkpointing=full",)
     for change in tight.changes:
         assert change.needed_bytes <= context + whole // 2
         file = tmp_path / "large.yaml"
@@ -193,10 +191,10 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_of_a_change_the_mildest_that_fits_is_advised_and_nothing_where_none_does(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=6, training={"global_batch_size": 4})
-    large = with_training(made, micro_batch_size=4, gradient_checkpointing=False, mlp_checkpointing=2)
+    large = with_training(made, micro_batch_size=4, activation_checkpointing={"mlp": 2})
     context = estimate(large, 600 * MIB).needed_bytes - takes(large)
-    mild = estimate(large, context + takes(with_training(large, mlp_checkpointing=True)))
-    assert ("training.mlp_checkpointing=true",) in [change.settings for change in mild.changes]
+    mild = estimate(large, context + takes(with_training(large, activation_checkpointing="mlp")))
+    assert ("training.activation_checkpointing=mlp",) in [change.settings for change in mild.changes]
     nothing = estimate(large, context // 2)
     assert not nothing.changes
     assert "smaller model" in list(nothing.lines())[-1]
@@ -214,7 +212,7 @@ def test_what_costs_time_alone_is_advised_before_what_is_learned_changes(tmp_pat
     single = with_training(made, micro_batch_size=1)
     least = needed(forecast(single, sized(single, assumed(made)), arch, cuda=True))
     settings = [change.settings for change in estimate(made, least - 1).changes]
-    assert settings[0] == ("training.micro_batch_size=1", "training.offload=true")
+    assert settings[0] == ("training.micro_batch_size=1", "training.activation_offloading=true")
     assert settings[1:] == [("data.max_length=128",)]
 
 

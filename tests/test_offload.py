@@ -23,6 +23,7 @@ from qlora.memory.estimate import estimate
 from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.live import LiveBytes
 from qlora.memory.parts import PARTS
+from qlora.memory.plan import changed
 from qlora.memory.run_memory import _told
 from qlora.memory.workload import assumed
 from qlora.model import offload
@@ -207,8 +208,7 @@ def foreseen(made: Recipe, *, cuda: bool = True) -> Forecast:
 
 def test_forecasts_know_what_lies_on_the_host(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=9, training={"micro_batch_size": 4, "global_batch_size": 4})
-    training = made.training.model_copy(update={"offload": True})
-    offloaded = made.model_copy(update={"training": training})
+    offloaded = changed(made, activation_offloading=True)
     parts, less = (foreseen(one).trace.peak()[1] for one in (made, with_base(made, embedding="host")))
     table = 512 * HIDDEN * 4  # of fp32
     assert parts["base_unquantized"] - less["base_unquantized"] == table
@@ -248,16 +248,16 @@ def test_both_are_among_the_advice(tmp_path: Path) -> None:
         )
         whole = estimate(made).needed_bytes
         found[name] = [change.settings for change in estimate(made, whole - 2**15).changes]
-    assert ("training.offload=true",) in found["llama"]
+    assert ("training.activation_offloading=true",) in found["llama"]
     assert ("base.embedding=host",) in found["llama"]
-    assert ("training.offload=true",) in found["qwen2"]
+    assert ("training.activation_offloading=true",) in found["qwen2"]
     assert ("base.embedding=host",) not in found["qwen2"]
 
 
 def test_a_run_goes_on_with_or_without_them(tmp_path: Path) -> None:
     made = recipe(tmp_path / "model", "llama", data={"held_out": 0})
     claim(made, tmp_path / "run", resume=False, fresh=False)
-    offloaded = made.model_copy(update={"training": made.training.model_copy(update={"offload": True})})
+    offloaded = changed(made, activation_offloading=True)
     assert check_output(with_base(offloaded, embedding="host"), tmp_path / "run", resume=True, fresh=False)
 
 

@@ -155,6 +155,9 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "data.held_out": st.just(0) | st.integers(0, 99) | st.floats(0.01, 0.99) | TEXT,
     "training.save_every": st.none() | COUNT,
     "training.samples": st.integers(0, 9),
+    "training.activation_checkpointing": st.sampled_from(["none", "mlp", "full"])
+    | st.fixed_dictionaries({}, optional={"full": st.integers(0, 99), "mlp": st.integers(0, 99)}),
+    "training.activation_offloading": st.booleans(),
     "optimizer.name": st.sampled_from(["adamw", "lion_8bit"]),
     "optimizer.lr": st.floats(1e-12, 10),
     "optimizer.betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
@@ -234,8 +237,8 @@ def test_every_setting_is_read_somewhere() -> None:
     source = "\n".join(p.read_text() for p in package.rglob("*.py") if "recipe" not in p.parts)
     leaves = {name.rpartition(".")[2] for name in flatten(Recipe.load("quickstart").to_dict())}
     unread = {name for name in leaves if not re.search(rf"\.{name}\b", source)}
-    # alpha is read as resolved_alpha, a tracker's section by its name
-    assert unread - {"alpha"} - set(BACKENDS) == set()
+    # alpha is read as resolved_alpha, a tracker's section by its name, version by the reader
+    assert unread - {"alpha", "version"} - set(BACKENDS) == set()
     assert ".resolved_alpha" in source
 
 

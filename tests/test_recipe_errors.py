@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qlora.errors import RecipeError
 from qlora.recipe import Recipe
-from qlora.recipe.fields import at, names
+from qlora.recipe.fields import at, names, options
 from qlora.recipe.problems import SECRET
 from qlora.recipe.reading import MAX_PROBLEMS, read
 
@@ -101,7 +101,7 @@ NOT = {
     "integer": ["x", "'3'", "2.5", "true", "[1]", "{a: 1}", "-1", "010", "1_000", "1:30", ".nan", "3.0"],
     "number": ["x", "'1e-4'", "true", "-1", ".nan", ".inf", "1e400", "1_0.0", "[1]", "no", "{a: 1}", "1e-4x"],
     "boolean": ["on", "yes", "off", "1", "'true'", "null", "[true]", "tRUE"],
-    "boolean or count": ["on", "yes", "-1", "2.5", "'true'", "null", "[true]", "tRUE"],
+    "word or mapping": ["nonsense", "true", "3", "[full]", "null", "''", "2.5"],
     "enum": ["nonsense", "true", "3", "[nf4]", "null", "''", "{a: 1}"],
     "string": ["3", "true", "1e5", "[x]", "{b: c}", "''"],
     "list": ["3", "x", "{a: 1}", "null", "[[1]]"],
@@ -112,8 +112,8 @@ ANYTHING = ["data.held_out"]  # a share, a number or a path: nearly everything f
 
 def kind(key: str) -> str:
     node = at(tuple(key.split(".")), SCHEMA)
-    if {option.get("type") for option in node.get("anyOf", [])} == {"boolean", "integer"}:
-        return "boolean or count"
+    if {option.get("type") for option in options(node, SCHEMA)} == {"string", "object"}:
+        return "word or mapping"
     node = next((option for option in node.get("anyOf", []) if option.get("type") != "null"), node)
     return "enum" if "enum" in node else str(node.get("type"))
 
@@ -196,7 +196,7 @@ CASES = {
     # other frameworks' names
     "optimizer: {learning_rate: 1}": "3:13: optimizer.learning_rate: unknown key; did you mean 'lr'?",
     "gradient_accumulation_steps: 4": "did you mean 'training.global_batch_size'?",
-    "zzz: 4": "3:1: zzz: unknown key; a recipe has base, adapter, data, training, optimizer, tracking,",
+    "zzz: 4": "3:1: zzz: unknown key; a recipe has version, base, adapter, data, training, optimizer, tracking,",
     # values that YAML invites
     "base: {model: m, double_quant: on}": "must be true or false (you wrote on); write true",
     "training: {seed: 007}": "must be an integer of at least 0 (you wrote 007); write 7",
@@ -220,15 +220,23 @@ CASES = {
     "base: {model: m, quantization: none, block_size: 64}": "base.block_size: has no effect with",
     "base: {model: ./m, revision: x}": "base.revision: has no effect with base.model: ./m",
     "data: {source: x.jsonl.gz, split: train}": "data.split: has no effect with data.source: x.jsonl.gz",
-    "data: {source: s, format: completion, loss_on: all}": "data.loss_on: has no effect with data.format:",
+    "data: {source: s, format: completion, train_on: all}": "data.train_on: has no effect with data.format:",
     "data: {source: s, format: text, template: plain}": "data.template: has no effect with data.format: text",
     "data: {source: s, held_out: 0}\ntraining: {samples: 3}": "training.samples: has no effect with",
     "training: {samples: 0, sample_tokens: 9}": "training.sample_tokens: has no effect with",
     "training: {save_every: null, keep_checkpoints: 3}": "has no effect with training.save_every: null",
     "optimizer: {name: lion, eps: 1e-6}": "optimizer.eps: has no effect with optimizer.name: lion",
     "tracking: {wandb: {mode: disabled, tags: [a]}}": "has no effect with tracking.wandb.mode: disabled",
-    "training: {mlp_checkpointing: 4}": "gradient_checkpointing: true recomputes every layer whole; set that to false",
-    "training: {offload: true, gradient_checkpointing: false}": "3:12: training.offload: is of the inputs of recom",
+    "training: {activation_checkpointing: mpl}": "none, mlp, full or a mapping of full and mlp (you wrote mpl); did",
+    "training: {activation_checkpointing: 3}": "must be none, mlp, full or a mapping of full and mlp (you wrote 3)",
+    "training: {activation_checkpointing: null}": "none, mlp, full or a mapping of full and mlp (you wrote null)",
+    "training: {activation_checkpointing: {full: -1}}": "3:39: training.activation_checkpointing.full: must be an int",
+    "training: {activation_checkpointing: {mlps: 1}}": "checkpointing.mlps: unknown key; did you mean 'mlp'?",
+    "training: {activation_checkpointing: {layers: 1}}": "unknown key; training.activation_checkpointing has full, mlp",
+    "training: {activation_offloading: true, activation_checkpointing: none}": "3:12: training.activation_offloading:",
+    "training: {activation_offloading: true, activation_checkpointing: mlp}": "is of the inputs of layers",
+    "training: {activation_offloading: true, activation_checkpointing: {mlp: 2}}": "inputs of layers that are",
+    "base: {model: m, quantization: none}\nadapter: {method: full}\ntraining: {activation_checkpointing: mlp}": "mlp",
     "base: {model: m, quantization: none, embedding: host}\nadapter: {method: full}": "embedding: is for a frozen",
     "training: {micro_batch_size: 3}": "global_batch_size (16) must be a multiple of micro_batch_size (3),",
     "training: {global_batch_size: 6}": "3:12: training.global_batch_size: global_batch_size (6) must be a",

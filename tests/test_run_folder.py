@@ -17,7 +17,7 @@ from qlora.training.result import TrainResult
 from qlora.training.run_folder import CONTENTS, RESULTS, claim, earlier_plan, finished
 
 SETTINGS: dict[str, Any] = {"base": {"model": "bundled/base"}, "data": {"source": "rows.jsonl"}}
-PLAN = {"micro_batch_size": 2, "gradient_checkpointing": False}
+PLAN = {"micro_batch_size": 2, "activation_checkpointing": "none"}
 SUMMARY: dict[str, Any] = {
     "run": "runs/a", "result": "runs/a/adapter", "steps": 4, "total_steps": 4, "loss_before": 2.0, "loss_after": None,
     "memory": {"resident_bytes": 1, "allocated_bytes": None, "reserved_bytes": None},
@@ -276,11 +276,22 @@ def test_what_others_keep_in_a_runs_folder_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [{"micro_batch_size": "4"}, {"micro_batch_size": 0}, {"nonsense": 1}, [1], {"loss_chunk": -1}],
+    [
+        {"micro_batch_size": "4"},
+        {"micro_batch_size": 0},
+        {"nonsense": 1},
+        [1],
+        {"loss_chunk": -1},
+        {"activation_checkpointing": "x"},
+    ],
     ids=str,
 )
 def test_a_damaged_plan_is_taken_from_the_checkpoint(tmp_path: Path, plan: object) -> None:
-    right = {"micro_batch_size": 2, "gradient_checkpointing": 0, "mlp_checkpointing": 3, "offload": False}
+    right = {
+        "micro_batch_size": 2,
+        "activation_checkpointing": {"full": 0, "mlp": 3},
+        "activation_offloading": False,
+    }
     run = claim(recipe(), tmp_path / "run", resume=False, fresh=False, plan=right)
     assert earlier_plan(run.path) == right
     (run.path / "run.json").write_text(json.dumps({"run_id": run.run_id, "plan": plan}))

@@ -225,5 +225,5 @@ def test_gemma_caps_and_scales_are_read_from_the_configuration() -> None:
 
 
 def test_a_model_without_layers_to_checkpoint_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="gradient_checkpointing=false"):
+    with pytest.raises(RecipeError, match="activation_checkpointing=none"):
         checkpoint_layers(torch.nn.Linear(2, 2))

@@ -33,7 +33,7 @@ class Layout:
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
         self._parse = FORMATS[section.format].parser(section.columns)
-        self._everything = section.loss_on == "all"
+        self._everything = section.train_on == "all"
         self._raw = RawText(encoder)
         self._renderer = _renderer(section, tokenizer, encoder)
 

@@ -8,6 +8,7 @@ from qlora.memory.architecture import Architecture, architecture
 from qlora.memory.forecast import forecast
 from qlora.memory.plan import SMALL_LOSS_CHUNK, changed, needed, sized
 from qlora.memory.workload import Workload, resized
+from qlora.model.prepare import checkpointed
 from qlora.recipe import Recipe
 
 SMALLEST_RANK = 8
@@ -122,20 +123,22 @@ def _micro_batch(recipe: Recipe, _: Architecture) -> Steps:
 
 
 def _checkpointing(recipe: Recipe, arch: Architecture) -> Steps:
-    training = recipe.training
-    if training.gradient_checkpointing is True:
-        return
+    key = "activation_checkpointing"
+    whole, mlps = checkpointed(recipe, arch.layers)
     _, mlp_alone = arch.recomputed
-    if mlp_alone is not None and training.mlp_checkpointing is not True:
-        yield changed(recipe, mlp_checkpointing=True), "training.mlp_checkpointing=true"
-    beside = " training.mlp_checkpointing=false" if training.mlp_checkpointing else ""
-    whole = changed(recipe, gradient_checkpointing=True, mlp_checkpointing=False)
-    yield whole, f"training.gradient_checkpointing=true{beside}"
+    if mlp_alone is not None and whole + mlps < arch.layers:
+        others = arch.layers - whole
+        if whole:
+            yield changed(recipe, **{key: {"full": whole, "mlp": others}}), f"training.{key}.mlp={others}"
+        else:
+            yield changed(recipe, **{key: "mlp"}), f"training.{key}=mlp"
+    if whole < arch.layers:
+        yield changed(recipe, **{key: "full"}), f"training.{key}=full"
 
 
-def _offload(recipe: Recipe, _: Architecture) -> Steps:
-    if recipe.training.gradient_checkpointing and not recipe.training.offload:
-        yield changed(recipe, offload=True), "training.offload=true"
+def _offload(recipe: Recipe, arch: Architecture) -> Steps:
+    if checkpointed(recipe, arch.layers)[0] and not recipe.training.activation_offloading:
+        yield changed(recipe, activation_offloading=True), "training.activation_offloading=true"
 
 
 def _embedding(recipe: Recipe, arch: Architecture) -> Steps:

@@ -34,7 +34,7 @@ from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
-from qlora.recipe import Recipe
+from qlora.recipe import Checkpointing, Recipe
 from qlora.runtime.fake import faking
 from qlora.runtime.phases import Phase, announce
 
@@ -111,7 +111,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     >>> forecast(recipe, assumed(recipe), architecture(recipe, cuda=True), cuda=True).total_bytes
     """
     whole, mlps = checkpointed(recipe, arch.layers)
-    few = KEPT_OFFLOADED if cuda and recipe.training.offload else KEPT_LAYERS
+    few = KEPT_OFFLOADED if cuda and recipe.training.activation_offloading else KEPT_LAYERS
     kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
     small = _with_checkpointing(recipe, *kept[:2])
     with faking(cuda=cuda) as fake, torch.random.fork_rng([]):
@@ -129,7 +129,7 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     trace = _joined(step, update, evaluation)
     rows = trace.parts + standing + optimizer_state
     if cuda:
-        rows = rows + _beside_the_tensors(rows, offload=recipe.training.offload)
+        rows = rows + _beside_the_tensors(rows, offload=recipe.training.activation_offloading)
     trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
     total = sum(parameter.numel() for parameter in arch.model.parameters())
     return Forecast(
@@ -268,7 +268,7 @@ def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -
     """
     embedding = arch.model.get_input_embeddings().weight
     found = embedding.nbytes if recipe.base.embedding == "host" else 0
-    if recipe.training.offload and layers:
+    if recipe.training.activation_offloading and layers:
         tokens = batch.input_ids.numel() if arch.padded else batch.tokens
         hidden = arch.config.get_text_config().hidden_size
         found += layers * (1 << (tokens * hidden * embedding.itemsize - 1).bit_length())
@@ -288,9 +288,8 @@ def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int
 
 
 def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
-    training = recipe.training.model_copy(
-        update={"gradient_checkpointing": layers, "mlp_checkpointing": mlps}
-    )
+    setting = Checkpointing(full=layers, mlp=mlps)
+    training = recipe.training.model_copy(update={"activation_checkpointing": setting})
     return recipe.model_copy(update={"training": training})
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from qlora.errors import OutOfMemoryError
-from qlora.recipe import Recipe
+from qlora.recipe import Recipe, Training
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
             f"training.micro_batch_size={training.micro_batch_size // 2}"
             if training.micro_batch_size > 1
             else "",
-            _offload(recipe) if training.gradient_checkpointing is True else _whole_layers(recipe),
+            _recompute_or_offload(training),
             f"data.max_length={recipe.data.max_length // 2}",
         ]
         raise OutOfMemoryError(
@@ -29,11 +29,7 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def _offload(recipe: Recipe) -> str:
-    return "" if recipe.training.offload else "training.offload=true"
-
-
-def _whole_layers(recipe: Recipe) -> str:
-    """The setting that recomputes every layer, as it fits beside the recipe's others."""
-    beside = " training.mlp_checkpointing=false" if recipe.training.mlp_checkpointing else ""
-    return f"training.gradient_checkpointing=true{beside}"
+def _recompute_or_offload(training: Training) -> str:
+    if training.activation_checkpointing != "full":
+        return "training.activation_checkpointing=full"
+    return "" if training.activation_offloading else "training.activation_offloading=true"

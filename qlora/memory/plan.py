@@ -12,12 +12,13 @@ micro-batches.
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qlora.errors import OutOfMemoryError
 from qlora.memory.architecture import Architecture
 from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.workload import Workload, resized
-from qlora.recipe import Recipe
+from qlora.recipe import Recipe, Training
 from qlora.recipe.sizes import unit_for
 
 DEQUANTIZATION_TOKENS = 300
@@ -43,13 +44,12 @@ class Plan:
     budget_bytes: int
 
     @property
-    def settings(self) -> dict[str, int | bool]:
+    def settings(self) -> dict[str, Any]:
         """The plan as keys of the recipe's section `training`."""
         return {
             "micro_batch_size": self.micro_batch_size,
-            "gradient_checkpointing": self.checkpointed_layers,
-            "mlp_checkpointing": self.checkpointed_mlps,
-            "offload": self.offload,
+            "activation_checkpointing": {"full": self.checkpointed_layers, "mlp": self.checkpointed_mlps},
+            "activation_offloading": self.offload,
             "loss_chunk": self.loss_chunk,
         }
 
@@ -63,15 +63,13 @@ class Plan:
         recomputed = f"{self.checkpointed_layers} of {self.layers} layers"
         if self.checkpointed_layers in (0, self.layers):
             recomputed = f"all {self.layers} layers" if self.checkpointed_layers else "no layer"
-        mlps = more = ""
-        if self.checkpointed_mlps:
-            mlps = f"mlp_checkpointing={self.checkpointed_mlps}, "
-            more = f", the MLP alone in {self.checkpointed_mlps}"
-        offload = "offload=true, " if self.offload else ""
+        more = f", the MLP alone in {self.checkpointed_mlps}" if self.checkpointed_mlps else ""
+        offload = "activation_offloading=true, " if self.offload else ""
         unit = unit_for(self.budget_bytes)
         return (
             f"plan for {unit.text(self.budget_bytes)}: micro_batch_size={self.micro_batch_size}, "
-            f"gradient_checkpointing={self.checkpointed_layers}, {mlps}{offload}loss_chunk={self.loss_chunk} "
+            f"activation_checkpointing={{full: {self.checkpointed_layers}, mlp: {self.checkpointed_mlps}}}, "
+            f"{offload}loss_chunk={self.loss_chunk} "
             f"({recomputed} recomputed{more}); forecast {unit.text(self.needed_bytes)}"
         )
 
@@ -105,8 +103,10 @@ def plan(
         fitting.append(least)
     if not fitting:
         fitting = [search.run(1, search.levels, min(SMALL_LOSS_CHUNK, arch.loss_chunk(recipe)))]
-        if fitting[0].needed_bytes > budget_bytes and cuda and not recipe.training.offload:
-            return plan(changed(recipe, offload=True), arch, workload_of, budget_bytes, cuda=cuda)
+        if fitting[0].needed_bytes > budget_bytes and cuda and not recipe.training.activation_offloading:
+            return plan(
+                changed(recipe, activation_offloading=True), arch, workload_of, budget_bytes, cuda=cuda
+            )
         if fitting[0].needed_bytes > budget_bytes:
             unit = unit_for(budget_bytes)
             raise OutOfMemoryError(
@@ -156,7 +156,7 @@ class _Search:
         whole, mlps = (
             (level, 0) if self.levels == layers else (max(0, level - layers), layers - abs(level - layers))
         )
-        offload = self.recipe.training.offload and whole > 0
+        offload = self.recipe.training.activation_offloading and whole > 0
         wanted = Plan(rows, whole, mlps, layers, offload, loss_chunk, 0, self.budget_bytes)
         recipe = wanted.apply(self.recipe)
         found = forecast(recipe, self.workload_of(recipe), self.arch, cuda=self.cuda)
@@ -217,8 +217,10 @@ def needed(found: Forecast) -> int:
 
 
 def changed(recipe: Recipe, **training: object) -> Recipe:
-    """The recipe with other `training` settings."""
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
+    """The recipe with other `training` settings, each as a recipe states it."""
+    checked = Training.model_validate(training)
+    update = {name: getattr(checked, name) for name in training}
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=update)})
 
 
 def sized(recipe: Recipe, workload: Workload) -> Workload:

@@ -123,7 +123,7 @@ def _told(found: Forecast, device: torch.device) -> str:
         line += f"; and {unit.text(found.host_bytes)} of the host"
         free = measure.free_bytes(torch.device("cpu"))
         if found.host_bytes > free:
-            line += f", which has {unit.text(free)} free: leave training.offload or base.embedding=host out"
+            line += f", which has {unit.text(free)} free: leave out training.activation_offloading or base.embedding"
     capacity = measure.capacity_bytes(device)
     if capacity is not None and needed(found) > capacity:
         line += (

@@ -29,8 +29,8 @@ def checkpoint_layers(
     found = decoder_layers(model)
     if not found:
         raise RecipeError(
-            f"{type(model).__name__} has no layers that can be checkpointed: set training.gradient_checkpointing=false "
-            "and leave training.mlp_checkpointing out"
+            f"{type(model).__name__} has no layers that can be checkpointed: "
+            "set training.activation_checkpointing=none"
         )
     count = len(found) if layers is None else min(layers, len(found))
     kept_by = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
@@ -45,7 +45,7 @@ def checkpoint_layers(
         if alone:
             raise RecipeError(
                 f"{type(model).__name__} has no layers of ours, whose MLP can be recomputed alone: "
-                "set training.mlp_checkpointing=false"
+                "set training.activation_checkpointing=full, or none"
             )
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = kept_by

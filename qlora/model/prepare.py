@@ -15,7 +15,7 @@ from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
 from qlora.optim import Optimizer
-from qlora.recipe import Recipe
+from qlora.recipe import Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
 
 
@@ -41,21 +41,20 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
     """Of so many decoder layers, those that the recipe recomputes in the backward, and those whose MLP alone."""
-    training = recipe.training
-    whole, mlps = (
-        layers * setting if isinstance(setting, bool) else min(setting, layers)
-        for setting in (training.gradient_checkpointing, training.mlp_checkpointing)
-    )
-    return whole, min(mlps, layers - whole)
+    setting = recipe.training.activation_checkpointing
+    if isinstance(setting, Checkpointing):
+        whole = min(setting.full, layers)
+        return whole, min(setting.mlp, layers - whole)
+    return {"none": (0, 0), "mlp": (0, layers), "full": (layers, 0)}[setting]
 
 
 def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
     """Give layers that we know our own passes, and recompute what the recipe says."""
     use_fused_layers(model)
-    if recipe.training.gradient_checkpointing or recipe.training.mlp_checkpointing:
+    if recipe.training.activation_checkpointing not in ("none", Checkpointing()):
         counts = checkpointed(recipe, len(decoder_layers(model)))
         on_gpu = on_cuda(next(model.parameters()))  # else the host's memory is what the layers compute in
-        checkpoint_layers(model, *counts, offload=recipe.training.offload and on_gpu)
+        checkpoint_layers(model, *counts, offload=recipe.training.activation_offloading and on_gpu)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:

@@ -12,22 +12,28 @@ def at(path: KeyPath, schema: Schema) -> Schema:
     """The part of the schema that a setting must fit."""
     node = schema
     for part in path:
-        node = _child(resolved(node, schema), part)
+        node = _child(options(node, schema), part)
     return node
 
 
-def _child(node: Schema, part: str | int) -> Schema:
-    child: Schema
-    if isinstance(part, str) and "properties" in node:
-        child = node["properties"][part]
-        return child
+def _child(choices: list[Schema], part: str | int) -> Schema:
     kind = "object" if isinstance(part, str) else "array"
-    [collection] = [option for option in (node, *node.get("anyOf", ())) if option.get("type") == kind]
+    [collection] = [option for option in choices if option.get("type") == kind]
+    child: Schema
     if isinstance(part, str):
-        child = collection["additionalProperties"]
+        child = (
+            collection["properties"][part]
+            if "properties" in collection
+            else collection["additionalProperties"]
+        )
     else:
         child = collection["items"] if "items" in collection else collection["prefixItems"][part]
     return child
+
+
+def options(node: Schema, schema: Schema) -> list[Schema]:
+    """The alternatives of a part of the schema, or the part itself, with the definitions they refer to."""
+    return [resolved(option, schema) for option in node.get("anyOf", [node])]
 
 
 def resolved(node: Schema, schema: Schema) -> Schema:

@@ -13,6 +13,7 @@ from qlora.recipe.overrides import override
 from qlora.recipe.problems import FORBIDDEN, Document, Place, shorten
 from qlora.recipe.reading import read
 from qlora.recipe.schema import Recipe
+from qlora.recipe.versions import translate
 
 RESULTS = (
     "adapter_config.json", "qlora.json", "run.json", "result.json", "metrics.jsonl", "checkpoints/step-*/manifest.json",
@@ -36,35 +37,36 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     override can.
     """
     path = locate(name_or_path)
-    document = _document(path, overrides)
-    _refuse_code_of_results(document, path)
+    results = _results_around(path)
+    document = _document(path, overrides, recorded=results is not None)
+    if results is not None:
+        _refuse_code_of_results(document, results)
     return check(document, path.stem)
 
 
 def load_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe that came with a run or an adapter as it is; see `Recipe.recorded`."""
-    return check(_document(path, overrides), path.stem)
+    return check(_document(path, overrides, recorded=True), path.stem)
 
 
-def _document(path: Path, overrides: Sequence[str]) -> Document:
+def _document(path: Path, overrides: Sequence[str], *, recorded: bool) -> Document:
     document = read(_text(path), str(path))
     if document.value is None:
         document.value = {}
+    translate(document, recorded=recorded)
     for argument in overrides:
         override(document, argument)
     return document
 
 
-def _refuse_code_of_results(document: Document, path: Path) -> None:
+def _refuse_code_of_results(document: Document, results: Path) -> None:
     """Raise ModelError where a recipe among results, and not the command line, lets the base's code run."""
     place = document.place(("base", "trust_remote_code"))
-    if document.setting("base", "trust_remote_code") is not True or not place.line:
-        return
-    if (folder := _results_around(path)) is not None:
+    if document.setting("base", "trust_remote_code") is True and place.line:
         model = document.setting("base", "model")
         raise ModelError(
             f"{place}: base.trust_remote_code: would run code of {shorten(str(model), 200)!r}, and a "
-            f"recipe among results ({folder}) is no consent. If you trust that code, say base.trust_remote_code=true "
+            f"recipe among results ({results}) is no consent. If you trust that code, say base.trust_remote_code=true "
             "on the command line"
         )
 
@@ -98,7 +100,9 @@ def _links(path: Path) -> Iterator[Path]:
 
 def from_dict(settings: Mapping[str, Any], name: str) -> Recipe:
     """Check nested dictionaries as if they were a recipe file called `name`."""
-    return check(Document(name, _plain(settings)), name)
+    document = Document(name, _plain(settings))
+    translate(document, recorded=False)
+    return check(document, name)
 
 
 def _plain(value: Any) -> Any:

@@ -4,18 +4,22 @@ pydantic finds what is wrong and where; the words come from the recipe's JSON sc
 setting are stated once.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from qlora.recipe.fields import Schema, at, resolved
+from qlora.recipe.fields import Schema, at, options, resolved
+from qlora.recipe.overrides import COMMAND_LINE
 from qlora.recipe.problems import UNUSABLE, Document, KeyPath, Place, Problem, shorten
 from qlora.recipe.reading import MAX_PROBLEMS
 from qlora.recipe.scalars import scalar
 from qlora.recipe.unknown import unknown
+from qlora.recipe.versions import Change, change_of
 
 LIMITS = {
     "minimum": "of at least",
@@ -39,7 +43,7 @@ def explain(errors: Iterable[ErrorDetails], document: Document, schema: Schema) 
             innermost.setdefault(path, error)
     usable = [(path, error) for path, error in innermost.items() if error["input"] is not UNUSABLE]
     problems = [
-        Problem(place, path, _text(error, path, place, schema))
+        Problem(place, path, _text(error, path, place, schema, document))
         for path, error in usable[:MAX_PROBLEMS]
         for place in [document.place(path)]
     ]
@@ -64,9 +68,10 @@ def _lacks_key(error: ErrorDetails) -> bool:
     return error["type"] == "missing" and isinstance(error["loc"][-1], str)
 
 
-def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema) -> str:
+def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema, document: Document) -> str:
     if error["type"] == "extra_forbidden":
-        return unknown(path, schema)
+        change = change_of(path)
+        return _moved(change, place, schema, document) if change else unknown(path, schema)
     node = at(path, schema)
     if _lacks_key(error):
         return f"is required: {node['description']}"
@@ -76,17 +81,31 @@ def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema) -> s
         if value is None:
             return "is empty; indent its keys below it, or leave it out"
         return f"is a section with keys of its own (you wrote {written})"
-    return f"must be {_any_of(_allowed(node))} (you wrote {written}){_hint(value, _allowed(node))}"
+    allowed = _allowed(node, schema)
+    return f"must be {_any_of(allowed)} (you wrote {written}){_hint(value, allowed)}"
+
+
+def _moved(change: Change, place: Place, schema: Schema, document: Document) -> str:
+    """The key that took the place of an earlier version's, and what to write there."""
+    key = f"{change.section}.{change.new}"
+    value = change.value(document.value[change.section])
+    if value is None:
+        return f"is now {key}, which is {_any_of(_allowed(at((change.section, change.new), schema), schema))}"
+    yaml = json.dumps(value).replace('"', "")
+    write = shlex.quote(f"{key}={yaml}") if place.source == COMMAND_LINE else f"{change.new}: {yaml}"
+    return f"is now {key}; write `{write}`"
 
 
 def _any_of(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _allowed(node: Schema) -> list[str]:
+def _allowed(node: Schema, schema: Schema) -> list[str]:
     """What fits a part of the schema, in words: `an integer of at least 1`, `null`."""
     if "anyOf" in node:
-        return [words for option in node["anyOf"] for words in _allowed(option)]
+        return [words for option in options(node, schema) for words in _allowed(option, schema)]
+    if "const" in node:
+        return [str(node["const"])]
     if "enum" in node:
         return [str(value) for value in node["enum"]]
     match node["type"]:
@@ -100,9 +119,13 @@ def _allowed(node: Schema) -> list[str]:
         case "array":
             length = {0: "", 1: " of one or more", 2: " of two"}[node.get("minItems", 0)]
             item = node["items"] if "items" in node else node["prefixItems"][0]
-            return [f"a list{length}, each item {_any_of(_allowed(item))}"]
+            return [f"a list{length}, each item {_any_of(_allowed(item, schema))}"]
+        case "object" if "properties" in node:
+            return [f"a mapping of {' and '.join(node['properties'])}"]
         case "object":
-            return [f"a mapping from names, each to {_any_of(_allowed(node['additionalProperties']))}"]
+            return [
+                f"a mapping from names, each to {_any_of(_allowed(node['additionalProperties'], schema))}"
+            ]
         case kind:
             return [str(kind)]
 

@@ -22,7 +22,8 @@ def override(document: Document, argument: str) -> None:
             document.problems.append(Problem(Place(COMMAND_LINE), path, problem))
             return
         if end < len(path):
-            if section.get(name) is None:
+            word = dotted(path[:end]) in MAPPINGS and not isinstance(section.get(name), dict)
+            if word or section.get(name) is None:  # either gives way to a mapping
                 section[name] = {}
                 document.places[path[:end]] = Place(COMMAND_LINE, written="a mapping")
             section = section[name]

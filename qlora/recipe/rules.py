@@ -20,8 +20,10 @@ from qlora.recipe.sizes import parse_size
 Settings = Mapping[str, Any]
 Finding = tuple[str, str]
 
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.columns")
-"""The settings whose values are mappings."""
+MAPPINGS = (
+    "adapter.rank_pattern", "adapter.alpha_pattern", "data.columns", "training.activation_checkpointing",
+)  # fmt: skip
+"""The settings whose values are mappings, or may be."""
 
 PLAIN_TEXT = {name for name, format in FORMATS.items() if format.kind == "text"}
 
@@ -49,7 +51,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     ),
     (("base.double_quant", "base.block_size"), "base.quantization", lambda name: name == "none"),
     (("base.revision",), "base.model", lambda model: LOCAL_FOLDER.fullmatch(model) is not None),
-    (("data.template", "data.loss_on"), "data.format", lambda name: name in PLAIN_TEXT),
+    (("data.template", "data.train_on"), "data.format", lambda name: name in PLAIN_TEXT),
     (("data.split",), "data.source", lambda source: LOCAL_FILE.fullmatch(source) is not None),
     (
         ("training.eval_every", "training.samples", "training.sample_tokens"),
@@ -88,7 +90,7 @@ def conflicts(settings: Settings, given: Settings) -> list[Finding]:
         *_steps(settings, given),
         *_rows(settings),
         *_memory(settings),
-        *_checkpointing(settings, given),
+        *_checkpointing(settings),
         *_columns(settings),
         *_patterns(settings),
     ]
@@ -142,25 +144,23 @@ def _memory(settings: Settings) -> Iterator[Finding]:
             yield "training.memory", f"{error}, or auto for what is free"
 
 
-def _checkpointing(settings: Settings, given: Settings) -> Iterator[Finding]:
-    mlps, layers = settings.get("training.mlp_checkpointing"), settings.get("training.gradient_checkpointing")
-    if settings.get("training.memory") is not None:
-        return  # both are chosen then
-    if settings.get("training.offload") and layers in (False, 0):
+def _checkpointing(settings: Settings) -> Iterator[Finding]:
+    recomputed = settings.get("training.activation_checkpointing")
+    if recomputed is None or settings.get("training.memory") is not None:
+        return  # unusable, or chosen by a plan
+    layers = recomputed if isinstance(recomputed, Mapping) else {recomputed: 1}
+    if settings.get("training.activation_offloading") and not layers.get("full"):
         yield (
-            "training.offload",
-            "is of the inputs of recomputed layers; without training.gradient_checkpointing leave it out",
+            "training.activation_offloading",
+            "is of the inputs of layers that are recomputed whole; leave it out, or write "
+            "activation_checkpointing: full",
         )
-    if mlps and not _frozen_base(settings):
+    if layers.get("mlp") and not _frozen_base(settings):
         yield (
-            "training.mlp_checkpointing",
-            f"is for frozen layers with adapters; with adapter.method: {settings['adapter.method']} leave it out",
+            "training.activation_checkpointing",
+            "mlp is for frozen layers with adapters; with adapter.method: "
+            f"{settings['adapter.method']} write full or none",
         )
-    elif mlps and layers is True and "training.mlp_checkpointing" in given:
-        text = (
-            "gradient_checkpointing: true recomputes every layer whole; set that to false, or to some layers"
-        )
-        yield "training.mlp_checkpointing", text
 
 
 def _rows(settings: Settings) -> Iterator[Finding]:

@@ -120,12 +120,21 @@ class Data(Section):
     """What happens to a row that cannot be read; error names it with file and line."""
     packing: bool = False
     """Put several rows into one of `max_length` tokens; no row sees another."""
-    loss_on: Literal["completion", "all"] = "completion"
+    train_on: Literal["completion", "all"] = "completion"
     """Train on the answers only (QLoRA, appendix B.3: better than also on the prompts), or on every token."""
     held_out: Annotated[float, Field(gt=0, lt=1)] | CountOrZero | Text = 0.02
     """Rows kept for evaluation: a share, a number of rows, or a second source."""
     limit: Count | None = None
     """Use the first so many rows only; null is all."""
+
+
+class Checkpointing(Section):
+    """How many decoder layers recompute their activations in the backward pass; the others keep them."""
+
+    full: CountOrZero = 0
+    """Layers, from the first on, that are recomputed whole."""
+    mlp: CountOrZero = 0
+    """Layers after those of which the MLP alone is recomputed; for Llama-like layers only."""
 
 
 class Training(Section):
@@ -138,14 +147,12 @@ class Training(Section):
     global_batch_size: Count = 16
     """Rows, packed or not, an optimizer step (QLoRA, appendix B.2: 16); a multiple of `micro_batch_size`."""
     memory: Text | None = None
-    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next five keys; null: they hold."""
+    """Memory the run may take, as 24GiB, or auto: what is free. It then sets the next four keys; null: they hold."""
     micro_batch_size: Count = 4
     """Rows in one forward and backward pass: memory grows with it."""
-    gradient_checkpointing: bool | CountOrZero = True
-    """Recompute activations in the backward pass (arXiv:1604.06174), of all layers or of the first so many."""
-    mlp_checkpointing: bool | CountOrZero = False
-    """Of the other layers, or of so many of them, recompute the MLP alone; for Llama-like layers only."""
-    offload: bool = False
+    activation_checkpointing: Literal["none", "mlp", "full"] | Checkpointing = "full"
+    """Recomputed in the backward pass (arXiv:1604.06174): none, all MLPs, all layers, or {full: N, mlp: M} layers."""
+    activation_offloading: bool = False
     """Keep the inputs of recomputed layers beside the GPU, in host memory, until the backward pass needs them."""
     loss_chunk: Count | None = None
     """Trained tokens whose logits are in memory at once; null: 1024, or as many as have 256 MiB of logits."""
@@ -225,6 +232,8 @@ class Recipe(Section):
     20
     """
 
+    version: Literal[2] = 2
+    """Version of these keys; a recipe that does not state one is of this version."""
     base: Base
     """The model that is fine-tuned; it has a `model` at least."""
     adapter: Adapter = Adapter()
@@ -253,8 +262,9 @@ class Recipe(Section):
         """Read a recipe from a YAML file, or a shipped one by its name, and check it.
 
         `overrides` are `section.key=value` with the value in YAML; they get the same checks.
-        A file in the folder of a run or an adapter must not set `base.trust_remote_code` (`ModelError`); an override
-        may. Raises `RecipeError` with one line a problem, all problems at once.
+        A file in the folder of a run or an adapter may have keys of an earlier version. It must not set
+        `base.trust_remote_code` (`ModelError`); an override may. Raises `RecipeError` with one line a problem, all
+        problems at once.
         """
         from qlora.recipe.loading import load
 
@@ -264,6 +274,7 @@ class Recipe(Section):
     def recorded(cls, file: Path, overrides: Sequence[str] = ()) -> "Recipe":
         """Read the recipe that came with a run or an adapter, to show it or to compare it.
 
+        Keys of an earlier version are translated to those of today.
         It says what its author allowed, not what you allow: whoever loads a base by it takes
         `qlora.inference.load.recipe_of` instead. Raises `RecipeError` as `load` does.
         """

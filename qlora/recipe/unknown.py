@@ -3,10 +3,11 @@
 import re
 from difflib import SequenceMatcher, get_close_matches
 
-from qlora.recipe.fields import Schema, at, names, resolved
+from qlora.recipe.fields import Schema, at, names, options
 from qlora.recipe.problems import KeyPath, dotted
+from qlora.recipe.versions import CHANGES
 
-# What other frameworks call it -> what it is called here
+# What other frameworks, and earlier versions, call it -> what it is called here
 ELSEWHERE = {
     "base_model": "base.model",
     "model_name_or_path": "base.model",
@@ -32,7 +33,7 @@ ELSEWHERE = {
     "sequence_len": "data.max_length",
     "cutoff_len": "data.max_length",
     "sample_packing": "data.packing",
-    "train_on_inputs": "data.loss_on",
+    "train_on_inputs": "data.train_on",
     "val_set_size": "data.held_out",
     "chat_template": "data.template",
     "num_epochs": "training.epochs",
@@ -50,6 +51,7 @@ ELSEWHERE = {
     "report_to": "tracking.wandb.mode",
     "wandb_project": "tracking.wandb.project",
     "output_dir": "output",
+    **{key: f"{change.section}.{change.new}" for change in CHANGES for key in change.old},
 }
 CREDENTIAL = re.compile(r"key|.*(token|secret|password|api_?key)", re.IGNORECASE | re.DOTALL)
 
@@ -58,7 +60,9 @@ def unknown(path: KeyPath, schema: Schema) -> str:
     """What to say about a key that does not exist: the one that was meant, or all there are."""
     name = str(path[-1])
     section = dotted(path[:-1])
-    siblings = list(resolved(at(path[:-1], schema), schema)["properties"])
+    siblings = [
+        name for node in options(at(path[:-1], schema), schema) for name in node.get("properties", ())
+    ]
     # `sample_token` is a typo
     if CREDENTIAL.fullmatch(name) and not get_close_matches(name, siblings, cutoff=0.9):
         return (

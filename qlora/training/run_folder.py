@@ -19,6 +19,7 @@ from typing import Any
 
 from qlora.errors import ModelError, RecipeError
 from qlora.recipe import Recipe, Training
+from qlora.recipe.versions import NewerRecipe, translated
 from qlora.storage import atomic, folders, manifest
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
@@ -46,7 +47,8 @@ TRACES = {".lock", *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders
 # Keys that a resumed run may change: they do not touch the mathematics of the steps already taken.
 MAY_CHANGE = {
     "output", "tracking", "training.max_steps", "training.epochs", "training.eval_every", "training.save_every",
-    "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.offload", "base.embedding",
+    "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.activation_offloading",
+    "base.embedding",
 }  # fmt: skip
 
 _warn = logging.getLogger("qlora").warning
@@ -227,7 +229,7 @@ def _earlier(path: Path) -> _Earlier | None:
         except ValueError as error:
             problem = f"damaged ({error})"
     if (folder := checkpoint.newest(path, checksums=False)) is not None:
-        plan = checkpoint.read_state(folder).get("plan")
+        plan = _plan(checkpoint.read_state(folder))
         return _Earlier(manifest.read(folder)["run_id"], plan, folder / manifest.MANIFEST)
     result = path / "result.json"
     try:
@@ -246,12 +248,18 @@ def _earlier(path: Path) -> _Earlier | None:
 
 def _named(content: Mapping[str, Any], source: Path) -> _Earlier:
     """What run.json (or result.json) says of its run. Raises ValueError if it cannot be right."""
-    run_id, plan, starting = content.get("run_id"), content.get("plan"), content.get("starting", False)
+    run_id, plan, starting = content.get("run_id"), _plan(content), content.get("starting", False)
     if not (isinstance(run_id, str) and run_id and isinstance(starting, bool)):
         raise ValueError("it names no run")
     if plan is not None and not _is_plan(plan):
         raise ValueError("its plan holds settings that training does not take")
     return _Earlier(run_id, plan, source, starting)
+
+
+def _plan(content: Mapping[str, Any]) -> Any:
+    """The plan in run.json or in a checkpoint's state, which an earlier version may have written."""
+    plan = content.get("plan")
+    return translated("training", plan) if isinstance(plan, dict) else plan
 
 
 def _is_plan(plan: Any) -> bool:
@@ -303,6 +311,8 @@ def _recorded(file: Path) -> Recipe | None:
     """The recipe in a file; None if it is missing or damaged."""
     try:
         return Recipe.recorded(file)
+    except NewerRecipe:
+        raise
     except RecipeError:
         return None
 
