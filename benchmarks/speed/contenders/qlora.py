@@ -1,7 +1,7 @@
 """This package, by the functions that its own loop calls.
 
-The checkpoint is loaded with `load_base`, adapted with `adapt` (bf16 A and B, fp32 master copy in the optimizer),
-given our layers with `use_fused_layers`, and trained with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
+Model and optimizer come from `build`, as a run's do (bf16 A and B, fp32 master copy in the optimizer); they are trained
+with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,13 @@ from benchmarks.speed.contenders import Contender
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
 from benchmarks.speed.workload import Document, Workload
-from qlora.adapter import LoraSpec, adapt, trainable_parameters
+from qlora.adapter import trainable_parameters
 from qlora.data import Batch, Batches, Example
 from qlora.model import varlen_attention
-from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import use_fused_layers
-from qlora.model.load import load_base
+from qlora.model.prepare import build
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import accumulate
-from qlora.optim import Optimizer
-from qlora.recipe import Base
+from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages, keep_freed_memory
 
 OPTIMIZER = "paged_adamw_32bit"
@@ -37,21 +34,12 @@ class Session:
             keep_freed_memory()
         else:
             grow_by_pages()
-        offload = "offload" in job.flags
-        base = Base(model=job.base, compute_dtype=job.dtype, embedding="host" if offload else "device")
-        self.model = load_base(base, job.device)
+        self.model, self.optimizer = build(recipe_of(job), job.device)
         read_documents_if_apart(self.model)
-        adapt(self.model, LoraSpec(rank=job.rank, alpha=job.alpha, targets="all-linear"))
         self.parameters = trainable_parameters(self.model)
         with torch.no_grad():
             for name, value in load_file(job.adapter).items():
                 self.parameters[name].copy_(value)
-        use_fused_layers(self.model)
-        if "ckpt" in job.flags:
-            checkpoint_layers(self.model, offload=offload)
-        elif "mlp" in job.flags:
-            checkpoint_layers(self.model, 0, len(decoder_layers(self.model)))
-        self.optimizer = Optimizer(self.parameters, name=OPTIMIZER)
         if job.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -66,6 +54,26 @@ class Session:
         padded = self.model.config._attn_implementation != varlen_attention.NAME
         positions = sum(batch.input_ids.numel() if padded else batch.tokens for batch in batches)
         return loss_value, norm_value, positions
+
+
+def recipe_of(job: Job) -> Recipe:
+    """The job as a recipe, as far as `build` reads it."""
+    recomputed = "full" if "ckpt" in job.flags else "mlp" if "mlp" in job.flags else "none"
+    offload = "offload" in job.flags
+    return Recipe.from_dict(
+        {
+            "base": {
+                "model": job.base, "compute_dtype": job.dtype, "embedding": "host" if offload else "device",
+            },
+            "adapter": {"rank": job.rank, "alpha": job.alpha, "targets": "all-linear"},
+            "data": {"source": job.workload},
+            "training": {
+                "activation_checkpointing": recomputed,
+                "activation_offloading": offload and recomputed == "full",
+            },
+            "optimizer": {"name": OPTIMIZER},
+        }
+    )  # fmt: skip
 
 
 def train(job: Job, meter: Meter) -> Answer:
