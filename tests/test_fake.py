@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from qlora.runtime.device import on_cuda
-from qlora.runtime.fake import faking, is_fake, real_values
+from qlora.runtime.fake import FakeTensors, is_fake, real_values
 
 
 def test_tensors_are_fake_and_stand_for_a_gpu_within_only() -> None:
     real = torch.ones(2)
-    with faking(cuda=True) as fake:
+    with FakeTensors(cuda=True).made() as fake:
         for tensor in (torch.empty(2), fake(real)):
             assert is_fake(tensor)
             assert on_cuda(tensor)
         with real_values():
             assert int(torch.ones(3).sum()) == 3
-    with pytest.raises(KeyError), faking(cuda=True):
+    with pytest.raises(KeyError), FakeTensors(cuda=True).made():
         raise KeyError
     assert not is_fake(torch.empty(2))
     assert not on_cuda(real)
-    with faking(cuda=False):
+    with FakeTensors(cuda=False).made():
         assert not on_cuda(torch.empty(2))

@@ -9,6 +9,7 @@ from commands_for_tests import qlora
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora.cli.estimate import _shown_progress
 from qlora.recipe.sizes import UNITS, parse_size
 
 RecipeFile = Callable[..., Path]
@@ -33,6 +34,15 @@ def test_estimate_prints_a_table_and_the_changes_that_would_make_it_fit() -> Non
     assert "documents" in run.stdout
     assert "Does not fit into 5.00 GiB" in run.stdout
     assert "training.micro_batch_size=" in run.stdout
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with _shown_progress(wanted=True) as progress:
+        assert (progress is not None) == terminal
+    with _shown_progress(wanted=False) as progress:
+        assert progress is None
 
 
 @pytest.mark.parametrize(

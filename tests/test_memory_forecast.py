@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,30 @@ def test_published_sizes(name: str, low: float, high: float) -> None:
     overrides = ["training.micro_batch_size=1", "data.max_length=512", "training.device=auto"]
     found = estimate(Recipe.load(name, overrides))
     assert low * 1e9 < found.memory["forecast"]["total_bytes"] < high * 1e9
+
+
+def test_one_forecaster_foresees_what_separate_forecasts_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models and traces are shared, also with layers that were checkpointed before and are not now."""
+    made = recipe(tmp_path, "llama", layers=9, data={"packing": True}, adapter={"dropout": 0.1})
+    arch = architecture(made, cuda=True)
+    forecaster = forecasting.Forecaster(arch, cuda=True)
+    traced = []
+    trace = forecasting._trace
+    monkeypatch.setattr(forecasting, "_trace", lambda *args: traced.append(args) or trace(*args))
+    workload = replace(assumed(made), evaluation=None)
+
+    def counted(layers: int, mlps: int) -> Recipe:
+        training = {"gradient_checkpointing": layers, "mlp_checkpointing": mlps}
+        return made.model_copy(update={"training": made.training.model_copy(update=training)})
+
+    shared = {
+        counts: forecaster.forecast(counted(*counts), workload) for counts in ((9, 0), (0, 0), (0, 3), (0, 5))
+    }
+    assert len(traced) == 3  # of (0, 3) and (0, 5) the trace is the same
+    for counts, found in shared.items():
+        alone = forecast(counted(*counts), workload, arch, cuda=True)
+        assert (found.trace.parts == alone.trace.parts).all()
+        assert found.trace.marks == alone.trace.marks
+        assert found.host_bytes == alone.host_bytes

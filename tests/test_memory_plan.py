@@ -2,20 +2,25 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from architectures_for_tests import recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora.data import load_dataset, training_batches
 from qlora.errors import OutOfMemoryError, RecipeError
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import estimate
-from qlora.memory.forecast import forecast
-from qlora.memory.plan import Plan, needed, plan, sized
+from qlora.memory.forecast import Forecaster, forecast
+from qlora.memory.parts import PARTS
+from qlora.memory.plan import DEQUANTIZATION_TOKENS, Plan, Policy, needed, plan, sized
 from qlora.memory.plan import changed as with_training
 from qlora.memory.run_memory import RunMemory
 from qlora.memory.workload import assumed
@@ -27,6 +32,7 @@ from qlora.training.train import train
 RecipeFile = Callable[..., Path]
 MIB = 2**20
 LAYERS = 4
+PLANNED = Recipe.load("llama-7b", ["training.global_batch_size=8", "training.micro_batch_size=1"])
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def made(tmp_path: Path) -> Recipe:
 def planned(recipe: Recipe, budget: int) -> Plan:
     workload = assumed(recipe)
     arch = architecture(recipe, cuda=False)
-    return plan(recipe, arch, lambda changed: sized(changed, workload), budget, cuda=False)
+    return plan(recipe, lambda changed: sized(changed, workload), budget, Forecaster(arch, cuda=False))
 
 
 def takes(recipe: Recipe) -> int:
@@ -82,6 +88,77 @@ def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> N
     assert found.loss_chunk == 1024
 
 
+class Linear:
+    """A forecaster whose memory is a sum over rows, layers and logits."""
+
+    cuda = False
+
+    def __init__(self, layers: int, mlp: float | None, kept: tuple[int, int, int], least: int, logits: int):
+        self.arch: Any = SimpleNamespace(
+            layers=layers,
+            recomputed=(0.75, mlp),
+            loss_chunk=lambda recipe: recipe.training.loss_chunk or 1024,
+        )
+        self.kept, self.least, self.logits = sorted(kept), least, logits
+
+    def forecast(self, recipe: Recipe, workload: Any) -> Any:
+        training = recipe.training
+        whole, mlps = training.activation_checkpointing.full, training.activation_checkpointing.mlp
+        counts = (whole, mlps, self.arch.layers - whole - mlps)
+        kept = sum(count * size for count, size in zip(counts, self.kept, strict=True))
+        parts = dict.fromkeys(PARTS, 0)
+        parts["saved_activations"] = 1000 + training.micro_batch_size * max(self.least, kept)
+        parts["logits_and_loss"] = self.logits * (training.loss_chunk or 1024)
+        return SimpleNamespace(trace=SimpleNamespace(peak=lambda: ("loss", parts)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    layers=st.integers(1, 5),
+    mlp=st.sampled_from([None, 0.5]),
+    kept=st.tuples(*[st.integers(1, 30)] * 3),
+    least=st.integers(0, 50),
+    logits=st.integers(0, 1),
+    tokens=st.sampled_from([64, 512, 4096]),
+    budget=st.integers(1000, 3000),
+)
+def test_no_policy_that_fits_has_less_work_than_the_plan(
+    layers: int,
+    mlp: float | None,
+    kept: tuple[int, int, int],
+    least: int,
+    logits: int,
+    tokens: int,
+    budget: int,
+) -> None:
+    forecaster: Any = Linear(layers, mlp, kept, least, logits)
+    load: Any = SimpleNamespace(train=SimpleNamespace(input_ids=torch.zeros(1, tokens)))
+    counts = {(0 if mlp is None else layers - whole, whole) for whole in range(layers + 1)}
+    counts |= {(mlps, 0) for mlps in range(1 if mlp is None else layers)}
+    work = {
+        Policy(rows, whole, mlps, offload=False, loss_chunk=chunk): (
+            (2 + (0.75 * whole + (mlp or 0) * mlps) / layers)
+            * (8 * tokens + DEQUANTIZATION_TOKENS * 8 / rows)
+        )
+        for rows in (1, 2, 4, 8)
+        for mlps, whole in counts
+        for chunk in (1024, 256)
+    }
+    size = {policy: needed(forecaster.forecast(policy.apply(PLANNED), None)) for policy in work}
+    fitting = [work[policy] for policy in work if size[policy] <= budget]
+    tried: list[str] = []
+    if not fitting:
+        with pytest.raises(OutOfMemoryError, match=r"training\.memory: one row"):
+            plan(PLANNED, lambda _: load, budget, forecaster, tried.append)
+        return
+    found = plan(PLANNED, lambda _: load, budget, forecaster, tried.append)
+    policy = Policy(**{field.name: getattr(found, field.name) for field in fields(Policy)})
+    assert size[policy] == found.needed_bytes <= budget
+    assert work[policy] == pytest.approx(min(fitting))
+    assert policy.loss_chunk == 1024 or size[replace(policy, loss_chunk=1024)] > budget
+    assert len(tried) == len(set(tried))
+
+
 def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
     made = recipe(tmp_path, "opt", layers=4, training={"global_batch_size": 1, "micro_batch_size": 1})
     least, most = (takes(with_training(made, activation_checkpointing={"full": layers})) for layers in (4, 0))
@@ -106,7 +183,7 @@ def test_where_nothing_fits_inputs_go_to_the_host(tmp_path: Path) -> None:
     arch = architecture(made, cuda=True)
 
     def planned_within(budget: int) -> Plan:
-        return plan(made, arch, lambda changed: sized(changed, assumed(made)), budget, cuda=True)
+        return plan(made, lambda changed: sized(changed, assumed(made)), budget, Forecaster(arch, cuda=True))
 
     smallest = with_training(made, micro_batch_size=1, loss_chunk=256)
     least, less = (
@@ -211,9 +288,9 @@ def test_what_costs_time_alone_is_advised_before_what_is_learned_changes(tmp_pat
     arch = architecture(made, cuda=True)
     single = with_training(made, micro_batch_size=1)
     least = needed(forecast(single, sized(single, assumed(made)), arch, cuda=True))
-    settings = [change.settings for change in estimate(made, least - 1).changes]
-    assert settings[0] == ("training.micro_batch_size=1", "training.activation_offloading=true")
-    assert settings[1:] == [("data.max_length=128",)]
+    advised = [change.settings for change in estimate(made, least - 1).changes]
+    assert advised[0] == ("training.micro_batch_size=1", "training.activation_offloading=true")
+    assert advised[1:] == [("data.max_length=128",)]
 
 
 def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:

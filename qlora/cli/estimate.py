@@ -1,6 +1,9 @@
 """`qlora estimate`: will it fit? From the recipe and the model's config.json, before anything is downloaded."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +12,7 @@ from qlora.cli.arguments import Json, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from qlora.memory.estimate import Estimate
+    from qlora.memory.plan import Progress
 
 Gpu = Annotated[
     str | None,
@@ -39,11 +43,24 @@ def estimate(
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
     from qlora.memory.estimate import estimate as of
 
-    found = of(loaded, capacity)
+    with _shown_progress(wanted=not json_output) as progress:
+        found = of(loaded, capacity, progress)
     if json_output:
         print(json.dumps(found.as_json()))
     else:
         _print(found)
+
+
+@contextmanager
+def _shown_progress(*, wanted: bool) -> Iterator["Progress | None"]:
+    """Show on standard error what is being forecast, if that is a terminal."""
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("reading the recipe") as status:
+        yield status.update
 
 
 def _print(found: "Estimate") -> None:

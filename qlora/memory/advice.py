@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.memory.architecture import Architecture, architecture
-from qlora.memory.forecast import forecast
+from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import SMALL_LOSS_CHUNK, changed, needed, sized
 from qlora.memory.workload import Workload, resized
 from qlora.model.prepare import checkpointed
@@ -35,9 +35,9 @@ class Advisor:
 
     recipe: Recipe
     workload: Workload
-    arch: Architecture
+    forecaster: Forecaster
+    """of the recipe's architecture"""
     capacity_bytes: int
-    cuda: bool
 
     def changes(self) -> list[Change]:
         """Single changes that make the run fit, the cheapest first; where none does at the cost of time, several.
@@ -53,7 +53,7 @@ class Advisor:
         """Of every step the mildest change that makes the run fit by itself."""
         found = []
         for step in steps:
-            for recipe, setting in step(self.recipe, self.arch):
+            for recipe, setting in step(self.recipe, self.forecaster.arch):
                 if (size := self._needed(recipe)) <= self.capacity_bytes:
                     found.append(Change((setting,), size))
                     break
@@ -63,7 +63,7 @@ class Advisor:
         """As many of the steps, each as far as it goes, as make the run fit."""
         together, settings = self.recipe, tuple[str, ...]()
         for step in steps:
-            for recipe, setting in list(step(together, self.arch))[-1:]:
+            for recipe, setting in list(step(together, self.forecaster.arch))[-1:]:
                 together, settings = recipe, (*settings, setting)
                 if (size := self._needed(together)) <= self.capacity_bytes:
                     return [Change(settings, size)]
@@ -77,7 +77,8 @@ class Advisor:
     def longest_rows(self) -> int:
         """Tokens of a row that fit, with the micro-batch of the recipe; a multiple of 64."""
         rows, tokens = self.workload.train.input_ids.shape
-        limit = getattr(self.arch.config.get_text_config(), "max_position_embeddings", None) or LARGEST_TOKENS
+        config = self.forecaster.arch.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or LARGEST_TOKENS
         return 64 * self._most(
             lambda blocks: resized(self.workload, rows=rows, tokens=64 * blocks),
             max(1, tokens // 64),
@@ -91,7 +92,7 @@ class Advisor:
         """
 
         def size(number: int) -> int:
-            return needed(forecast(self.recipe, load(number), self.arch, cuda=self.cuda))
+            return needed(self.forecaster.forecast(self.recipe, load(number)))
 
         low, low_size = fits, size(fits)
         high, high_size = min(2 * fits, limit), 0
@@ -106,10 +107,10 @@ class Advisor:
         return low
 
     def _needed(self, recipe: Recipe) -> int:
-        arch = self.arch
+        forecaster, cuda = self.forecaster, self.forecaster.cuda
         if recipe.adapter != self.recipe.adapter:
-            arch = architecture(recipe, cuda=self.cuda, config=self.arch.config)
-        return needed(forecast(recipe, sized(recipe, self.workload), arch, cuda=self.cuda))
+            forecaster = Forecaster(architecture(recipe, cuda=cuda, config=forecaster.arch.config), cuda=cuda)
+        return needed(forecaster.forecast(recipe, sized(recipe, self.workload)))
 
 
 Steps = Iterator[tuple[Recipe, str]]

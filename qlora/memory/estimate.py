@@ -1,24 +1,25 @@
 """`qlora estimate`: the forecast of a recipe beside the documents' estimates, and what would fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qlora import bundled
-from qlora.data import load_dataset, training_batches
+from qlora.data import Dataset, load_dataset, training_batches
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.advice import Advisor, Change
 from qlora.memory.architecture import Architecture, architecture
-from qlora.memory.forecast import forecast
-from qlora.memory.plan import Plan, changed, needed, plan, sized
-from qlora.memory.workload import Workload, assumed, of_run
+from qlora.memory.budget import resolve_budget
+from qlora.memory.forecast import Forecaster
+from qlora.memory.plan import Plan, Progress, needed, plan, sized
+from qlora.memory.workload import Workload, assumed, of_epoch, of_run
 from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
 from qlora.recipe import Recipe
 from qlora.recipe.rules import LOCAL_FILE
-from qlora.recipe.sizes import parse_size, unit_for
+from qlora.recipe.sizes import unit_for
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,10 @@ class Estimate:
             yield f"  {' '.join(change.settings)}  ({left} left)"
 
 
-def estimate(recipe: Recipe, capacity_bytes: int | None = None) -> Estimate:
+def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progress | None = None) -> Estimate:
     """Forecast a recipe on a GPU of `capacity_bytes`, or on the one here; on the CPU if the recipe says so.
+
+    `progress` hears what is being forecast.
 
     Raises:
         ModelError: there is no such architecture. DataError: a local data file cannot be used.
@@ -95,38 +98,36 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None) -> Estimate:
     >>> estimate(Recipe.load("llama-65b"), 48 * 2**30).fits
     """
     cuda = recipe.training.device != "cpu" or capacity_bytes is not None
-    if capacity_bytes is None and cuda and torch.cuda.is_available():
-        capacity_bytes = measure.capacity_bytes(torch.device("cuda"))
+    here = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    budget = recipe.training.memory
+    budget_bytes = None if budget is None else resolve_budget(budget, here, capacity_bytes)
+    if capacity_bytes is None:
+        capacity_bytes = measure.capacity_bytes(here)
     recipe = _from_config_alone(recipe)
     arch = architecture(recipe, cuda=cuda)
-    workload = _workload(recipe, arch)
+    dataset = _local_dataset(recipe)
+    forecaster = Forecaster(arch, cuda=cuda)
+    workload = assumed(recipe)
     found: Plan | None = None
-    if recipe.training.memory is not None:
-        recipe, found = _planned(recipe, workload, arch, capacity_bytes, cuda)
+    if budget_bytes is not None:
+        found = plan(recipe, _for_plans(workload, dataset, arch), budget_bytes, forecaster, progress)
+        recipe = found.apply(recipe)
         workload = sized(recipe, workload)
-    foreseen = forecast(recipe, workload, arch, cuda=cuda)
+    if dataset is not None:
+        workload = _of_run(recipe, dataset, arch)
+    foreseen = forecaster.forecast(recipe, workload)
     rows = tokens = None
     changes: list[Change] = []
     if capacity_bytes is not None:
-        advisor = Advisor(recipe, workload, arch, capacity_bytes, cuda)
+        advisor = Advisor(recipe, workload, forecaster, capacity_bytes)
+        if progress is not None:
+            progress("looking for what would fit")
         if needed(foreseen) <= capacity_bytes:
             rows, tokens = advisor.largest_micro_batch(), advisor.longest_rows()
         else:
             changes = advisor.changes()
     memory = account(recipe, workload, foreseen, cuda=cuda, capacity_bytes=capacity_bytes)
     return Estimate(memory, needed(foreseen), capacity_bytes, rows, tokens, changes, found)
-
-
-def _planned(
-    recipe: Recipe, workload: Workload, arch: Architecture, capacity_bytes: int | None, cuda: bool
-) -> tuple[Recipe, Plan]:
-    """The recipe as its budget lets it run; `auto` is the GPU in question."""
-    budget = recipe.training.memory
-    assert budget is not None
-    auto = capacity_bytes or measure.free_bytes(torch.device("cpu"))
-    limit = auto if budget == "auto" else parse_size(budget)
-    found = plan(recipe, arch, lambda changed: sized(changed, workload), limit, cuda=cuda)
-    return found.apply(recipe), found
 
 
 def _from_config_alone(recipe: Recipe) -> Recipe:
@@ -140,25 +141,36 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
     )
 
 
-def _workload(recipe: Recipe, arch: Architecture) -> Workload:
-    """The largest batches of local data; of other data, full rows."""
+def _local_dataset(recipe: Recipe) -> Dataset | None:
+    """The recipe's data if it is here, and a tokenizer to read it with; other rows are taken to be full."""
     source = recipe.data.source
     held_out = recipe.data.held_out
     local = LOCAL_FILE.fullmatch(source) and not (
         isinstance(held_out, str) and not LOCAL_FILE.fullmatch(held_out)
     )
     if not local:
-        return assumed(recipe)
+        return None
     base = recipe.base
     if base.model.endswith(".json"):  # a config alone has no tokenizer
         base = base.model_copy(update={"init": "synthetic"})
     if (tokenizer := _tokenizer(base)) is None:
-        return assumed(recipe)
-    dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed)
-    plain = changed(recipe, memory=None)
-    batches = training_batches(dataset, plain)
+        return None
+    return load_dataset(recipe.data, tokenizer, recipe.training.seed)
+
+
+def _for_plans(
+    full_rows: Workload, dataset: Dataset | None, arch: Architecture
+) -> Callable[[Recipe], Workload]:
+    """The largest batches that a plan is made for, as the run itself would make it."""
+    if dataset is None:
+        return lambda changed: sized(changed, full_rows)
+    return lambda changed: of_epoch(changed, dataset, arch)
+
+
+def _of_run(recipe: Recipe, dataset: Dataset, arch: Architecture) -> Workload:
+    batches = training_batches(dataset, recipe)
     steps = recipe.training.total_steps(batches.steps_per_epoch)
-    return of_run(plain, dataset, batches, steps, arch)
+    return of_run(recipe, dataset, batches, steps, arch)
 
 
 def _tokenizer(base: Any) -> Any:

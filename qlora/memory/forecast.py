@@ -7,7 +7,7 @@ constants.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +28,14 @@ from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.prepare import build, build_optimizer, checkpointed
+from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed
 from qlora.model.varlen_attention import read_documents
 from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.recipe import Checkpointing, Recipe
-from qlora.runtime.fake import faking
+from qlora.runtime.fake import FakeTensors
 from qlora.runtime.phases import Phase, announce
 
 KEPT_LAYERS = 3
@@ -66,6 +66,9 @@ _STANDING = (
     "optimizer_state",
 )
 _PASSING = ("working_set", "logits_and_loss", "dequantization")
+
+Fake = Callable[[Tensor], Tensor]
+"""a real tensor -> a fake one"""
 
 Row = NDArray[np.int64]
 """[parts]"""
@@ -110,83 +113,139 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
 
     >>> forecast(recipe, assumed(recipe), architecture(recipe, cuda=True), cuda=True).total_bytes
     """
-    whole, mlps = checkpointed(recipe, arch.layers)
-    few = KEPT_OFFLOADED if cuda and recipe.training.activation_offloading else KEPT_LAYERS
-    kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
-    small = _with_checkpointing(recipe, *kept[:2])
-    with faking(cuda=cuda) as fake, torch.random.fork_rng([]):
-        base = recipe.base.model_copy(
-            update={"init": "synthetic", "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch.")}
-        )
-        small = small.model_copy(update={"base": base})
-        model, optimizer = build(small, "cpu", config=shortened(arch.config, sum(kept)))
-        if not arch.padded:
-            read_documents(model)
-        keep_all_layers(model)
-        batch, step, evaluation = _traces(model, optimizer, workload, fake, recipe, copies)
-        standing = _standing(model, copies)
-        optimizer_state, update = _trace_of_update(arch, recipe)
-    trace = _joined(step, update, evaluation)
-    rows = trace.parts + standing + optimizer_state
-    if cuda:
-        rows = rows + _beside_the_tensors(rows, offload=recipe.training.activation_offloading)
-    trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
-    total = sum(parameter.numel() for parameter in arch.model.parameters())
-    return Forecast(
-        Trace(rows, trace.marks),
-        batch=batch,
-        layers=arch.layers,
-        checkpointed_layers=whole,
-        checkpointed_mlps=mlps,
-        loss_chunk=arch.loss_chunk(recipe),
-        host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
-        parameters=total - trained if recipe.adapter.facts.frozen_base else total,
-        trained_parameters=trained,
-    )
+    return Forecaster(arch, cuda=cuda).forecast(recipe, workload)
 
 
-def _traces(
-    model: nn.Module,
-    optimizer: Optimizer,
-    workload: Workload,
-    fake: Callable[[Tensor], Tensor],
-    recipe: Recipe,
-    copies: list[tuple[int, int]],
-) -> tuple[Batch, Trace, Trace | None]:
-    """The micro-batch that takes the most, its passes, and an evaluation.
+class Forecaster:
+    """Makes forecasts with one architecture, and keeps the models and traces that several of them share.
 
-    Passes are those of the whole model, see `repeat_all` about the `copies` of its layers; what stands in memory all
-    through the run is left out.
+    Two plans that differ in how many layers are recomputed, not in whether any are, share their traces: a search
+    through all of them traces a few.
+
+    >>> forecaster = Forecaster(architecture(recipe, cuda=True), cuda=True)
+    >>> [forecaster.forecast(recipe, resized(workload, rows=rows)).total_bytes for rows in (1, 2, 4)]
     """
-    known, objective = inventory.inventory(model, optimizer), objective_of(recipe)
+
+    def __init__(self, arch: Architecture, *, cuda: bool) -> None:
+        self.arch, self.cuda = arch, cuda
+        self._fakes = FakeTensors(cuda=cuda)
+        self._models: dict[Hashable, tuple[nn.Module, Optimizer]] = {}
+        self._traces: dict[Hashable, Trace] = {}
+        self._updates: dict[Hashable, tuple[Row, Rows]] = {}
+
+    def forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
+        """As the function `forecast`; `recipe` is one whose base and adapter make this architecture."""
+        arch, cuda = self.arch, self.cuda
+        whole, mlps = checkpointed(recipe, arch.layers)
+        few = KEPT_OFFLOADED if cuda and recipe.training.activation_offloading else KEPT_LAYERS
+        kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
+        small = _with_checkpointing(recipe, *kept[:2])
+        with self._fakes.made() as fake, torch.random.fork_rng([]):
+            model, optimizer = self._few_layers(small, sum(kept))
+            batch, step, evaluation = self._passes(model, optimizer, workload, fake, small, copies)
+            standing = _standing(model, copies)
+            optimizer_state, update = self._update(recipe)
+        trace = _joined(step, update, evaluation)
+        rows = trace.parts + standing + optimizer_state
+        if cuda:
+            rows = rows + _beside_the_tensors(rows, offload=recipe.training.activation_offloading)
+        trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
+        total = sum(parameter.numel() for parameter in arch.model.parameters())
+        return Forecast(
+            Trace(rows, trace.marks),
+            batch=batch,
+            layers=arch.layers,
+            checkpointed_layers=whole,
+            checkpointed_mlps=mlps,
+            loss_chunk=arch.loss_chunk(recipe),
+            host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
+            parameters=total - trained if recipe.adapter.facts.frozen_base else total,
+            trained_parameters=trained,
+        )
+
+    def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:
+        """A model of so many layers that recomputes what the recipe says, and its optimizer."""
+        key = layers, *(part.model_dump_json() for part in (recipe.base, recipe.adapter, recipe.optimizer))
+        if key not in self._models:
+            dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
+            base = recipe.base.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
+            synthetic = recipe.model_copy(update={"base": base})
+            self._models[key] = build(synthetic, "cpu", config=shortened(self.arch.config, layers))
+            if not self.arch.padded:
+                read_documents(self._models[key][0])
+            keep_all_layers(self._models[key][0])
+        apply_checkpointing(self._models[key][0], recipe)
+        return self._models[key]
+
+    def _passes(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        workload: Workload,
+        fake: Fake,
+        recipe: Recipe,
+        copies: list[tuple[int, int]],
+    ) -> tuple[Batch, Trace, Trace | None]:
+        """The micro-batch that takes the most, its passes, and an evaluation.
+
+        Passes are those of the whole model, see `repeat_all` about the `copies` of its layers; what stands in memory
+        all through the run is left out.
+        """
+        objective = objective_of(recipe)
+        layers = len(decoder_layers(model))
+
+        def step(batch: Batch) -> None:
+            optimizer.zero_grad()
+            accumulate(model, [batch], objective, seed=0, step=0)
+
+        def to_loss(batch: Batch) -> None:
+            with announce(Phase.FORWARD):
+                objective.loss(model, batch)
+
+        def evaluation(batch: Batch) -> None:
+            evaluate(model, [batch], objective)
+
+        def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
+            key = recipe.model_dump_json(), layers, _shapes(batch), run.__name__
+            if key not in self._traces:
+                self._traces[key] = _trace(model, optimizer, batch, run, fake)
+            return self._traces[key]
+
+        def whole(trace: Trace) -> Trace:
+            return repeat_all(trace, copies)
+
+        batch, most = workload.train, whole(trace(workload.train, step))
+        # With fewer tokens than the largest, the densest can only take more in the loss: half a step tells
+        dense = workload.densest
+        if dense is not None and whole(trace(dense, to_loss)).totals.max() > most.totals.max():
+            batch, most = dense, whole(trace(dense, step))
+        evaluated = workload.evaluation
+        return batch, most, None if evaluated is None else trace(evaluated, evaluation)
+
+    def _update(self, recipe: Recipe) -> tuple[Row, Rows]:
+        """`_trace_of_update`, made once for each optimizer."""
+        key = recipe.optimizer.model_dump_json(), recipe.training.max_grad_norm
+        if key not in self._updates:
+            self._updates[key] = _trace_of_update(self.arch, recipe)
+        return self._updates[key]
+
+
+def _shapes(batch: Batch) -> Hashable:
+    """All that a trace reads of a batch; its positions follow from its documents."""
+    packed = batch.position_ids is not None
+    return tuple(batch.input_ids.shape), packed, batch.documents, batch.tokens, batch.supervised
+
+
+def _trace(
+    model: nn.Module, optimizer: Optimizer, batch: Batch, run: Callable[[Batch], object], fake: Fake
+) -> Trace:
+    """What comes and goes while `run` works on a fake of the batch, less what stands in memory before."""
+    known = inventory.inventory(model, optimizer)
     experts = any("experts" in name for name, _ in model.named_modules())
     kernels = MetaKernels() if experts else nullcontext()
-
-    def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
-        with LiveBytes(known) as live, _layers_marked(model, live), kernels, as_packed(batch):
-            run(faked(batch, fake))
-        return live.trace().announced().without(_row(known))
-
-    def step(batch: Batch) -> None:
-        optimizer.zero_grad()
-        accumulate(model, [batch], objective, seed=0, step=0)
-
-    def to_loss(batch: Batch) -> None:
-        with announce(Phase.FORWARD):
-            objective.loss(model, batch)
-
-    def whole(trace: Trace) -> Trace:
-        return repeat_all(trace, copies)
-
-    batch, most = workload.train, whole(trace(workload.train, step))
-    # With fewer tokens than the largest, the densest can only take more in the loss: half a step tells
-    dense = workload.densest
-    if dense is not None and whole(trace(dense, to_loss)).totals.max() > most.totals.max():
-        batch, most = dense, whole(trace(dense, step))
-    evaluation = None
-    if workload.evaluation is not None:
-        evaluation = trace(workload.evaluation, lambda batch: evaluate(model, [batch], objective))
-    return batch, most, evaluation
+    with LiveBytes(known) as live, _layers_marked(model, live), kernels, as_packed(batch):
+        run(faked(batch, fake))
+    return live.trace().announced().without(_row(known))
 
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:

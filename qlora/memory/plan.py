@@ -11,12 +11,12 @@ micro-batches.
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 from qlora.errors import OutOfMemoryError
-from qlora.memory.architecture import Architecture
-from qlora.memory.forecast import Forecast, forecast
+from qlora.memory.forecast import Forecast, Forecaster
 from qlora.memory.workload import Workload, resized
 from qlora.recipe import Recipe, Training
 from qlora.recipe.sizes import unit_for
@@ -28,20 +28,21 @@ against 2 FLOP at 790 TFLOP/s; a CPU is not far from it"""
 SMALL_LOSS_CHUNK = 256
 
 
+Progress = Callable[[str], object]
+"""hears what is being tried"""
+
+
 @dataclass(frozen=True)
-class Plan:
-    """Settings that fit, and what they are forecast to take."""
+class Policy:
+    """The settings that a plan chooses."""
 
     micro_batch_size: int
     checkpointed_layers: int
     checkpointed_mlps: int
     """of the layers beside those"""
-    layers: int
     offload: bool
     """the inputs of those that are recomputed are kept on the host"""
     loss_chunk: int
-    needed_bytes: int
-    budget_bytes: int
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,6 +57,15 @@ class Plan:
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with these settings, and without a budget."""
         return changed(recipe, memory=None, **self.settings)
+
+
+@dataclass(frozen=True)
+class Plan(Policy):
+    """A policy that fits, and what it is forecast to take."""
+
+    layers: int
+    needed_bytes: int
+    budget_bytes: int
 
     @property
     def why(self) -> str:
@@ -76,11 +86,10 @@ class Plan:
 
 def plan(
     recipe: Recipe,
-    arch: Architecture,
     workload_of: Callable[[Recipe], Workload],
     budget_bytes: int,
-    *,
-    cuda: bool,
+    forecaster: Forecaster,
+    progress: Progress | None = None,
 ) -> Plan:
     """The settings with the least work a step among those forecast to fit.
 
@@ -89,125 +98,126 @@ def plan(
             the host if it says so, or if nothing fits else.
         workload_of: the largest batches of a recipe's run, for its micro-batch size.
         budget_bytes: of a GPU, paged optimizer state not counted, for it may leave.
+        forecaster: of the recipe's architecture.
+        progress: hears of each forecast before it is made.
 
     Raises:
         OutOfMemoryError: one row at a time with everything recomputed does not fit; says how much it takes.
     """
-    search = _Search(recipe, arch, workload_of, budget_bytes, cuda)
-    fitting: list[Plan] = []
-    total = recipe.training.global_batch_size
-    for rows in (rows for rows in range(1, total + 1) if total % rows == 0):
-        least = search.run(rows, search.levels, arch.loss_chunk(recipe))
-        if least.needed_bytes > budget_bytes:
-            break
-        fitting.append(least)
-    if not fitting:
-        fitting = [search.run(1, search.levels, min(SMALL_LOSS_CHUNK, arch.loss_chunk(recipe)))]
-        if fitting[0].needed_bytes > budget_bytes and cuda and not recipe.training.activation_offloading:
-            return plan(
-                changed(recipe, activation_offloading=True), arch, workload_of, budget_bytes, cuda=cuda
-            )
-        if fitting[0].needed_bytes > budget_bytes:
-            unit = unit_for(budget_bytes)
-            raise OutOfMemoryError(
-                f"training.memory: one row at a time, every layer recomputed, is forecast to take "
-                f"{unit.text(fitting[0].needed_bytes)} of {unit.text(budget_bytes)}. `qlora estimate` with "
-                "--gpu tells what else could be changed"
-            )
-    best = search.least_work(fitting.pop())
-    for least in reversed(fitting):
-        if search.work(replace(least, checkpointed_layers=0, checkpointed_mlps=0)) < search.work(best):
-            best = min(best, search.least_work(least), key=search.work)
-    level = search.level(best)
-    if level and best.loss_chunk > SMALL_LOSS_CHUNK:
-        # Smaller pieces of logits may make room for another layer
-        smaller = search.run(best.micro_batch_size, level, SMALL_LOSS_CHUNK)
-        if smaller.needed_bytes < best.needed_bytes:
-            best = min(best, search.least_work(smaller), key=search.work)
-    return best
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Plans by level: how much is recomputed, one part of one layer after the other, MLPs first."""
-
-    recipe: Recipe
-    arch: Architecture
-    workload_of: Callable[[Recipe], Workload]
-    budget_bytes: int
-    cuda: bool
-    known: dict[tuple[int, int, int], Plan] = field(default_factory=dict)
-
-    @property
-    def levels(self) -> int:
-        """The level at which every layer is recomputed whole."""
-        _, mlp = self.arch.recomputed
-        return self.arch.layers * (1 if mlp is None else 2)
-
-    def level(self, plan: Plan) -> int:
-        """Where a plan stands between 0, nothing recomputed, and `levels`."""
-        return plan.checkpointed_layers * (self.levels // max(1, self.arch.layers)) + plan.checkpointed_mlps
-
-    def run(self, rows: int, level: int, loss_chunk: int) -> Plan:
-        """What these settings take; each is forecast once."""
-        if (rows, level, loss_chunk) in self.known:
-            return self.known[rows, level, loss_chunk]
-        layers = self.arch.layers
-        whole, mlps = (
-            (level, 0) if self.levels == layers else (max(0, level - layers), layers - abs(level - layers))
+    search = _Search(recipe, workload_of, budget_bytes, forecaster, progress)
+    arch, offload = forecaster.arch, recipe.training.activation_offloading
+    best = search.best(offload)
+    if best is None and forecaster.cuda and not offload:
+        offload = True
+        best = search.best(offload)
+    if best is None:
+        least = Policy(1, arch.layers, 0, offload and arch.layers > 0, search.loss_chunks[-1])
+        unit = unit_for(budget_bytes)
+        raise OutOfMemoryError(
+            f"training.memory: one row at a time, every layer recomputed, is forecast to take "
+            f"{unit.text(search.need(least).all_bytes)} of {unit.text(budget_bytes)}. `qlora estimate` with "
+            "--gpu tells what else could be changed"
         )
-        offload = self.recipe.training.activation_offloading and whole > 0
-        wanted = Plan(rows, whole, mlps, layers, offload, loss_chunk, 0, self.budget_bytes)
-        recipe = wanted.apply(self.recipe)
-        found = forecast(recipe, self.workload_of(recipe), self.arch, cuda=self.cuda)
-        self.known[rows, level, loss_chunk] = replace(wanted, needed_bytes=needed(found))
-        return self.known[rows, level, loss_chunk]
+    return Plan(
+        **vars(best), layers=arch.layers, needed_bytes=search.need(best).all_bytes, budget_bytes=budget_bytes
+    )
 
-    def least_work(self, least: Plan) -> Plan:
-        """`least`, which fits, with as much spared as the budget allows."""
-        layers = self.arch.layers
-        for level in range(0, self.levels, max(1, layers)):
-            most = self.run(least.micro_batch_size, level, least.loss_chunk)
-            if most.needed_bytes <= self.budget_bytes:
-                return most
-            lower = least
-            if level + layers < self.levels:
-                lower = self.run(least.micro_batch_size, level + layers, least.loss_chunk)
-            if lower.needed_bytes <= self.budget_bytes:
-                return self._between(most, lower)
-        return least
 
-    def _between(self, most: Plan, least: Plan) -> Plan:
-        """The lowest level that fits, of those between one that does not and one that does.
+class _Need(NamedTuple):
+    """What a policy takes, as `needed`, and at least how much of it with any other loss chunk."""
 
-        Live bytes fall with the level, by about as much with each: it is read off a line, then proved by its
-        neighbour, else searched for.
+    all_bytes: int
+    without_logits: int
+
+
+class _Search:
+    """Looks for the policy with the least work that fits; each is forecast once."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        workload_of: Callable[[Recipe], Workload],
+        budget_bytes: int,
+        forecaster: Forecaster,
+        progress: Progress | None,
+    ) -> None:
+        self.recipe, self.budget_bytes, self.forecaster = recipe, budget_bytes, forecaster
+        self.progress = progress
+        self.recomputed = forecaster.arch.recomputed
+        whole = forecaster.arch.loss_chunk(recipe)
+        self.loss_chunks = sorted({whole, min(whole, SMALL_LOSS_CHUNK)}, reverse=True)
+        self.workload = cache(
+            lambda rows, chunk: workload_of(
+                changed(recipe, memory=None, micro_batch_size=rows, loss_chunk=chunk)
+            )
+        )
+        self.need = cache(self._need)
+
+    def best(self, offload: bool) -> Policy | None:
+        """The policy with the least work among those that fit, None if none does.
+
+        With the same rows, a policy of more work takes less memory: where the last of those with less work than the
+        best so far fits, bisection finds the first that does.
         """
-        low, high = self.level(most), self.level(least)
 
-        def fits(level: int) -> bool:
-            return self.run(least.micro_batch_size, level, least.loss_chunk).needed_bytes <= self.budget_bytes
+        def fits(policy: Policy) -> bool:
+            return self.fitting(policy) is not None
 
-        per_level = max(1, (most.needed_bytes - least.needed_bytes) // (high - low))
-        guess = min(low - (self.budget_bytes - most.needed_bytes) // per_level, high - 1)
-        if guess > low and fits(guess):
-            high = guess
-            low = low if fits(guess - 1) else guess - 1
-        elif guess > low:
-            low = guess
-            high = guess + 1 if fits(guess + 1) else high
-        levels = range(low + 1, high + 1)
-        level = levels[bisect_left(levels, True, key=fits)]
-        return self.run(least.micro_batch_size, level, least.loss_chunk)
+        best = None
+        total = self.recipe.training.global_batch_size
+        for rows in (rows for rows in range(1, total + 1) if total % rows == 0):
+            better = self.policies(rows, offload)
+            if best is not None:
+                limit = self.work(best)
+                better = [policy for policy in better if self.work(policy) < limit]
+            if better and fits(better[-1]):
+                first = 0 if fits(better[0]) else bisect_left(better, True, key=fits)
+                best = self.fitting(better[first])
+        return best
 
-    def work(self, plan: Plan) -> tuple[float, int]:
-        """Work of a step in tokens through all weights, and, among equals, the memory."""
-        whole, mlp = self.arch.recomputed
-        passes = 2 + (whole * plan.checkpointed_layers + (mlp or 0) * plan.checkpointed_mlps) / plan.layers
-        batch = self.workload_of(plan.apply(self.recipe)).train
+    def policies(self, rows: int, offload: bool) -> list[Policy]:
+        """All ways to recompute, by work, from nothing to everything: MLPs first, then whole layers."""
+        layers = self.forecaster.arch.layers
+        _, mlp = self.recomputed
+        counts = [(whole, 0 if mlp is None else layers - whole) for whole in range(layers + 1)]
+        if mlp is not None:
+            counts = [*((0, mlps) for mlps in range(layers)), *counts]
+        return [
+            Policy(rows, whole, mlps, offload and whole > 0, self.loss_chunks[0]) for whole, mlps in counts
+        ]
+
+    def fitting(self, policy: Policy) -> Policy | None:
+        """The policy with the largest loss chunk that fits, None if none does."""
+        for chunk in self.loss_chunks:
+            policy = replace(policy, loss_chunk=chunk)
+            need = self.need(policy)
+            if need.all_bytes <= self.budget_bytes:
+                return policy
+            if need.without_logits > self.budget_bytes:
+                return None
+        return None
+
+    def _need(self, policy: Policy) -> _Need:
+        if self.progress is not None:
+            self.progress(
+                f"planning: {policy.micro_batch_size} rows at a time, {policy.checkpointed_layers} layers and "
+                f"{policy.checkpointed_mlps} MLPs recomputed, logits of {policy.loss_chunk} tokens"
+            )
+        workload = self.workload(policy.micro_batch_size, policy.loss_chunk)
+        found = self.forecaster.forecast(policy.apply(self.recipe), workload)
+        _, parts = found.trace.peak()
+        size = needed(found)
+        return _Need(size, size - parts["logits_and_loss"] - parts["allocator_slack"])
+
+    def work(self, policy: Policy) -> float:
+        """Work of a step in tokens through all weights."""
+        whole, mlp = self.recomputed
+        recomputed = whole * policy.checkpointed_layers + (mlp or 0) * policy.checkpointed_mlps
+        passes = 2 + recomputed / max(1, self.forecaster.arch.layers)
+        batch = self.workload(policy.micro_batch_size, policy.loss_chunk).train
         tokens = batch.input_ids.shape[1] * self.recipe.training.global_batch_size
-        micro_batches = self.recipe.training.global_batch_size / plan.micro_batch_size
-        return passes * (tokens + DEQUANTIZATION_TOKENS * micro_batches), plan.needed_bytes
+        micro_batches = self.recipe.training.global_batch_size / policy.micro_batch_size
+        return passes * (tokens + DEQUANTIZATION_TOKENS * micro_batches)
 
 
 def needed(found: Forecast) -> int:

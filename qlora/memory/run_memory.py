@@ -10,20 +10,18 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qlora.data import Batches, Dataset, training_batches
+from qlora.data import Batches, Dataset
 from qlora.errors import QloraError
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.architecture import architecture
-from qlora.memory.forecast import Forecast, forecast
+from qlora.memory.budget import resolve_budget
+from qlora.memory.forecast import Forecast, Forecaster, forecast
 from qlora.memory.plan import Plan, needed, plan
-from qlora.memory.workload import Workload, of_run
+from qlora.memory.workload import Workload, of_epoch, of_run
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
-from qlora.recipe.sizes import parse_size, unit_for
-
-AUTO_SHARE = 0.95
-"""of the free memory that `auto` takes: the rest is for what nobody forecast"""
+from qlora.recipe.sizes import unit_for
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,16 @@ def budgeted(recipe: Recipe, dataset: Dataset, device: torch.device) -> Plan:
     Raises:
         OutOfMemoryError: nothing fits.
     """
-    budget, cuda = recipe.training.memory, device.type == "cuda"
-    assert budget is not None
+    assert recipe.training.memory is not None
+    cuda = device.type == "cuda"
     arch = architecture(recipe, cuda=cuda)
-    limit = int(measure.free_bytes(device) * AUTO_SHARE) if budget == "auto" else parse_size(budget)
-
-    def workload_of(changed: Recipe) -> Workload:
-        batches = training_batches(dataset, changed)
-        return of_run(changed, dataset, batches, batches.steps_per_epoch, arch)
-
-    return plan(recipe, arch, workload_of, limit, cuda=cuda)
+    budget_bytes = resolve_budget(recipe.training.memory, device)
+    return plan(
+        recipe,
+        lambda changed: of_epoch(changed, dataset, arch),
+        budget_bytes,
+        Forecaster(arch, cuda=cuda),
+    )
 
 
 def _told(found: Forecast, device: torch.device) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qlora.data import IGNORE_INDEX, Batch, Batches, Dataset, held_out_batches
+from qlora.data import IGNORE_INDEX, Batch, Batches, Dataset, held_out_batches, training_batches
 from qlora.memory.architecture import Architecture
 from qlora.recipe import Recipe
 
@@ -50,6 +50,12 @@ def of_run(
         densest=densest if denser else None,
         densest_step=densest_step if denser else step,
     )
+
+
+def of_epoch(recipe: Recipe, dataset: Dataset, arch: Architecture) -> Workload:
+    """The largest micro-batches of a whole epoch: a plan for them holds when a resumed run takes more steps."""
+    batches = training_batches(dataset, recipe)
+    return of_run(recipe, dataset, batches, batches.steps_per_epoch, arch)
 
 
 def assumed(recipe: Recipe) -> Workload:

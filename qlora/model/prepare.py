@@ -49,10 +49,11 @@ def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
 
 
 def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
-    """Give layers that we know our own passes, and recompute what the recipe says."""
+    """Give layers that we know our own passes, and recompute what the recipe says, whatever was said before."""
     use_fused_layers(model)
-    if recipe.training.activation_checkpointing not in ("none", Checkpointing()):
-        counts = checkpointed(recipe, len(decoder_layers(model)))
+    layers = len(decoder_layers(model))
+    if layers or recipe.training.activation_checkpointing not in ("none", Checkpointing()):
+        counts = checkpointed(recipe, layers)
         on_gpu = on_cuda(next(model.parameters()))  # else the host's memory is what the layers compute in
         checkpoint_layers(model, *counts, offload=recipe.training.activation_offloading and on_gpu)
 

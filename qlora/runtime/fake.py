@@ -14,11 +14,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 _standing_for_cuda = False
 
 
-@contextmanager
-def faking(*, cuda: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within, new tensors are fake, and stand for a GPU's if `cuda`; yields what makes a fake of a real tensor."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, standing_for_cuda(cuda):
-        yield mode.from_tensor
+class FakeTensors:
+    """Makes fake tensors, which stand for a GPU's if `cuda`. Those of one time within serve the next time too.
+
+    >>> fakes = FakeTensors(cuda=True)
+    >>> with fakes.made() as fake:
+    ...     model(fake(ids))
+    """
+
+    def __init__(self, *, cuda: bool) -> None:
+        self._mode, self._cuda = FakeTensorMode(allow_non_fake_inputs=True), cuda
+
+    @contextmanager
+    def made(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Within, new tensors are fake; yields what makes a fake of a real tensor."""
+        with self._mode, standing_for_cuda(self._cuda):
+            yield self._mode.from_tensor
 
 
 def real_values() -> AbstractContextManager[object]:
