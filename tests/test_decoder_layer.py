@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -48,6 +49,12 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=7),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        tie_word_embeddings=False,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """what the installed transformers calls the keys and values of earlier tokens: renamed in 5.24"""
