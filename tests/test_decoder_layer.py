@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +56,7 @@ CONFIGS = {
         sliding_window=7,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "olmo2": Olmo2Config(**SIZES, initializer_range=0.1),
 }
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """what the installed transformers calls the keys and values of earlier tokens: renamed in 5.24"""
