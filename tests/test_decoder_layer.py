@@ -34,6 +34,7 @@ from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate
 from qlora.ops import dropout as dropout_module
 from qlora.ops import mlp as mlp_module
+from qlora.ops.rms_norm import rms_norm
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, RANK = 64, 160, 4, 2, 4
 SIZES = {
@@ -132,6 +133,17 @@ def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(
         return sum((found[n].double() - expected[n]).square().sum().item() for n in expected) ** 0.5
 
     assert 0 < error(ours) <= 1.5 * error(theirs)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_norms_are_those_of_transformers_to_the_bit(config: PretrainedConfig) -> None:
+    """Epsilon, offset and rounding, which a loss would hardly show."""
+    layer = use_fused_layers(model_of(config, torch.bfloat16)).model.layers[0]
+    norms = [module for name, module in layer.named_modules() if name.endswith("norm")]
+    assert len(norms) >= 2
+    for norm in norms:
+        x = torch.randn(40, len(norm.weight), dtype=torch.bfloat16) / 256
+        assert torch.equal(rms_norm(x, layer.spec.norm(norm)), norm(x))
 
 
 @pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3), (1, 1)])

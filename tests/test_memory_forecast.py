@@ -190,6 +190,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
                 ("mistral", False, 5, False),
                 ("llama", True, 0, True),
                 ("phi3", 8, 0, True),
+                ("olmo2", 4, 3, False),
             )
         ),
     ],
