@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 16},  # a tied head
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},  # layers of two kinds, capped logits
+    "gemma3_text": {"head_dim": 16, "sliding_window": 24},
     "phi3": {},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_inner": 128, "n_positions": 256},  # Conv1D: trained as a whole
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},

@@ -58,8 +58,8 @@ if __name__ == "__main__":
     launches: list[tuple[Any, ...]] = []
     catch(launches)
     passes = [
-        gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_GRADIENT, rotary.ROTATE,
-        cross_entropy.LOSS, nf4.DEQUANTIZE,
+        gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
+        rotary.ROTATE, cross_entropy.LOSS, nf4.DEQUANTIZE,
     ]  # fmt: skip
     for work in passes:
         dtype = torch.float32 if work is cross_entropy.LOSS else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Our Llama-like layer against transformers' own: the same numbers, fewer tensors kept, fewer products repeated."""
+"""Our layer, by each of its specs, against transformers' own: same numbers, fewer tensors kept, fewer products."""
 
 import copy
 import inspect
@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -27,12 +29,14 @@ from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.data import Batch
 from qlora.memory.live import LiveBytes
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import LIKE_LLAMA, LlamaLayer, Recompute, use_fused_layers
+from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
+from qlora.model.layer_specs import LAYER_SPECS
 from qlora.model.varlen_attention import read_documents
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate
 from qlora.ops import dropout as dropout_module
 from qlora.ops import mlp as mlp_module
+from qlora.ops.rms_norm import rms_norm
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, RANK = 64, 160, 4, 2, 4
 SIZES = {
@@ -49,6 +53,13 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=7),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        tie_word_embeddings=False,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "olmo2": Olmo2Config(**SIZES, initializer_range=0.1),
 }
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """what the installed transformers calls the keys and values of earlier tokens: renamed in 5.24"""
@@ -57,7 +68,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     """An adapted model whose norms, biases and B are not what they are made as."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)
     adapt(model, LoraSpec(**{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,17 +90,29 @@ def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
 
 def test_every_architecture_that_gets_our_layers_is_tried_here() -> None:
     layers = {type(model_of(config).model.layers[0]).__name__ for config in CONFIGS.values()}
-    assert layers == LIKE_LLAMA
+    assert layers == set(LAYER_SPECS)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]], ids=str)
-def test_losses_and_gradients_are_those_of_transformers(config: PretrainedConfig, targets: Any) -> None:
-    model = model_of(config, targets=targets)
-    loss, grads = pass_over(model, batch_of())
+@pytest.mark.parametrize(
+    ("targets", "documents"),
+    [
+        ("all-linear", None),
+        ("all-linear", ((7, 5), (9, 3))),
+        (["q_proj", "v_proj"], None),
+        (["down_proj"], None),
+    ],
+    ids=str,
+)
+def test_losses_and_gradients_are_those_of_transformers(
+    config: PretrainedConfig, targets: Any, documents: tuple[tuple[int, ...], ...] | None
+) -> None:
+    model, batch = model_of(config, targets=targets), replace(batch_of(), documents=documents)
+    read_documents(model)
+    loss, grads = pass_over(model, batch)
     ours = use_fused_layers(copy.deepcopy(model))
-    assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(ours))
-    our_loss, our_grads = pass_over(ours, batch_of())
+    assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(ours))
+    our_loss, our_grads = pass_over(ours, batch)
     # transformers normalises in fp32
     torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
     assert our_grads.keys() == grads.keys()
@@ -98,9 +121,12 @@ def test_losses_and_gradients_are_those_of_transformers(config: PretrainedConfig
         assert (our_grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dtype) -> None:
-    exact = model_of(CONFIGS["qwen3"])
+def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(
+    config: PretrainedConfig, dtype: torch.dtype
+) -> None:
+    exact = model_of(config)
     expected = pass_over(exact, batch_of())[1]
     theirs = pass_over(copy.deepcopy(exact).to(dtype), batch_of())[1]
     ours = pass_over(use_fused_layers(copy.deepcopy(exact).to(dtype)), batch_of())[1]
@@ -109,6 +135,17 @@ def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(dtype: torch.dt
         return sum((found[n].double() - expected[n]).square().sum().item() for n in expected) ** 0.5
 
     assert 0 < error(ours) <= 1.5 * error(theirs)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_norms_are_those_of_transformers_to_the_bit(config: PretrainedConfig) -> None:
+    """Epsilon, offset and rounding, which a loss would hardly show."""
+    layer = use_fused_layers(model_of(config, torch.bfloat16)).model.layers[0]
+    norms = [module for name, module in layer.named_modules() if name.endswith("norm")]
+    assert len(norms) >= 2
+    for norm in norms:
+        x = torch.randn(40, len(norm.weight), dtype=torch.bfloat16) / 256
+        assert torch.equal(rms_norm(x, layer.spec.norm(norm)), norm(x))
 
 
 @pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3), (1, 1)])
@@ -171,7 +208,7 @@ def test_a_recompute_leaves_out_the_last_product() -> None:
         return counted.get_total_flops()
 
     layer = decoder_layers(model)[0]
-    assert isinstance(layer, LlamaLayer)
+    assert isinstance(layer, FusedLayer)
     kept = operations()
     checkpoint_layers(model)
     extra = (operations() - kept) / (2 * batch.tokens * 3)  # of one token and layer
@@ -190,6 +227,15 @@ def test_a_recompute_leaves_out_the_last_product() -> None:
     ranks = RANK * (2 * HIDDEN + INTERMEDIATE) + RANK * 2 * INTERMEDIATE
     assert 2 * down < extra <= 2 * down + ranks
     assert layer.repeated(Recompute.MLP) == 2 * down / (products + down)
+
+
+def test_a_norm_after_the_mlp_has_a_recompute_repeat_the_last_product_too() -> None:
+    layer = decoder_layers(use_fused_layers(model_of(CONFIGS["llama"])))[0]
+    assert isinstance(layer, FusedLayer)
+    layer.spec = replace(layer.spec, after_mlp="post_attention_layernorm")
+    wide = HIDDEN * INTERMEDIATE
+    assert layer.repeated(Recompute.ALL) == 1
+    assert layer.repeated(Recompute.MLP) == 3 * wide / (3 * wide + 2 * HIDDEN * (HIDDEN + HIDDEN // 2))
 
 
 def test_what_is_kept_is_the_minimal_set() -> None:
@@ -263,7 +309,7 @@ def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) ->
     expected = continuation(model)
     assert len(set(expected[10:])) > 3
     use_fused_layers(model)
-    assert all(isinstance(layer, LlamaLayer) for layer in decoder_layers(model))
+    assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(model))
     assert continuation(model) == expected
     assert continuation(model.train()) == expected, "a model in training mode generates too"
     assert continuation(model, use_cache=False) == expected
@@ -299,7 +345,7 @@ def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: 
     """With everything else that came: nothing is swallowed."""
     model = use_fused_layers(model_of(CONFIGS["llama"], torch.float32)).train(training)
     layer, calls = decoder_layers(model)[1], []
-    assert isinstance(layer, LlamaLayer)
+    assert isinstance(layer, FusedLayer)
     hidden, value = torch.randn(1, 4, HIDDEN), object()
     call = {"position_embeddings": (torch.ones(1), torch.zeros(1)), "attention_mask": None, keyword: value}
 
@@ -315,9 +361,14 @@ def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: 
 def test_layers_that_compute_something_else_stay() -> None:
     for change in ({"hidden_act": "gelu"}, {"num_hidden_layers": 1, "hidden_act": "relu"}):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | change)).requires_grad_(False)
-        assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(use_fused_layers(model)))
+        assert not any(isinstance(layer, FusedLayer) for layer in decoder_layers(use_fused_layers(model)))
+    for name, value in (("is_causal", False), ("attn_logit_softcapping", 50.0)):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).requires_grad_(False)
+        setattr(model.model.layers[1].self_attn, name, value)
+        layers = decoder_layers(use_fused_layers(model))
+        assert [isinstance(layer, FusedLayer) for layer in layers] == [True, False, True]
     trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
-    assert not any(isinstance(layer, LlamaLayer) for layer in decoder_layers(use_fused_layers(trained)))
+    assert not any(isinstance(layer, FusedLayer) for layer in decoder_layers(use_fused_layers(trained)))
 
 
 @pytest.mark.gpu

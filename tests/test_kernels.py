@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PASSES = {
     "silu_product": gate.SILU_PRODUCT,
     "silu_gradients": gate.SILU_GRADIENTS,
     "normalize": norm.NORMALIZE,
+    "normalize late": norm.NORMALIZE_LATE,
     "normalize_gradient": norm.NORMALIZE_GRADIENT,
     "rotate": rotary.ROTATE,
     "loss": cross_entropy.LOSS,
@@ -47,7 +49,7 @@ def as_on_a_gpu() -> Iterator[None]:
 @pytest.mark.parametrize("name", PASSES)
 def test_a_kernel_does_what_the_plain_form_does(name: str, dtype: torch.dtype) -> None:
     work = PASSES[name]
-    assert work.kernel == name
+    assert work.kernel == name.removesuffix(" late")
     assert work.difference(torch.device(DEVICE), dtype) is None
 
 
@@ -56,6 +58,9 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "silu_product": lambda dtype: tuple(random(dtype, 3, 4100, seed=s) for s in range(3)),
     "silu_gradients": lambda dtype: tuple(random(dtype, 1, 1, seed=s) for s in range(4)),
     "normalize": lambda dtype: (random(dtype, 5, 3, 128), random(dtype, 128, seed=1), 1e-6, random(dtype, 5, 3, 128)),
+    "normalize late": lambda dtype: (
+        random(dtype, 3, 96), random(dtype, 96, seed=1), 1e-6, random(dtype, 3, 96), 1.0, True
+    ),
     "normalize_gradient": lambda dtype: (
         random(dtype, 1, 4099), random(dtype, 1, 4099, seed=1), random(dtype, 4099, seed=2), 1e-6, None
     ),
@@ -112,22 +117,41 @@ def test_one_launch_dequantizes_to_the_same_bits(
     torch.testing.assert_close(out, expected, rtol=2**-7 if cut else 0, atol=0)
 
 
-def test_plain_forms_agree_with_autograd_in_fp64() -> None:
+@pytest.mark.parametrize(
+    ("activation", "reference"),
+    [(gate.SILU, F.silu), (gate.GELU_TANH, partial(F.gelu, approximate="tanh"))],
+    ids=["silu", "gelu_tanh"],
+)
+def test_gates_agree_with_autograd_in_fp64(
+    activation: gate.Activation, reference: Callable[[Tensor], Tensor]
+) -> None:
     a, b, c = (random(torch.float64, 5, 24, seed=s).requires_grad_() for s in range(3))
-    weight = random(torch.float64, 24, seed=3)
-    product = F.silu(a) * b
-    torch.testing.assert_close(gate.silu_product(a.detach(), b.detach()), product)
+    product = reference(a) * b
+    torch.testing.assert_close(activation.product(a.detach(), b.detach()), product)
     expected = torch.autograd.grad(product, (a, b), c)
     d_gate, d_up = c.detach().clone(), torch.empty_like(c)
-    gate.silu_gradients(a.detach(), b.detach(), d_gate, d_up)
+    activation.gradients(a.detach(), b.detach(), d_gate, d_up)
     torch.testing.assert_close((d_gate, d_up), expected)
 
-    normal = F.rms_norm(a, (24,), weight, 1e-5)
-    torch.testing.assert_close(norm.normalize(a.detach(), weight, 1e-5), normal)
+
+@pytest.mark.parametrize("rounds_late", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_agree_with_autograd_in_fp64(offset: float, rounds_late: bool) -> None:
+    a, b, c = (random(torch.float64, 5, 24, seed=s).requires_grad_() for s in range(3))
+    weight = random(torch.float64, 24, seed=3)
+    normal = F.rms_norm(a, (24,), weight + offset, 1e-5)
+    torch.testing.assert_close(norm.normalize(a.detach(), weight, 1e-5, offset, rounds_late), normal)
     (expected_dx,) = torch.autograd.grad(normal, a, c)
     dx = c.detach().clone()
-    norm.normalize_gradient(dx, a.detach(), weight, 1e-5, residual=b.detach())
+    norm.normalize_gradient(dx, a.detach(), weight, 1e-5, offset, residual=b.detach())
     torch.testing.assert_close(dx, expected_dx + b)
+
+
+def test_a_norm_rounds_before_its_weight_or_after_it() -> None:
+    x, weight = random(torch.bfloat16, 5, 24), random(torch.bfloat16, 24, seed=3)
+    unit = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert torch.equal(norm.normalize(x, weight, 1e-5, 0.0, False), unit.bfloat16() * weight)
+    assert torch.equal(norm.normalize(x, weight, 1e-5, 1.0, True), (unit * (1 + weight.float())).bfloat16())
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -228,5 +252,5 @@ def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
     assert out.returncode == 0, out.stderr
     lines = [line.split() for line in out.stdout.splitlines()]
     assert len({name for name, _, _ in lines}) == 7
-    assert len(lines) == 2 * (7 + 4)
+    assert len(lines) == 2 * (8 + 4)
     assert all(int(size) > 1000 for _, _, size in lines)

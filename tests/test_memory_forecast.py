@@ -38,6 +38,11 @@ def foreseen(recipe: Recipe, workload: Workload, *, cuda: bool = False) -> Forec
     return forecast(recipe, workload, architecture(recipe, cuda=cuda), cuda=cuda)
 
 
+def has_our_layers(recipe: Recipe) -> bool:
+    _, mlp_alone = architecture(recipe, cuda=False).recomputed
+    return mlp_alone is not None
+
+
 def measured(recipe: Recipe, workload: Workload) -> Trace:
     """A real step and a real evaluation, counted."""
     model, optimizer = build(recipe, "cpu")
@@ -88,7 +93,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
     # seven layers: more than are run for a forecast
     draw = random.Random(f"{architecture} {number}")
     layers, mlps = ((7, 0), (0, 4), (2, 3))[number % SAMPLES]
-    if architecture not in ("llama", "mistral", "qwen2", "qwen3"):
+    if not has_our_layers(recipe(tmp_path, architecture)):
         mlps = 0
     _, packing, optimizer, dtype, dropout, chunk = draw.choice(SETTINGS)
     made = recipe(
@@ -186,6 +191,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
                 ("mistral", {"mlp": 5}, False),
                 ("llama", "full", True),
                 ("phi3", {"full": 8}, True),
+                ("olmo2", {"full": 4, "mlp": 3}, False),
             )
         ),
     ],
@@ -223,7 +229,7 @@ def test_attention_that_asks_for_more_is_forecast_as_it_runs(
     forward = LlamaAttention.forward
     monkeypatch.setattr(LlamaAttention, "forward", partialmethod(forward, s_aux=torch.ones(4)))
     made = recipe(tmp_path, "llama")
-    monkeypatch.setattr("qlora.model.decoder_layer.LIKE_LLAMA", set())  # our layer asks for nothing
+    monkeypatch.setattr("qlora.model.decoder_layer.LAYER_SPECS", {})  # our layer asks for nothing
     assert architecture(made, cuda=False).padded
     workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))

@@ -6,16 +6,17 @@ form (`dispatch`); every other device, and whoever sets QLORA_KERNELS=off, takes
 
 from qlora.kernels.cross_entropy import loss_and_gradient
 from qlora.kernels.dispatch import FusedOp
-from qlora.kernels.gate import silu_gradients, silu_product
+from qlora.kernels.gate import GELU_TANH, SILU, Activation
 from qlora.kernels.norm import normalize, normalize_gradient
 from qlora.kernels.rotary import rotate
 
 __all__ = [
+    "GELU_TANH",
+    "SILU",
+    "Activation",
     "FusedOp",
     "loss_and_gradient",
     "normalize",
     "normalize_gradient",
     "rotate",
-    "silu_gradients",
-    "silu_product",
 ]

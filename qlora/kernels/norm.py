@@ -1,5 +1,6 @@
 """RMS normalisation by a frozen weight (Zhang & Sennrich 2019), x / sqrt(mean(x²) + eps) * weight, and its gradient."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,35 +9,52 @@ from torch import Tensor
 from qlora.kernels.dispatch import FusedOp, numbers
 
 
-def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H] -> [..., H] in x.dtype, weight [H]. The mean is taken in fp32 at least; rounds where Llama does."""
+def normalize(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_late: bool = False
+) -> Tensor:
+    """x [..., H] -> [..., H] in x.dtype, weight [H], to which `offset` is added. The mean is taken in fp32 at least.
+
+    rounds_late: round after the product with the weight, as Gemma does, and not before it, as Llama does.
+    """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    NORMALIZE(x.contiguous(), weight, eps, y)
+    form = NORMALIZE_LATE if rounds_late else NORMALIZE
+    form(x.contiguous(), weight, eps, y, offset, rounds_late)
     return y
 
 
 def normalize_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    residual: Tensor | None = None,
 ) -> None:
     """dL/dx in the place of `grad`, dL/dy; [..., H] both. `residual`, if given, is added to it.
 
-    With u = x * scale: scale * (g w - u * mean(g w u)).
+    With u = x * scale and w = weight + offset: scale * (g w - u * mean(g w u)).
     """
     assert grad.is_contiguous()
     residual = None if residual is None else residual.contiguous()  # autograd expands gradients of sums
-    NORMALIZE_GRADIENT(grad, x.contiguous(), weight, eps, residual)
+    NORMALIZE_GRADIENT(grad, x.contiguous(), weight, eps, residual, offset)
 
 
-def _normalize(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:
+def _normalize(
+    x: Tensor, weight: Tensor, eps: float, y: Tensor, offset: float = 0.0, rounds_late: bool = False
+) -> None:
     wide = x.to(_wide(x))
-    torch.mul(wide, _scale(wide, eps), out=y).mul_(weight)
+    in_place = rounds_late and wide is not x
+    unit = torch.mul(wide, _scale(wide, eps), out=wide if in_place else y)
+    torch.mul(unit, _shifted(weight, offset), out=y)
 
 
-def _normalize_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
+def _normalize_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float = 0.0
+) -> None:
     wide = x.to(_wide(x))
     scale = _scale(wide, eps)
     unit = wide * scale
-    wide_grad = grad.mul_(weight).to(unit.dtype)
+    wide_grad = grad.mul_(_shifted(weight, offset)).to(unit.dtype)
     mean = (wide_grad * unit).mean(-1, keepdim=True)
     wide_grad.sub_(unit.mul_(mean)).mul_(scale)
     if residual is not None:
@@ -49,17 +67,29 @@ def _scale(wide: Tensor, eps: float) -> Tensor:
     return wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
+def _shifted(weight: Tensor, offset: float) -> Tensor:
+    return weight.to(_wide(weight)) + offset if offset else weight
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _example(device: torch.device, dtype: torch.dtype, *, gradient: bool) -> tuple[Any, ...]:
-    first, second, third = (numbers(device, dtype, 37, 520, seed=seed) for seed in range(3))
-    weight = 1 + numbers(device, dtype, 520, seed=3) / 4
-    return (first, second, weight, 1e-5, third) if gradient else (first, weight, 1e-5, second)
+def _example(device: torch.device, dtype: torch.dtype, rounds_late: bool) -> tuple[Any, ...]:
+    x, y = (numbers(device, dtype, 37, 520, seed=seed) for seed in range(2))
+    return x, _weight(device, dtype), 1e-5, y, 0.5, rounds_late
 
 
-NORMALIZE = FusedOp(_normalize, "normalize", lambda device, dtype: _example(device, dtype, gradient=False))
-NORMALIZE_GRADIENT = FusedOp(
-    _normalize_gradient, "normalize_gradient", lambda device, dtype: _example(device, dtype, gradient=True)
-)
+def _example_of_gradient(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    grad, x, residual = (numbers(device, dtype, 37, 520, seed=seed) for seed in range(3))
+    return grad, x, _weight(device, dtype), 1e-5, residual, 0.5
+
+
+def _weight(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return 1 + numbers(device, dtype, 520, seed=3) / 4
+
+
+NORMALIZE = FusedOp(_normalize, "normalize", partial(_example, rounds_late=False))
+NORMALIZE_LATE = FusedOp(_normalize, "normalize", partial(_example, rounds_late=True))
+"""a kernel of its own to the compiler, so proven on its own"""
+NORMALIZE_GRADIENT = FusedOp(_normalize_gradient, "normalize_gradient", _example_of_gradient)

@@ -29,21 +29,27 @@ def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None
         _silu_gradients[_blocks(gate)](gate, up, grad, d_up, gate.numel(), BLOCK=ELEMENTS)
 
 
-def normalize(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:
+def normalize(
+    x: Tensor, weight: Tensor, eps: float, y: Tensor, offset: float = 0.0, rounds_late: bool = False
+) -> None:
     """See `norm`."""
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     layout = _rows_of(width)
     with _on(x):
-        _normalize[(triton.cdiv(rows, layout["ROWS"]),)](x, weight, y, rows, width, eps, **layout)
+        _normalize[(triton.cdiv(rows, layout["ROWS"]),)](
+            x, weight, y, rows, width, eps, offset, LATE=rounds_late, **layout
+        )
 
 
-def normalize_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
+def normalize_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float = 0.0
+) -> None:
     """See `norm`."""
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     layout = _rows_of(width)
     with _on(x):
         _normalize_gradient[(triton.cdiv(rows, layout["ROWS"]),)](
-            grad, x, weight, grad if residual is None else residual, rows, width, eps,
+            grad, x, weight, grad if residual is None else residual, rows, width, eps, offset,
             RESIDUAL=residual is not None, **layout,
         )  # fmt: skip
 
@@ -133,28 +139,33 @@ def _silu_gradients(gate, up, grad, d_up, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalize(x, weight, y, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < width)
-    at = row * width + column
-    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / width + eps)
-    unit = (v * scale).to(y.dtype.element_ty).to(tl.float32)  # Llama rounds before the weight
-    tl.store(y + at, unit * w, mask=inside)
-
-
-@triton.jit
-def _normalize_gradient(
-    grad, x, weight, residual, rows, width, eps, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def _normalize(
+    x, weight, y, rows, width, eps, offset, LATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < width)
     at = row * width + column
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    scale = tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / width + eps)
+    unit = v * scale
+    if not LATE:  # Llama rounds before the weight
+        unit = unit.to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + at, unit * w, mask=inside)
+
+
+@triton.jit
+def _normalize_gradient(
+    grad, x, weight, residual, rows, width, eps, offset,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < width)
+    at = row * width + column
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
     d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * w
     scale = tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / width + eps)
     unit = v * scale

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.decoder_layer import LlamaLayer, Recompute, use_fused_layers
+from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.head import head_of
 from qlora.model.load import compute_dtype, embedding_apart, load_config, meta_model
 from qlora.model.prepare import apply_adapter
@@ -54,7 +54,7 @@ class Architecture:
         The latter is None where the MLP cannot be recomputed alone.
         """
         layer = next(iter(decoder_layers(self.model)), None)
-        if not isinstance(layer, LlamaLayer):
+        if not isinstance(layer, FusedLayer):
             return 1.0, None
         return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
 

@@ -7,13 +7,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.errors import RecipeError
-from qlora.model.decoder_layer import LlamaLayer, Recompute
+from qlora.model.decoder_layer import FusedLayer, Recompute
 from qlora.model.offload import ActivationOffloader
 
 
-def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | LlamaLayer]:
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedLayer]:
     """The model's layers that can be checkpointed, from the first to the last."""
-    kinds = (GradientCheckpointingLayer, LlamaLayer)
+    kinds = (GradientCheckpointingLayer, FusedLayer)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
@@ -36,7 +36,7 @@ def checkpoint_layers(
     kept_by = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
     for index, layer in enumerate(found):
         alone = count <= index < count + mlps
-        if isinstance(layer, LlamaLayer):
+        if isinstance(layer, FusedLayer):
             layer.recompute = (
                 Recompute.ALL if index < count else Recompute.MLP if alone else Recompute.NOTHING
             )

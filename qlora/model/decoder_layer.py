@@ -1,37 +1,36 @@
-"""A Llama-like decoder layer, forward and backward with the least kept between them.
+"""A decoder layer, forward and backward with the least kept between them, for each architecture that has a spec.
 
 Of a layer's forward pass the backward needs: the layer's input, the queries, keys and values that attention
 read, attention's output, the stream between the two halves, gate and up. Everything else is rebuilt from these
 without a matrix product. transformers' own layer around the same linears keeps nearly twice as much.
 
 A layer can keep less and compute more: without gate and up, half of what it keeps, its MLP computes those two again;
-recomputed as a whole it keeps its input alone. Either way the last product of the MLP is left out: its output is the
-next layer's input, which nobody needs again. That product is a quarter of the layer.
+recomputed as a whole it keeps its input alone. Either way the last product of the MLP is left out, unless a norm
+follows it: its output is the next layer's input, which nobody needs again. That product is a quarter of the layer.
 """
 
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.methods.lora import LoRALinear
+from qlora.model.layer_spec import LayerSpec
+from qlora.model.layer_specs import LAYER_SPECS
 from qlora.model.varlen_attention import asked
 from qlora.ops.lora_linear import lora_linears
-from qlora.ops.mlp import gated_mlp
+from qlora.ops.mlp import Forward, GatedMLP, gated_mlp
 from qlora.ops.products import Linear, Update
 from qlora.ops.rms_norm import Norm, rms_norm
 from qlora.ops.rotary import rotate
 from qlora.quantization.nf4 import quant_state
-
-LIKE_LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-"""transformers' layers that compute what is written here"""
 
 COMPUTED_WITH = {
     "attention_mask", "position_embeddings", "position_ids", "document_lengths", "document_ends",
@@ -47,25 +46,25 @@ class Recompute(Enum):
     ALL = "all but its last product"
 
 
-class LlamaLayer(nn.Module):
-    """One of transformers' Llama-like layers with our passes; its modules and their names stay the same.
+class FusedLayer(nn.Module):
+    """One of transformers' decoder layers with our passes; its modules and their names stay the same.
 
     original: the layer whose modules are used. It takes the calls that our passes do not know, as with a cache.
+    spec: what the layer computes.
     recompute: what is not kept but computed again in the backward.
     checkpoint: calls a function of the layer's input, keeping that alone.
     """
 
     self_attn: Any
     mlp: Any
-    input_layernorm: Any
-    post_attention_layernorm: Any
     original: Callable[..., Tensor]
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
         for name, module in original.named_children():
             self.add_module(name, module)
         object.__setattr__(self, "original", original)  # its modules are ours: not to be listed twice
+        self.spec = spec
         self.recompute = Recompute.NOTHING
         self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.train(original.training)
@@ -79,53 +78,51 @@ class LlamaLayer(nn.Module):
         if not _computes(call):
             return self.original(hidden_states, **call)
         known: dict[str, Any] = {name: call.get(name) for name in COMPUTED_WITH}
-        if not (self.training and torch.is_grad_enabled()):
-            return self._run(hidden_states, **known)
-        if self.recompute is not Recompute.ALL:
-            return self._run(hidden_states, keep=self.recompute is Recompute.NOTHING, **known)
-        passes = iter([True])  # the first is the forward pass, the second a recompute
+        if not (self.training and torch.is_grad_enabled()) or self.recompute is Recompute.NOTHING:
+            return self._run(hidden_states, Forward.KEEPING, **known)
+        if self.recompute is Recompute.MLP:
+            return self._run(hidden_states, Forward.SPARING, **known)
+        # The first call is the forward pass, each later one a recompute
+        modes = chain([Forward.SPARING], repeat(Forward.RECOMPUTE))
         return cast(
-            Tensor,
-            self.checkpoint(
-                lambda hidden: self._run(hidden, keep=False, output=next(passes, False), **known),
-                hidden_states,
-            ),
+            Tensor, self.checkpoint(lambda hidden: self._run(hidden, next(modes), **known), hidden_states)
         )
 
     def repeated(self, part: Recompute) -> float:
         """The products of weights that a recompute of this part repeats, as a share of a forward pass."""
         attention, mlp = self.self_attn, self.mlp
         others = sum(map(_weights, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)))
-        twice, down = _weights(mlp.gate_proj) + _weights(mlp.up_proj), _weights(mlp.down_proj)
-        again = {Recompute.NOTHING: 0, Recompute.MLP: twice, Recompute.ALL: others + twice}[part]
-        return again / (others + twice + down)
+        wide, down = _weights(mlp.gate_proj) + _weights(mlp.up_proj), _weights(mlp.down_proj)
+        of_mlp = wide if self.spec.after_mlp is None else wide + down
+        again = {Recompute.NOTHING: 0, Recompute.MLP: of_mlp, Recompute.ALL: others + of_mlp}[part]
+        return again / (others + wide + down)
 
     def _run(
         self,
         hidden: Tensor,
+        mode: Forward,
         *,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
-        keep: bool = True,
-        output: bool = True,
         **documents: Any,
     ) -> Tensor:
-        """The layer from top to bottom; `keep` and `output` are those of its MLP."""
-        attention, mlp = self.self_attn, self.mlp
-        norm = _norm(self.input_layernorm)
+        """The layer from top to bottom; `mode` is that of its MLP."""
+        spec, attention, mlp = self.spec, self.self_attn, self.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        heads = (*hidden.shape[:-1], -1, attention.head_dim)
-        query, key, value = (y.view(heads) for y in lora_linears(hidden, *_linears(projections), norm))
-        if hasattr(attention, "q_norm"):  # Qwen 3
-            query, key = rms_norm(query, _norm(attention.q_norm)), rms_norm(key, _norm(attention.k_norm))
+        query, key, value = lora_linears(hidden, *_linears(projections), self._norm(spec.before_attention))
+        if spec.qk_norm:
+            query, key = _each(query, spec.norm(attention.q_norm)), _each(key, spec.norm(attention.k_norm))
+        query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key, value))
         cos, sin = position_embeddings  # [B or 1, T, head_dim]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         attended = self._attend(query, key, value, attention_mask, documents)
         (change,) = lora_linears(attended, *_linears([attention.o_proj]))
+        if norm := self._norm(spec.after_attention):
+            change = rms_norm(change, norm)
         hidden = hidden + change
-        norm = _norm(self.post_attention_layernorm)
         linears, updates = _linears([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
-        return gated_mlp(hidden, norm, linears, updates, keep=keep, output=output)
+        norms = self._norm(spec.before_mlp), self._norm(spec.after_mlp)
+        return gated_mlp(hidden, GatedMLP(linears, *norms, spec.activation), updates, mode)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, documents: dict[str, Any]
@@ -139,21 +136,24 @@ class LlamaLayer(nn.Module):
             mask,
             dropout=attention.attention_dropout if self.training else 0.0,
             scaling=attention.scaling,
-            sliding_window=_window(attention),
+            sliding_window=self.spec.window_of(attention),
             **documents,
         )
         return attended.flatten(2)
 
+    def _norm(self, name: str | None) -> Norm | None:
+        return None if name is None else self.spec.norm(self.get_submodule(name))
+
 
 def use_fused_layers(model: nn.Module) -> nn.Module:
-    """Put a LlamaLayer in the place of every layer it can stand for, in place; returns the model.
+    """Put a FusedLayer in the place of every layer it can stand for, in place; returns the model.
 
-    A layer qualifies by its class, an MLP with SiLU, and norms and linears that are frozen.
+    A layer qualifies by a spec that fits it, and norms and linears that are frozen.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if _qualifies(child):
-                setattr(module, name, LlamaLayer(child))
+            if spec := _spec_of(child):
+                setattr(module, name, FusedLayer(child, spec))
     return model
 
 
@@ -162,17 +162,19 @@ def _computes(call: dict[str, Any]) -> bool:
     return {"position_embeddings"} <= asked(call) <= COMPUTED_WITH
 
 
-def _qualifies(layer: Any) -> bool:
-    if type(layer).__name__ not in LIKE_LLAMA:
-        return False
+def _spec_of(layer: Any) -> LayerSpec | None:
+    """What the layer computes; None where it keeps its own passes."""
+    spec = LAYER_SPECS.get(type(layer).__name__)
+    if spec is None or not spec.fits(layer):
+        return None
     if (
         layer.self_attn.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS
     ):  # "eager" is each model's own
-        return False
+        return None
     if any(type(adapted) is not LoRALinear for adapted in AdaptedLinear.of(layer).values()):
-        return False
+        return None
     trained = {name.rpartition(".")[2] for name, p in layer.named_parameters() if p.requires_grad}
-    return isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) and trained <= {"lora_a", "lora_b"}
+    return spec if trained <= {"lora_a", "lora_b"} else None
 
 
 def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
@@ -193,12 +195,6 @@ def _weights(linear: Any) -> int:
     return int(linear.in_features * linear.out_features)
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
-
-
-def _window(attention: Any) -> int | None:
-    """How many tokens back a token looks, itself counted; None for all."""
-    if attention.config.model_type == "mistral":
-        return attention.config.sliding_window
-    return getattr(attention, "sliding_window", None)
+def _each(x: Tensor, norm: Norm) -> Tensor:
+    """x [..., n * H], of which each n is normalised on its own; H is as wide as the norm."""
+    return rms_norm(x.unflatten(-1, (-1, len(norm.weight))), norm).flatten(-2)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels import normalize, normalize_gradient
-from qlora.ops.products import Linear, Update, gradients, project, to_ranks, updates_of
-from qlora.ops.rms_norm import Norm
+from qlora.ops.products import Linear, Update, gradients, project, to_ranks, unpack
+from qlora.ops.rms_norm import Norm, input_gradient, normalized
 from qlora.quantization.nf4 import autocast, frozen_linear
 
 
@@ -46,10 +45,8 @@ class _LoRALinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Norm | None, linears: Sequence[Linear], grad: bool, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        if norm is not None:
-            rows = normalize(rows, *norm)
-        updates = updates_of(flat)
+        rows = normalized(x.reshape(-1, x.shape[-1]), norm)
+        updates, _ = unpack(flat, linears)
         lows = to_ranks(rows, linears, updates)
         outputs = project(rows, linears, updates, lows, fold=grad)
         # Weights stay attributes: constants of the run, which hooks on saved tensors must not move
@@ -61,21 +58,18 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        flat, lows = saved[: 2 * len(ctx.linears)], saved[2 * len(ctx.linears) :]
-        rows = source = x.reshape(-1, x.shape[-1])
-        if ctx.norm is not None:
-            rows = normalize(source, *ctx.norm)
+        updates, lows = unpack(saved, ctx.linears)
+        rows = x.reshape(-1, x.shape[-1])
         wants_input = ctx.needs_input_grad[0]
         dx, d_updates = gradients(
-            rows,
+            normalized(rows, ctx.norm),
             [grad.reshape(-1, grad.shape[-1]) for grad in grads],
             ctx.linears,
-            updates_of(flat),
+            updates,
             lows,
             wants_input=wants_input,
         )
         if dx is not None:
-            if ctx.norm is not None:
-                normalize_gradient(dx, source, *ctx.norm)
+            input_gradient(dx, rows, ctx.norm)
             dx = dx.view(x.shape)
         return dx, None, None, None, *(tensor for update in d_updates for tensor in update)

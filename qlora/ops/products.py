@@ -50,9 +50,12 @@ class Update(NamedTuple):
     b: Tensor | None
 
 
-def updates_of(tensors: Sequence[Tensor | None]) -> list[Update]:
-    """A flat list of A, B, A, B and so on, two and two."""
-    return [Update(*tensors[start : start + 2]) for start in range(0, len(tensors), 2)]
+def unpack(
+    tensors: Sequence[Tensor | None], linears: Sequence[Linear]
+) -> tuple[list[Update], list[Tensor | None]]:
+    """The A and B of each linear, which a flat list begins with, and the rest of the list."""
+    count = 2 * len(linears)
+    return [Update(*tensors[start : start + 2]) for start in range(0, count, 2)], list(tensors[count:])
 
 
 def to_ranks(rows: Tensor, linears: Sequence[Linear], updates: Sequence[Update]) -> list[Tensor | None]:

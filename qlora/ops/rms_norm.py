@@ -18,6 +18,23 @@ class Norm(NamedTuple):
     weight: Tensor
     """[H], frozen"""
     eps: float
+    offset: float = 0.0
+    """added to the weight"""
+    rounds_late: bool = False
+    """after the product with the weight, not before it"""
+
+
+def normalized(x: Tensor, norm: Norm | None) -> Tensor:
+    """x [..., H] -> [..., H]; x itself without a norm. Not for autograd."""
+    return x if norm is None else normalize(x, *norm)
+
+
+def input_gradient(grad: Tensor, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> None:
+    """From `grad`, that of `normalized(x, norm)`, the gradient of x, in its place. `residual`, if given, is added."""
+    if norm is not None:
+        normalize_gradient(grad, x, norm.weight, norm.eps, norm.offset, residual)
+    elif residual is not None:
+        grad.add_(residual)
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -38,5 +55,5 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dx = grad.clone(memory_format=torch.contiguous_format)
-        normalize_gradient(dx, x, *ctx.norm)
+        input_gradient(dx, x, ctx.norm)
         return dx, None

@@ -1,0 +1,5 @@
+"""Llama (Touvron et al. 2023), whose layer the others vary."""
+
+from qlora.model.layer_spec import LayerSpec
+
+SPECS = [LayerSpec("LlamaDecoderLayer")]
