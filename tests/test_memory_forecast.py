@@ -20,6 +20,7 @@ from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.inventory import inventory
 from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.parts import PARTS
+from qlora.memory.plan import changed
 from qlora.memory.workload import Workload, assumed
 from qlora.model.prepare import build
 from qlora.objective import objective_of
@@ -305,8 +306,7 @@ def test_one_forecaster_foresees_what_separate_forecasts_do(
     workload = replace(assumed(made), evaluation=None)
 
     def counted(layers: int, mlps: int) -> Recipe:
-        training = {"gradient_checkpointing": layers, "mlp_checkpointing": mlps}
-        return made.model_copy(update={"training": made.training.model_copy(update=training)})
+        return changed(made, activation_checkpointing={"full": layers, "mlp": mlps})
 
     shared = {
         counts: forecaster.forecast(counted(*counts), workload) for counts in ((9, 0), (0, 0), (0, 3), (0, 5))

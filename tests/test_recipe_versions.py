@@ -13,7 +13,7 @@ from commands_for_tests import qlora
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import RecipeError
 from qlora.memory import advice
 from qlora.model.prepare import checkpointed
 from qlora.recipe import Checkpointing, Recipe
@@ -123,14 +123,14 @@ def test_a_checkpoint_of_an_earlier_version_stands_in_for_what_is_lost(run: Path
     assert earlier_plan(run) == PLAN
     assert check_output(INTERRUPTED, run, resume=True, fresh=False)
     other = Recipe.recorded(RUNS / "interrupted/recipe.yaml", ["data.train_on=completion"])
-    with pytest.raises(ModelError, match=r"  data\.train_on: 'all' then, 'completion' now"):
+    with pytest.raises(RecipeError, match=r"  data\.train_on: 'all' then, 'completion' now"):
         check_output(other, run, resume=True, fresh=False)
 
 
 def test_a_run_goes_on_only_with_the_settings_that_it_had_by_any_name() -> None:
     assert check_output(FINISHED, RUNS / "finished", resume=True, fresh=False)
     other = Recipe.recorded(RUNS / "finished/recipe.yaml", ["training.activation_checkpointing.mlp=3"])
-    with pytest.raises(ModelError, match=r"training\.activation_checkpointing\.mlp: 2 then, 3 now"):
+    with pytest.raises(RecipeError, match=r"training\.activation_checkpointing\.mlp: 2 then, 3 now"):
         check_output(other, RUNS / "finished", resume=True, fresh=False)
 
 
