@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qlora.adapter.algebra.module_types import places
-from qlora.adapter.algebra.plot import draw
 from qlora.adapter.algebra.spectrum import Spectrum, judge, spectra
 from qlora.adapter.algebra.tensors import read
 from qlora.errors import SaveError, UsageError
+from qlora.report.spectrum_picture import draw
 from qlora.storage.safetensors_files import ShardReader
 
 LAYERS = {f"model.layers.{i}.{kind}": (12, 10, 4) for i in range(2) for kind in ("mlp.up", "attn.q")}

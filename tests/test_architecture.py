@@ -52,7 +52,7 @@ DOORS = {
     "accelerate": {"runtime"},
     "triton": {"kernels"},
     "typer": {"cli"},
-    "matplotlib": {"report", "adapter"},
+    "matplotlib": {"report"},
     "peft": set(),
     "pickle": set(),
 }

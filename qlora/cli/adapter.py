@@ -179,17 +179,17 @@ def inspect(
 
     [bold]qlora adapter inspect runs/mine --picture spectra.png[/bold]
     """
-    from qlora.adapter.algebra import plot as drawing
     from qlora.adapter.algebra import tensors
     from qlora.adapter.algebra.spectrum import LIMITS, judge, spectra
+    from qlora.report import spectrum_picture
 
     if picture is not None:
-        drawing.require_format(picture)
+        spectrum_picture.require_format(picture)
     whole = tensors.read(adapter)
     layers = spectra(whole, _base_weights(whole, base))
     verdict = judge(layers)
     if picture is not None:
-        drawing.draw(layers, picture, "/".join(adapter.parts[-2:]))
+        spectrum_picture.draw(layers, picture, "/".join(adapter.parts[-2:]))
     if json_output:
         plain = {name: layer.as_json() for name, layer in layers.items()}
         print(json.dumps({"verdict": asdict(verdict), "limits": LIMITS, "layers": plain}))

@@ -15,8 +15,9 @@ from qlora.data.layout import Layout
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
 from qlora.data.prompts import answer_ends
-from qlora.data.reading import Kept, Reading, read_examples
+from qlora.data.reading import Reading, read_examples
 from qlora.errors import DataError
+from qlora.formats import Completion, Conversation
 from qlora.recipe import Data, Recipe
 
 
@@ -87,16 +88,20 @@ def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
     if isinstance(section.held_out, str):
         readings.append(read_examples(section, section.held_out, layout, encoder))
     for reading in readings:
-        if not reading.kept:
+        if not reading.examples:
             raise DataError(_nothing_left(reading))
+    examples, contents = readings[0].examples, readings[-1].contents
     if isinstance(section.held_out, str):
-        train, held_out = (reading.kept for reading in readings)
+        train, held_out = examples, readings[1].examples
     else:
-        train, held_out = _split(readings[0].kept, section.held_out, seed)
+        chosen = _held_out(len(examples), section.held_out, seed)
+        train = [example for index, example in enumerate(examples) if index not in chosen]
+        held_out = [examples[index] for index in sorted(chosen)]
+        contents = [contents[index] for index in sorted(chosen)]
     return Dataset(
-        train=[row.example for row in train],
-        held_out=[row.example for row in held_out],
-        prompts=_prompts(held_out, layout, encoder),
+        train=train,
+        held_out=held_out,
+        prompts=_prompts(held_out, contents, layout, encoder),
         counts=_counts(readings, train, held_out, section),
         fingerprint=_fingerprint(train, held_out),
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
@@ -126,37 +131,40 @@ def _batches(examples: list[Example], dataset: Dataset, recipe: Recipe) -> Batch
     )
 
 
-def _split(rows: Sequence[Kept], held_out: int | float, seed: int) -> tuple[list[Kept], list[Kept]]:
-    """(train, held out), each in the data's order. A share is rounded; both get a row."""
+def _held_out(rows: int, held_out: int | float, seed: int) -> set[int]:
+    """Which of so many rows are held out. A share is rounded; both sides get a row."""
     if isinstance(held_out, int):
-        if held_out >= len(rows):
+        if held_out >= rows:
             raise DataError(
-                f"data.held_out: {held_out} rows are to be held out, but only {len(rows)} can be used and "
+                f"data.held_out: {held_out} rows are to be held out, but only {rows} can be used and "
                 "some must be left to train on; hold out fewer"
             )
         wanted = held_out
     else:
-        wanted = min(max(1, round(len(rows) * held_out)), len(rows) - 1)
-    chosen = set(permutation(len(rows), seed, SPLIT)[:wanted].tolist())
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
+        wanted = min(max(1, round(rows * held_out)), rows - 1)
+    return set(permutation(rows, seed, SPLIT)[:wanted].tolist())
 
 
-def _prompts(rows: Sequence[Kept], layout: Layout, encoder: Encoder) -> list[Prompt]:
-    questions = [layout.question(row.content) for row in rows]
+def _prompts(
+    examples: Sequence[Example],
+    contents: Sequence[Conversation | Completion],
+    layout: Layout,
+    encoder: Encoder,
+) -> list[Prompt]:
+    questions = [layout.question(content) for content in contents]
     encoded = encoder.encode([question.document for question in questions])
     return [
-        Prompt(tokens.input_ids.tolist(), question.text, question.reference, row.example.origin)
-        for row, question, tokens in zip(rows, questions, encoded, strict=True)
+        Prompt(tokens.input_ids.tolist(), question.text, question.reference, example.origin)
+        for example, question, tokens in zip(examples, questions, encoded, strict=True)
     ]
 
 
 def _counts(
-    readings: Sequence[Reading], train: Sequence[Kept], held_out: Sequence[Kept], section: Data
+    readings: Sequence[Reading], train: Sequence[Example], held_out: Sequence[Example], section: Data
 ) -> Counts:
-    lengths = [len(row.example.input_ids) for row in train]
+    lengths = [len(row.input_ids) for row in train]
     packed_rows = len(best_fit(lengths, section.max_length)) if section.packing else 0
-    seen = {row.example.input_ids.tobytes() for row in train}
+    seen = {row.input_ids.tobytes() for row in train}
     reasons: Counter[str] = sum((reading.reasons for reading in readings), Counter())
     return Counts(
         read=sum(reading.read for reading in readings),
@@ -166,24 +174,24 @@ def _counts(
         unsupervised=sum(reading.unsupervised for reading in readings),
         train=len(train),
         held_out=len(held_out),
-        held_out_seen=sum(row.example.input_ids.tobytes() in seen for row in held_out),
+        held_out_seen=sum(row.input_ids.tobytes() in seen for row in held_out),
         untrained_answers=sum(reading.untrained_answers for reading in readings),
         spelled_controls=sum(reading.spelled_controls for reading in readings),
         tokens=sum(lengths),
-        supervised=sum(int((row.example.labels != IGNORE_INDEX).sum()) for row in train),
+        supervised=sum(int((row.labels != IGNORE_INDEX).sum()) for row in train),
         packing_efficiency=sum(lengths) / (packed_rows * section.max_length) if packed_rows else None,
         reasons=dict(reasons.most_common()),
     )
 
 
-def _fingerprint(train: Sequence[Kept], held_out: Sequence[Kept]) -> str:
+def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for rows in (train, held_out):
         digest.update(len(rows).to_bytes(8, "little"))
         for row in rows:
             # the length first, so that no two lists run together; little-endian, whatever the machine
-            digest.update(len(row.example.input_ids).to_bytes(8, "little"))
-            digest.update(np.concatenate(row.example[:2]).astype("<i4").tobytes())
+            digest.update(len(row.input_ids).to_bytes(8, "little"))
+            digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
     return digest.hexdigest()
 
 

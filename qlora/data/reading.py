@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
 
 from qlora.data.batches import IGNORE_INDEX, Example
 from qlora.data.encoding import Document, Encoded, Encoder
@@ -18,19 +17,15 @@ _CHUNK = 1024  # rows encoded at a time: enough to keep the tokenizer's threads 
 _SHOWN = 10  # rows in an error message
 
 
-class Kept(NamedTuple):
-    """A row that can be trained on."""
-
-    example: Example
-    content: Conversation | Completion
-
-
 @dataclass
 class Reading:
-    """What a source came to. read = len(kept) + len(bad) + dropped + unsupervised."""
+    """What a source came to. read = len(examples) + len(bad) + dropped + unsupervised."""
 
     source: str
-    kept: list[Kept] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    """the rows that can be trained on"""
+    contents: list[Conversation | Completion] = field(default_factory=list)
+    """what is in each of them"""
     read: int = 0
     bad: list[tuple[str, BadRow]] = field(default_factory=list)
     """(file:line, why) of rows that cannot be used"""
@@ -48,12 +43,6 @@ class Reading:
         return Counter(reason.kind for _, reason in self.bad)
 
 
-class _Laid(NamedTuple):
-    origin: str
-    content: Conversation | Completion
-    document: Document
-
-
 def read_examples(
     section: Data, source: str, layout: Layout, encoder: Encoder, limit: int | None = None
 ) -> Reading:
@@ -66,9 +55,15 @@ def read_examples(
     reading = Reading(source)
     records = read(source, section.split, limit)
     while chunk := list(islice(records, _CHUNK)):
-        laid = _laid_out(chunk, layout, reading)
-        for row, encoded in zip(laid, encoder.encode([row.document for row in laid]), strict=True):
-            _judge(row, encoded, section, reading)
+        rows = _readable(chunk, layout, reading)
+        for (origin, content, document), encoded in zip(
+            rows, encoder.encode([document for _, _, document in rows]), strict=True
+        ):
+            if (example := _example(origin, encoded, section, reading)) is not None:
+                reading.examples.append(example)
+                reading.contents.append(content)
+                reading.untrained_answers += document.untrained_answers
+                reading.spelled_controls += document.spells_control
     if reading.bad and section.on_bad_row == "error":
         raise DataError(_bad_rows(reading))
     if reading.too_long and section.too_long == "error":
@@ -76,41 +71,45 @@ def read_examples(
     return reading
 
 
-def _laid_out(records: Sequence[Record], layout: Layout, reading: Reading) -> list[_Laid]:
-    laid = []
+def _readable(
+    records: Sequence[Record], layout: Layout, reading: Reading
+) -> list[tuple[str, Conversation | Completion, Document]]:
+    """Origin, content and document of the rows that can be read; the others are noted."""
+    readable = []
     for record in records:
         reading.read += 1
         try:
             if isinstance(record.row, BadRow):
                 raise record.row
             content = layout.read(record.row)
-            laid.append(_Laid(record.origin, content, layout.document(content)))
+            readable.append((record.origin, content, layout.document(content)))
         except BadRow as reason:
             reading.bad.append((record.origin, reason))
-    return laid
+    return readable
 
 
-def _judge(row: _Laid, encoded: Encoded, section: Data, reading: Reading) -> None:
-    """Keep the row, or count why not. A truncated row ends without eos: it teaches no wrong place to stop."""
+def _example(origin: str, encoded: Encoded, section: Data, reading: Reading) -> Example | None:
+    """The row as it is trained on; None if it is not, and why is counted.
+
+    A truncated row ends without eos: it teaches no wrong place to stop.
+    """
     ids, labels = encoded.input_ids, encoded.labels
     if encoded.forged:
         reason = BadRow("control token in text", "this tokenizer cannot write its spelling as ordinary text")
-        reading.bad.append((row.origin, reason))
-        return
+        reading.bad.append((origin, reason))
+        return None
     if len(ids) > section.max_length:
-        reading.too_long.append((row.origin, len(ids)))
+        reading.too_long.append((origin, len(ids)))
         if section.too_long != "truncate":
             reading.dropped += 1
-            return
+            return None
         reading.truncated += 1
         # copies, so that the long arrays can go
         ids, labels = ids[: section.max_length].copy(), labels[: section.max_length].copy()
     if (labels == IGNORE_INDEX).all():
         reading.unsupervised += 1
-        return
-    reading.untrained_answers += row.document.untrained_answers
-    reading.spelled_controls += row.document.spells_control
-    reading.kept.append(Kept(Example(ids, labels, row.origin), row.content))
+        return None
+    return Example(ids, labels, origin)
 
 
 def _bad_rows(reading: Reading) -> str:
