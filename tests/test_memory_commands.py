@@ -1,5 +1,6 @@
 """`qlora estimate` and `qlora profile` as a user meets them."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,8 @@ from commands_for_tests import qlora
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.cli.estimate import _shown_progress
 from qlora.recipe.sizes import UNITS, parse_size
+from qlora.tracking.status import status
 
 RecipeFile = Callable[..., Path]
 
@@ -38,11 +39,14 @@ def test_estimate_prints_a_table_and_the_changes_that_would_make_it_fit() -> Non
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    with _shown_progress(wanted=True) as progress:
-        assert (progress is not None) == terminal
-    with _shown_progress(wanted=False) as progress:
-        assert progress is None
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stderr", shown)
+    for wanted in (True, False):
+        with status("planning", wanted=wanted) as progress:
+            progress("trying 4 rows")
+        assert bool(shown.getvalue()) == (terminal and wanted)
+        shown.truncate(0)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """`qlora estimate`: will it fit? From the recipe and the model's config.json, before anything is downloaded."""
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +9,6 @@ from qlora.cli.arguments import Json, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from qlora.memory.estimate import Estimate
-    from qlora.memory.plan import Progress
 
 Gpu = Annotated[
     str | None,
@@ -42,25 +38,14 @@ def estimate(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
     from qlora.memory.estimate import estimate as of
+    from qlora.tracking.status import status
 
-    with _shown_progress(wanted=not json_output) as progress:
+    with status("reading the recipe", wanted=not json_output) as progress:
         found = of(loaded, capacity, progress)
     if json_output:
         print(json.dumps(found.as_json()))
     else:
         _print(found)
-
-
-@contextmanager
-def _shown_progress(*, wanted: bool) -> Iterator["Progress | None"]:
-    """Show on standard error what is being forecast, if that is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("reading the recipe") as status:
-        yield status.update
 
 
 def _print(found: "Estimate") -> None:

@@ -17,7 +17,7 @@ from qlora.memory.account import account
 from qlora.memory.architecture import architecture
 from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecast, Forecaster, forecast
-from qlora.memory.plan import Plan, needed, plan
+from qlora.memory.plan import Plan, Progress, needed, plan
 from qlora.memory.workload import Workload, of_epoch, of_run
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
@@ -91,8 +91,10 @@ class RunMemory:
         return content
 
 
-def budgeted(recipe: Recipe, dataset: Dataset, device: torch.device) -> Plan:
-    """How to run the recipe within its budget, `training.memory`.
+def budgeted(
+    recipe: Recipe, dataset: Dataset, device: torch.device, progress: Progress | None = None
+) -> Plan:
+    """How to run the recipe within its budget, `training.memory`; `progress` hears what is tried.
 
     Raises:
         OutOfMemoryError: nothing fits.
@@ -106,6 +108,7 @@ def budgeted(recipe: Recipe, dataset: Dataset, device: torch.device) -> Plan:
         lambda changed: of_epoch(changed, dataset, arch),
         budget_bytes,
         Forecaster(arch, cuda=cuda),
+        progress,
     )
 
 

@@ -22,7 +22,7 @@ def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, A
     """
     with TemporaryDirectory(prefix="qlora-profile-") as folder:
         trial = _trial(recipe, steps, Path(folder) / "run")
-        session = prepare(trial, DataParallel.of(trial), watch_all=True)
+        session = prepare(trial, DataParallel.of(trial), terminal=terminal, watch_all=True)
         run = claim(trial, Path(trial.output), resume=False, fresh=True)
         fit(session, run, terminal=terminal, trackers=False)
         content = session.memory.account()

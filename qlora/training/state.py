@@ -1,12 +1,13 @@
 """What a run saves and goes on from: the trained weights, the optimizer, and where it is."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.errors import DataError, ModelError, SaveError
-from qlora.report import memory_files
+from qlora.report import memory_files, page
 from qlora.storage import folders
 from qlora.tracking import Tracker
 from qlora.training import checkpoint
@@ -111,3 +112,10 @@ def write_memory(session: Session, run: RunFolder, tracker: Tracker) -> None:
         tracker.note(f"no memory report: {error}")
     else:
         tracker.memory(content, run.path / "memory.png")
+
+
+def write_page(session: Session, run: RunFolder) -> None:
+    """Write report.html. The run is whole without it, and `qlora report` makes it again."""
+    if session.processes.is_main:
+        with suppress(SaveError):
+            page.write_page(run.path)

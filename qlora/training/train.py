@@ -7,7 +7,7 @@ of one that was not.
 
 import math
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from qlora.adapter.methods import METHODS
 from qlora.data import Batch, load_dataset, training_batches
-from qlora.errors import DivergedError, SaveError
+from qlora.errors import DivergedError
 from qlora.memory import measure
 from qlora.memory.oom import out_of_memory_explained
 from qlora.memory.plan import changed
@@ -27,18 +27,18 @@ from qlora.objective.checks import check_model
 from qlora.objective.step import accumulate
 from qlora.optim import learning_rate
 from qlora.recipe import Recipe
-from qlora.report.page import write_page
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import DataParallel
 from qlora.runtime.phases import Phase, announce
 from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
+from qlora.tracking.status import status
 from qlora.training.evaluation import held_out_loss
 from qlora.training.result import TrainResult
 from qlora.training.run_folder import RunFolder, check_output, claim, earlier_plan, finished
 from qlora.training.session import Session
-from qlora.training.state import restore, save, write_memory, write_result
+from qlora.training.state import restore, save, write_memory, write_page, write_result
 
 
 def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> TrainResult:
@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
         if resume and (summary := finished(path)) is not None:
             return TrainResult.from_json(summary, path / "result.json")
         with out_of_memory_explained(recipe):
-            session = prepare(recipe, processes, earlier_plan(path) if resume else None)
+            session = prepare(recipe, processes, earlier_plan(path) if resume else None, terminal=terminal)
             # Only now, when all input has proved good, is an older run replaced
             run = processes.from_main(
                 lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
@@ -73,7 +73,12 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
 
 
 def prepare(
-    recipe: Recipe, processes: DataParallel, plan: dict[str, Any] | None = None, *, watch_all: bool = False
+    recipe: Recipe,
+    processes: DataParallel,
+    plan: dict[str, Any] | None = None,
+    *,
+    terminal: bool = True,
+    watch_all: bool = False,
 ) -> Session:
     """Data, memory, base, adapter, optimizer. Writes nothing.
 
@@ -85,7 +90,8 @@ def prepare(
     notes = []
     if recipe.training.memory is not None:
         if plan is None:
-            found = processes.from_main(lambda: budgeted(recipe, dataset, device))
+            with status("planning", wanted=terminal and processes.is_main) as progress:
+                found = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
             notes, plan = [found.why], found.settings
         recipe = changed(recipe, memory=None, **plan)
     batches = training_batches(dataset, recipe)
@@ -101,9 +107,18 @@ def prepare(
         torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
     notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
     memory = memory.watched(model, optimizer, every_step=watch_all)
-    objective = objective_of(recipe)
     return Session(
-        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective, memory, plan, notes
+        recipe,
+        processes,
+        tokenizer,
+        dataset,
+        batches,
+        model,
+        optimizer,
+        objective_of(recipe),
+        memory,
+        plan,
+        notes,
     )
 
 
@@ -144,9 +159,7 @@ def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bo
         if result is not None and session.processes.is_main:
             run.write_result(outcome.as_json())
         tracker.finish(outcome.as_json())
-    if session.processes.is_main:
-        with suppress(SaveError):  # the run is whole without its page, and `qlora report` makes it again
-            write_page(run.path)
+    write_page(session, run)
     return outcome
 
 
@@ -182,11 +195,9 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
     processes.reduce([*optimizer.gradients(), sums.sum, *sums.metrics.values()])
     with announce(Phase.UPDATE):
         norm = optimizer.clip(training.max_grad_norm)
-    names, numbers = ["loss", "grad_norm", *sums.metrics], [sums.sum, norm, *sums.metrics.values()]
-    values = torch.stack(
-        [number.to(sums.sum) for number in numbers]
-    ).tolist()  # one wait for the device a step
-    found = dict(zip(names, values, strict=True))
+    numbers = {"loss": sums.sum, "grad_norm": norm, **sums.metrics}
+    waited_for = torch.stack([number.to(sums.sum) for number in numbers.values()])  # once a step
+    found = dict(zip(numbers, waited_for.tolist(), strict=True))
     if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
         raise DivergedError(
             f"step {step + 1}: the loss is {found['loss']}, the gradient norm {found['grad_norm']}. Nothing was "
