@@ -107,19 +107,8 @@ def prepare(
         torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
     notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
     memory = memory.watched(model, optimizer, every_step=watch_all)
-    return Session(
-        recipe,
-        processes,
-        tokenizer,
-        dataset,
-        batches,
-        model,
-        optimizer,
-        objective_of(recipe),
-        memory,
-        plan,
-        notes,
-    )
+    made = tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory
+    return Session(recipe, processes, *made, plan, notes)
 
 
 def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bool = True) -> TrainResult:
