@@ -11,7 +11,7 @@ from qlora import errors
 from qlora.errors import QloraError, RecipeError, UsageError
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named
-from qlora.runtime.distributed import accelerator_for
+from qlora.runtime.distributed import DataParallel
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,4 +33,4 @@ def test_a_gpu_that_is_not_there_is_no_fault_of_the_model(monkeypatch: pytest.Mo
     cpu = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr("qlora.runtime.distributed.Accelerator", lambda **_: cpu)
     with pytest.raises(RecipeError, match=r"training\.device: cuda was asked for"):
-        accelerator_for(Recipe.load("quickstart", ["training.device=cuda"]))
+        DataParallel.of(Recipe.load("quickstart", ["training.device=cuda"]))
