@@ -193,7 +193,7 @@ def test_what_only_informs_changes_nothing(tmp_path: Path, field: str) -> None:
         ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices = \[1, 2\]"),
         (
             {"target_modules": ["q_proj", "embed_tokens"]},
-            r"unexpected tensor .*embed_tokens.*: only LoRA of linear layers",
+            r"unexpected tensor .*embed_tokens.*: tensors of this method end in .*lora_A",
         ),
         ({"init_lora_weights": "olora"}, 'init_lora_weights = "olora"'),
     ],

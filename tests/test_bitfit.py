@@ -106,6 +106,15 @@ def test_an_adapter_is_saved_loaded_and_switched(tiny_llama: Path, tmp_path: Pat
         load_adapter(model, tmp_path / "lora")
 
 
+def test_an_adapter_that_does_not_fit_is_refused_by_its_file(tmp_path: Path) -> None:
+    two, one = (nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for names in ("ab", "a"))
+    save_adapter(METHODS["bitfit"].apply(two, EVERY_LINEAR, seed=0), tmp_path)
+    with pytest.raises(
+        ModelError, match=r"_config\.json: the adapter does not fit this model: it has no .* b\."
+    ):
+        load_adapter(one, tmp_path)
+
+
 def test_what_only_sums_of_low_rank_products_can_do_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     save_adapter(adapted(Base(model=str(tiny_llama), compute_dtype="float32")), tmp_path / "a")
     done = qlora("adapter", "inspect", tmp_path / "a")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_step import adapted, assert_same, padded, rows
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora.adapter import trainable_parameters
+from qlora.data import Batch
 from qlora.data.batches import Example, collate
-from qlora.objective.step import accumulate
+from qlora.model.checkpointing import checkpoint_layers
+from qlora.model.decoder_layer import use_fused_layers
+from qlora.objective.causal_lm import CausalLM, loss_sum
+from qlora.objective.objective import Loss
+from qlora.objective.step import CAUSAL_LM, accumulate
 from qlora.ops import dropout
 from qlora.ops.dropout import Dropout, Rows
 
@@ -46,7 +52,7 @@ def test_a_row_has_its_mask_wherever_it_lies(lengths: Sequence[int], padding: in
     mask = end_to_end.mask(torch.empty(ends[-1] + padding, HIDDEN))
     assert torch.equal(mask, torch.cat([*each, torch.ones(padding, HIDDEN, dtype=torch.bool)]))
     pieces = [
-        end_to_end.of_piece(number).mask(part)
+        end_to_end.of_piece(number, len(mask)).mask(part)
         for number, part in enumerate(torch.empty(len(mask), HIDDEN).split(16))
     ]
     assert torch.equal(torch.cat(pieces), mask)
@@ -66,9 +72,41 @@ def test_masks_differ_from_row_to_row_and_have_the_rate() -> None:
     assert all(0.45 < (one == other).float().mean() < 0.55 for one, other in itertools.pairwise(masks))
 
 
-def gradients(model: Any, batches: Sequence[Any], **kwargs: int) -> dict[str, Tensor]:
+def test_a_mask_is_the_same_twice_where_no_rows_are_known() -> None:
+    x = torch.empty(30, HIDDEN)
+    with dropout.drawn_by_row(1, 0):
+        drawn = dropout.draw(0.5, 3)
+        assert drawn is not None
+        for part, length in ((drawn, 30), (drawn.of_piece(0, 30), 16), (drawn.of_piece(1, 30), 14)):
+            masks = [part.mask(x[:length]) for _ in range(2)]
+            assert torch.equal(*masks)
+            assert 0.3 < masks[0].float().mean() < 0.7
+
+
+class Difference(CausalLM):
+    """Two forward passes before the backward, as where answers are compared."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        other = replace(batch, input_ids=batch.input_ids[:, :7], labels=batch.labels[:, :7], supervised=5)
+        return Loss(loss_sum(model, batch) - loss_sum(model, other))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_recompute_draws_the_masks_of_its_own_forward_pass(name: str) -> None:
+    model = adapted(name, dropout=0.4)
+    use_fused_layers(model)
+    batches = [padded(rows([14, 14]))]
+    checkpoint_layers(model, 0)
+    plain = gradients(model, batches, Difference())
+    checkpoint_layers(model)
+    assert_same(gradients(model, batches, Difference()), plain)
+
+
+def gradients(
+    model: Any, batches: Sequence[Any], objective: CausalLM = CAUSAL_LM, **kwargs: int
+) -> dict[str, Tensor]:
     model.zero_grad()
-    accumulate(model, batches, seed=3, step=5, **kwargs)
+    accumulate(model, batches, objective, seed=3, step=5, **kwargs)
     return {n: p.grad.clone() for n, p in trainable_parameters(model).items() if p.grad is not None}
 
 

@@ -56,6 +56,7 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, 
         (["llama-7b", "training.memory=24 bananas"], 2, "training.memory"),
         (["llama-7b", "base.model=/no/such/folder"], 4, "no folder"),
         (["no-such-recipe"], 2, "no-such-recipe"),
+        (["llama-7b", "training.memory=auto"], 2, "Pass --gpu 24GiB"),
     ],
 )
 def test_wrong_input_gets_one_clear_line(arguments: list[str], code: int, words: str) -> None:

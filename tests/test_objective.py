@@ -21,6 +21,8 @@ from qlora.training import train as loop
 class WithAccuracy(CausalLM):
     """Causal language modelling that counts the tokens it gets right."""
 
+    metrics = ("accuracy",)
+
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         with torch.no_grad():
             hidden, targets = supervised_states(model, batch)
@@ -51,6 +53,8 @@ def test_micro_batches_and_processes_add_up_to_the_step(recipe_file: Callable[..
         accumulate(session.model, batches, objective, seed=0, step=0, rank=r, processes=2) for r in (0, 1)
     ]
     assert sum(share.sum.item() for share in shares) == pytest.approx(whole.sum.item(), rel=1e-6)
+    idle = accumulate(session.model, batches, objective, seed=0, step=0, rank=len(batches), processes=9)
+    assert idle.metrics.keys() == whole.metrics.keys(), "else the processes would wait for one another"
     parts = [share.metrics["accuracy"].item() for share in shares]
     assert sum(parts) == pytest.approx(whole.metrics["accuracy"].item(), rel=1e-6)
     found, weight = evaluate(session.model, batches, objective)

@@ -226,6 +226,12 @@ def test_an_old_key_from_python_is_refused_too() -> None:
     assert said == "recipe: data.loss_on: is now data.train_on; write `train_on: all`"
 
 
+def test_beside_the_new_key_the_old_one_is_to_go() -> None:
+    settings = {"base": {"model": "m"}, "data": {"source": "s", "loss_on": "all", "train_on": "completion"}}
+    [said] = failure(lambda: Recipe.from_dict(settings))
+    assert said == "recipe: data.loss_on: is now data.train_on, which this recipe has too; leave this key out"
+
+
 # Which version a recipe is of
 
 

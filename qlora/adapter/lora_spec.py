@@ -17,7 +17,7 @@ SCALINGS = {
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What LoRA is told: of every layer alike, but for the patterns.
+    """Settings of LoRA: the same for every layer but those that a pattern matches.
 
         >>> LoraSpec(rank=16, alpha=32, targets="all-linear").factor
         2.0

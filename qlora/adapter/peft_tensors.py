@@ -62,7 +62,9 @@ def read_layers(folder: Path, suffixes: Collection[str]) -> dict[str, dict[str, 
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if not key.startswith(PREFIX) or suffix is None:
-            raise ModelError(f"{path}: unexpected tensor {key}: only LoRA of linear layers is supported")
+            raise ModelError(
+                f"{path}: unexpected tensor {key}: tensors of this method end in {' and '.join(suffixes)}"
+            )
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ModelError(f"{path}: {key} holds numbers that are not finite")
         layers.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor

@@ -105,7 +105,7 @@ class Adapters:
 
 
 def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
-    """Every place where a AdaptedLinear stands; a shared one stands in several."""
+    """Every place where an AdaptedLinear stands; a shared one stands in several."""
     return [
         ((parent, attribute), child)
         for parent in model.modules()

@@ -13,6 +13,7 @@ from qlora.data import held_out_batches, load_dataset, prompting
 from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base, load_tokenizer
+from qlora.objective import objective_of
 from qlora.objective.checks import read_documents_if_apart
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
@@ -87,7 +88,7 @@ def find_trained(folder: Path) -> Path:
         if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
             return place
     if (folder / "recipe.yaml").is_file():
-        raise ModelError(f"{folder}: the run has not come to its end; go on with `qlora train ... --resume`")
+        raise ModelError(f"{folder}: the run is unfinished; resume with `qlora train ... --resume`")
     raise ModelError(f"{folder}: no trained adapter here. Give a run's folder, or the adapter/ folder in it")
 
 
@@ -109,5 +110,5 @@ def held_out_loss(trained: Trained) -> tuple[float, int]:
         use_fused_layers(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
     batches = held_out_batches(dataset, trained.recipe)
-    total, tokens = evaluate(trained.model, batches)
+    total, tokens = evaluate(trained.model, batches, objective_of(trained.recipe))
     return total.sum.item() / tokens, tokens

@@ -8,6 +8,7 @@ import torch
 
 from qlora import bundled
 from qlora.data import Dataset, load_dataset, training_batches
+from qlora.errors import UsageError
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.advice import Advisor, Change
@@ -60,7 +61,7 @@ class Estimate:
         if (host_bytes := self.memory["forecast"]["host_bytes"]) > 0:
             yield f"Besides, it takes {unit_for(host_bytes).text(host_bytes)} of the host's memory, to spare the GPU."
         if self.capacity_bytes is None:
-            yield "Whether it fits: --gpu 24GiB, or the size of yours, tells."
+            yield "Pass --gpu 24GiB, or the size of yours, to check whether it fits."
             return
         unit = unit_for(self.capacity_bytes)
         room = self.capacity_bytes - self.needed_bytes
@@ -81,7 +82,11 @@ class Estimate:
         if not self.changes:
             yield "No micro-batch, checkpointing, optimizer, rank or row length makes it fit: take a smaller model."
             return
-        yield "It would with any of these, the cheapest first:" if len(self.changes) > 1 else "It would with:"
+        yield (
+            "Any one of these makes it fit, the cheapest first:"
+            if len(self.changes) > 1
+            else "This makes it fit:"
+        )
         for change in self.changes:
             left = unit.text(self.capacity_bytes - change.needed_bytes)
             yield f"  {' '.join(change.settings)}  ({left} left)"
@@ -94,12 +99,18 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
 
     Raises:
         ModelError: there is no such architecture. DataError: a local data file cannot be used.
+        UsageError: the budget is that of a GPU, and none is here.
 
     >>> estimate(Recipe.load("llama-65b"), 48 * 2**30).fits
     """
     cuda = recipe.training.device != "cpu" or capacity_bytes is not None
     here = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
     budget = recipe.training.memory
+    if cuda and here.type == "cpu" and budget == "auto" and capacity_bytes is None:
+        raise UsageError(
+            "training.memory: auto is what is free on the GPU, and there is none here. Pass --gpu 24GiB, or what your "
+            "GPU has"
+        )
     budget_bytes = None if budget is None else resolve_budget(budget, here, capacity_bytes)
     if capacity_bytes is None:
         capacity_bytes = measure.capacity_bytes(here)

@@ -11,7 +11,7 @@ from qlora.recipe import Recipe, Training
 
 @contextmanager
 def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
-    """Turns the device's shortage into an OutOfMemoryError that names the settings to change."""
+    """Turn torch's out-of-memory error into an OutOfMemoryError that names the settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,6 +1,8 @@
 """Which layers keep their activations and which compute them again in the backward pass."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora.errors import RecipeError
 from qlora.model.decoder_layer import FusedLayer, Recompute
 from qlora.model.offload import ActivationOffloader
+from qlora.ops.dropout import with_these_rows
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedLayer]:
@@ -33,7 +36,11 @@ def checkpoint_layers(
             "set training.activation_checkpointing=none"
         )
     count = len(found) if layers is None else min(layers, len(found))
-    kept_by = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
+    plain = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
+
+    def kept_by(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return plain(with_these_rows(layer), *args, **kwargs)
+
     for index, layer in enumerate(found):
         alone = count <= index < count + mlps
         if isinstance(layer, FusedLayer):

@@ -6,7 +6,7 @@ memory forecast ask the objective for the loss of a batch; a run prints, records
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,11 +19,14 @@ class Loss(NamedTuple):
     sum: Tensor
     """fp32 scalar on the device, to be divided by the `weight` of all batches of the step"""
     metrics: Mapping[str, Tensor] = {}
-    """other sums by name (fp32 scalars, no gradient), divided by the same weight and recorded beside the loss"""
+    """the sums that the objective names (fp32 scalars, no gradient)"""
 
 
 class Objective(ABC):
     """What is learned from a batch."""
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """other sums that every loss has, divided by the same weight and recorded beside it"""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Loss:

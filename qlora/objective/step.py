@@ -41,15 +41,15 @@ def accumulate(
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
     `batches` are all micro-batches of the step; process `rank` of `processes` works on every `processes`-th of
-    them, so the sum over the processes is the step. Dropout of a row depends on (seed, step, number of the row in the
-    step) alone.
+    them, so the sum over the processes is the step. LoRA's dropout of a row depends on (seed, step, number of
+    the row in the step) alone.
 
     Returns:
         this process's share of the mean loss and metrics (per supervised token, of causal language modelling).
     """
     weight = sum(map(objective.weight, batches))
     assert weight > 0, "a step without a supervised token; the data package must not make one"
-    total = Loss(torch.zeros((), device=next(model.parameters()).device))
+    total = _nothing(objective, next(model.parameters()).device)
     first_rows = itertools.accumulate((len(batch.input_ids) for batch in batches), initial=0)
     for batch, first in list(zip(batches, first_rows, strict=False))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, first))  # for a model's own dropout
@@ -75,11 +75,18 @@ def evaluate(
 
     Gradients and the training mode are left as they were.
     """
-    total = Loss(torch.zeros((), device=next(model.parameters()).device))
+    total = _nothing(objective, next(model.parameters()).device)
     with evaluation_mode(model), announce(Phase.EVALUATION):
         for batch in batches[rank::processes]:
             total = _added(total, objective.loss(model, batch))
     return total, sum(map(objective.weight, batches))
+
+
+def _nothing(objective: Objective, device: torch.device) -> Loss:
+    """Zeros: a process without a micro-batch adds up as many numbers as the others."""
+    return Loss(
+        torch.zeros((), device=device), {n: torch.zeros((), device=device) for n in objective.metrics}
+    )
 
 
 def _divided(loss: Loss, weight: int) -> Loss:
@@ -87,7 +94,7 @@ def _divided(loss: Loss, weight: int) -> Loss:
 
 
 def _added(total: Loss, loss: Loss) -> Loss:
-    metrics = {name: total.metrics.get(name, 0) + metric for name, metric in loss.metrics.items()}
+    metrics = {name: metric + loss.metrics[name] for name, metric in total.metrics.items()}
     return Loss(total.sum + loss.sum.detach(), metrics)
 
 

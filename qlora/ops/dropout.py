@@ -10,16 +10,18 @@ batch's, such as an expert, it is one of the micro-batch. Elsewhere the seed com
 generator, draws the same mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from qlora.runtime.fake import is_fake, real_values
 from qlora.runtime.seeds import fold_seed
+
+Result = TypeVar("Result")
 
 PIECE = 16_384
 """tokens whose mask is drawn together, so that an operation may also go through long rows a piece at a time; one that
@@ -51,19 +53,25 @@ class Dropout(NamedTuple):
     piece: int | None = None
     """number of the piece of the batch that the mask is for; None: it is for all tokens"""
 
-    def of_piece(self, number: int) -> "Dropout":
-        """What the mask is made of, for the piece `number` of the tokens alone."""
-        return self._replace(piece=number)
+    def of_piece(self, number: int, tokens: int) -> "Dropout":
+        """What the mask is made of, for the piece `number` of all `tokens` alone."""
+        return self._over(tokens)._replace(piece=number)
 
     def mask(self, x: Tensor) -> Tensor:
         """True where an element of x [N, H] gets through: the same at every call."""
-        if self.rows is not None and (self.piece is not None or len(x) == self.rows.total):
-            return self._by_row(x, self.rows)
+        whole = self if self.piece is not None else self._over(len(x))
+        if whole.rows is not None:
+            return whole._by_row(x, whole.rows)
         mask = torch.empty_like(x, dtype=torch.bool)
-        first = 0 if self.rows is None else self.rows.first
-        for number, part in enumerate(mask.split(PIECE)):
-            self._draw(part, first, number + (self.piece or 0))
+        for number, part in enumerate(mask.split(PIECE), self.piece or 0):
+            whole._draw(part, number)
         return mask
+
+    def _over(self, tokens: int) -> "Dropout":
+        """The mask over so many tokens: if they are not the batch's, such as an expert's, the rows do not count."""
+        if self.rows is None or self.rows.total == tokens:
+            return self
+        return self._replace(rows=None, seed=fold_seed(self.seed, self.rows.first))
 
     def _by_row(self, x: Tensor, rows: Rows) -> Tensor:
         mask = torch.empty_like(x, dtype=torch.bool)  # [N, H]
@@ -122,12 +130,28 @@ def rows_lie(starts: Sequence[int], lengths: Sequence[int], total: int) -> None:
         _now.rows = Rows(_now.first, tuple(starts), tuple(lengths), total)
 
 
+def with_these_rows(layer: Callable[..., Result]) -> Callable[..., Result]:
+    """`layer` as it is called now and when it is recomputed, after another forward pass has laid its rows otherwise."""
+    if _now is None:
+        return layer
+    training, rows = _now, _now.rows
+
+    def run(*args: Any, **kwargs: Any) -> Result:
+        before, training.rows = training.rows, rows
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            training.rows = before
+
+    return run
+
+
 def draw(rate: float, layer: int | None = None) -> Dropout | None:
     """The mask of this rate for a layer, known by a number; None for a rate of 0, for which nothing is drawn."""
     if not rate:
         return None
     if _now is not None and layer is not None:
-        rows = _now.rows or Rows(_now.first, (), (), -1)
-        return Dropout(rate, fold_seed(_now.seed, layer), rows)
+        seed = fold_seed(_now.seed, layer)
+        return Dropout(rate, seed if _now.rows else fold_seed(seed, _now.first), _now.rows)
     with real_values():  # a forecast draws too: as often as the run does
         return Dropout(rate, int(torch.randint(2**62, (), device="cpu")))

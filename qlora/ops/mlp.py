@@ -106,7 +106,9 @@ def _pieces(block: GatedMLP, *tensors: Tensor | None) -> Iterator[tuple[Any, ...
     tokens = next(len(tensor) for tensor in tensors if tensor is not None)
     for number, start in enumerate(range(0, tokens, PIECE)):
         here = [
-            linear if linear.dropout is None else linear._replace(dropout=linear.dropout.of_piece(number))
+            linear
+            if linear.dropout is None
+            else linear._replace(dropout=linear.dropout.of_piece(number, tokens))
             for linear in block.linears
         ]
         parts = (None if tensor is None else tensor[start : start + PIECE] for tensor in tensors)

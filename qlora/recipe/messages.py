@@ -88,6 +88,8 @@ def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema, docu
 def _moved(change: Change, place: Place, schema: Schema, document: Document) -> str:
     """The key that took the place of an earlier version's, and what to write there."""
     key = f"{change.section}.{change.new}"
+    if place.source != COMMAND_LINE and change.new in document.value[change.section]:
+        return f"is now {key}, which this recipe has too; leave this key out"
     value = change.value(document.value[change.section])
     if value is None:
         return f"is now {key}, which is {_any_of(_allowed(at((change.section, change.new), schema), schema))}"

@@ -1,8 +1,8 @@
 """Fine-tuning, top to bottom: recipe, data, memory, base, adapter, optimizer, steps, result.
 
-The order of the rows is a function of (seed, epoch) and the dropout of a row one of (seed, step, number of the row in
-the step), so a checkpoint holds tensors and counters only, and a run that was killed and resumed takes the very steps
-of one that was not.
+The order of the rows is a function of (seed, epoch) and LoRA's dropout of a row one of (seed, step, number of the row
+in the step), so a checkpoint holds tensors and counters only, and a run that was killed and resumed takes the very
+steps of one that was not.
 """
 
 import math

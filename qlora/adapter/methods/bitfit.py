@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.method import AdapterMethod
-from qlora.adapter.patterns import exactly
-from qlora.adapter.targets import features, select
+from qlora.adapter.targets import features, linear_names, offer, select
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import dense, frozen_linear, protect
 from qlora.recipe import Adapter
@@ -107,7 +106,12 @@ class BitFit(AdapterMethod):
         self, model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], file: Path
     ) -> list[str]:
         """The layers that the config names."""
-        return select(model, [exactly(name) for name in config["target_modules"]])
+        names, linears = config["target_modules"], linear_names(model)
+        missing = [name for name in names if name not in linears]
+        if missing or not names:
+            which = f"no linear layer {missing[0]}. {offer(linears)}" if names else "no layer that it names"
+            raise ModelError(f"{file}: the adapter does not fit this model: it has {which}")
+        return list(names)
 
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> BiasSpec:
         """The same for every layer."""
