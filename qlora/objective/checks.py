@@ -21,8 +21,8 @@ def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
     """Prove that the model can be trained by this recipe, and give it attention over documents if it takes it."""
     check_vocabulary(model, tokenizer, recipe.base.model)
     check_head(model)
-    read_documents_if_apart(model)
-    if recipe.data.packing:
+    proved = read_documents_if_apart(model)
+    if recipe.data.packing and not proved:
         check_packing(model)
 
 
@@ -66,8 +66,11 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
         )
 
 
-def read_documents_if_apart(model: PreTrainedModel) -> None:
-    """Give the model attention over documents end to end, if it can take it and is seen to keep them apart."""
+def read_documents_if_apart(model: PreTrainedModel) -> bool:
+    """Give the model attention over documents end to end, if it can take it and is seen to keep them apart.
+
+    Returns whether it has it.
+    """
     before = model.config._attn_implementation
     varlen_attention.read_documents(model)
     try:
@@ -78,6 +81,7 @@ def read_documents_if_apart(model: PreTrainedModel) -> None:
         apart = False  # its attention wants more than ours gives: sinks, or a mask in any case
     if not apart:
         model.set_attn_implementation(before)
+    return apart and model.config._attn_implementation == varlen_attention.NAME
 
 
 def check_packing(model: nn.Module) -> None:
