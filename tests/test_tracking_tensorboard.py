@@ -28,7 +28,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def shown(run: Path) -> dict[str, list[tuple[int, Any]]]:
     """What TensorBoard shows of a run: (step, value) of each tag, all of them."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
+    from tensorboard.backend.event_processing import plugin_event_accumulator as accumulator
     from tensorboard.util.tensor_util import make_ndarray
 
     events = accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0}).Reload()
@@ -103,7 +103,6 @@ def test_memory_is_its_totals_and_its_picture(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_writes_it_and_a_fresh_one_clears_it(recipe_file: Callable[..., Path]) -> None:
-    pytest.importorskip("tensorboard")
     file = recipe_file(
         training={"max_steps": 2, "samples": 1, "sample_tokens": 4}, tracking={"tensorboard": True}
     )
