@@ -85,6 +85,10 @@ def run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -
         signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = arguments
+    import torch
+
+    # torch makes its pool of threads anew in a forked process, at the first use: two threads at once would collide
+    torch.set_num_threads(1)
     from qlora.cli import main
 
     main()
