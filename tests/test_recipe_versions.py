@@ -19,7 +19,7 @@ from qlora.model.prepare import checkpointed
 from qlora.recipe import Checkpointing, Recipe
 from qlora.recipe.fields import names
 from qlora.recipe.versions import CHANGES, VERSION, NewerRecipe, change_of, translated
-from qlora.training.run_folder import check_output, earlier_plan
+from qlora.training.run_folder import check_output, claim, earlier_plan
 from qlora.training.train import train
 
 RUNS = Path(__file__).parent / "fixtures" / "version_1"
@@ -125,6 +125,19 @@ def test_a_checkpoint_of_an_earlier_version_stands_in_for_what_is_lost(run: Path
     other = Recipe.recorded(RUNS / "interrupted/recipe.yaml", ["data.train_on=completion"])
     with pytest.raises(RecipeError, match=r"  data\.train_on: 'all' then, 'completion' now"):
         check_output(other, run, resume=True, fresh=False)
+
+
+@pytest.mark.parametrize(("rate", "says"), [(0.1, True), (0.0, False)])
+def test_a_resumed_run_whose_dropout_was_drawn_otherwise_says_so_once(
+    run: Path, caplog: pytest.LogCaptureFixture, rate: float, says: bool
+) -> None:
+    file = run / "recipe.yaml"
+    file.write_text(file.read_text().replace("dropout: 0.0", f"dropout: {rate}"))
+    recipe = Recipe.recorded(file)
+    for expected in (says, False):
+        caplog.clear()
+        claim(recipe, run, resume=True, fresh=False)
+        assert ("drew dropout by micro-batch" in caplog.text) == expected
 
 
 def test_a_run_goes_on_only_with_the_settings_that_it_had_by_any_name() -> None:

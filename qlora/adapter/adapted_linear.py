@@ -15,7 +15,7 @@ class AdaptedLinear(nn.Module):
     """A frozen `nn.Linear`, 4-bit linear or `Conv1D`, and what an adapter method trains beside it.
 
     A method derives its layer from this one: it names its tensors (`SAVED`), gives their `shapes`, computes
-    (`forward`) and merges (`merged_weight`, `merged_bias`).
+    (`forward`) and merges what it `changes_...`: `merged_weight`, `merged_bias` or both.
 
     There is no `weight` on purpose: code that reads it would pass the update by, and nobody would notice.
     Raises ModelError for a module that is no linear layer.

@@ -192,6 +192,11 @@ def _go_on(run: RunFolder, recipe: Recipe, source: Path) -> None:
         _warn(f"{run.path / 'run.json'} was missing or damaged; it is written again, with the id in {source}")
     if _recorded(run.path / "recipe.yaml") is None:
         _warn(f"{run.path / 'recipe.yaml'} was missing or damaged; it is written again")
+    elif recipe.adapter.dropout and not (run.path / "recipe.yaml").read_text().startswith("version:"):
+        _warn(
+            "an earlier version of qlora began this run and drew dropout by micro-batch; from here on it is drawn by "
+            "row, so the adapter is not the one that the earlier version would have ended with"
+        )
     _replace(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
     _replace(run.path / "recipe.yaml", recipe.to_yaml().encode())
 

@@ -97,7 +97,6 @@ def prepare(
     batches = training_batches(dataset, recipe)
     steps = recipe.training.total_steps(batches.steps_per_epoch)
     memory = RunMemory.of(recipe, dataset, batches, steps, device)
-
     if device.type == "cpu":
         keep_freed_memory()
     model, optimizer = build(recipe, device)
@@ -107,8 +106,9 @@ def prepare(
         torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
     notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
     memory = memory.watched(model, optimizer, every_step=watch_all)
-    made = tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory
-    return Session(recipe, processes, *made, plan, notes)
+    return Session(
+        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory, plan, notes,
+    )  # fmt: skip
 
 
 def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bool = True) -> TrainResult:
@@ -185,8 +185,9 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
     with announce(Phase.UPDATE):
         norm = optimizer.clip(training.max_grad_norm)
     numbers = {"loss": sums.sum, "grad_norm": norm, **sums.metrics}
-    waited_for = torch.stack([number.to(sums.sum) for number in numbers.values()])  # once a step
-    found = dict(zip(numbers, waited_for.tolist(), strict=True))
+    # one wait for the device a step
+    values = torch.stack([number.to(sums.sum) for number in numbers.values()]).tolist()
+    found = dict(zip(numbers, values, strict=True))
     if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
         raise DivergedError(
             f"step {step + 1}: the loss is {found['loss']}, the gradient norm {found['grad_norm']}. Nothing was "

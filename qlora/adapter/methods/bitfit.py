@@ -18,7 +18,7 @@ from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.targets import features, linear_names, offer, select
 from qlora.errors import ModelError
-from qlora.quantization.nf4 import dense, frozen_linear, protect
+from qlora.quantization.nf4 import frozen_linear, protect
 from qlora.recipe import Adapter
 
 
@@ -49,10 +49,6 @@ class BiasLinear(AdaptedLinear):
     def shapes(cls, linear: nn.Module, spec: BiasSpec) -> dict[str, tuple[int, ...]]:
         """One number for each output."""
         return {".bias_update": (features(linear)[1],)}
-
-    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The base's own weight [out, in], in fp32."""
-        return dense(*self.frozen, torch.float32) if weight is None else weight.float()
 
     def merged_bias(self, bias: Tensor | None = None) -> Tensor:
         """b + u [out] in fp32."""

@@ -1,7 +1,7 @@
 """What an adapter method is: the seam that LoRA, BitFit and full fine-tuning come through.
 
-A method is one file in this folder, a line in `METHODS` here and in `qlora.recipe.methods`, its name in the schema,
-and its test. Training, forecast, storage, merging and chat ask the method, never for its name.
+A method is one file in this folder, a line in its `METHODS` and in that of `qlora.recipe.methods`, its name in the
+schema, and its test. Training, forecast, storage, merging and chat ask the method, never for its name.
 """
 
 from abc import ABC, abstractmethod
