@@ -1,0 +1,142 @@
+"""The examples in README.md and docs/: code blocks with their kind, place and remarks, and how each is run.
+
+A page is written for its reader, and runs as it is written: `console` blocks hold commands behind `$ ` and their
+output, `python` blocks share a namespace, and blocks with a title are files. A remark in front of a block,
+`<!-- example: ... -->`, says what is special: `not run: <why>` (its commands are parsed only), `output of the full
+run` (a short run prints other words), `slow`.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# What a run is shortened to. Later overrides win, so these come last.
+SHORT = [
+    "training.max_steps=2",
+    "training.eval_every=null",
+    "training.samples=1",
+    "training.sample_tokens=4",
+    "optimizer.warmup_steps=0",
+]
+SHORT_QUICKSTART = [*SHORT, "data.held_out=4", "data.limit=64"]
+
+_FENCE = re.compile(
+    r"(?:^<!-- example: (?P<remark>.+?) -->\n)?^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$",
+    re.M | re.S,
+)
+_NUMBER = re.compile(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    title: str
+    text: str
+    remark: str
+
+    @property
+    def place(self) -> str:
+        """file:line, for messages."""
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def commands(self) -> Iterator["Command"]:
+        """The commands of a console block, each with its input and output."""
+        lines = self.text.split("\n")
+        while lines:
+            line = lines.pop(0)
+            if not line.startswith("$ "):
+                continue
+            while line.endswith("\\"):
+                line = line[:-1] + lines.pop(0).strip()
+            shown: list[str] = []
+            while lines and not lines[0].startswith("$ "):
+                shown.append(lines.pop(0))
+            typed = [text[2:] for text in shown if text.startswith("> ")]
+            printed = [text for text in shown if not text.startswith("> ")]
+            for part in line[2:].split(" && "):
+                yield Command(self, part.strip(), typed, printed)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a console block."""
+
+    block: Block
+    text: str
+    typed: list[str]
+    printed: list[str]
+
+    @property
+    def words(self) -> list[str]:
+        """The command as a shell would split it, without comments."""
+        return shlex.split(self.text, comments=True)
+
+    @property
+    def arguments(self) -> list[str] | None:
+        """The arguments of `qlora`; None where the command is another program."""
+        words = [word for word in self.words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        if words[:1] == ["time"]:
+            words = words[1:]
+        if words[:1] == ["qlora"]:
+            return words[1:]
+        return words[3:] if words[:3] == ["python", "-m", "qlora"] else None
+
+    @property
+    def shortened(self) -> list[str] | None:
+        """The arguments with which a test runs it."""
+        arguments = self.arguments
+        if arguments and arguments[0] in ("train", "profile"):
+            return [*arguments, *(SHORT_QUICKSTART if "quickstart" in arguments else SHORT)]
+        return arguments
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text, found = page.read_text(), []
+    for match in _FENCE.finditer(text):
+        language, _, rest = match["info"].strip().partition(" ")
+        title = re.search(r'title="([^"]+)"', rest)
+        body = re.sub(f"^{match['indent']}", "", match["text"], flags=re.M)
+        line = text.count("\n", 0, match.start("info")) + 1
+        found.append(Block(page, line, language, title[1] if title else "", body, match["remark"] or ""))
+    return found
+
+
+def words_of(line: str) -> str:
+    """A line of output without what differs between runs: numbers, rules of tables, spaces."""
+    line = re.sub(r"[─━│┃|╷╵┼╇╪═-]{2,}", " ", line)
+    return " ".join(_NUMBER.sub("#", line).split())
+
+
+def missing_from(printed: str, expected: list[str]) -> str | None:
+    """The first expected line that the output lacks, in order, numbers ignored; None if it has all of them.
+
+    A line `...` stands for any lines; a line that ends in ` ...` for any that begins so.
+    """
+    actual = [line for line in map(words_of, printed.splitlines()) if line]
+    position, anywhere = 0, True
+    for line in map(words_of, expected):
+        if not line:
+            continue
+        if line == "...":
+            anywhere = True
+            continue
+        head = line.removesuffix(" ...")
+        rest = range(position, len(actual)) if anywhere else range(position, min(position + 1, len(actual)))
+        for index in rest:
+            if actual[index] == line or (head != line and actual[index].startswith(head)):
+                position, anywhere = index + 1, False
+                break
+        else:
+            return line
+    return None

@@ -1,0 +1,208 @@
+"""Every example of README.md and docs/ runs, in a short form, and prints the words that the page shows."""
+
+import ast
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from commands_for_tests import Done, qlora
+from examples_for_tests import PAGES, ROOT, SHORT_QUICKSTART, Block, Command, blocks, missing_from
+
+from qlora.cli import app
+from qlora.recipe import Recipe
+
+# Programs that examples name and no test of this file runs: CI installs, tests and builds by these very commands.
+OTHER_PROGRAMS = {
+    "pip", "git", "cd", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
+}  # fmt: skip
+LANGUAGES = {"console", "python", "yaml", "json", "diff", "text", ""}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds runs/quickstart, two steps long."""
+    folder = tmp_path_factory.mktemp("finished")
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_CACHE", "off")
+        done = qlora("train", "quickstart", *SHORT_QUICKSTART)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder in which the examples of a page run."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("QLORA_CACHE", "off")
+    with chdir(tmp_path):
+        yield tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_examples_of_a_page_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all([block for block in blocks(page) if block.remark != "slow"], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.remark == "slow" for b in blocks(page))], ids=name_of
+)
+def test_the_slow_examples_of_a_page_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all(blocks(page), monkeypatch)
+
+
+def run_all(found: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict[str, Any] = {}
+    for block in found:
+        assert block.language in LANGUAGES, f"{block.place}: blocks of {block.language!r} are not tested"
+        if block.title:
+            Path(block.title).parent.mkdir(parents=True, exist_ok=True)
+            Path(block.title).write_text(block.text)
+        elif block.language == "yaml":
+            check_fragment(block)
+        elif block.language == "python" and not block.remark.startswith("not run"):
+            code = compile(block.text, block.place, "exec")
+            exec(code, namespace)
+        for command in block.commands if block.language == "console" else ():
+            run(command, monkeypatch)
+
+
+def run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, arguments = command.block.place, command.shortened
+    if arguments is None:
+        check_other_program(command)
+    elif command.block.remark.startswith("not run: "):
+        check_arguments(place, arguments)
+    else:
+        done = typed_into(arguments, command.typed, monkeypatch)
+        wants_error = any(line.startswith("qlora: ") for line in command.printed)
+        assert bool(done.returncode) == wants_error, f"{place}: {command.text}\n{done.stdout}{done.stderr}"
+        if command.block.remark != "output of the full run":
+            missing = missing_from(done.stdout + done.stderr, command.printed)
+            assert missing is None, (
+                f"{place}: `{command.text}` does not print\n  {missing}\nbut\n{done.stdout}{done.stderr}"
+            )
+
+
+def typed_into(arguments: list[str], lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Done:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as pipe:
+        pipe.write("".join(f"{line}\n" for line in lines))
+    with os.fdopen(read) as stdin, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", stdin)
+        return qlora(*arguments)
+
+
+def check_arguments(place: str, arguments: list[str]) -> None:
+    """The command exists, has these options, and the recipe takes these settings."""
+    command: Any = typer.main.get_command(app)
+    context = typer.Context(command)
+    while hasattr(command, "commands"):
+        assert arguments[0] in command.commands, f"{place}: no command {arguments[0]!r}"
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+        context = typer.Context(command)
+    command.parse_args(context, list(arguments))
+    if "recipe" in context.params:
+        Recipe.load(context.params["recipe"], context.params.get("overrides") or [])
+
+
+def check_other_program(command: Command) -> None:
+    """A benchmark exists and has these options; of other programs only the known ones are named."""
+    words = [word for word in command.words if "=" not in word.partition("/")[0] or word.startswith("-")]
+    place = f"{command.block.place}: {command.text}"
+    if not words or words[0] in OTHER_PROGRAMS:
+        return
+    assert words[0] == "python", (
+        f"{place}: say `<!-- example: not run: why -->`, or add a test for this program"
+    )
+    if words[1] == "-m" and not words[2].startswith(("benchmarks", "qlora")):
+        return  # a program of another package, as torch.distributed.run
+    target = words[2].replace(".", "/") if words[1] == "-m" else words[1]
+    candidates = [ROOT / target, ROOT / f"{target}.py", ROOT / target / "__main__.py"]
+    script = next((file for file in candidates if file.is_file()), None)
+    assert script is not None, f"{place}: there is no such script"
+    options = {
+        node.value for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Constant)
+    }
+    wanted = [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
+    assert set(wanted) <= options, f"{place}: it has no option {set(wanted) - options}"
+
+
+def check_fragment(block: Block) -> None:
+    """Keys and values of a piece of a recipe hold in a whole one."""
+    from ruamel.yaml import YAML
+
+    fragment = YAML(typ="safe").load(block.text)
+    whole = {"base": {"model": "bundled/base"}, "data": {"source": "bundled/tickets/train.jsonl"}}
+    for name, section in fragment.items():
+        whole[name] = {**whole.get(name, {}), **section} if isinstance(section, dict) else section
+    try:
+        Recipe.from_dict(whole)
+    except ValueError as error:
+        pytest.fail(f"{block.place}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "missing"),
+    [
+        ("a 1.5 GiB\nb 2\n", ["a 2.5 GiB", "b 3"], None),
+        ("a 1\nb 2\nc 3\n", ["a 1", "...", "c 9"], None),
+        ("step 2 loss 1.0\n", ["step 2 ..."], None),
+        ("a 1\nb 2\nc 3\n", ["a 1", "c 9"], "c #"),
+        ("total 5\n", ["totals 5"], "totals #"),
+        ("", ["a"], "a"),
+    ],
+)
+def test_output_is_compared_by_its_words(printed: str, expected: list[str], missing: str | None) -> None:
+    assert missing_from(printed, expected) == missing
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```console\n$ qlora estimate quickstart --gqu 24GiB\n```\n", "gqu"),
+        ("```console\n$ qlora recipes lst\n```\n", "lst"),
+        (
+            "<!-- example: not run: needs a GPU -->\n```console\n$ qlora train quickstart adapter.rnk=3\n```\n",
+            "rnk",
+        ),
+        ("```console\n$ qlora recipes list\nno such line\n```\n", "no such line"),
+        ("```console\n$ python benchmarks/no_such.py\n```\n", "no such script"),
+        ("```console\n$ python benchmarks/memory.py --nonsense\n```\n", "nonsense"),
+        ("```yaml\ntraining: {max_stepz: 3}\n```\n", "max_stepz"),
+        ("```python\nimport qlora\nqlora.no_such_name\n```\n", "no_such_name"),
+        ("```sh\nls\n```\n", "not tested"),
+    ],
+)
+def test_an_example_that_has_rotted_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, error: str
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    monkeypatch.setattr("examples_for_tests.ROOT", tmp_path)
+    with pytest.raises(BaseException, match=error):
+        run_all(blocks(page), monkeypatch)
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """`mkdocs build --strict`: no dead link, no page outside the navigation, no unknown name."""
+    import subprocess
+
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training.memory" in (tmp_path / "reference/recipe/index.html").read_text()
