@@ -74,7 +74,7 @@ class Prompts:
 
     @cached_property
     def learned_to_follow(self) -> bool:
-        """True if also one of the first rows contains several questions, or the rows cannot be read here."""
+        """True if `can_follow`, and one of the first rows has several questions or the rows cannot be read here."""
         source = self._section.source
         if not (self.can_follow and (source.startswith("bundled/") or Path(source).exists())):
             return self.can_follow

@@ -53,9 +53,7 @@ class FlatGroup:
             parameter.grad = self._view(self.gradient, name)
             self._gradient_views.append(parameter.grad)
 
-        assert first.dtype in (torch.bfloat16, torch.float32), (
-            "only fp32, and bf16 with a 16-bit remainder, can hold an fp32 master copy"
-        )
+        assert first.dtype in (torch.bfloat16, torch.float32), "only fp32 and bf16 are supported"
         self.states = self._zero_states(has_remainder=first.dtype == torch.bfloat16)
         self.tables = method.tables(self.device)
 
@@ -79,7 +77,7 @@ class FlatGroup:
                 split(master, value, remainder)
 
     def check_gradients(self) -> None:
-        """Assert that every `.grad` is still our view: autograd replaces a `.grad` set to None, and step would miss it."""
+        """Assert that every `.grad` is still our view; autograd replaces a `.grad` set to None, unseen by `step`."""
         pairs = zip(self.parameters.values(), self._gradient_views, strict=True)
         assert all(parameter.grad is view for parameter, view in pairs), (
             ".grad was replaced; clear gradients only with Optimizer.zero_grad()"

@@ -127,7 +127,7 @@ class Optimizer:
         writers = [key.removeprefix("steps.") for key in saved if key.startswith("steps.")]
         if writers != [self.name]:
             raise ModelError(
-                f"the saved optimizer state is of {' and '.join(writers) or 'no optimizer of qlora'}, but "
+                f"the saved optimizer state belongs to {' and '.join(writers) or 'no optimizer of qlora'}, but "
                 f"optimizer.name is {self.name}. Resume with the optimizer that wrote it, or start again with --fresh"
             )
         for key in sorted(own.keys() | saved.keys()):

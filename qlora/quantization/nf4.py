@@ -174,8 +174,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
 def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Tensor | None) -> Tensor:
     """Compute x W^T + bias in x.dtype, for x [..., in] and a frozen weight, packed (with its state) or dense.
 
-    Dequantizes once per pass. For the backward, which computes the gradient of x only, no tensor is saved except
-    references to the weight.
+    Dequantizes once per pass. The backward computes the gradient of x only, and saves nothing but references.
     """
     assert_frozen(weight, bias)
     y: Tensor = _FrozenLinear.apply(autocast(x), weight, state, bias)
@@ -199,7 +198,7 @@ def assert_frozen(weight: Tensor, bias: Tensor | None) -> None:
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: QuantState | None, bias: Tensor | None) -> Tensor:
-        # Attributes, not saved tensors: they are constants of the run, and offloading hooks must not move them
+        # Attributes, not saved tensors: they are constants of the run, and hooks on saved tensors must not move them
         ctx.weight, ctx.state = weight, state
         bias = None if bias is None else bias.to(x.dtype)
         y = F.linear(x.reshape(-1, x.shape[-1]), dense(weight, state, x.dtype), bias)
