@@ -144,7 +144,10 @@ def test_a_bad_row_of_a_list_is_named_and_the_next_one_read(tmp_path: Path) -> N
         ":2",
         ":3",
     ]
-    assert reasons(file) == ["not a number: NaN is not JSON", "not an object: a row is written {...}"]
+    assert reasons(file) == [
+        "not a number: NaN is not valid JSON",
+        "not an object: a row must have the form {...}",
+    ]
 
 
 @pytest.mark.parametrize("rest", ["{'b': 1}]", '{"b": 1} {"c": 2}]', '{"b": 1', '{"b": 1}', "", "[[["])
@@ -155,7 +158,7 @@ def test_a_broken_list_is_an_error_as_its_next_row_cannot_be_found(tmp_path: Pat
 
 
 def test_text_after_a_list_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="more text follows"):
+    with pytest.raises(DataError, match="text after the closing bracket"):
         rows(write(tmp_path / "a.json", '[{"a": 0}]\n{"a": 1}'))
 
 
@@ -205,9 +208,9 @@ def test_what_is_no_file_is_said_with_what_there_is(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl.gz")
     with pytest.raises(DataError, match=r"No such file.*train\.jsonl\.gz"):
         rows(tmp_path / "tran.jsonl")
-    with pytest.raises(DataError, match=r"is a folder, one file is needed.*train\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"is a folder; give the path of one file.*train\.jsonl\.gz"):
         rows(tmp_path)
-    with pytest.raises(DataError, match=r"files that can be read are \.json,"):
+    with pytest.raises(DataError, match=r"unsupported file type; use \.json,"):
         rows(write(tmp_path / "a.txt", "hello"))
     with pytest.raises(DataError, match="No such file"):
         rows("no/such/folder/rows")
@@ -230,7 +233,8 @@ def test_rows_of_the_package_itself() -> None:
 @pytest.mark.parametrize("name", ["tatsu-lab/alpaca", "openai/gsm8k/main", "squad"])
 def test_a_hub_id_without_a_network_says_what_to_do(name: str) -> None:
     with pytest.raises(
-        DataError, match=rf"(?s)'{name.removesuffix('/main')}' is no file.*bring a file of it here"
+        DataError,
+        match=rf"(?s)'{name.removesuffix('/main')}' is not a local file.*copy a file of the data set to",
     ):
         rows(name)
 

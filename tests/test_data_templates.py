@@ -299,9 +299,9 @@ def test_a_template_that_refuses_a_conversation_makes_a_bad_row() -> None:
     ("template", "message"),
     [
         (None, "the tokenizer has no chat template: set data.template to one of alpaca, chatml, plain"),
-        ("{% for m in messages %}\n{{ m.content }", "line 2 is no jinja"),
+        ("{% for m in messages %}\n{{ m.content }", "line 2 is not valid jinja"),
         ("{{ raise_exception('never') }}", "cannot render a question and its answer.*never"),
-        ("{{ messages[0].content }}", "leaves the answer out"),
+        ("{{ messages[0].content }}", "does not render the answer"),
         ("{{ messages[0].nothing.at_all }}", "cannot render a question and its answer"),
         ("{{ 1 + messages[0].content }}", "cannot render a question and its answer"),
     ],

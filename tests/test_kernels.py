@@ -171,7 +171,9 @@ def test_a_kernel_that_is_wrong_or_missing_is_told_once_and_not_used(kernel: str
     work = FusedOp(plus, kernel, gate.SILU_PRODUCT.example)
     x = random(torch.float32, 4, 40)
     out = torch.empty_like(x)
-    with pytest.warns(UserWarning, match=f"the kernel {kernel} does not run on {DEVICE}.*QLORA_KERNELS=off"):
+    with pytest.warns(
+        UserWarning, match=f"the kernel {kernel} does not run correctly on {DEVICE}.*QLORA_KERNELS=off"
+    ):
         work(x, x, out)
     assert torch.equal(out, x + x)
     with warnings.catch_warnings():

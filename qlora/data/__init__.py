@@ -1,4 +1,4 @@
-"""Rows -> conversations -> token ids and labels -> batches. The order is a pure function of (seed, epoch)."""
+"""Data pipeline: rows -> conversations -> token ids and labels -> batches, in an order fixed by (seed, epoch)."""
 
 from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
 from qlora.data.cache import load_dataset

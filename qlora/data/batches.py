@@ -1,4 +1,4 @@
-"""Examples -> batches: which rows an optimizer step sees, and how they are laid out in tensors."""
+"""Groups examples into the micro-batches of each optimizer step, as padded or packed tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,56 +14,56 @@ from qlora.data.order import permutation
 from qlora.data.packing import best_fit
 
 IGNORE_INDEX = -100
-"""Label of a token that is not trained."""
+"""Label of a token that does not count in the loss."""
 
 LARGEST_WITHIN = 3
-"""epochs that are searched for the largest micro-batch: every row comes in each of them"""
+"""epochs searched for the largest micro-batch; every epoch contains all rows"""
 
 
 class Example(NamedTuple):
-    """One document, ready to train on."""
+    """One tokenised document, ready to train on."""
 
     input_ids: NDArray[np.int32]  # [T]
-    labels: NDArray[
-        np.int32
-    ]  # [T], aligned with input_ids; IGNORE_INDEX where nothing is learned, always at 0
+    labels: NDArray[np.int32]  # [T], aligned with input_ids; IGNORE_INDEX where untrained, always at 0
     origin: str
-    """where it was read, as file:line"""
+    """place in the source, as file:line"""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch. B rows, T tokens in the longest; shorter rows are padded on the right."""
+    """One micro-batch: B rows, padded on the right to the T tokens of the longest row."""
 
     input_ids: Tensor  # int64 [B, T]
     labels: Tensor  # int64 [B, T], aligned with input_ids (the loss shifts them)
-    position_ids: (
-        Tensor | None
-    )  # int64 [B, T] when packed: restart at 0 with every document and with the padding
+    position_ids: Tensor | None
+    """int64 [B, T] if packed: restarts at 0 at every document and at the padding"""
     tokens: int
-    """tokens that are not padding"""
+    """number of tokens without padding"""
     supervised: int
-    """labels that the loss sees: not IGNORE_INDEX, and not the first of a document, which nothing predicts"""
+    """number of labels in the loss: not IGNORE_INDEX, and not the first of a document, which nothing predicts"""
     documents: tuple[tuple[int, ...], ...] | None = None
-    """tokens of each document of each row; None: every row is one document, without padding"""
+    """length of each document of each row, in tokens; None: every row is one document without padding"""
 
     @property
     def plain(self) -> bool:
-        """Whether every row is one document without padding."""
+        """True if every row is one document without padding."""
         width = self.input_ids.shape[1]
         return self.documents is None or all(row == (width,) for row in self.documents)
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of each row, without padding."""
+        """Number of tokens in each row, without padding."""
         if self.documents is None:
             return [self.input_ids.shape[1]] * len(self.input_ids)
         return [sum(row) for row in self.documents]
 
     def end_to_end(self, multiple: int = 1) -> tuple["Batch", tuple[int, ...]]:
-        """Lay the documents end to end in one row, without padding; return it and the tokens of each document.
+        """Join all documents into one row without padding.
 
-        A last document of token 0 fills the row up to a multiple of `multiple` tokens. Nothing is learned from it.
+        If needed, a last document of token 0 extends the row to a multiple of `multiple` tokens. It is not trained.
+
+        Returns:
+            The batch of one row, and the length of each document in tokens.
         """
         rows = self.documents or ((self.input_ids.shape[1],),) * len(self.input_ids)
         ends = [sum(row) for row in rows]
@@ -88,18 +88,18 @@ class Batch:
 class Batches:
     """All optimizer steps over a list of examples.
 
-    A row is one example or, with `packing`, several. Every row comes exactly once an epoch. Step i is a pure
-    function of (examples, arguments, i): any step can be asked for, in any order.
+    A row is one example or, with `packing`, several. Every row is used exactly once an epoch. Step i is a pure
+    function of (examples, arguments, i), so steps can be built in any order.
 
     Args:
-        examples: each with 1..max_length tokens and at least one supervised.
-        micro_batch_size: rows of one forward and backward pass.
-        global_batch_size: rows of one optimizer step, a multiple of micro_batch_size. The last step of an
-            epoch has what is left.
-        max_length: tokens of the longest row.
-        packing: put examples together into rows; they are packed once, the same way in every epoch.
-        pad_id: the token that fills rows up; never trained on, whatever else it means.
-        seed: of the order.
+        examples: each has 1..max_length tokens, at least one of them supervised.
+        micro_batch_size: rows per forward and backward pass.
+        global_batch_size: rows per optimizer step, a multiple of micro_batch_size. The last step of an
+            epoch takes the rows that are left.
+        max_length: upper limit of a row in tokens.
+        packing: put several examples into a row. The packing is the same in every epoch.
+        pad_id: token used as padding. Padding is never trained, even if this token has another meaning.
+        seed: seed of the row order.
 
     Example:
         >>> batches = Batches(dataset.train, micro_batch_size=4, global_batch_size=16, max_length=512,
@@ -128,42 +128,50 @@ class Batches:
         self.seed = seed
         lengths = [len(example.input_ids) for example in examples]
         self.rows = best_fit(lengths, max_length) if packing else [[index] for index in range(len(examples))]
-        """indices of the examples in each row"""
+        """indices into `examples`, per row"""
         self._row_lengths = [sum(lengths[index] for index in row) for row in self.rows]
-        # Only a cache: the permutation is a function of the epoch.
+        # A cache, not state: the permutation is a function of the epoch.
         self._order = lru_cache(maxsize=2)(
             lambda epoch: permutation(len(self.rows), self.seed, epoch).tolist()
         )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every row comes once."""
+        """Number of optimizer steps that use every row once."""
         return -(-len(self.rows) // self.global_batch_size)
 
     def step(self, i: int) -> list[Batch]:
-        """The micro-batches of optimizer step i (0-based, counted over all epochs), longest rows first.
+        """Return the micro-batches of optimizer step i (0-based, counted over all epochs), longest rows first.
 
-        Rows of similar length share a micro-batch, so there is little padding, and a step that does not fit
-        into memory fails at its beginning. The sum over the step does not depend on that order.
+        Rows of similar length share a micro-batch, which keeps padding small. A step that does not fit into
+        memory fails in its first micro-batch. The gradient sum of the step does not depend on this order.
         """
         return [self._collate(rows) for rows in self.step_rows(i)]
 
     def step_rows(self, i: int) -> list[list[int]]:
-        """The row numbers of each micro-batch of optimizer step i: indices into `rows`."""
+        """Return the row numbers (indices into `rows`) of each micro-batch of optimizer step i."""
         epoch, within = divmod(i, self.steps_per_epoch)
         start = within * self.global_batch_size
         chosen = self._order(epoch)[start : start + self.global_batch_size]
         return self._split(sorted(chosen, key=lambda row: (-self._row_lengths[row], row)))
 
     def largest(self, steps: int, *, padded: bool) -> tuple[int, Batch]:
-        """Find the micro-batch with the most tokens in the first `steps` steps, and its step.
+        """Find the micro-batch with the most tokens in the first `steps` steps.
 
-        `padded`: whether the padding of its rows counts.
+        Args:
+            steps: number of steps to search; the search ends after LARGEST_WITHIN epochs.
+            padded: count padding tokens too.
+
+        Returns:
+            The step number and the micro-batch.
         """
         return self._most(steps, lambda rows: self._tokens(rows, padded=padded))
 
     def densest(self, steps: int, *, padded: bool, enough: int) -> tuple[int, Batch]:
-        """Find the micro-batch with the most supervised tokens, and its step; with `enough` of them, tokens decide."""
+        """Find the micro-batch with the most supervised tokens; arguments and result as in `largest`.
+
+        Supervised counts above `enough` are equal; among equals, the micro-batch with the most tokens wins.
+        """
 
         def density(rows: Sequence[int]) -> tuple[int, int]:
             supervised = sum(self._row_supervised[row] for row in rows)
@@ -175,7 +183,7 @@ class Batches:
         seen = range(min(steps, self.steps_per_epoch * LARGEST_WITHIN))
         step, rows = max(
             ((step, rows) for step in seen for rows in self.step_rows(step)),
-            key=lambda found: weigh(found[1]),
+            key=lambda candidate: weigh(candidate[1]),
         )
         return step, self._collate(rows)
 
@@ -185,12 +193,12 @@ class Batches:
 
     @cached_property
     def _row_supervised(self) -> list[int]:
-        """Supervised tokens of each row; nothing predicts the first of a document."""
-        each = [int(np.count_nonzero(one.labels[1:] != IGNORE_INDEX)) for one in self.examples]
-        return [sum(each[index] for index in row) for row in self.rows]
+        """Number of supervised tokens in each row; the first token of a document is never predicted."""
+        counts = [int(np.count_nonzero(example.labels[1:] != IGNORE_INDEX)) for example in self.examples]
+        return [sum(counts[index] for index in row) for row in self.rows]
 
     def evaluation(self) -> list[Batch]:
-        """Micro-batches over all rows, each once, in order."""
+        """Return micro-batches that cover all rows once, in order."""
         return [self._collate(rows) for rows in self._split(range(len(self.rows)))]
 
     def _split(self, rows: Sequence[int]) -> list[list[int]]:
@@ -203,9 +211,9 @@ class Batches:
 
 
 def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool) -> Batch:
-    """Lay rows of documents out as one batch, as wide as its longest row.
+    """Build one batch from rows of documents, padded to the longest row.
 
-    Without `packed` every row holds one document and needs no positions: counting from 0 is what models do.
+    Without `packed` every row is one document. Positions are then None, because models count from 0 by default.
     """
     assert packed or all(len(row) == 1 for row in rows)
     width = max(sum(len(document.input_ids) for document in row) for row in rows)
@@ -219,9 +227,9 @@ def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool) -> 
             start, end = end, end + len(document.input_ids)
             input_ids[number, start:end] = document.input_ids
             labels[number, start:end] = document.labels
-            labels[number, start] = IGNORE_INDEX  # nothing within the document predicts its first token
+            labels[number, start] = IGNORE_INDEX  # no token of the document predicts its first token
             positions[number, start:end] = np.arange(end - start)
-        positions[number, end:] = np.arange(width - end)  # padding is a document of its own
+        positions[number, end:] = np.arange(width - end)  # padding counts as a separate document
         tokens += end
     return Batch(
         input_ids=torch.from_numpy(input_ids),

@@ -1,4 +1,4 @@
-"""Tokenised data, kept from one start to the next."""
+"""Disk cache of tokenised data sets."""
 
 import hashlib
 import json
@@ -21,16 +21,17 @@ from qlora.storage import cache
 
 
 def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
-    """Read, lay out, encode and split the rows of a recipe's `data` section; or find what came of it last time.
+    """Read, render, tokenise and split the rows of a recipe's `data` section, or load the result from the cache.
 
     Args:
         section: `recipe.data`.
         tokenizer: a fast tokenizer; it is not changed.
-        seed: of the split.
+        seed: seed of the split into training and held-out rows.
 
     Raises:
-        DataError: the source cannot be read, a row is bad (with `on_bad_row: error`; the first ten are shown
-            as file:line: reason) or too long (with `too_long: error`), or nothing is left to train on.
+        DataError: The source cannot be read, no row is usable, a row is bad (with `on_bad_row: error`), or a
+            row is too long (with `too_long: error`). The message lists the first ten such rows as
+            file:line: reason.
 
     Example:
         >>> dataset = load_dataset(recipe.data, load_tokenizer(recipe.base), recipe.training.seed)
@@ -48,7 +49,7 @@ def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 
 def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | None:
-    """Names all that decides the Dataset; None for what only `make_dataset` can say something about."""
+    """Hash everything that determines the Dataset; None if part of it is unknown, then nothing is cached."""
     sources = [section.source, *([section.held_out] if isinstance(section.held_out, str) else [])]
     contents = [identity(source, section.split) for source in sources]
     if None in contents or not getattr(tokenizer, "is_fast", False):
@@ -68,7 +69,7 @@ def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | 
 
 
 def _bytes(dataset: Dataset) -> int:
-    """Of its token ids and labels; the texts beside them are small."""
+    """Return the bytes of all token ids and labels; the stored texts are small in comparison."""
     return 2 * sum(row.input_ids.nbytes for row in (*dataset.train, *dataset.held_out))
 
 
@@ -114,7 +115,7 @@ def _examples(tensors: dict[str, Any], name: str, origins: Sequence[str]) -> lis
 
 
 def _rows(tensors: dict[str, Any], name: str, part: str) -> list[NDArray[np.int32]]:
-    """Views of a flat array, one a document."""
+    """Split a flat array into one view per document."""
     ends = np.cumsum(tensors[f"{name}.lengths"], dtype=np.int64).tolist()
     flat = tensors[f"{name}.{part}"]
     return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,4 +1,4 @@
-"""A recipe's `data` section -> examples to train on, examples held out, and counts of what was left out."""
+"""Turns a recipe's `data` section into training examples, held-out examples and row counts."""
 
 import hashlib
 from collections import Counter
@@ -22,66 +22,66 @@ from qlora.recipe import Data, Recipe
 
 
 class Prompt(NamedTuple):
-    """A held-out row as generation poses it."""
+    """A held-out row as a prompt for generation."""
 
     input_ids: list[int]
     text: str
-    """what was asked, without the template around it"""
+    """the question, without the template around it"""
     reference: str
-    """the data's own answer"""
+    """the answer in the data"""
     origin: str
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows: read = bad + dropped + unsupervised + train + held_out."""
+    """Row counts by outcome: read = bad + dropped + unsupervised + train + held_out."""
 
     read: int
     bad: int
-    """could not be used and were skipped (`on_bad_row: skip`)"""
+    """unusable rows, skipped (`on_bad_row: skip`)"""
     dropped: int
-    """longer than max_length and left out (`too_long: drop`)"""
+    """rows longer than max_length, left out (`too_long: drop`)"""
     truncated: int
-    """longer than max_length and cut (`too_long: truncate`); counted once more by where they ended up"""
+    """rows longer than max_length, cut (`too_long: truncate`); also counted in train, held_out or unsupervised"""
     unsupervised: int
-    """left out because no trained token is in them, mostly as the prompt alone fills max_length"""
+    """rows without a trained token, left out; usually the prompt alone fills max_length"""
     train: int
     held_out: int
     held_out_seen: int
-    """held-out rows whose very tokens are also those of a training row"""
+    """held-out rows with exactly the tokens of a training row"""
     untrained_answers: int
-    """answers within kept rows that are context only (see `Renderer.document`)"""
+    """answers in kept rows that serve as context only (see `Renderer.document`)"""
     spelled_controls: int
-    """kept rows whose text spells a control token, as "</s>"; it is ordinary text there"""
+    """kept rows whose text spells a control token, such as "</s>"; it is encoded as ordinary text"""
     tokens: int
-    """of the training rows"""
+    """tokens in the training rows"""
     supervised: int
-    """trained tokens of the training rows"""
+    """trained tokens in the training rows"""
     packing_efficiency: float | None
-    """share of real tokens in the training rows, packed and padded to max_length; None without packing"""
+    """share of non-padding tokens in packed training rows padded to max_length; None without packing"""
     reasons: dict[str, int]
-    """the bad rows by reason"""
+    """number of bad rows by reason"""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run learns from and what it is judged by. The two share no row."""
+    """Training rows and held-out rows of a run. No row is in both."""
 
     train: list[Example]
     held_out: list[Example]
     prompts: list[Prompt]
-    """one for every held-out row"""
+    """one per held-out row"""
     counts: Counts
     fingerprint: str
-    """SHA-256 over all token ids and labels in order: equal exactly if a run would see the same"""
+    """SHA-256 of all token ids and labels in order; equal only if a run sees the same data"""
     pad_id: int
-    """fills rows up; never trained on, whatever else it means"""
+    """padding token; padding is never trained, even if this token has another meaning"""
     stop_ids: frozenset[int]
     """tokens that end an answer"""
 
 
 def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
-    """Read, lay out, encode and split the rows of a `data` section. Arguments and errors as of `load_dataset`."""
+    """Read, render, tokenise and split the rows of a `data` section. Arguments and errors as in `load_dataset`."""
     encoder = Encoder(tokenizer)
     layout = Layout(section, tokenizer, encoder)
     readings = [read_examples(section, section.source, layout, encoder, section.limit)]
@@ -110,12 +110,12 @@ def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 
 def training_batches(dataset: Dataset, recipe: Recipe) -> Batches:
-    """The steps over the training rows, in batches as the recipe sizes them."""
+    """Return the optimizer steps over the training rows, with the batch sizes of the recipe."""
     return _batches(dataset.train, dataset, recipe)
 
 
 def held_out_batches(dataset: Dataset, recipe: Recipe) -> list[Batch]:
-    """All held-out rows once, in micro-batches as the recipe sizes them."""
+    """Return all held-out rows once, in micro-batches of the recipe's size."""
     return _batches(dataset.held_out, dataset, recipe).evaluation()
 
 
@@ -132,12 +132,12 @@ def _batches(examples: list[Example], dataset: Dataset, recipe: Recipe) -> Batch
 
 
 def _held_out(rows: int, held_out: int | float, seed: int) -> set[int]:
-    """Which of so many rows are held out. A share is rounded; both sides get a row."""
+    """Choose the held-out row numbers, by count or by share. A share is rounded to at least one row on each side."""
     if isinstance(held_out, int):
         if held_out >= rows:
             raise DataError(
-                f"data.held_out: {held_out} rows are to be held out, but only {rows} can be used and "
-                "some must be left to train on; hold out fewer"
+                f"data.held_out: cannot hold out {held_out} rows, because only {rows} rows are usable and at least "
+                "one must remain for training; set a smaller number"
             )
         wanted = held_out
     else:
@@ -189,19 +189,19 @@ def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
     for rows in (train, held_out):
         digest.update(len(rows).to_bytes(8, "little"))
         for row in rows:
-            # the length first, so that no two lists run together; little-endian, whatever the machine
+            # the length first, so that different splits of the same tokens differ; little-endian on every machine
             digest.update(len(row.input_ids).to_bytes(8, "little"))
             digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
     return digest.hexdigest()
 
 
 def _nothing_left(reading: Reading) -> str:
-    fates = {
+    outcomes = {
         "bad": len(reading.bad),
         "longer than data.max_length": reading.dropped,
         "without a trained token": reading.unsupervised,
     }
-    found = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
     if not reading.read:
-        return f"{reading.source}: there are no rows in it"
-    return f"{reading.source}: of {reading.read} rows none can be used: {found}"
+        return f"{reading.source}: the source has no rows"
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
+    return f"{reading.source}: none of {reading.read} rows can be used: {counts}"

@@ -1,10 +1,10 @@
-"""Text -> token ids and labels. What is trained is decided by position, never by the id of a token.
+"""Encodes rendered text as token ids and labels. Labels follow from positions in the text, never from token ids.
 
-Control tokens (bos, eos, <|im_end|>, ...) take effect only where a template wrote them. Where a user's own
-text spells one, say a forum post about "</s>", it is ordinary text: otherwise anybody who writes into a data
-set could end a turn or speak as the system. The two are told apart by spelling: the encoder here is a copy of
-the tokenizer that knows each control token by a private name with NUL characters, which no data may contain,
-and reads the public spelling as text.
+Control tokens (bos, eos, <|im_end|>, ...) take effect only where the template wrote them. If a user's text
+spells one, such as a forum post about "</s>", it is encoded as ordinary text. Otherwise anybody who writes into
+a data set could end a turn or speak as the system. To tell the two apart, the encoder uses a copy of the
+tokenizer in which each control token has a private name with NUL characters, which data must not contain. The
+copy reads the public spelling as text.
 """
 
 import re
@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from qlora.data.batches import IGNORE_INDEX
 from qlora.errors import ModelError
 
-# Stand for a control token spelled in a user's text while a template is rendered. Unicode noncharacters, so
-# that no template's logic trips over them; a user who writes them gets the same, harmless: text.
+# Brackets around the id of a control token that a user's text spells, while a template is rendered. They are
+# Unicode noncharacters, so template logic does not react to them. If a user writes them, they stay ordinary text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a rendered document."""
+    """A span of a rendered document."""
 
     text: str
     trained: bool
@@ -39,52 +39,52 @@ class Document:
 
     parts: tuple[Part, ...]
     bos: bool
-    """the tokenizer's bos is to stand in front (the text does not write one itself)"""
+    """True if bos must be put in front (the text does not contain it)"""
     eos: bool
-    """the tokenizer's eos is to follow, trained"""
+    """True if a trained eos must be appended"""
     untrained_answers: int = 0
-    """answers that are context only"""
+    """number of answers that serve as context only"""
 
     @property
     def spells_control(self) -> bool:
-        """Whether the user's text spells a control token, which is encoded as ordinary text."""
+        """True if the user's text spells a control token, which is encoded as ordinary text."""
         return any(_OPEN in part.text for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a document, and which of them are learned."""
+    """Token ids and labels of a document."""
 
     input_ids: NDArray[np.int32]  # [T]
-    labels: NDArray[np.int32]  # [T]; the id where trained, else IGNORE_INDEX
+    labels: NDArray[np.int32]  # [T]; the token id where trained, else IGNORE_INDEX
     forged: bool
-    """the text itself became a control token: this tokenizer cannot write its spelling as ordinary text"""
+    """True if user text became a control token because the tokenizer cannot encode its spelling as text"""
 
 
 class Encoder:
-    """A tokenizer for documents whose control tokens are certain.
+    """Tokenizer for rendered documents in which only templates can write control tokens.
 
     Args:
         tokenizer: a fast tokenizer with an eos token. It is not changed.
 
     Raises:
-        ModelError: the tokenizer is not a fast one, or has no eos.
+        ModelError: The tokenizer is not a fast one or has no eos token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"base.model: {type(tokenizer).__name__} is not a fast tokenizer, so it cannot say which "
-                "characters a token stands for; use a model that has a tokenizer.json"
+                f"base.model: {type(tokenizer).__name__} is not a fast tokenizer, so it cannot map "
+                "tokens to characters; use a model that has a tokenizer.json"
             )
         if tokenizer.eos_token_id is None:
             raise ModelError(
-                "base.model: the tokenizer has no eos token, so the model could never learn where an answer "
-                "ends; name one in its tokenizer_config.json (eos_token)"
+                "base.model: the tokenizer has no eos token, so the model cannot learn where an answer ends; "
+                "set eos_token in its tokenizer_config.json"
             )
         self.bos_id: int | None = tokenizer.bos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
-        """the tokenizer puts bos in front of plain text"""
+        """True if the tokenizer puts bos in front of plain text"""
         self._bos = np.array([] if self.bos_id is None else [self.bos_id], dtype=np.int32)
         self.eos_id: int = tokenizer.eos_token_id
         self._eos = np.array([self.eos_id], dtype=np.int32)
@@ -101,7 +101,7 @@ class Encoder:
         self._public[list(private)] = list(private.values())
         self._is_control = np.zeros(len(self._public), dtype=bool)
         self._is_control[[*self._controls]] = True
-        # Text may well become unk, or the word that a tokenizer without a pad token borrows as one.
+        # Text can legitimately become unk, or an ordinary word that the tokenizer also uses as its pad token.
         harmless = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {
             None,
             tokenizer.eos_token_id,
@@ -113,26 +113,27 @@ class Encoder:
         self._guarded_or_spelled = re.compile("|".join([f"{_OPEN}(\\d+){_CLOSE}", *spellings]))
 
     def guard(self, text: str) -> str:
-        """A user's text with the control tokens it spells hidden; `encode` writes them as text."""
+        """Hide the control tokens that a user's text spells, so that `encode` encodes them as text."""
         return self._spelled.sub(lambda match: f"{_OPEN}{self._id_of[match[0]]}{_CLOSE}", text)
 
     def find_control(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """The first control token in a rendered text, from `start` on."""
+        """Find the first control token in a rendered text, from `start` on."""
         return self._spelled.search(text, start)
 
     def last_control_end(self, text: str, start: int) -> int | None:
-        """Where the last control token from `start` on ends in a rendered text; None if there is none."""
+        """Return the end position of the last control token from `start` on in a rendered text; None without one."""
         return max((match.end() for match in self._spelled.finditer(text, start)), default=None)
 
     def starts_with_bos(self, text: str) -> bool:
-        """Whether a rendered text writes its own bos."""
+        """Return True if a rendered text starts with bos."""
         match = self._spelled.match(text)
         return match is not None and self._id_of[match[0]] == self.bos_id
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
-        """Token ids and labels of each document; a thousand at a time is much faster than one.
+        """Return token ids and labels of each document.
 
-        A token that reaches from an untrained part into a trained one is trained: part of an answer is in it.
+        Encoding a thousand documents per call is much faster than one. A token that spans an untrained and a
+        trained part is trained, because it contains part of an answer.
         """
         spelled = [[self._spell(part.text) for part in document.parts] for document in documents]
         encodings = self._backend.encode_batch(
@@ -156,12 +157,12 @@ class Encoder:
             if part.trained:
                 first = _token_at(encoding, start, characters)
                 trained[len(front) + first : len(front) + _token_from(encoding, end, characters)] = True
-        trained[:1] = False  # nothing stands before the first token to predict it from
+        trained[:1] = False  # no token predicts the first one
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
         return Encoded(ids, labels, forged=bool(self._is_control[private].any()))
 
     def _spell(self, rendered: str) -> str:
-        """Public spellings of control tokens -> private names; guarded ones -> what the user wrote."""
+        """Replace control tokens by their private names, and guarded spellings by the user's text."""
 
         def spelling(match: re.Match[str]) -> str:
             guarded = match[1]
@@ -174,12 +175,12 @@ class Encoder:
 
 
 def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The tokenizer's own machine, but it adds no bos and reads the spelling of a control token as text."""
+    """Copy the tokenizer's backend; the copy adds no bos and reads spelled control tokens as text."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = None  # it adds bos, and it trims the offsets of tokens
+    backend.post_processor = None  # it would add bos and trim the offsets of tokens
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # as text, that is
+    backend.encode_special_tokens = True  # encodes their spelling as text
     return backend
 
 
@@ -199,7 +200,7 @@ def _renamed(token_id: int, token: AddedToken) -> AddedToken:
 
 
 def _token_at(encoding: Encoding, character: int, characters: int) -> int:
-    """The first token that holds this character or, where a tokenizer drops some, the next one it keeps."""
+    """Return the token at this character, or at the next character that the tokenizer does not drop."""
     for position in range(character, characters):
         token = encoding.char_to_token(position)
         if token is not None:
@@ -208,7 +209,7 @@ def _token_at(encoding: Encoding, character: int, characters: int) -> int:
 
 
 def _token_from(encoding: Encoding, character: int, characters: int) -> int:
-    """The first token that starts at this character or later."""
+    """Return the first token that starts at this character or later."""
     token = _token_at(encoding, character, characters)
     while token < len(encoding.ids):
         span = encoding.token_to_chars(token)

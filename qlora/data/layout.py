@@ -1,4 +1,4 @@
-"""How a recipe lays its rows out: which format they are read as and which template they are written with."""
+"""Reads rows with the recipe's format and writes them with its template."""
 
 import re
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from qlora.recipe import Data
 
 
 class Question(NamedTuple):
-    """A prompt to answer and the answer that the data has."""
+    """A prompt, and its answer from the data."""
 
     document: Document
     text: str
-    """what a person asked, without the template around it"""
+    """the question, without the template around it"""
     reference: str
 
 
 class Layout:
-    """Row -> document, as a recipe's `data` section says.
+    """Converts rows to documents as a recipe's `data` section specifies.
 
-    Conversations are written with `data.template`, or else with the tokenizer's chat template, or else with the
-    template that their format names. Which rows stay raw is said at `Format.kind`.
+    Conversations are written with `data.template`, else with the tokenizer's chat template, else with the default
+    template of their format. `Format.kind` decides which rows are written without a template.
 
     Raises:
-        DataError: see `Format.parser`, `template_text` and `Renderer`.
+        DataError: See `Format.parser`, `template_text` and `Renderer`.
     """
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
@@ -38,7 +38,7 @@ class Layout:
         self._renderer = _renderer(section, tokenizer, encoder)
 
     def read(self, row: Row) -> Conversation | Completion:
-        """The row's content, in the shape that this layout writes. Raises BadRow."""
+        """Parse a row; with a template, convert a prompt and completion to a conversation. Raises BadRow."""
         content = self._parse(row)
         if self._renderer and isinstance(content, Completion):
             question = {"role": "user", "content": content.prompt}
@@ -46,14 +46,14 @@ class Layout:
         return content
 
     def document(self, content: Conversation | Completion) -> Document:
-        """The whole row, as it is trained on. Raises BadRow if the chat template refuses it."""
+        """Render the whole row for training. Raises BadRow if the chat template refuses it."""
         if isinstance(content, Completion):
             return self._raw.document(content, everything=self._everything)
         assert self._renderer is not None
         return self._renderer.document(content, everything=self._everything)
 
     def question(self, content: Conversation | Completion) -> Question:
-        """The row up to its last answer, and that answer. Of a plain text, its beginning and the rest."""
+        """Split a row into the prompt before its last answer, and that answer. A plain text is split near its start."""
         if isinstance(content, Conversation):
             assert self._renderer is not None
             *before, answer = content.messages
@@ -64,16 +64,21 @@ class Layout:
         return Question(self._raw.prompt(prompt), prompt, reference)
 
     def prompt(self, text: str, before: Sequence[Message] = ()) -> Document:
-        """What somebody types, posed as the rows of the data are posed, after the messages `before` it.
+        """Render a user's `text` as a prompt in the layout of the training rows.
 
-        Raises BadRow if the chat template refuses the conversation. Raw text knows no `before`.
+        Args:
+            text: the new question.
+            before: earlier messages of the conversation; ignored without a template.
+
+        Raises:
+            BadRow: The chat template refuses the conversation.
         """
         if self._renderer is None:
             return self._raw.prompt(text)
         return self._renderer.prompt([*before, {"role": "user", "content": text}])
 
     def specimen(self) -> Document:
-        """The shortest row there could be."""
+        """Render the shortest possible row."""
         if self._renderer is None:
             return self.document(Completion("?", "!"))
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
@@ -81,14 +86,14 @@ class Layout:
 
 
 def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The template that takes the place of the tokenizer's own; None where that stays."""
+    """Return the template that replaces the tokenizer's own; None to keep the tokenizer's."""
     if section.template is None and not tokenizer.chat_template:
         return FORMATS[section.format].template
     return section.template
 
 
 def template_of(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The jinja source that rows are written with; None where they stay raw or nothing has a template."""
+    """Return the jinja source that rows are written with; None if rows stay raw or no template exists."""
     if _stays_raw(section):
         return None
     name = template_name(section, tokenizer)
@@ -108,7 +113,7 @@ def _stays_raw(section: Data) -> bool:
 
 
 def _beginning(text: str) -> tuple[str, str]:
-    """A text cut in two where a word ends, after its first quarter but at most 200 characters."""
+    """Split a text at the end of a word, within its first quarter and its first 200 characters."""
     longest = min(200, max(1, len(text) // 4))
     ends = [match.start() for match in re.finditer(r"\s+\S", text[: longest + 1])]
     end = ends[-1] if ends and ends[-1] else longest

@@ -1,4 +1,4 @@
-"""What decides how a prompt becomes token ids, as digests: an adapter works with the prompts it was trained on."""
+"""Digests of the tokenizer and template, to check that an adapter gets prompts as in its training."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from qlora.recipe import Data
 
 
 def prompting(section: Data, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """BLAKE2b-128 of the tokenizer's vocabulary and of the template that `section` writes rows with.
+    """Return BLAKE2b-128 digests of the tokenizer's vocabulary and of the template that `section` uses.
 
-    Raises DataError if the template is missing.
+    Raises DataError if the template is missing or cannot be read.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     return {

@@ -1,4 +1,4 @@
-"""Questions that nobody has answered yet, posed as the rows of a recipe's data were."""
+"""Encodes new questions as prompts in the layout of a recipe's training rows."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,13 +17,13 @@ from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Ro
 from qlora.recipe import Data
 
 _ROWS = 200
-"""rows that are looked at to learn whether a data set holds conversations"""
+"""rows searched for a conversation with several questions"""
 
 _FIRST, _ANSWER, _SECOND = "first question", "first answer", "second question"
 
 
 class Prompts:
-    """Poses questions to a model that was trained on a recipe's `data` section.
+    """Encodes prompts for a model that was trained on a recipe's `data` section.
 
         >>> prompts = Prompts(recipe.data, tokenizer)
         >>> ids = prompts.encode("And on Sunday?", before=messages)
@@ -37,19 +37,22 @@ class Prompts:
         self._section = section
         name = template_name(section, tokenizer)
         self.template = None if name is None else self._with_bos(template_text(name))
-        """the jinja source that poses the same prompts with transformers; None is the tokenizer's own"""
+        """jinja source with which transformers renders the same prompts; None: the tokenizer's own"""
         self.stop_ids = answer_ends(self._layout, self._encoder)
-        """tokens that end an answer: eos, and what the template closes an answer with"""
+        """tokens that end an answer: eos, and the token with which the template closes an answer"""
 
     def encode(self, text: str, before: Sequence[Message] = ()) -> list[int]:
-        """Token ids that ask for an answer to `text`.
+        """Return the token ids of a prompt that asks for an answer to `text`.
 
-        before: the conversation so far, as messages with `role` and `content`.
+        Args:
+            text: the new question.
+            before: the conversation so far, as messages with `role` and `content`.
 
-        Raises DataError if the text holds a NUL character or the template refuses the conversation.
+        Raises:
+            DataError: The text contains a NUL character, or the template refuses the conversation.
         """
         if "\0" in text:
-            raise DataError("the prompt holds a NUL character")
+            raise DataError("the prompt contains a NUL character; remove it")
         try:
             document = self._layout.prompt(text, before)
         except BadRow as error:
@@ -59,7 +62,7 @@ class Prompts:
 
     @cached_property
     def can_follow(self) -> bool:
-        """Whether a question can follow others: rows are conversations, and the template renders what was before."""
+        """True if rows are conversations and the template renders earlier messages, so a question can follow others."""
         if FORMATS[self._section.format].kind != "chat":
             return False
         before = {"role": "user", "content": _FIRST}, {"role": "assistant", "content": _ANSWER}
@@ -71,7 +74,7 @@ class Prompts:
 
     @cached_property
     def learned_to_follow(self) -> bool:
-        """Whether, besides, some of the first rows hold several questions (or cannot be looked at here)."""
+        """True if `can_follow`, and one of the first rows has several questions or the rows cannot be read here."""
         source = self._section.source
         if not (self.can_follow and (source.startswith("bundled/") or Path(source).exists())):
             return self.can_follow
@@ -85,21 +88,21 @@ class Prompts:
         return True
 
     def _with_bos(self, template: str) -> str:
-        """transformers expects a template to write its own bos; ours is put in front by the encoder."""
+        """Add bos to a template if the encoder puts it in front: transformers expects the template to write it."""
         return ("{{- bos_token -}}" if self._layout.prompt(_FIRST).bos else "") + template
 
 
 def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Token ids that ask a model trained on this `data` section to answer `text`, posed as its rows were.
+    """Return the token ids of a prompt that asks a model trained on this `data` section to answer `text`.
 
     Raises:
-        DataError: the template cannot be used, or the text holds a NUL character.
+        DataError: The template cannot be used, or the text contains a NUL character.
     """
     return Prompts(section, tokenizer).encode(text)
 
 
 def answer_ends(layout: Layout, encoder: Encoder) -> frozenset[int]:
-    """eos, and the token that the layout closes an answer with where that is another (ChatML's <|im_end|>)."""
+    """Return the tokens that end an answer: eos and, if different, the template's closing token (<|im_end|>)."""
     (row,) = encoder.encode([layout.specimen()])
     return frozenset({encoder.eos_id, int(row.input_ids[row.labels != IGNORE_INDEX][-1])})
 

@@ -1,4 +1,4 @@
-"""One pass over a source: rows -> examples, and for every row that does not become one the reason why."""
+"""Reads a source in one pass: rows become examples, and each row left out is counted with its reason."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation
 from qlora.recipe import Data
 
-_CHUNK = 1024  # rows encoded at a time: enough to keep the tokenizer's threads busy, little memory
-_SHOWN = 10  # rows in an error message
+_CHUNK = 1024  # rows encoded at a time: enough for the tokenizer's threads, few for the memory
+_SHOWN = 10  # rows listed in an error message
 
 
 @dataclass
 class Reading:
-    """What a source came to. read = len(examples) + len(bad) + dropped + unsupervised."""
+    """Examples and row counts of a source. read = len(examples) + len(bad) + dropped + unsupervised."""
 
     source: str
     examples: list[Example] = field(default_factory=list)
-    """the rows that can be trained on"""
+    """the usable rows"""
     contents: list[Conversation | Completion] = field(default_factory=list)
-    """what is in each of them"""
+    """parsed content of each example"""
     read: int = 0
     bad: list[tuple[str, BadRow]] = field(default_factory=list)
-    """(file:line, why) of rows that cannot be used"""
+    """(file:line, reason) of rows that cannot be used"""
     too_long: list[tuple[str, int]] = field(default_factory=list)
-    """(file:line, tokens) of rows over max_length"""
+    """(file:line, tokens) of rows longer than max_length"""
     dropped: int = 0
     truncated: int = 0
     unsupervised: int = 0
@@ -39,18 +39,18 @@ class Reading:
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many rows are bad for each kind of reason."""
+        """Number of bad rows per kind of reason."""
         return Counter(reason.kind for _, reason in self.bad)
 
 
 def read_examples(
     section: Data, source: str, layout: Layout, encoder: Encoder, limit: int | None = None
 ) -> Reading:
-    """Read, lay out and encode the first `limit` rows of `source`.
+    """Read, render and encode the first `limit` rows of `source` (None: all rows).
 
     Raises:
-        DataError: the source cannot be read; or a row is bad, or too long, and the section calls that an
-            error. The message shows the first ten such rows as file:line: reason, and totals.
+        DataError: The source cannot be read, or a row is bad or too long and the section treats that as an
+            error. The message has totals and the first ten such rows as file:line: reason.
     """
     reading = Reading(source)
     records = read(source, section.split, limit)
@@ -74,7 +74,7 @@ def read_examples(
 def _readable(
     records: Sequence[Record], layout: Layout, reading: Reading
 ) -> list[tuple[str, Conversation | Completion, Document]]:
-    """Origin, content and document of the rows that can be read; the others are noted."""
+    """Return origin, content and document of the readable rows; record the others in `reading`."""
     readable = []
     for record in records:
         reading.read += 1
@@ -89,9 +89,9 @@ def _readable(
 
 
 def _example(origin: str, encoded: Encoded, section: Data, reading: Reading) -> Example | None:
-    """The row as it is trained on; None if it is not, and why is counted.
+    """Return the row as an Example, or None with the reason counted in `reading`.
 
-    A truncated row ends without eos: it teaches no wrong place to stop.
+    A truncated row has no eos, so the model does not learn to stop at the cut.
     """
     ids, labels = encoded.input_ids, encoded.labels
     if encoded.forged:
@@ -104,7 +104,7 @@ def _example(origin: str, encoded: Encoded, section: Data, reading: Reading) -> 
             reading.dropped += 1
             return None
         reading.truncated += 1
-        # copies, so that the long arrays can go
+        # copies, so that the long arrays can be freed
         ids, labels = ids[: section.max_length].copy(), labels[: section.max_length].copy()
     if (labels == IGNORE_INDEX).all():
         reading.unsupervised += 1
@@ -117,9 +117,9 @@ def _bad_rows(reading: Reading) -> str:
     lines = [f"{reading.source}: {len(reading.bad)} of {reading.read} rows cannot be used: {totals}"]
     lines += _first([f"{origin}: {reason}" for origin, reason in reading.bad])
     if reading.reasons["missing field"]:
-        lines.append("Where the data has another name for a field, set data.columns to {field: its column};")
-        lines.append("where it is laid out otherwise, choose another data.format.")
-    lines.append("Correct the rows, or leave them out with data.on_bad_row=skip")
+        lines.append("If a field has another name in the data, set data.columns to {field: its column}.")
+        lines.append("If the rows have another structure, choose another data.format.")
+    lines.append("Correct the rows, or skip them with data.on_bad_row=skip")
     return "\n".join(lines)
 
 
@@ -128,7 +128,9 @@ def _long_rows(reading: Reading, max_length: int) -> str:
     lines = [f"{reading.source}: {len(rows)} of {reading.read} rows have more than {max_length} tokens"]
     lines += _first([f"{origin}: {length} tokens" for origin, length in rows])
     longest = max(length for _, length in rows)
-    lines.append(f"Set data.max_length={longest} to have them all, or data.too_long to drop or truncate")
+    lines.append(
+        f"Set data.max_length={longest} to keep them whole, or set data.too_long to drop or truncate"
+    )
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: a local file, a file of this package, or the hub. A row knows its file and line."""
+"""Reads rows, each with its file and line, from a local file, a bundled file or the Hugging Face hub."""
 
 import csv
 import gzip
@@ -20,31 +20,31 @@ from qlora.errors import DataError
 from qlora.formats import BadRow, Row
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-"""Files that can be read; all but Parquet also gzipped."""
+"""Supported file types; all but Parquet also gzipped."""
 
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row as it was read, or why it could not be."""
+    """A row, or the reason why it could not be read."""
 
     origin: str
-    """file:line, or "file:row N" and "id[split]:row N" where there are no lines. Counted from 1."""
+    """file:line; without lines, "file:row N" or "id[split]:row N". Counted from 1."""
     row: Row | BadRow
 
 
 def read(source: str, split: str = "train", limit: int | None = None) -> Iterator[Record]:
-    """The first `limit` rows of a data set, in order.
+    """Yield the first `limit` rows of a data set, in order.
 
     Args:
-        source: a local JSON, JSONL, CSV, TSV or Parquet file, `bundled/...`, or a data set's id on the hub:
-            `owner/name`, or `owner/name/configuration` where it has several.
-        split: of a data set on the hub.
-        limit: rows to read; None is all.
+        source: a local JSON, JSONL, CSV, TSV or Parquet file, `bundled/...`, or the id of a data set on the hub:
+            `owner/name`, or `owner/name/configuration` if it has several configurations.
+        split: split of a data set on the hub.
+        limit: number of rows to read; None reads all.
 
     Raises:
-        DataError: the source as a whole cannot be read. A single bad row is a Record with a BadRow.
+        DataError: The source as a whole cannot be read. A single bad row becomes a Record with a BadRow.
     """
     place = _place(source)
     records = _file(place, source) if isinstance(place, Path) else _hub(*place, split)
@@ -52,9 +52,9 @@ def read(source: str, split: str = "train", limit: int | None = None) -> Iterato
 
 
 def identity(source: str, split: str = "train") -> str | None:
-    """What names the content of a data set: SHA-256 of a file's bytes, or the fingerprint that `datasets` gives.
+    """Return an identifier of a data set's content: SHA-256 of a file, or the fingerprint from `datasets`.
 
-    None where nothing does, or where it cannot be read: `read` says why. Arguments as of `read`.
+    None if there is none or the file cannot be read; `read` reports the reason. Arguments as in `read`.
     """
     place = _place(source)
     if not isinstance(place, Path):
@@ -69,7 +69,7 @@ def identity(source: str, split: str = "train") -> str | None:
 
 
 def _place(source: str) -> Path | tuple[str, str | None]:
-    """A file, or a data set's id on the hub and its configuration."""
+    """Resolve a source to a file, or to a data set's id on the hub and its configuration."""
     if source.startswith("bundled/"):
         from qlora import bundled
 
@@ -81,7 +81,7 @@ def _place(source: str) -> Path | tuple[str, str | None]:
     return hub_id["name"], hub_id["configuration"]
 
 
-# A name that ends as a data file does was meant as one, though it does not exist.
+# A name with the suffix of a data file means a file, even if the file does not exist.
 _HUB_ID = re.compile(
     r"(?!.*\.(?:json|jsonl|ndjson|csv|tsv|parquet|txt)(?:\.gz)?$)"
     r"(?P<name>\w[\w.-]*(?:/[\w.-]+)?)(?:/(?P<configuration>[\w.-]+))?"
@@ -95,9 +95,9 @@ def _file(path: Path, name: str) -> Iterator[Record]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{name!r}: {reason}{_neighbours(path.parent)}") from None
     if stat.S_ISDIR(mode):
-        raise DataError(f"{name!r} is a folder, one file is needed{_neighbours(path)}")
+        raise DataError(f"{name!r} is a folder; give the path of one file{_neighbours(path)}")
     if not stat.S_ISREG(mode):
-        raise DataError(f"{name!r} is not a regular file; save what it delivers as one")
+        raise DataError(f"{name!r} is not a regular file; save its content as a regular file")
     readers: dict[str, Callable[[Path, str], Iterator[Record]]] = {
         ".json": _json,
         ".jsonl": _json,
@@ -108,21 +108,23 @@ def _file(path: Path, name: str) -> Iterator[Record]:
     }
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in readers:
-        raise DataError(f"{name!r}: files that can be read are {', '.join(SUFFIXES)}, gzipped or not")
+        raise DataError(
+            f"{name!r}: unsupported file type; use {', '.join(SUFFIXES)} (all but Parquet also as .gz)"
+        )
     return readers[suffix](path, name)
 
 
 def _neighbours(folder: Path) -> str:
-    """Which data files there are, to end an error message with."""
+    """List the data files in a folder, as the end of an error message."""
     if not folder.is_dir():
         return ""
     names = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".gz").endswith(SUFFIXES))
-    return f"; in {folder} there are {', '.join(names[:8])}" if names else ""
+    return f". Data files in {folder}: {', '.join(names[:8])}" if names else ""
 
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed where its first bytes say gzip, whatever it is called."""
+    """Open a file for reading bytes. Gzip is detected by the first bytes, not by the name."""
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
@@ -130,13 +132,13 @@ def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
             with io.BufferedReader(gzip.GzipFile(fileobj=file)) if zipped else file as stream:
                 yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name}: the gzip file is damaged ({error}); fetch it again") from error
+        raise DataError(f"{name}: the gzip file is damaged ({error}); download it again") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def _json(path: Path, name: str) -> Iterator[Record]:
-    """JSON lines, or one JSON list: told apart by the first character, as both are called .json."""
+    """Read JSON lines or one JSON list. The first character decides, because both can be named .json."""
     with _opened(path, name) as stream:
         first = next((line for line in stream if line.removeprefix(_BOM).strip()), b"")
     listed = first.removeprefix(_BOM).lstrip().startswith(b"[")
@@ -177,7 +179,7 @@ def _json_list(path: Path, name: str) -> Iterator[Record]:
         breaks = text.count("\n", counted, position)
         if breaks:
             line, line_start = line + breaks, text.rindex("\n", counted, position) + 1
-        # Where rows share a line, the column says which of them is meant.
+        # If rows share a line, the column identifies the row.
         column = f":{position - line_start + 1}" if counted and not breaks else ""
         origin, counted = f"{name}:{line}{column}", position
         try:
@@ -186,27 +188,29 @@ def _json_list(path: Path, name: str) -> Iterator[Record]:
             if not text.startswith((",", "]"), position):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
         except (ValueError, RecursionError) as error:
-            # Nobody can say where the next row of a broken list begins, so skipping this one is no way out.
-            raise DataError(f"{origin}: broken JSON, the list cannot be read beyond it: {error}") from None
+            # The start of the next row is unknown, so `on_bad_row: skip` cannot help.
+            raise DataError(
+                f"{origin}: broken JSON: {error}. The rest of the list cannot be read; correct the file"
+            ) from None
         yield Record(origin, row)
         if text.startswith(",", position):
             position = _skip(text, position + 1)
     if text[position + 1 :].strip():
-        raise DataError(f"{name}: more text follows after the list's closing bracket")
+        raise DataError(f"{name}: there is text after the closing bracket of the list; remove it")
 
 
 _SPACE = re.compile(r"\s*")
 
 
 def _skip(text: str, position: int) -> int:
-    """The first character from `position` on that is no white space."""
+    """Return the position of the first character from `position` on that is not white space."""
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
 
 
 def _list_item(text: str, start: int) -> tuple[Row | BadRow, int]:
-    """The row that starts here, and where it ends."""
+    """Parse the row that starts here; return it and its end position."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         return _object(value), end
@@ -216,29 +220,29 @@ def _list_item(text: str, start: int) -> tuple[Row | BadRow, int]:
 
 def _object(value: Any) -> Row:
     if not isinstance(value, dict):
-        raise BadRow("not an object", "a row is written {...}")
+        raise BadRow("not an object", "a row must have the form {...}")
     return value
 
 
 def _no_constant(name: str) -> None:
-    raise BadRow("not a number", f"{name} is not JSON")
+    raise BadRow("not a number", f"{name} is not valid JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    row = dict(pairs)
+    if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         raise BadRow("duplicate key", repr(next(name for name in names if names.count(name) > 1)))
-    return found
+    return row
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique)
 
 
 def _csv(path: Path, name: str) -> Iterator[Record]:
-    csv.field_size_limit(2**30)  # the module's own limit of 128 KiB is shorter than some documents
+    csv.field_size_limit(2**30)  # the default limit of 128 KiB is too short for some documents
     with _opened(path, name) as stream:
-        # Bytes that are not UTF-8 become lone surrogates, which `formats` reports, row by row.
+        # Bytes that are not UTF-8 become lone surrogates, which `formats` reports for each row.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
         header = next(reader, [])
@@ -253,7 +257,7 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
                 continue
             if cells is None:
                 break
-            if cells:  # a blank line has none
+            if cells:  # empty for a blank line
                 yield Record(origin, _csv_row(header, cells))
 
 
@@ -291,7 +295,7 @@ def _hub_rows(name: str, configuration: str | None, split: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 400)
         raise DataError(
-            f"{name!r} is no file here, and as a data set of the hub (split {split!r}) it cannot be loaded: "
-            f"{reason}\nCheck its spelling and the network. Without a network, bring a file of it here and "
-            "give its path as data.source"
+            f"{name!r} is not a local file, and cannot be loaded as a data set from the hub (split {split!r}): "
+            f"{reason}\nCheck the spelling and the network. Without a network, copy a file of the data set to "
+            "this machine and set data.source to its path"
         ) from error

@@ -1,8 +1,8 @@
-"""Conversations -> documents: the tokenizer's chat template or another, and which characters are learned.
+"""Renders conversations with a chat template and marks the characters to train on.
 
-What is learned of a turn is what the model has to write when it answers: everything after the prompt as
-generation would pose it (the template rendered up to the turn, with the generation prompt), through to the
-token that closes the turn. Positions come from rendering prefixes, not from searching for ids.
+The trained part of an answer is exactly the text that the model must generate: it starts after the prompt used in
+generation (the template rendered up to this turn, with the generation prompt) and ends with the token that closes
+the turn. Positions come from rendering prefixes of the conversation, not from searching for token ids.
 """
 
 import re
@@ -19,7 +19,7 @@ from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation, Message
 
 NAMED = ("alpaca", "chatml", "plain")
-"""The templates that ship with qlora."""
+"""Templates that ship with qlora."""
 
 _PROBE = "qlora's probe"
 
@@ -27,15 +27,15 @@ _FIXED_DATE = (
     '{%- macro strftime_now(format) -%}{{ "2024-07-26" if format == "%Y-%m-%d" else "26 Jul 2024" }}'
     "{%- endmacro %}"
 )
-"""Some templates (Llama 3.2's) write today's date. A run that is resumed tomorrow must see the same tokens;
-this date is what the same templates fall back on."""
+"""Fixed date for templates that write today's date (such as Llama 3.2's), so that a run resumed on another day sees
+the same tokens. It is the default date of those templates."""
 
 
 def template_text(name: str) -> str:
-    """The jinja source of a named template or of a .jinja file.
+    """Return the jinja source of a named template or of a .jinja file.
 
     Raises:
-        DataError: there is none of that name.
+        DataError: No template has this name, or the file cannot be read.
     """
     if name in NAMED:
         return (files("qlora.data") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
@@ -53,28 +53,28 @@ def template_text(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Closing:
-    """How a template ends an answer."""
+    """The text with which a template ends an answer."""
 
     text: str
-    """what it writes after each answer"""
+    """text after each answer"""
     by_control: bool
-    """`text` ends with a control token"""
+    """True if `text` ends with a control token"""
     ends_by_control: bool
-    """a control token follows the last answer; if none does, eos is put there"""
+    """True if a control token follows the last answer; otherwise eos is appended"""
 
 
 class Renderer:
     """Renders conversations with one template.
 
     Args:
-        tokenizer: fills in bos_token and eos_token, and perhaps has a template of its own.
-        encoder: of the same tokenizer.
-        template: jinja source; None is the tokenizer's own. The tokenizer's own decides itself whether there
-            is a bos (transformers' convention); with another, one is put in front of a text that has none,
-            if the tokenizer does so with plain text.
+        tokenizer: supplies bos_token and eos_token, and its own template if `template` is None.
+        encoder: encoder of the same tokenizer.
+        template: jinja source; None uses the tokenizer's own template. The tokenizer's own template must write
+            bos itself if it needs one (transformers' convention). With another template, bos is put in front of
+            a text without bos if the tokenizer does so with plain text.
 
     Raises:
-        DataError: there is no template, or it cannot render a question and an answer.
+        DataError: There is no template, or it cannot render a question and an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: Encoder, template: str | None) -> None:
@@ -91,14 +91,18 @@ class Renderer:
         self._closing = self._find_closing()
 
     def document(self, conversation: Conversation, *, everything: bool = False) -> Document:
-        """The conversation to the end of its last answer; answers are trained, with `everything` all of it.
+        """Render the conversation up to the end of its last answer, with the answers marked as trained.
 
-        An answer is not trained where the template renders the conversation before it in another way than
-        within the whole (Mistral's, for one, moves the system message to the last question): it is then no
-        continuation of a prompt that generation would ever pose. The document counts such answers.
+        An answer is not trained if the template renders the messages before it differently on their own than
+        within the whole conversation. (Mistral's template, for example, moves the system message to the last
+        question.) Such an answer does not continue a prompt used in generation. `untrained_answers` counts them.
+
+        Args:
+            conversation: messages that end with an answer.
+            everything: train all of the text, not only the answers.
 
         Raises:
-            BadRow: the template refuses the conversation.
+            BadRow: The template refuses the conversation.
         """
         messages = self._guarded(conversation.messages)
         whole = self._render(messages)
@@ -117,12 +121,12 @@ class Renderer:
         )
 
     def prompt(self, messages: Sequence[Message]) -> Document:
-        """What generation poses to have these messages answered. Raises BadRow if the template refuses."""
+        """Render the generation prompt for an answer to these messages. Raises BadRow if the template refuses them."""
         text = self._render(self._guarded(messages), generation=True)
         return Document((Part(text, False),), bos=self._needs_bos(text), eos=False)
 
     def _answer(self, whole: str, messages: list[Message], index: int) -> tuple[int, int] | None:
-        """Where answer `index` with its closing begins and ends; None if it does not continue its prompt."""
+        """Return start and end of answer `index` with its closing; None if it does not continue its prompt."""
         for generation in (True, False):
             prompt = self._render(messages[:index], generation=generation)
             if whole.startswith(prompt):
@@ -140,25 +144,25 @@ class Renderer:
             control = self._encoder.find_control(whole, start)
             return control.end() if control else None
         answer = messages[index]["content"].strip()
-        found = whole.find(answer, start)
-        if found < 0:
+        position = whole.find(answer, start)
+        if position < 0:
             return None
-        end = found + len(answer)
+        end = position + len(answer)
         return end + len(closing.text) if whole.startswith(closing.text, end) else end
 
     def _find_closing(self) -> _Closing:
-        """Learns from two short exchanges what the template writes after an answer."""
+        """Render two short conversations to learn which text the template writes after an answer."""
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
         try:
             tail = self._after_probe([question, answer])
         except BadRow as error:
             raise DataError(f"data.template cannot render a question and its answer: {error}") from None
         try:
-            # Cut before the next question: what comes after it tells nothing about the answer.
+            # Cut before the next question: the text after it does not belong to the answer.
             two = [question, answer, question, {**answer, "content": "!"}]
             between = self._after_probe(two).partition("?")[0]
         except BadRow:
-            between = tail  # a template for single questions
+            between = tail  # the template allows one question only
         shared = _common_start(tail, between)
         control = self._encoder.find_control(shared)
         if control:
@@ -166,14 +170,14 @@ class Renderer:
         elif shared == tail:
             text = tail.rstrip()
         else:
-            text = re.sub(r"\s+\S*$", "", shared)  # a word that both begin alike by chance closes nothing
+            text = re.sub(r"\s+\S*$", "", shared)  # drop a word whose first letters match by chance
         return _Closing(text, control is not None, self._encoder.find_control(tail) is not None)
 
     def _after_probe(self, messages: Sequence[Message]) -> str:
         rendered = self._render(messages)
-        _, found, tail = rendered.rpartition(_PROBE)
-        if not found:
-            raise DataError(f"data.template leaves the answer out; it renders {rendered!r}")
+        _, probe, tail = rendered.rpartition(_PROBE)
+        if not probe:
+            raise DataError(f"data.template does not render the answer; its output is {rendered!r}")
         return tail
 
     def _needs_bos(self, text: str) -> bool:
@@ -189,7 +193,9 @@ class Renderer:
                 messages, chat_template=self._source, tokenize=False, add_generation_prompt=generation
             )
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"data.template: line {error.lineno} is no jinja: {error.message}") from error
+            raise DataError(
+                f"data.template: line {error.lineno} is not valid jinja: {error.message}"
+            ) from error
         except (
             jinja2.TemplateError,
             TypeError,
@@ -208,17 +214,17 @@ def _common_start(a: str, b: str) -> str:
 
 
 class RawText:
-    """Prompt and completion as they are; bos in front if the tokenizer puts one there, eos behind."""
+    """Renders a prompt and completion without a template: bos in front if the tokenizer adds one, eos at the end."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
     def document(self, row: Completion, *, everything: bool = False) -> Document:
-        """The completion trained, or with `everything` the prompt too."""
+        """Render a row with its completion trained; with `everything`, the prompt too."""
         guard = self._encoder.guard
         parts = (Part(guard(row.prompt), everything), Part(guard(row.completion), True))
         return Document(tuple(part for part in parts if part.text), bos=self._encoder.adds_bos, eos=True)
 
     def prompt(self, text: str) -> Document:
-        """A text to be continued."""
+        """Render a text for the model to continue."""
         return Document((Part(self._encoder.guard(text), False),), bos=self._encoder.adds_bos, eos=False)

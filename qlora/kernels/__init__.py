@@ -1,7 +1,7 @@
-"""The passes over memory between the products, each in plain torch and as one launch of a Triton kernel.
+"""Memory-bound operations between the matrix products, each in plain torch and as one launch of a Triton kernel.
 
-A pass writes into tensors that it is given. A GPU takes the kernel, once it is seen to agree there with the plain
-form (`dispatch`); every other device, and whoever sets QLORA_KERNELS=off, takes the plain form.
+An operation writes into tensors that it gets as arguments. A GPU uses the kernel after a check that it agrees there
+with the plain form (`dispatch`). Other devices use the plain form, as does a GPU with QLORA_KERNELS=off.
 """
 
 from qlora.kernels.cross_entropy import loss_and_gradient

@@ -1,4 +1,4 @@
-"""The loss of a softmax over the vocabulary, and its gradient from the same pass."""
+"""Softmax cross-entropy over the vocabulary, with its gradient from the same pass."""
 
 from typing import Any
 
@@ -15,10 +15,17 @@ def loss_and_gradient(
     logit_scale: float = 1.0,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropies [n] in nats of the head's raw products `logits` [n, V] with `targets` [n]; overwrites `logits`.
+    """Compute the cross-entropies [n] in nats, with their gradient if `gradient` is given.
 
-    The logits proper are softcap * tanh(logit_scale * logits / softcap), or without softcap logit_scale * logits.
-    `gradient` [n, V], which may be `logits` itself, gets the gradient of the losses' sum by the raw products.
+    The softmax is over softcap * tanh(logit_scale * logits / softcap), or logit_scale * logits without `softcap`.
+
+    Args:
+        logits: raw products of the head [n, V]; overwritten.
+        targets: token ids [n].
+        softcap: bound of the logits (Gemma 2).
+        logit_scale: factor of the raw products.
+        gradient: output [n, V] for the gradient of the sum of losses with respect to the raw products. It can be
+            `logits` itself.
     """
     losses = logits.new_empty(len(logits))
     LOSS(logits, targets, softcap, logit_scale, gradient, losses)
@@ -41,7 +48,7 @@ def _loss(
         slope = None if gradient is None else 1 - logits.square()
         logits *= softcap
     targets = targets[:, None]
-    # log-sum-exp by hand: torch's makes a copy of the logits
+    # log-sum-exp by hand, because torch's copies the logits
     highest = logits.amax(1, keepdim=True)
     target = logits.gather(1, targets)
     exponentials = logits.sub_(highest).exp_()

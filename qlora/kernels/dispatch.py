@@ -1,4 +1,4 @@
-"""Which form of a pass runs: the kernel where it is proven on this very device, else plain torch."""
+"""Choice between an operation's Triton kernel and its plain torch form, after a check on the device in use."""
 
 import os
 import warnings
@@ -17,14 +17,18 @@ Form = Callable[..., None]
 Example = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Of what a proof compares, relative to the largest number: rounding, and the order of sums."""
+"""Largest error in the check, relative to the largest number; it allows for rounding and the order of sums."""
 
 
 class FusedOp:
-    """A pass over memory in two forms, which write into (some of) the tensors that they are given.
+    """An operation in two forms, both of which write into some of their tensor arguments.
 
-    plain: in torch. kernel: its name in `triton_kernels`. example: small arguments to compare the two on; their
-    number of rows and columns should be no power of two. exact: the two must agree to the bit.
+    Args:
+        plain: the form in torch.
+        kernel: name of the launcher in `triton_kernels`.
+        example: makes small arguments on which the two forms are compared. Their numbers of rows and columns should
+            not be powers of two.
+        exact: require the two forms to agree bit for bit.
     """
 
     def __init__(self, plain: Form, kernel: str, example: Example, *, exact: bool = False) -> None:
@@ -36,7 +40,7 @@ class FusedOp:
         if not on_cuda(first) or first.dtype not in TOLERANCE or not wanted():
             return self.plain(*arguments)
         if is_fake(first):
-            return None  # a forecast: the kernel takes no memory but its arguments
+            return None  # a forecast: the kernel allocates nothing
         place = first.device, first.dtype
         if place not in self._trusted:
             self._trusted[place] = True
@@ -46,29 +50,29 @@ class FusedOp:
                 return self.in_triton(*arguments)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001 - it cannot be compiled for these shapes; nothing is written yet
+            except Exception as error:  # noqa: BLE001 - compilation failed for these shapes; nothing is written yet
                 self._judge(place, _text(error))
         return self.plain(*arguments)
 
     @property
     def in_triton(self) -> Form:
-        """The kernel, launched. Raises ImportError where there is no Triton."""
-        from qlora.kernels import triton_kernels  # late, for Triton does not exist everywhere
+        """The function that launches the kernel. Raises ImportError without Triton."""
+        from qlora.kernels import triton_kernels  # imported late: Triton is not available on every platform
 
         return getattr(triton_kernels, self.kernel)
 
     def difference(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What the two forms disagree in on the example; None if nothing."""
-        expected, found = self.example(device, dtype), self.example(device, dtype)
+        """Compare the two forms on the example; return the first difference as text, or None."""
+        expected, actual = self.example(device, dtype), self.example(device, dtype)
         self.plain(*expected)
-        self.in_triton(*found)
-        for number, (right, ours) in enumerate(zip(expected, found, strict=True)):
+        self.in_triton(*actual)
+        for number, (right, ours) in enumerate(zip(expected, actual, strict=True)):
             if not isinstance(right, Tensor) or not right.is_floating_point():
                 continue
-            off = (right.double() - ours.double()).abs().max().item()
+            error = (right.double() - ours.double()).abs().max().item()
             tolerance = 0.0 if self.exact else TOLERANCE[right.dtype]
-            if not off <= tolerance * right.double().abs().max().item():  # nan too
-                return f"argument {number} is off by {off:.2g}"
+            if not error <= tolerance * right.double().abs().max().item():  # also true for nan
+                return f"argument {number} has an error of {error:.2g}"
         return None
 
     def _problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -76,35 +80,35 @@ class FusedOp:
             return self.difference(device, dtype)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - a compiler's, a driver's: whatever it is, there is another way
+        except Exception as error:  # noqa: BLE001 - any error of the compiler or driver: the plain form remains
             return _text(error)
 
     def _judge(self, place: tuple[torch.device, torch.dtype], problem: str | None) -> None:
-        """Trust the kernel no longer if there is a problem, and say so."""
+        """If there is a problem, stop using the kernel on this device and dtype, and warn."""
         if problem is None:
             return
         self._trusted[place] = False
         warnings.warn(
-            f"the kernel {self.kernel} does not run on {place[0]} as it should ({problem}); plain torch takes its "
-            "place, more slowly. Please report this; QLORA_KERNELS=off silences it",
+            f"the kernel {self.kernel} does not run correctly on {place[0]} ({problem}). Plain torch is used instead, "
+            "which is slower. Please report this; set QLORA_KERNELS=off to silence this warning",
             stacklevel=3,
         )
 
 
 def wanted() -> bool:
-    """Whether kernels are to be used: not with QLORA_KERNELS=off in the environment, nor where there is no Triton."""
+    """Return True if kernels are enabled: Triton is installed and QLORA_KERNELS is not `off`."""
     return os.environ.get("QLORA_KERNELS") != "off" and _installed()
 
 
 @cache
 def _installed() -> bool:
-    """Whether this machine has Triton, or no GPU that could want it: then it is asked about another one."""
-    found = find_spec("triton") is not None or not torch.cuda.is_available()
-    if not found:
+    """Return True if Triton is installed, or no GPU is present (then a forecast assumes Triton on the target)."""
+    installed = find_spec("triton") is not None or not torch.cuda.is_available()
+    if not installed:
         warnings.warn(
-            "Triton is not installed: plain torch takes the place of kernels, more slowly", stacklevel=2
+            "Triton is not installed. Plain torch is used instead of kernels, which is slower", stacklevel=2
         )
-    return found
+    return installed
 
 
 def _text(error: Exception) -> str:
@@ -112,6 +116,6 @@ def _text(error: Exception) -> str:
 
 
 def numbers(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers for an example: the same at every call."""
+    """Make normally distributed numbers for an example, the same at every call."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)

@@ -1,4 +1,4 @@
-"""A gate, act(gate) * up, and its gradients, for each activation that a gated MLP has."""
+"""The product act(gate) * up of a gated MLP, and its gradients, for each activation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ from qlora.kernels.dispatch import FusedOp, numbers
 
 
 class Activation(NamedTuple):
-    """An activation, as the two passes that a gated MLP makes with it."""
+    """The two operations of a gated MLP that depend on its activation."""
 
     product: Callable[[Tensor, Tensor], Tensor]
-    """act(gate) * up, all [N, I] and contiguous"""
+    """called with (gate, up): returns act(gate) * up; all [N, I] and contiguous"""
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    """(gate, up, grad, d_up): from `grad`, that of the product, the gradient of gate, in the place of `grad`, and that
-    of up, in `d_up`"""
+    """called with (gate, up, grad, d_up): reads the product's gradient from `grad`, overwrites `grad` with the
+    gradient of gate, and writes the gradient of up to `d_up`"""
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, all [N, I] and contiguous."""
+    """Return silu(gate) * up; all [N, I] and contiguous."""
     assert gate.is_contiguous()
     assert up.is_contiguous()
     product = torch.empty_like(gate)
@@ -29,18 +29,18 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
-    """From `grad`, that of the product, the gradient of gate, in the place of `grad`, and that of up, in `d_up`."""
+    """Overwrite `grad`, the product's gradient, with that of gate, and `d_up` with that of up; all [N, I]."""
     assert all(tensor.is_contiguous() for tensor in (gate, up, grad, d_up))
     SILU_GRADIENTS(gate, up, grad, d_up)
 
 
 def gelu_tanh_product(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up with GELU's tanh approximation. Plain torch on every device: there is no kernel yet."""
+    """Return gelu(gate) * up with GELU's tanh approximation. Plain torch on every device; there is no kernel yet."""
     return torch.ops.aten.gelu(gate, approximate="tanh").mul_(up)
 
 
 def gelu_tanh_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
-    """As `silu_gradients`; plain torch on every device."""
+    """Like `silu_gradients`, for GELU's tanh approximation. Plain torch on every device."""
     torch.ops.aten.gelu.out(gate, approximate="tanh", out=d_up).mul_(grad)
     torch.ops.aten.gelu_backward.grad_input(grad.mul_(up), gate, approximate="tanh", grad_input=grad)
 

@@ -1,4 +1,4 @@
-"""RMS normalisation by a frozen weight (Zhang & Sennrich 2019), x / sqrt(mean(x²) + eps) * weight, and its gradient."""
+"""RMS normalisation x / sqrt(mean(x²) + eps) * weight (Zhang & Sennrich 2019) with a frozen weight; its gradient."""
 
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from qlora.kernels.dispatch import FusedOp, numbers
 def normalize(
     x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_late: bool = False
 ) -> Tensor:
-    """x [..., H] -> [..., H] in x.dtype, weight [H], to which `offset` is added. The mean is taken in fp32 at least.
+    """Normalise x [..., H] and multiply by `weight` [H] + `offset`; the result has x.dtype, the mean at least fp32.
 
-    rounds_late: round after the product with the weight, as Gemma does, and not before it, as Llama does.
+    `rounds_late`: round after the product with the weight (Gemma), not before it (Llama).
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     form = NORMALIZE_LATE if rounds_late else NORMALIZE
@@ -30,12 +30,13 @@ def normalize_gradient(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> None:
-    """dL/dx in the place of `grad`, dL/dy; [..., H] both. `residual`, if given, is added to it.
+    """Overwrite `grad`, dL/dy [..., H], with dL/dx + residual (no residual if None).
 
-    With u = x * scale and w = weight + offset: scale * (g w - u * mean(g w u)).
+    With g = dL/dy, u = x * scale and w = weight + offset: dL/dx = scale * (g w - u * mean(g w u)).
     """
     assert grad.is_contiguous()
-    residual = None if residual is None else residual.contiguous()  # autograd expands gradients of sums
+    # autograd gives expanded gradients for sums
+    residual = None if residual is None else residual.contiguous()
     NORMALIZE_GRADIENT(grad, x.contiguous(), weight, eps, residual, offset)
 
 
@@ -91,5 +92,5 @@ def _weight(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 NORMALIZE = FusedOp(_normalize, "normalize", partial(_example, rounds_late=False))
 NORMALIZE_LATE = FusedOp(_normalize, "normalize", partial(_example, rounds_late=True))
-"""a kernel of its own to the compiler, so proven on its own"""
+"""compiled as a separate kernel, so checked separately"""
 NORMALIZE_GRADIENT = FusedOp(_normalize_gradient, "normalize_gradient", _example_of_gradient)

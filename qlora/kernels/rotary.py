@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), in the half-split form of Llama: pairs are (i, i + d/2)."""
+"""Rotary position embedding (Su et al. 2021) in Llama's half-split form: features i and i + d/2 form a pair."""
 
 from typing import Any
 
@@ -9,9 +9,12 @@ from qlora.kernels.dispatch import FusedOp, numbers
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """x [B, T, heads, d] of any layout -> contiguous; cos and sin [B or 1, T, d] have halves that are alike.
+    """Return x * cos + direction * rotate_half(x) * sin as a contiguous tensor; `direction` -1 rotates back.
 
-    x * cos + direction * rotate_half(x) * sin: `direction` -1 turns back.
+    Args:
+        x: [B, T, heads, d], of any layout.
+        cos, sin: [B or 1, T, d]; the two halves of d must be equal.
+        direction: 1 or -1.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     ROTATE(x, cos.contiguous(), sin.contiguous(), direction, y)

@@ -1,7 +1,8 @@
-"""The kernels, and how they are launched. Each reads and writes the memory once, and computes in fp32.
+"""Triton kernels and their launchers. The kernels compute in fp32.
 
-Tensors are contiguous unless their strides are asked for. Offsets are 64 bits wide: logits of a long batch have more
-elements than 32 bits count. Triton's interpreter runs all of this without a GPU (`tests/test_kernels.py`).
+Tensors must be contiguous unless a kernel gets their strides. Offsets have 64 bits, because the logits of a long batch
+can have more elements than 32 bits can count. Triton's interpreter runs all kernels without a GPU
+(`tests/test_kernels.py`).
 """
 
 from contextlib import nullcontext
@@ -13,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 1024
-"""of a program, where a pass goes element by element"""
+"""elements per program of an elementwise kernel"""
 VOCABULARY_BLOCK = 4096
 
 
 def silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
-    """See `gate`."""
+    """Launch the kernel of `gate.silu_product`."""
     with _on(gate):
         _silu_product[_blocks(gate)](gate, up, product, gate.numel(), BLOCK=ELEMENTS)
 
 
 def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
-    """See `gate`."""
+    """Launch the kernel of `gate.silu_gradients`."""
     with _on(gate):
         _silu_gradients[_blocks(gate)](gate, up, grad, d_up, gate.numel(), BLOCK=ELEMENTS)
 
@@ -32,7 +33,7 @@ def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None
 def normalize(
     x: Tensor, weight: Tensor, eps: float, y: Tensor, offset: float = 0.0, rounds_late: bool = False
 ) -> None:
-    """See `norm`."""
+    """Launch the kernel of `norm.normalize`."""
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     layout = _rows_of(width)
     with _on(x):
@@ -44,7 +45,7 @@ def normalize(
 def normalize_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float = 0.0
 ) -> None:
-    """See `norm`."""
+    """Launch the kernel of `norm.normalize_gradient`."""
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     layout = _rows_of(width)
     with _on(x):
@@ -55,7 +56,7 @@ def normalize_gradient(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor) -> None:
-    """See `rotation`."""
+    """Launch the kernel of `rotary.rotate`."""
     batch, length, heads, width = x.shape
     with _on(x):
         _rotate[(batch * length,)](
@@ -72,7 +73,7 @@ def loss(
     gradient: Tensor | None,
     losses: Tensor,
 ) -> None:
-    """See `softmax`."""
+    """Launch the kernel of `cross_entropy.loss_and_gradient`."""
     with _on(logits):
         _loss[(len(logits),)](
             logits, targets, logits if gradient is None else gradient, losses, logit_scale,
@@ -93,7 +94,17 @@ def dequantize(
     block_size: int,
     statistics_block_size: int,
 ) -> None:
-    """See `quantization.nf4`: codes `packed`, each block's 8-bit `absmax`, their own `scales`, `table` and `offset`."""
+    """Launch the kernel of `quantization.nf4.dequantize`.
+
+    Args:
+        out: output [out, in].
+        packed: 4-bit codes, two per byte.
+        absmax: 8-bit absmax of each block, as codes of `table`.
+        scales, table, offset: scale of each block of absmax, values of their codes, and their mean.
+        code: the 16 NF4 values.
+        block_size: values per absmax.
+        statistics_block_size: absmax per scale.
+    """
     with _on(out):
         _dequantize[(triton.cdiv(packed.numel(), ELEMENTS),)](
             out, packed, absmax, scales, table, offset, code, out.numel(),
@@ -103,7 +114,7 @@ def dequantize(
 
 
 def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Select the tensor's device: Triton launches on the current device, which can be another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -112,7 +123,7 @@ def _blocks(tensor: Tensor) -> tuple[int]:
 
 
 def _rows_of(width: int) -> dict[str, int]:
-    """How a program takes rows of this width: whole, and several where they are short."""
+    """Choose launch parameters for rows of this width: a program takes whole rows, several if they are short."""
     block = triton.next_power_of_2(width)
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
@@ -181,7 +192,7 @@ def _rotate(
     x, cos, sin, y, length, heads, half, by_row, by_token, by_head, by_feature, direction,
     OWN_ANGLES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)  # of all rows
+    token = tl.program_id(0).to(tl.int64)  # number among the tokens of all rows
     row, position = token // length, token % length
     head, pair = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
@@ -198,7 +209,7 @@ def _rotate(
 
 @triton.jit
 def _capped(products, scale, cap, CAPPED: tl.constexpr):
-    """Logits of the head's raw products."""
+    """Scale and cap the raw products of the head."""
     logits = products * scale
     if CAPPED:
         logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)  # cap * tanh(logits / cap)
@@ -214,26 +225,26 @@ def _loss(
     target = tl.load(targets + row)
     logits += row * WIDTH
     gradient += row * WIDTH
-    wanted = _capped(tl.load(logits + target).to(tl.float32), scale, cap, CAPPED)
+    target_logit = _capped(tl.load(logits + target).to(tl.float32), scale, cap, CAPPED)
     highest = -float("inf")
     total = 0.0
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         raw = tl.load(logits + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        found = _capped(raw, scale, cap, CAPPED)
-        found = tl.where(column < WIDTH, found, -float("inf"))
-        higher = tl.maximum(highest, tl.max(found))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(found - higher))
+        values = _capped(raw, scale, cap, CAPPED)
+        values = tl.where(column < WIDTH, values, -float("inf"))
+        higher = tl.maximum(highest, tl.max(values))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher))
         highest = higher
-    tl.store(losses + row, highest + tl.log(total) - wanted)
+    tl.store(losses + row, highest + tl.log(total) - target_logit)
     if WANTED:
         for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
             raw = tl.load(logits + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-            found = _capped(raw, scale, cap, CAPPED)
-            slope = tl.exp(found - highest) / total - tl.where(column == target, 1.0, 0.0)
+            values = _capped(raw, scale, cap, CAPPED)
+            slope = tl.exp(values - highest) / total - tl.where(column == target, 1.0, 0.0)
             if CAPPED:
-                slope *= 1 - (found / cap) * (found / cap)
+                slope *= 1 - (values / cap) * (values / cap)
             tl.store(gradient + column, slope * scale, mask=column < WIDTH)
 
 

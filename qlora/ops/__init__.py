@@ -1,4 +1,4 @@
-"""Autograd functions of our own: the adapted linear, and the output head with its loss."""
+"""Custom autograd functions, such as the adapted linear and the output head with its loss."""
 
 from qlora.ops.cross_entropy import linear_cross_entropy
 from qlora.ops.lora_linear import lora_linear

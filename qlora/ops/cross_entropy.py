@@ -1,8 +1,8 @@
-"""The output head and its loss in one: the logits [tokens, vocabulary] never stand in memory as a whole.
+"""The output head fused with its loss: the logits [tokens, vocabulary] are never in memory as a whole.
 
-For a 128K vocabulary they are the largest thing of a training step. Here the trained tokens go through the
-head `chunk` at a time, and since a chunk's loss has all that its gradient needs, that is formed in the
-forward too (as Liger does, Hsu et al. 2024): two products with a frozen head, and none of them repeated.
+For a 128K vocabulary the logits are the largest tensor of a training step. Here the trained tokens pass through the
+head `chunk` at a time. The forward also computes the gradient of each chunk, as Liger does (Hsu et al. 2024), because
+all its inputs are then available. With a frozen head this takes two products, and nothing is recomputed.
 """
 
 from typing import Any
@@ -20,10 +20,11 @@ LARGEST_CHUNK, LOGITS_BYTES = 1024, 2**28
 
 
 def tokens_at_once(vocabulary: int) -> int:
-    """Trained tokens that go through the head together where nobody says how many: 1,024, whose products fill a GPU.
+    """Return the default number of trained tokens that pass through the head at a time.
 
-    Of a large vocabulary fewer, 128 or a multiple, so that their logits in fp32 take 256 MiB at most. Blocks above that
-    find no room between others: 0.2 GiB less is reserved at 8B with 512 than with 1,024 (`benchmarks/speed/LOG.md`).
+    1,024 tokens are enough to use a whole GPU. For a large vocabulary the number is smaller, a multiple of 128, so that
+    the fp32 logits take at most 256 MiB. Larger blocks fragment memory: with 512 instead of 1,024 tokens, 0.2 GiB less
+    is reserved for an 8B model (`benchmarks/speed/LOG.md`).
     """
     fitting = LOGITS_BYTES // (4 * vocabulary) // 128 * 128
     return min(LARGEST_CHUNK, max(128, fitting))
@@ -39,19 +40,29 @@ def linear_cross_entropy(
     chunk: int | None = None,
     supervised: int | None = None,
 ) -> Tensor:
-    """Sum (not mean) of the cross-entropies of the tokens whose label is not IGNORE_INDEX: fp32 scalar, nats.
+    """Compute the sum (not the mean) of the cross-entropies of all tokens whose label is not IGNORE_INDEX.
 
-    `hidden` [N, H] belongs to `labels` [N] (shifted by the caller); `weight` is [V, H], `bias` [V]. Logits
-    are `logit_scale * (hidden W^T + bias)`, then `softcap * tanh(logits / softcap)` where a model caps them
-    (Gemma 2). Ignored tokens never reach the head, the others do so `chunk` at a time (None: as many as
-    `tokens_at_once` says). `supervised`, the number of labels that are not ignored, spares a device synchronisation
-    where the caller knows it, and must be given under FakeTensorMode.
+    The logits are `logit_scale * (hidden W^T + bias)`, then `softcap * tanh(logits / softcap)` if `softcap` is given.
     `hidden`, `weight` and `bias` get gradients if they require them, summed in fp32.
+
+    Args:
+        hidden: final hidden states [N, H].
+        weight: head [V, H].
+        labels: token ids [N], already shifted by the caller. Ignored tokens never pass through the head.
+        bias: [V].
+        softcap: bound of the logits (Gemma 2).
+        logit_scale: factor of the logits.
+        chunk: tokens that pass through the head at a time; None uses `tokens_at_once`.
+        supervised: number of labels that are not ignored. It avoids a device synchronisation, and is required under
+            FakeTensorMode.
+
+    Returns:
+        An fp32 scalar in nats.
     """
     trained = labels != IGNORE_INDEX
     count = int(trained.sum()) if supervised is None else supervised
     index = torch.nonzero_static(trained, size=count).squeeze(1)
-    grad = torch.is_grad_enabled()  # always False inside the function
+    grad = torch.is_grad_enabled()  # read here: always False inside the function
     loss: Tensor = _LinearCrossEntropy.apply(
         autocast(hidden),
         weight,
@@ -86,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight)) if wants[1] else None
         d_bias = None
         loss = torch.zeros((), dtype=_at_least_fp32(hidden), device=hidden.device)
-        # One buffer for the logits of all chunks, and one for their gradients where those are of fewer bits
+        # One buffer for the logits of all chunks, and one for their gradients if these have fewer bits
         rows_at_once = min(chunk, len(index))
         scratch = hidden.new_empty(rows_at_once, len(head), dtype=loss.dtype)
         slopes = None
@@ -126,9 +137,9 @@ def _at_least_fp32(tensor: Tensor) -> torch.dtype:
 
 
 def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
-    """rows [n, H] times head [V, H]: `out` [n, V], in fp32 at least."""
+    """Multiply rows [n, H] by head^T into `out` [n, V], which is at least fp32."""
     if rows.dtype == out.dtype:
         return torch.mm(rows, head.T, out=out)
-    if on_cuda(rows):  # tensor cores sum in fp32: take the sums before they are rounded to 16 bits
+    if on_cuda(rows):  # tensor cores sum in fp32: keep the sums instead of rounding them to 16 bits
         return torch.mm(rows, head.T, out_dtype=out.dtype, out=out)
     return out.copy_(rows @ head.T)

@@ -1,13 +1,13 @@
-"""Dropout whose mask is a function of a seed: drawn in the forward, drawn again in the backward, never kept.
+"""Dropout with a mask that is a function of a seed: drawn in the forward, drawn again in the backward, never stored.
 
-A kept mask is a byte an element: for the seven linears of a layer of Llama 3.1 8B 39 KB a token, 0.4 of all that
-the layer keeps besides.
+A stored mask takes a byte per element. For the seven linears of a layer of Llama 3.1 8B this is 39 KB per token, 0.4
+times the memory of all other saved activations of the layer.
 
-In training the mask of a row is a function of (seed, step, layer, the row's number in the global batch), whatever the
-micro-batch that the row comes in, its padding, and the process that works on it. Of a layer whose tokens are not the
-batch's, such as an expert, it is one of the micro-batch. Elsewhere the seed comes from torch's CPU generator, so
-`torch.manual_seed` decides it on every device without waiting for one, and torch's checkpointing, which replays that
-generator, draws the same mask.
+In training, the mask of a row depends on (seed, step, layer, the row's number in the global batch) only, not on its
+micro-batch, its padding or the process. If a layer sees other tokens than the batch's, as an expert does, its mask
+depends on the micro-batch instead. Outside of training the seed comes from torch's CPU generator. `torch.manual_seed`
+then fixes it on every device without a synchronisation, and torch's checkpointing, which replays this generator,
+draws the same mask again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,41 +24,42 @@ from qlora.runtime.seeds import fold_seed
 Result = TypeVar("Result")
 
 PIECE = 16_384
-"""tokens whose mask is drawn together, so that an operation may also go through long rows a piece at a time; one that
-dequantizes its weights anew for each piece does 2% more work for it"""
+"""Tokens per piece. An operation can process long inputs piece by piece with the same masks; dequantizing its weights
+again for each piece costs 2% more work."""
 
 CHUNK = 2_048
-"""tokens of a row that are drawn together: what of them lies outside of a piece is drawn for nothing"""
+"""Tokens of a row that are drawn together. If a piece needs only part of a chunk, the rest is drawn and discarded."""
 
 
 class Rows(NamedTuple):
-    """The rows of a micro-batch, as they lie among the tokens that a layer sees."""
+    """Positions of a micro-batch's rows among the tokens that a layer sees."""
 
     first: int
     """number of the first row in the step's global batch"""
     starts: tuple[int, ...]
+    """position of the first token of each row"""
     lengths: tuple[int, ...]
-    """tokens, without padding"""
+    """tokens of each row, without padding"""
     total: int
-    """tokens, with all padding"""
+    """all tokens, with padding"""
 
 
 class Dropout(NamedTuple):
-    """One mask over some tokens: `rate` of their elements become zero. The others are not rescaled here."""
+    """A dropout mask that zeroes a share `rate` of the elements. It does not rescale the others."""
 
     rate: float
     seed: int
     rows: Rows | None = None
-    """of the batch, where it is known"""
+    """rows of the batch, if known"""
     piece: int | None = None
-    """number of the piece of the batch that the mask is for; None: it is for all tokens"""
+    """number of the piece that the mask covers; None: the mask covers all tokens"""
 
     def of_piece(self, number: int, tokens: int) -> "Dropout":
-        """What the mask is made of, for the piece `number` of all `tokens` alone."""
+        """Restrict the mask over `tokens` tokens to the piece `number`."""
         return self._over(tokens)._replace(piece=number)
 
     def mask(self, x: Tensor) -> Tensor:
-        """True where an element of x [N, H] gets through: the same at every call."""
+        """Return a bool tensor [N, H], True where an element of x is kept; the same at every call."""
         whole = self if self.piece is not None else self._over(len(x))
         if whole.rows is not None:
             return whole._by_row(x, whole.rows)
@@ -68,7 +69,7 @@ class Dropout(NamedTuple):
         return mask
 
     def _over(self, tokens: int) -> "Dropout":
-        """The mask over so many tokens: if they are not the batch's, such as an expert's, the rows do not count."""
+        """Fit the mask to `tokens` tokens; without rows if these are not the batch's tokens, as in an expert."""
         if self.rows is None or self.rows.total == tokens:
             return self
         return self._replace(rows=None, seed=fold_seed(self.seed, self.rows.first))
@@ -95,26 +96,26 @@ class Dropout(NamedTuple):
 
     def _draw(self, part: Tensor, *numbers: int) -> None:
         generator = None
-        if not is_fake(part):  # which has no numbers
+        if not is_fake(part):  # a fake tensor has no numbers
             generator = torch.Generator(part.device).manual_seed(fold_seed(self.seed, *numbers))
         part.bernoulli_(1 - self.rate, generator=generator)
 
 
 @dataclass
 class _Training:
-    """The micro-batch that is being trained on."""
+    """The micro-batch in training."""
 
     seed: int
     first: int
     rows: Rows | None = None
 
 
-_now: _Training | None = None  # of the process, since a GPU's backward runs in a thread of its own
+_now: _Training | None = None  # not thread-local, because a GPU's backward runs in a separate thread
 
 
 @contextmanager
 def drawn_by_row(seed: int, first: int) -> Iterator[None]:
-    """Draw the masks of a micro-batch, forward and backward, by row; its rows are numbered from `first`."""
+    """Within the context, draw the masks of a micro-batch by row; its rows are numbered from `first`."""
     global _now
     assert _now is None
     _now = _Training(seed, first)
@@ -125,13 +126,13 @@ def drawn_by_row(seed: int, first: int) -> Iterator[None]:
 
 
 def rows_lie(starts: Sequence[int], lengths: Sequence[int], total: int) -> None:
-    """Say where the rows of the micro-batch begin among all `total` tokens of a layer's input, and their lengths."""
+    """Set the start and length of each row of the micro-batch among the `total` tokens of a layer's input."""
     if _now is not None:
         _now.rows = Rows(_now.first, tuple(starts), tuple(lengths), total)
 
 
 def with_these_rows(layer: Callable[..., Result]) -> Callable[..., Result]:
-    """`layer` as it is called now and when it is recomputed, after another forward pass has laid its rows otherwise."""
+    """Wrap `layer` to use the current row positions also in a recompute, after another forward has set others."""
     if _now is None:
         return layer
     training, rows = _now, _now.rows
@@ -147,11 +148,11 @@ def with_these_rows(layer: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def draw(rate: float, layer: int | None = None) -> Dropout | None:
-    """The mask of this rate for a layer, known by a number; None for a rate of 0, for which nothing is drawn."""
+    """Return a mask of this rate for the layer number `layer`; None for a rate of 0."""
     if not rate:
         return None
     if _now is not None and layer is not None:
         seed = fold_seed(_now.seed, layer)
         return Dropout(rate, seed if _now.rows else fold_seed(seed, _now.first), _now.rows)
-    with real_values():  # a forecast draws too: as often as the run does
+    with real_values():  # a forecast draws a seed too, as often as the run
         return Dropout(rate, int(torch.randint(2**62, (), device="cpu")))

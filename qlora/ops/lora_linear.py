@@ -1,8 +1,7 @@
-"""Adapted linears that read the same input, as one autograd function; the plain case is one of them.
+"""One autograd function for one or more adapted linears that read the same input.
 
-Everything is computed in the input's dtype. Kept for the backward are the input, A, B and the rank-wide products.
-With a norm before the linears it is the norm's input that is kept, which the residual stream holds anyway; the
-normalised rows are rebuilt.
+All products are in the input's dtype. The backward keeps the input, A, B and the products with A. With a norm before
+the linears, the norm's input is kept, which the residual stream holds anyway, and the normalised rows are recomputed.
 """
 
 from collections.abc import Sequence
@@ -18,10 +17,13 @@ from qlora.quantization.nf4 import autocast, frozen_linear
 
 
 def lora_linear(x: Tensor, linear: Linear, update: Update) -> Tensor:
-    """Frozen linear plus low-rank update (LoRA, Hu et al. 2021, equation 3): [..., in] -> [..., out].
+    """Apply a frozen linear plus its low-rank update (LoRA, Hu et al. 2021, equation 3) to x [..., in], in x.dtype.
 
-    A and B are of any float dtype, in which their gradients come back; both None give the frozen linear alone.
-    Computes in x.dtype.
+    A and B can have any float dtype, and their gradients have the same. If A or B is None, only the frozen linear is
+    applied.
+
+    Returns:
+        [..., out].
     """
     if update.a is None or update.b is None:
         return frozen_linear(x, linear.weight, linear.state, linear.bias)
@@ -31,10 +33,10 @@ def lora_linear(x: Tensor, linear: Linear, update: Update) -> Tensor:
 def lora_linears(
     x: Tensor, linears: Sequence[Linear], updates: Sequence[Update], norm: Norm | None = None
 ) -> tuple[Tensor, ...]:
-    """What each linear, with its update, makes of x [..., in], or of its normalisation: [..., out] each."""
+    """Apply each linear with its update to x [..., in], normalised first if `norm` is given; [..., out] each."""
     for linear in linears:
         linear.assert_frozen()
-    grad = torch.is_grad_enabled()  # always False inside the function
+    grad = torch.is_grad_enabled()  # read here: always False inside the function
     flat = [tensor for update in updates for tensor in update]
     outputs: tuple[Tensor, ...] = _LoRALinears.apply(autocast(x), norm, linears, grad, *flat)
     return outputs
@@ -49,7 +51,7 @@ class _LoRALinears(torch.autograd.Function):
         updates, _ = unpack(flat, linears)
         lows = to_ranks(rows, linears, updates)
         outputs = project(rows, linears, updates, lows, fold=grad)
-        # Weights stay attributes: constants of the run, which hooks on saved tensors must not move
+        # Attributes, not saved tensors: they are constants of the run, and hooks on saved tensors must not move them
         ctx.norm, ctx.linears = norm, linears
         ctx.save_for_backward(x, *flat, *lows)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)

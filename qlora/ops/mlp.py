@@ -1,10 +1,10 @@
 """The gated feed-forward block as one autograd function: h + post(W_down (act(W_gate n) * W_up n)), n = norm(h).
 
-Shazeer 2020, "GLU Variants Improve Transformer"; either norm may be missing. Autograd would keep seven tensors as wide
-as the block; of these gate and up suffice. The normalised input, act(gate) and the product are rebuilt from them. Or
-nothing but h is kept, and gate and up are computed again: two of the three products, for W_down's is no part of any
-gradient unless a norm follows it. Then no more of the wide tensors needs to be in memory than those of some tokens:
-many go through one piece after the other.
+See Shazeer 2020, "GLU Variants Improve Transformer". Either norm can be missing. Autograd would keep seven tensors of
+the block's width. This function keeps only gate and up, and recomputes the normalised input, act(gate) and the product
+from them. Or it keeps only h and recomputes gate and up too. This takes two of the three matrix products, because no
+gradient needs the output of W_down unless a norm follows. Long inputs are then processed piece by piece, so that the
+wide tensors of one piece at a time are in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,36 +23,37 @@ from qlora.ops.rms_norm import Norm, input_gradient, normalized
 
 
 class GatedMLP(NamedTuple):
-    """The constants of a gated block."""
+    """Constants of a gated feed-forward block."""
 
     linears: Sequence[Linear]
     """gate, up and down"""
     norm: Norm | None = None
-    """of its input"""
+    """norm of the input"""
     post_norm: Norm | None = None
-    """of its output, before the residual is added"""
+    """norm of the output, before the residual is added"""
     activation: Activation = SILU
 
 
 class Forward(Enum):
-    """What a forward pass is for: what it computes, and what it keeps."""
+    """Mode of a forward pass: its output, and the tensors that it keeps."""
 
-    INFERENCE = "the output; no backward will follow"
+    INFERENCE = "the output; no backward follows"
     KEEPING = "the output; gate and up are kept for the backward"
     SPARING = "the output; the backward computes gate and up again"
-    RECOMPUTE = "no output, for nobody reads it a second time; the backward computes gate and up again"
+    RECOMPUTE = "no output, because it is not read again; the backward computes gate and up again"
 
 
 def gated_mlp(
     hidden: Tensor, block: GatedMLP, updates: Sequence[Update], mode: Forward = Forward.KEEPING
 ) -> Tensor:
-    """hidden [..., H] -> [..., H], the residual stream after the block; without a gradient always for inference.
+    """Apply the block to the residual stream `hidden` [..., H]; return the residual stream after the block.
 
-    Sparing, PIECE tokens at a time. A recompute, of what lies before, gets memory without meaning.
+    Without gradients the mode is always INFERENCE. Except in KEEPING mode, PIECE tokens are processed at a time. In
+    RECOMPUTE mode, which serves to recompute the layer before this block, the output is uninitialised memory.
     """
     for linear in block.linears:
         linear.assert_frozen()
-    if not torch.is_grad_enabled():  # always so inside the function
+    if not torch.is_grad_enabled():  # checked here: always disabled inside the function
         mode = Forward.INFERENCE
     flat = [tensor for update in updates for tensor in update]
     y: Tensor = _GatedMLP.apply(hidden, block, mode, *flat)
@@ -96,13 +97,13 @@ class _GatedMLP(torch.autograd.Function):
                     tensor if before is None or tensor is None else before.add_(tensor)
                     for before, tensor in zip_longest(d_updates, more)
                 ]
-                del d_part, more  # not while the next piece is worked on
+                del d_part, more  # free them before the next piece
         d_hidden = None if d_rows is None else d_rows.view(hidden.shape)
         return d_hidden, None, None, *d_updates
 
 
 def _pieces(block: GatedMLP, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """For every piece of the tokens: the block, whose linears drop their part, and its rows of each of the tensors."""
+    """Yield, per piece of the tokens, the block with the dropout masks of the piece, and the piece of each tensor."""
     tokens = next(len(tensor) for tensor in tensors if tensor is not None)
     for number, start in enumerate(range(0, tokens, PIECE)):
         here = [
@@ -118,7 +119,7 @@ def _pieces(block: GatedMLP, *tensors: Tensor | None) -> Iterator[tuple[Any, ...
 def _block(
     rows: Tensor, block: GatedMLP, updates: Sequence[Update], mode: Forward
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """rows [N, H] -> [N, H], and what is kept for the gradients: gate, up, what each A made, W_down's if normalised."""
+    """Return the output [N, H] and the tensors kept: gate, up, products with A, output of W_down if normalised."""
     fold = mode is not Forward.INFERENCE
     gate, up, product, lows = _widen(rows, block, updates, fold=fold)
     kept = [gate, up, *lows] if mode is Forward.KEEPING else []
@@ -141,7 +142,10 @@ def _gradients(
     *,
     wants_input: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dL/drows [N, H] from dL/dy [N, H], and those of A, B, A, B and so on. `kept` is emptied, or made if empty."""
+    """Return dL/drows [N, H] and the gradients of A, B, A, B, ...; `grad_rows` is dL/dy [N, H].
+
+    Empties `kept` to free its tensors early; if `kept` is empty already, recomputes them.
+    """
     linears, d_y = block.linears, grad_rows
     if kept:
         gate, up, *lows = kept
@@ -157,7 +161,7 @@ def _gradients(
     d_product, d_down = gradients(product, [d_y], linears[2:], updates[2:], lows[2:])
     del d_y
     assert d_product is not None
-    d_gate, d_up = d_product, product  # in their places
+    d_gate, d_up = d_product, product  # reuse their memory
     block.activation.gradients(gate, up, d_gate, d_up)
     del gate, up, product, d_product
     d_rows, d_wide = gradients(
@@ -177,7 +181,7 @@ def _gradients(
 def _widen(
     rows: Tensor, block: GatedMLP, updates: Sequence[Update], *, fold: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
-    """rows [N, H] -> gate, up and their product [N, I], and what each A made of its input [N, rank]."""
+    """Return gate, up and their product [N, I], and the product [N, rank] of each A with its input."""
     linears, normal = block.linears, normalized(rows, block.norm)
     lows = to_ranks(normal, linears[:2], updates[:2])
     gate, up = project(normal, linears[:2], updates[:2], lows, fold=fold)
@@ -194,5 +198,5 @@ def _narrow(
     *,
     fold: bool = True,
 ) -> Tensor:
-    """The product of gate and up [N, I] -> what W_down makes of it [N, H]."""
+    """Apply W_down with its update to the product of gate and up [N, I]; return [N, H]."""
     return project(product, block.linears[2:], updates[2:], lows[2:], fold=fold)[0]

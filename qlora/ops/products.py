@@ -1,13 +1,13 @@
-"""Frozen linears with their low-rank updates, and the gradients of both: what the operations here are made of.
+"""Matrix products of frozen linears with low-rank updates, and their gradients.
 
-With W frozen there is no weight gradient. For rows x, s = scaling and g = dL/dy:
+W is frozen, so it has no gradient. For rows x, s = scaling and g = dL/dy:
     y = x W^T + bias + s (x A^T) B^T
     dB = s g^T (x A^T)    dA = s (g B)^T x    dx = g W + s (g B) A
-W is dequantized once a pass and never kept. In float32 the update is added to that scratch, where it costs the
-weight's size once; in 16 bits it would be rounded away there, so it is added to the products instead.
+W is dequantized once per pass and not kept. In float32 the update is added to the dequantized W, which costs one pass
+over the weight. In 16 bits the update would be lost to rounding there, so it is added to the output instead.
 
-Linears that read the same rows go together: what their A make of the rows, and the gradients of the A, are one
-product each. These are plain functions on rows [tokens, features]; autograd sees none of them.
+For linears that read the same rows, the products of all A with the rows are one product, and so are the gradients of
+all A. These are plain functions on rows [tokens, features], which autograd does not see.
 """
 
 from collections.abc import Sequence
@@ -22,29 +22,29 @@ from qlora.quantization.nf4 import QuantState, assert_frozen, dense
 
 
 class Linear(NamedTuple):
-    """The constants of a linear with an update."""
+    """Constants of a linear with a low-rank update."""
 
     weight: Tensor
-    """packed NF4 with its `state`, or dense [out, in] with None"""
+    """packed NF4 with its `state`, or dense [out, in] with state None"""
     state: QuantState | None
     bias: Tensor | None
     """[out]"""
     scaling: float = 1.0
     dropout: Dropout | None = None
-    """of the input of A"""
+    """mask of the input of A"""
 
     @property
     def factor(self) -> float:
-        """Of the update: the scaling, with dropout's rescaling in it."""
+        """Factor of the update: the scaling, times the rescaling of dropout."""
         return self.scaling if self.dropout is None else self.scaling / (1 - self.dropout.rate)
 
     def assert_frozen(self) -> None:
-        """Our products give a base no gradient."""
+        """Assert that weight and bias require no gradient."""
         assert_frozen(self.weight, self.bias)
 
 
 class Update(NamedTuple):
-    """A [rank, in] and B [out, rank] of a linear; None both where it has none."""
+    """A [rank, in] and B [out, rank] of a linear; both None without an update."""
 
     a: Tensor | None
     b: Tensor | None
@@ -53,13 +53,13 @@ class Update(NamedTuple):
 def unpack(
     tensors: Sequence[Tensor | None], linears: Sequence[Linear]
 ) -> tuple[list[Update], list[Tensor | None]]:
-    """The A and B of each linear, which a flat list begins with, and the rest of the list."""
+    """Split a flat list into the updates of the linears (A, B, A, B, ...) and the remaining tensors."""
     count = 2 * len(linears)
     return [Update(*tensors[start : start + 2]) for start in range(0, count, 2)], list(tensors[count:])
 
 
 def to_ranks(rows: Tensor, linears: Sequence[Linear], updates: Sequence[Update]) -> list[Tensor | None]:
-    """What each A makes of rows [N, in]: [N, rank] each, to be kept for the backward."""
+    """Multiply rows [N, in] by each A^T; return [N, rank] each, or None without A. Keep them for the backward."""
     adapted = [update.a for update in updates if update.a is not None]
     if any(linear.dropout for linear in linears) or len(adapted) < 2:
         return [
@@ -79,9 +79,14 @@ def project(
     *,
     fold: bool = True,
 ) -> list[Tensor]:
-    """rows [N, in] -> what each linear makes of them [N, out], given what its A made of them.
+    """Apply each linear with its update to rows [N, in]; return [N, out] each.
 
-    `fold`: whether updates may be added to the dequantized weights, where that is exact to rounding.
+    Args:
+        rows: input of all linears.
+        linears: constants of each linear.
+        updates: A and B of each linear.
+        lows: output of `to_ranks` for these rows.
+        fold: allow adding an update to the dequantized weight where this is exact up to rounding.
     """
     outputs = []
     for linear, (a, b), low in zip(linears, updates, lows, strict=True):
@@ -105,7 +110,7 @@ def gradients(
     *,
     wants_input: bool = True,
 ) -> tuple[Tensor | None, list[Update]]:
-    """From dL/dy [N, out] of each linear: dL/dx [N, in] of the rows they share, and those of each A and B."""
+    """Return dL/dx [N, in] of the shared rows and the gradients of each A and B, from dL/dy [N, out] in `grads`."""
     low_grads = [
         None if b is None else (grad @ b.to(grad.dtype)).mul_(linear.factor)  # [N, rank]
         for grad, linear, (_, b) in zip(grads, linears, updates, strict=True)
@@ -130,14 +135,14 @@ def _a_gradients(
     updates: Sequence[Update],
     masks: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    found = [low_grad for low_grad in low_grads if low_grad is not None]
-    if len(found) < 2 or any(mask is not None for mask in masks):
+    present = [low_grad for low_grad in low_grads if low_grad is not None]
+    if len(present) < 2 or any(mask is not None for mask in masks):
         return [
             None if low_grad is None or a is None else (low_grad.T @ _dropped(rows, mask)).to(a.dtype)
             for low_grad, (a, _), mask in zip(low_grads, updates, masks, strict=True)
         ]
-    together = torch.cat(found, dim=1).T @ rows
-    parts = iter(together.split([low_grad.shape[1] for low_grad in found]))
+    together = torch.cat(present, dim=1).T @ rows
+    parts = iter(together.split([low_grad.shape[1] for low_grad in present]))
     return [None if a is None else next(parts).to(a.dtype, copy=True) for a, _ in updates]
 
 
@@ -149,7 +154,7 @@ def _input_gradient(
     mask: Tensor | None,
     into: Tensor | None,
 ) -> Tensor:
-    """dL/dx [N, in] from dL/dy [N, out]; added to `into`, in place, if given."""
+    """Return dL/dx [N, in] for `grad`, dL/dy [N, out]; added to `into` in place if given."""
     weight, (a, b) = dense(linear.weight, linear.state, grad.dtype), update
     if a is None or b is None or low_grad is None:
         return _product(grad, weight, into)
@@ -174,13 +179,13 @@ def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _foldable(linear: Linear, rows: Tensor, weight: Tensor) -> bool:
-    """Whether to add the update to the weight: exact enough there, the same for all rows, and less work."""
+    """Return True if adding the update to the weight is exact enough, the same for all rows, and less work."""
     exact = weight.dtype in (torch.float32, torch.float64)
     return exact and not linear.dropout and len(rows) * sum(weight.shape) > weight.numel()
 
 
 def _folded(weight: Tensor, linear: Linear, a: Tensor, b: Tensor) -> Tensor:
     a, b = a.to(weight.dtype), b.to(weight.dtype)
-    if linear.state is None:  # the base's own weight, not a scratch
+    if linear.state is None:  # a dense weight belongs to the base: do not write into it
         return torch.addmm(weight, b, a, alpha=linear.factor)
     return weight.addmm_(b, a, alpha=linear.factor)

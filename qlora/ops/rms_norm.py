@@ -1,6 +1,6 @@
-"""RMS normalisation by a frozen weight (Zhang & Sennrich 2019): x / sqrt(mean(x²) + eps) * weight.
+"""RMS normalisation with a frozen weight (Zhang & Sennrich 2019): x / sqrt(mean(x²) + eps) * weight.
 
-The backward rebuilds from x what it needs, so x, which the residual stream holds anyway, is all that is kept.
+Only x is kept for the backward, which recomputes everything else. The residual stream holds x anyway.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from qlora.kernels import normalize, normalize_gradient
 
 
 class Norm(NamedTuple):
-    """The constants of a normalisation over the last dimension, H wide."""
+    """Constants of a normalisation over the last dimension, of size H."""
 
     weight: Tensor
     """[H], frozen"""
@@ -21,16 +21,16 @@ class Norm(NamedTuple):
     offset: float = 0.0
     """added to the weight"""
     rounds_late: bool = False
-    """after the product with the weight, not before it"""
+    """True to round after the product with the weight, not before it"""
 
 
 def normalized(x: Tensor, norm: Norm | None) -> Tensor:
-    """x [..., H] -> [..., H]; x itself without a norm. Not for autograd."""
+    """Normalise x [..., H]; return x itself without a norm. Not differentiable by autograd."""
     return x if norm is None else normalize(x, *norm)
 
 
 def input_gradient(grad: Tensor, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> None:
-    """From `grad`, that of `normalized(x, norm)`, the gradient of x, in its place. `residual`, if given, is added."""
+    """Overwrite `grad`, the gradient of `normalized(x, norm)`, with the gradient of x; add `residual` if given."""
     if norm is not None:
         normalize_gradient(grad, x, norm.weight, norm.eps, norm.offset, residual)
     elif residual is not None:
@@ -38,7 +38,7 @@ def input_gradient(grad: Tensor, x: Tensor, norm: Norm | None, residual: Tensor 
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x [..., H] -> [..., H] in x.dtype; the mean is taken in fp32 at least."""
+    """Normalise x [..., H], in x.dtype; the mean is computed in at least fp32. Differentiable."""
     y: Tensor = _RMSNorm.apply(x, norm)
     return y
 

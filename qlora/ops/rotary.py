@@ -1,6 +1,6 @@
-"""Rotary positions (Su et al. 2021): queries and keys are turned by their place in the document.
+"""Rotary position embedding (Su et al. 2021): queries and keys are rotated by their position in the document.
 
-A rotation's gradient is the rotation back, so nothing of x is kept.
+The gradient is rotated back by the same angle, so x is not kept for the backward.
 """
 
 from typing import Any
@@ -13,7 +13,10 @@ from qlora import kernels
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, heads, d], with cos and sin [B or 1, T, d] whose halves are alike, -> x * cos + rotate_half(x) * sin."""
+    """Return x * cos + rotate_half(x) * sin for x [B, T, heads, d].
+
+    cos and sin [B or 1, T, d] must each have two equal halves. Differentiable in x.
+    """
     y: Tensor = _Rotation.apply(x, cos, sin)
     return y
 

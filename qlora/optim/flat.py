@@ -1,4 +1,4 @@
-"""Parameters end to end in one tensor, with their gradients and optimizer states in others."""
+"""Flat storage: parameters end to end in one tensor, their gradients and optimizer states in further tensors."""
 
 from collections.abc import Mapping
 
@@ -10,21 +10,24 @@ from qlora.optim.methods import Method, Update, kernel
 from qlora.runtime.device import on_cuda
 
 BLOCK_SIZE = 256
-"""Every parameter starts on a multiple of this. It is the block of bitsandbytes' 8-bit states, so no two
-parameters share a scale, and it keeps the alignment of torch's own allocator (512 bytes)."""
+"""Alignment of each parameter, in elements. It is the block of bitsandbytes' 8-bit states, so no two parameters
+share a scale. It also keeps the alignment of torch's own allocator (512 bytes)."""
 
 CHUNK_SIZE = 2**24
-"""Elements updated at once: the fp32 copy of bf16 gradients takes 64 MiB however large the adapter is, and
-bitsandbytes' kernels, which count in int32, never see more."""
+"""Elements updated at once. It limits the fp32 copy of bf16 gradients to 64 MiB for any adapter size, and it is
+within the int32 range of bitsandbytes' kernels."""
 
 
 class FlatGroup:
-    """Parameters of one device, dtype and weight decay.
+    """Flat storage for the parameters of one device, dtype and weight decay.
 
-    value, gradient: [n] in the parameters' dtype, n the sum of their sizes, each rounded up to BLOCK_SIZE.
-    states: `remainder` [n] int16 for parameters in bf16, `moment1`, `moment2` [n] fp32 or uint8, `absmax1`,
-    `absmax2` [n / BLOCK_SIZE] fp32. tables: `Method.tables`, no state. The padding has zero gradients: it stays
-    zero and adds nothing to a norm.
+    Padding between parameters has zero gradients: it remains zero and adds nothing to a norm.
+
+    Attributes:
+        value, gradient: [n] in the parameters' dtype. n is the sum of their sizes, each rounded up to BLOCK_SIZE.
+        states: `remainder` [n] int16 for bf16 parameters; `moment1`, `moment2` [n] fp32 or uint8; `absmax1`,
+            `absmax2` [n / BLOCK_SIZE] fp32.
+        tables: `Method.tables`; not part of the saved state.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], method: Method, weight_decay: float) -> None:
@@ -44,18 +47,18 @@ class FlatGroup:
             view = self._view(self.value, name)
             view.copy_(parameter.detach())
             parameter.data = view
-        self.gradient = torch.zeros_like(self.value)  # only now: what the parameters were is free again
+        self.gradient = torch.zeros_like(self.value)  # after the loop, which freed the old parameters
         self._gradient_views: list[Tensor] = []
         for name, parameter in self.parameters.items():
             parameter.grad = self._view(self.gradient, name)
             self._gradient_views.append(parameter.grad)
 
-        assert first.dtype in (torch.bfloat16, torch.float32), "an fp32 value is a bf16 one and 16 bits more"
+        assert first.dtype in (torch.bfloat16, torch.float32), "only fp32 and bf16 are supported"
         self.states = self._zero_states(has_remainder=first.dtype == torch.bfloat16)
         self.tables = method.tables(self.device)
 
     def step(self, update: Update, scale: Tensor) -> None:
-        """Update the parameters with the gradients times `scale` [1] fp32, one chunk after the other."""
+        """Update the parameters with the gradients times `scale` [1] fp32, chunk by chunk."""
         self.check_gradients()
         step_in_place = kernel(self.method, self.device)
         scale = scale.to(self.device)
@@ -66,7 +69,7 @@ class FlatGroup:
                 if paged.is_paged(self.states[kind]):
                     paged.prefetch(part)
             value = self.value[start:stop]
-            gradient = self.gradient[start:stop] * scale  # fp32, whatever the dtype of the gradient
+            gradient = self.gradient[start:stop] * scale  # fp32 for any gradient dtype
             remainder = states.get("remainder")
             master = value if remainder is None else joined(value, remainder)
             step_in_place(self.method, master, gradient, states | self.tables, update)
@@ -74,14 +77,14 @@ class FlatGroup:
                 split(master, value, remainder)
 
     def check_gradients(self) -> None:
-        """Refuse to lose gradients without a sign: a `.grad` set to None is replaced by autograd."""
+        """Assert that every `.grad` is still our view; autograd replaces a `.grad` set to None, unseen by `step`."""
         pairs = zip(self.parameters.values(), self._gradient_views, strict=True)
         assert all(parameter.grad is view for parameter, view in pairs), (
-            ".grad was replaced: clear gradients with Optimizer.zero_grad() only"
+            ".grad was replaced; clear gradients only with Optimizer.zero_grad()"
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Views of all states, and of the values that a remainder belongs to: `<parameter>.<kind>` -> tensor."""
+        """Return views `<parameter>.<kind>` of all states, and of the values if they have a remainder."""
         flat = {"value": self.value, **self.states} if "remainder" in self.states else self.states
         return {
             f"{name}.{kind}": self._view(tensor, name)
@@ -90,7 +93,7 @@ class FlatGroup:
         }
 
     def _zero_states(self, has_remainder: bool) -> dict[str, Tensor]:
-        """State tensors; in managed memory when the optimizer is paged, on a GPU, and they are large."""
+        """Allocate the states; in managed memory if the optimizer is paged, on a GPU, and the group is large."""
         is_paged = self.method.paged and on_cuda(self.value) and self.size >= paged.MIN_SIZE
         states: dict[str, Tensor] = {}
 
@@ -107,14 +110,14 @@ class FlatGroup:
         return states
 
     def _part(self, flat: Tensor, start: int, stop: int) -> Tensor:
-        """What a flat tensor, with one entry an element or a block, holds for the elements start..stop."""
+        """Return the part of a flat tensor (one entry per element or per block) for the elements start..stop."""
         elements = self.size // flat.numel()
         return flat[start // elements : stop // elements]
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
-        """What a flat tensor holds of a parameter: fp32 in its shape, scales [blocks], codes [blocks, 256].
+        """Return a parameter's part of a flat tensor: scales [blocks], codes [blocks, 256], others in its own shape.
 
-        Codes come in whole blocks, since those of the padding count in a block's next scale.
+        Codes include the padding of the last block, because it affects the block's next scale.
         """
         parameter, start = self.parameters[name], self.offsets[name]
         blocks = -(-parameter.numel() // BLOCK_SIZE)
@@ -126,17 +129,17 @@ class FlatGroup:
 
 
 def joined(value: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 number [n] that a bf16 `value` and the int16 `remainder` of its bits stand for.
+    """Combine bf16 `value` [n] and int16 `remainder` [n] into the fp32 master copy [n]; the inverse of `split`.
 
-    A bf16 number is the upper half of an fp32 one. What rounding to it leaves over fits into 16 bits, so a bf16
-    parameter and its remainder are an fp32 master copy, exactly, in four bytes instead of six.
+    A bf16 number is the upper half of an fp32 number, and the rounding error fits into 16 bits. A bf16 parameter and
+    its remainder therefore hold an exact fp32 master copy in four bytes instead of six.
     """
     bits = value.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return bits.add_(remainder).view(torch.float32)
 
 
 def split(master: Tensor, value: Tensor, remainder: Tensor) -> None:
-    """Write fp32 `master` [n] as a bf16 value, rounded to nearest (ties away from zero), and a remainder."""
+    """Split fp32 `master` [n] into a bf16 value, rounded to nearest (ties away from zero), and a remainder."""
     bits = master.view(torch.int32)
     upper = bits.add(1 << 15).bitwise_right_shift_(16)
     value.view(torch.int16).copy_(upper)

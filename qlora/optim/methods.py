@@ -1,4 +1,4 @@
-"""What an optimizer's name stands for, and the kernels that do one update in place."""
+"""Optimizers by name, and the kernels that apply one update in place."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch.optim.adamw import adamw
 from qlora.runtime.bnb import create_dynamic_map
 from qlora.runtime.bnb import functional as bnb
 
-# The 256 values of bitsandbytes' dynamic data type: signed for the first moment, unsigned for the second. As plain
-# numbers: a tensor made once under FakeTensorMode would be fake for ever
+# The 256 values of bitsandbytes' dynamic data type: signed for the first moment, unsigned for the second. Plain
+# numbers, because a tensor made under FakeTensorMode would remain fake
 CODES: tuple[list[float], list[float]] = (
     create_dynamic_map(signed=True).tolist(),
     create_dynamic_map(signed=False).tolist(),
@@ -21,7 +21,7 @@ CODES: tuple[list[float], list[float]] = (
 
 @dataclass(frozen=True)
 class Method:
-    """The update rule, the width of its states in bits, and whether they are paged on a GPU."""
+    """Update rule, width of its states in bits, and whether its states are paged on a GPU."""
 
     rule: Literal["adam", "lion"]
     bits: Literal[8, 32]
@@ -29,11 +29,11 @@ class Method:
 
     @property
     def moments(self) -> tuple[int, ...]:
-        """Numbers of the moments the rule keeps: Adam two, Lion one."""
+        """Numbers of the moments that the rule keeps: (1, 2) for Adam, (1,) for Lion."""
         return (1, 2) if self.rule == "adam" else (1,)
 
     def tables(self, device: torch.device) -> dict[str, Tensor]:
-        """`code1`, `code2` [256] fp32: what the codes of 8-bit moments stand for. None for 32 bits."""
+        """Return the values of the 8-bit codes, `code1`, `code2` [256] fp32; an empty dict for 32 bits."""
         if self.bits == 32:
             return {}
         return {f"code{i}": torch.tensor(CODES[i - 1], device=device) for i in self.moments}
@@ -53,23 +53,23 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Update:
-    """The numbers of one update, the same for every element."""
+    """Hyperparameters of one update."""
 
     lr: float
     step: int
-    """1 for the first update"""
+    """number of this update, from 1"""
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    """decoupled from the gradient, for Lion too"""
+    """decoupled from the gradient, also for Lion"""
 
 
 Kernel = Callable[[Method, Tensor, Tensor, Mapping[str, Tensor], Update], None]
-"""(method, value [n] fp32, gradient [n] fp32, states and tables, update): steps value and states in place"""
+"""Called with (method, value [n] fp32, gradient [n] fp32, states and tables, update); updates value and states"""
 
 
 def kernel(method: Method, device: torch.device) -> Kernel:
-    """torch's fused AdamW where it can serve (on a CPU it is the faster one), else bitsandbytes' kernels."""
+    """Return torch's fused AdamW if it supports the method (it is faster on a CPU), else a bitsandbytes kernel."""
     if method.bits == 8:
         return _bitsandbytes_8bit
     if method.rule == "adam" and (device.type == "cpu" or not method.paged):
@@ -80,7 +80,7 @@ def kernel(method: Method, device: torch.device) -> Kernel:
 def _torch_adamw(
     method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
 ) -> None:
-    """AdamW with fp32 states."""
+    """Apply AdamW with fp32 states."""
     adamw(
         [value],
         [gradient],
@@ -102,7 +102,7 @@ def _torch_adamw(
 def _bitsandbytes_32bit(
     method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
 ) -> None:
-    """AdamW or Lion with fp32 states."""
+    """Apply AdamW or Lion with fp32 states."""
     bnb.optimizer_update_32bit(
         method.rule,
         gradient,
@@ -121,7 +121,7 @@ def _bitsandbytes_32bit(
 def _bitsandbytes_8bit(
     method: Method, value: Tensor, gradient: Tensor, states: Mapping[str, Tensor], update: Update
 ) -> None:
-    """AdamW or Lion with states of 8-bit codes, one fp32 scale a block of 256."""
+    """Apply AdamW or Lion with 8-bit states and one fp32 scale per block of 256."""
     bnb.optimizer_update_8bit_blockwise(
         method.rule,
         gradient,

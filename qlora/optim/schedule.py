@@ -1,16 +1,16 @@
-"""The learning rate as a function of the step, so that a checkpoint has nothing of it to save."""
+"""Learning rate as a pure function of the step, so a checkpoint stores no scheduler state."""
 
 import math
 
 
 def learning_rate(schedule: str, lr: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
-    """Learning rate of update `step` (0-based) of `total_steps`.
+    """Return the learning rate of update `step` (0-based) of `total_steps`.
 
-    Warm-up rises linearly and reaches `lr` at its last step; then `constant` stays, `linear` and `cosine`
-    fall towards zero, which they would reach at step `total_steps`: no update is spent on a rate of zero.
+    Warm-up rises linearly and reaches `lr` at its last step. Then `constant` keeps `lr`; `linear` and `cosine` fall
+    towards zero, which they would reach at step `total_steps`. No update therefore has a rate of zero.
 
     Raises:
-        ValueError: another schedule.
+        ValueError: The schedule is none of these three.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -22,4 +22,4 @@ def learning_rate(schedule: str, lr: float, step: int, total_steps: int, warmup_
             return lr * (1.0 - progress)
         case "cosine":
             return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"unknown schedule {schedule!r}; known: constant, linear, cosine")
+    raise ValueError(f"unknown schedule {schedule!r}; use constant, linear or cosine")

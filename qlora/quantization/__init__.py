@@ -1,1 +1,1 @@
-"""NF4 weights, and how transformers loads them."""
+"""NF4 weights, and loading them with transformers."""

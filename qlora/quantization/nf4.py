@@ -1,13 +1,12 @@
-"""NF4: weights in 4 bits, and the product with them. The only door to bitsandbytes' 4-bit code.
+"""NF4: 4-bit weights and the product with them. No other module uses bitsandbytes' 4-bit code directly.
 
-A weight [out, in] is stored flat: 4-bit codes of blocks of `block_size` consecutive values, two codes a byte,
-and one fp32 absmax a block. With double quantization the absmax are stored in 8 bits in blocks of 256, which
-brings a weight to 0.5 + 1/64 + 4/(64 * 256) = 0.515869 bytes (QLoRA, Dettmers et al. 2023, sections 3.1-3.2).
+A weight [out, in] is stored flat, in blocks of `block_size` consecutive values: two 4-bit codes per byte, and one
+fp32 absmax per block. Double quantization stores the absmax in 8 bits, in blocks of 256. A weight value then takes
+0.5 + 1/64 + 4/(64 * 256) = 0.515869 bytes (QLoRA, Dettmers et al. 2023, sections 3.1-3.2).
 
-Two things of bitsandbytes 0.50 are stepped around. `Linear4bit.forward` repacks the weight in place in eval
-mode on CPUs with AVX512-BF16 and loses gradients from then on: nothing here calls it. The AVX512
-dequantization kernel returns garbage for rows that are no multiple of the block: on a CPU it is given the
-blocks as its rows.
+This module avoids two problems of bitsandbytes 0.50. In eval mode on CPUs with AVX512-BF16, `Linear4bit.forward`
+repacks the weight in place and gives no gradients from then on, so nothing here calls it. The AVX512 dequantization
+kernel returns garbage if the row length is not a multiple of the block, so on a CPU each block is passed as a row.
 """
 
 from collections.abc import Mapping
@@ -48,15 +47,15 @@ __all__ = [
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 STATISTICS_BLOCK_SIZE = 256
-"""Block of the second quantization, that of the absmax; bitsandbytes fixes it."""
+"""Block size of the second quantization (of the absmax), fixed by bitsandbytes."""
 
 SLICE = 2**22
-"""Values that are quantized at a time, a multiple of every block size."""
+"""Number of values quantized at a time, a multiple of every block size."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What bitsandbytes can dequantize to."""
+"""Output dtypes of bitsandbytes' dequantization kernels."""
 
-# Tables as plain numbers: a tensor made once under FakeTensorMode would be fake for ever
+# Tables are plain numbers, because a tensor made under FakeTensorMode would remain fake
 NF4_CODE: list[float] = get_4bit_type("nf4", device="cpu").tolist()
 DYNAMIC_CODE: list[float] = create_dynamic_map().tolist()
 NF4_CODE_RMS = (sum(value * value for value in NF4_CODE) / len(NF4_CODE)) ** 0.5
@@ -65,14 +64,16 @@ NF4_CODE_RMS = (sum(value * value for value in NF4_CODE) / len(NF4_CODE)) ** 0.5
 def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Params4bit:
     """Quantize `weight` [out, in] to NF4 on its own device; the same bytes as `bitsandbytes.quantize_4bit`.
 
-    Raises ModelError for a weight that is no matrix of floats, UsageError for a block size that does not exist.
+    Raises:
+        ModelError: The weight is not a matrix of floats.
+        UsageError: `block_size` is not one of BLOCK_SIZES.
     """
     _check_block_size(block_size)
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise ModelError(f"NF4 wants a matrix of floats, not {weight.dtype} of shape {tuple(weight.shape)}")
+        raise ModelError(f"NF4 needs a matrix of floats, not {weight.dtype} of shape {tuple(weight.shape)}")
     dtype = weight.dtype if weight.dtype in KERNEL_DTYPES else torch.float32
     weight = weight.detach().to(dtype).contiguous()
-    # In slices of whole blocks: on a CPU the kernel's temporaries take four times what it is given
+    # In slices of whole blocks: on a CPU the kernel's temporaries take four times the memory of its input
     slices = [
         torch.ops.bitsandbytes.quantize_4bit(part, block_size, "nf4", torch.uint8)
         for part in weight.view(-1).split(SLICE)
@@ -91,17 +92,16 @@ def synthetic_weight(
     generator: torch.Generator | None = None,
     std: float = 0.02,
 ) -> Params4bit:
-    """Random NF4 content of standard deviation `std`, made in 4 bits: no full-precision weight ever exists.
+    """Make a random NF4 weight of standard deviation `std`, without an intermediate full-precision weight.
 
-    Codes are uniform (NF4 is built so that a normal weight uses them about equally); absmax vary by a fifth
-    around the value that gives `std`. `generator` lives on `device`. Works under FakeTensorMode: nothing
-    reads a value.
+    Codes are uniform, because NF4 is designed so that a normal weight uses them about equally. The absmax vary by a
+    fifth around the value that gives `std`. `generator` must be on `device`. Works under FakeTensorMode.
     """
     _check_block_size(block_size)
     count = out_features * in_features
     packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device)
     packed.random_(0, 256, generator=generator)
-    # U(0.8, 1.2) over the root of its mean square; by rand, for uniform_ fails on fake CUDA tensors
+    # U(0.8, 1.2) divided by its root mean square; with rand, because uniform_ fails on fake CUDA tensors
     absmax = torch.rand(-(count // -block_size), device=device, generator=generator).mul_(0.4).add_(0.8)
     absmax.mul_(std / NF4_CODE_RMS / (1 + 0.4**2 / 12) ** 0.5)
     shape = torch.Size((out_features, in_features))
@@ -109,15 +109,18 @@ def synthetic_weight(
 
 
 def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] in `dtype`, exact for every width. `weight` holds the packed bytes.
+    """Dequantize the packed bytes `weight` to a matrix [out, in] in `dtype`, exactly for every width.
 
-    Reads no value, so it runs under FakeTensorMode. A dtype that bitsandbytes cannot write (float64) is
-    reached through float32, which holds every dequantized value exactly as the kernels compute it.
+    Works under FakeTensorMode. A dtype that bitsandbytes cannot write (float64) is cast from float32, which
+    holds every dequantized value exactly as the kernels compute it.
+
+    Raises:
+        ModelError: bitsandbytes has repacked the weight for a CPU.
     """
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError(
-            "this 4-bit weight was repacked by bitsandbytes' own forward in eval mode on this CPU, which "
-            "cannot be undone exactly: load the base again, and adapt it before running it"
+            "this 4-bit weight was repacked by bitsandbytes' own forward in eval mode on this CPU, and this "
+            "cannot be undone exactly; load the base again, and add the adapter before running the model"
         )
     shape, block_size = torch.Size(state.shape), state.blocksize
     packed = weight.detach().view(torch.uint8).reshape(-1)
@@ -132,8 +135,8 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
         return out
     absmax, rows = _absmax(state), shape
     if packed.device.type == "cpu" and shape[-1] % block_size != 0:
-        # The CPU kernel finds a block's absmax by its row and its place in the row: right only where no block
-        # crosses rows. So its rows are the blocks themselves, the last one filled up.
+        # The CPU kernel derives a block's absmax from row and column, which is right only if no block crosses
+        # rows. So every block is passed as a row; the last one is padded.
         rows = torch.Size((absmax.numel(), block_size))
         packed = F.pad(packed, (0, rows[0] * rows[1] // 2 - packed.numel()))
     written = dtype if dtype in KERNEL_DTYPES else torch.float32
@@ -144,21 +147,21 @@ def dequantize(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
 
 
 def dense(weight: Tensor, state: QuantState | None, dtype: torch.dtype) -> Tensor:
-    """The frozen weight [out, in] in `dtype`: dequantized if it has a quant state, cast if it has none."""
+    """Return the frozen weight [out, in] in `dtype`: dequantized if it has a quant state, else cast."""
     return weight.detach().to(dtype) if state is None else dequantize(weight, state, dtype)
 
 
 def to_tensors(weight: Params4bit) -> dict[str, Tensor]:
-    """A quantized weight as bitsandbytes stores it: "" is the packed bytes, ".absmax" and so on the statistics.
+    """Return a quantized weight in bitsandbytes' file format: packed bytes as "", statistics as ".absmax" and so on.
 
-    The names go behind that of the weight; `transformers` reads such a file as an NF4 checkpoint.
+    Each key is a suffix to the weight's name; `transformers` reads a file of such tensors as an NF4 checkpoint.
     """
     statistics = weight.quant_state.as_dict(packed=True)
     return {"": weight.data, **{f".{name}": tensor for name, tensor in statistics.items()}}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
-    """The weight that `to_tensors` gave, on the device of its bytes. Raises ModelError if a part is missing."""
+    """Rebuild a weight from `to_tensors`, on the device of its packed bytes. Raises ModelError if a part is missing."""
     packed = tensors[""]
     statistics = {name: tensor for name, tensor in tensors.items() if name}
     try:
@@ -169,9 +172,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias, for x [..., in] and a frozen weight, packed (with its state) or dense; in x.dtype.
+    """Compute x W^T + bias in x.dtype, for x [..., in] and a frozen weight, packed (with its state) or dense.
 
-    One dequantization a pass; the backward, which gives x its gradient, keeps references and nothing else.
+    Dequantizes once per pass. The backward computes the gradient of x only, and saves nothing but references.
     """
     assert_frozen(weight, bias)
     y: Tensor = _FrozenLinear.apply(autocast(x), weight, state, bias)
@@ -179,7 +182,7 @@ def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Ten
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that an enclosing `torch.autocast` wants products in; else as it is."""
+    """Cast `x` to the dtype of an enclosing `torch.autocast`; return `x` without one, or if it is float64."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x
@@ -187,15 +190,15 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def assert_frozen(weight: Tensor, bias: Tensor | None) -> None:
-    """Our products give a base no gradient: whoever asks for one must hear of it."""
+    """Assert that neither weight nor bias asks for a gradient, because our products compute none for a base."""
     wanted = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    assert not wanted, "the base must be frozen: this product gives its weight and bias no gradient"
+    assert not wanted, "the base must be frozen: this product computes no gradient for its weight and bias"
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: QuantState | None, bias: Tensor | None) -> Tensor:
-        # Kept as attributes: constants of the run, which offloading hooks on saved tensors must not move
+        # Attributes, not saved tensors: they are constants of the run, and hooks on saved tensors must not move them
         ctx.weight, ctx.state = weight, state
         bias = None if bias is None else bias.to(x.dtype)
         y = F.linear(x.reshape(-1, x.shape[-1]), dense(weight, state, x.dtype), bias)
@@ -210,13 +213,17 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class NF4Linear(Linear4bit):
-    """bitsandbytes' Linear4bit with our product in place of its forward; computes in the input's dtype.
+    """Linear4bit of bitsandbytes with our forward, which computes in the input's dtype.
 
-    Holds `weight` as it is (quantized, see `quantize`) and `bias` [out]; saves and loads as a Linear4bit.
+    Saves and loads like a Linear4bit.
+
+    Args:
+        weight: a quantized weight, see `quantize`.
+        bias: [out].
     """
 
     def __init__(self, weight: Params4bit, bias: Tensor | None = None) -> None:
-        # Not Linear4bit's constructor: it makes a weight of its own, which FakeTensorMode cannot do
+        # Linear4bit's constructor is not called: it makes a new weight, which FakeTensorMode cannot do
         nn.Module.__init__(self)
         self.quant_state = weight.quant_state
         self.out_features, self.in_features = self.quant_state.shape
@@ -226,22 +233,22 @@ class NF4Linear(Linear4bit):
 
     @classmethod
     def adopt(cls, linear: Linear4bit) -> Self:
-        """An NF4Linear that shares the weight, quant state and bias of `linear`."""
+        """Return an NF4Linear that shares the weight, quant state and bias of `linear`."""
         state = quant_state(linear)
         if state is None:
-            raise ModelError("this 4-bit layer is not quantized yet: move it to its device first")
+            raise ModelError("this 4-bit layer is not quantized yet; move it to its device first")
         linear.weight.quant_state = state
         adopted = cls(linear.weight, linear.bias)
         adopted.compute_dtype = linear.compute_dtype
         return adopted.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in x.dtype."""
+        """Map x [..., in] to [..., out] in x.dtype."""
         return frozen_linear(x, self.weight, quant_state(self), self.bias)
 
 
 def protect(model: nn.Module) -> nn.Module:
-    """Replace every plain Linear4bit of `model`, in place, by an NF4Linear over the same weight."""
+    """Replace every plain Linear4bit of `model` in place by an NF4Linear that shares its weight."""
     if is_nf4(model) and not isinstance(model, NF4Linear):
         return NF4Linear.adopt(model)
     adopted: dict[nn.Module, NF4Linear] = {}
@@ -255,24 +262,27 @@ def protect(model: nn.Module) -> nn.Module:
 
 
 def is_nf4(module: nn.Module) -> TypeGuard[Linear4bit]:
-    """Whether `module` holds a bitsandbytes 4-bit weight."""
+    """Return True if `module` has a bitsandbytes 4-bit weight."""
     return isinstance(module, Linear4bit)
 
 
 def quant_state(module: nn.Linear) -> QuantState | None:
-    """The statistics of a 4-bit linear's weight; None for a dense one."""
-    # The weight loses its state where a parameter is rebuilt (sharding); the module keeps a second reference
+    """Return the quant state of a 4-bit linear; None for a dense linear."""
+    # The weight loses its state when a parameter is rebuilt (sharding); the module keeps a second reference
     state = getattr(module.weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
 
 
 def weight_bytes(module: nn.Linear) -> int:
-    """Bytes of a linear's weight as stored: for 4 bits the packed codes, absmax and their tables; no bias."""
+    """Return the stored bytes of a linear's weight without bias; for 4 bits: packed codes, absmax and tables."""
     return module.weight.nbytes + sum(tensor.nbytes for tensor in statistics(module))
 
 
 def statistics(module: nn.Linear) -> list[Tensor]:
-    """What a 4-bit weight needs besides its codes: absmax, their own statistics, and the tables; else nothing."""
+    """Return the tensors that a 4-bit weight needs in addition to its codes: absmax with their scales, and tables.
+
+    The list is empty for a dense weight.
+    """
     state = quant_state(module)
     if state is None:
         return []
@@ -281,7 +291,7 @@ def statistics(module: nn.Linear) -> list[Tensor]:
 
 
 def _absmax(state: QuantState) -> Tensor:
-    """The fp32 absmax [blocks] of a quant state."""
+    """Return the fp32 absmax [blocks] of a quant state."""
     if not state.nested:
         return state.absmax.float()
     inner = state.state2
@@ -289,11 +299,11 @@ def _absmax(state: QuantState) -> Tensor:
 
 
 def _inner_absmax(absmax: Tensor, scales: Tensor, table: Tensor, offset: Tensor, block_size: int) -> Tensor:
-    """The absmax [blocks] in fp32, of their 8-bit codes `absmax`."""
-    found: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+    """Dequantize the 8-bit codes `absmax` to the fp32 absmax [blocks]."""
+    values: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         absmax, scales, table, block_size, torch.float32
     )
-    return found.add_(offset)
+    return values.add_(offset)
 
 
 def _is_doubly_quantized_nf4(state: QuantState) -> bool:
@@ -311,15 +321,15 @@ def _dequantize_nested(
     block_size: int,
     statistics_block_size: int,
 ) -> None:
-    """Into `out` [out, in], on a GPU: bitsandbytes' way, three launches with the fp32 absmax between them."""
-    found = _inner_absmax(absmax, scales, table, offset, statistics_block_size)
+    """Dequantize into `out` [out, in] on a GPU with bitsandbytes' kernels: three launches, via the fp32 absmax."""
+    values = _inner_absmax(absmax, scales, table, offset, statistics_block_size)
     torch.ops.bitsandbytes.dequantize_4bit.out(
-        packed, found, block_size, "nf4", out.shape, out.dtype, out=out
+        packed, values, block_size, "nf4", out.shape, out.dtype, out=out
     )
 
 
 def _nested_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """A matrix whose last blocks of either quantization are not full."""
+    """Make a matrix whose last block is not full in either quantization."""
     weight = quantize(torch.randn(130, 300, generator=torch.Generator().manual_seed(0)).to(device))
     state = weight.quant_state
     inner, out = state.state2, torch.empty(130, 300, device=device, dtype=dtype)
@@ -336,7 +346,7 @@ DEQUANTIZE = FusedOp(_dequantize_nested, "dequantize", _nested_example, exact=Tr
 def _state(
     absmax: Tensor, shape: torch.Size, dtype: torch.dtype, block_size: int, double_quant: bool
 ) -> QuantState:
-    """The quant state around `absmax` [blocks] fp32, which is quantized to 8 bits if `double_quant`."""
+    """Make the quant state with `absmax` [blocks] fp32, quantized to 8 bits if `double_quant`."""
     common = {"shape": shape, "dtype": dtype, "blocksize": block_size, "quant_type": "nf4"}
     code = torch.tensor(NF4_CODE, device=absmax.device)
     if not double_quant:
@@ -349,7 +359,7 @@ def _state(
 
 
 def _parameter(packed: Tensor, state: QuantState) -> Params4bit:
-    if is_fake(packed):  # it cannot become a Params4bit: only its shape matters
+    if is_fake(packed):  # a fake tensor cannot become a Params4bit, and only its shape matters
         parameter = nn.Parameter(packed, requires_grad=False)
         parameter.quant_state = state  # type: ignore[attr-defined]
         return parameter
