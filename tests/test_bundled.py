@@ -240,4 +240,4 @@ def test_the_corpus_command_builds_and_measures(
     monkeypatch.setattr("sys.argv", ["corpus", "--out", str(tmp_path / "out"), "--entropy", str(source)])
     corpus.main()
     assert len(corpus.read(tmp_path / "out" / "train.jsonl")) > 900
-    assert "nats a token on train" in capsys.readouterr().out
+    assert "nats per token on train" in capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_what_cannot_be_written_is_noted_and_nothing_is_left(
 
     assert get(save=save) == b"0"
     assert str(error) in caplog.text
-    assert "is not kept" in caplog.text
+    assert "is not cached" in caplog.text
     assert [file for file in cache_folder.rglob("*") if file.name not in ("data", ".lock")] == []
     assert [get(), get()] == [b"1", b"1"]
 

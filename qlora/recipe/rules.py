@@ -117,7 +117,7 @@ def _method(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
 
 
 def _frozen_base(settings: Settings) -> bool:
-    """Return True if the method trains no weight of the base, or is unknown, which is another problem."""
+    """Return True if the method leaves the base unchanged, or is unknown, which the schema reports."""
     facts = METHODS.get(settings.get("adapter.method", ""))
     return facts is None or facts.frozen_base
 
