@@ -195,7 +195,7 @@ def test_every_kind_of_source_becomes_documents(tmp_path: Path) -> None:
 def test_a_row_of_another_shape_is_named(tmp_path: Path, row: str) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"text": "fine"}\n\n' + row + "\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: needs the fields text"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: needs text, question"):
         list(corpus.documents(source))
 
 

@@ -302,7 +302,7 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
     [said] = failure(tmp_path, FULL, ("training.seed=3\n---\n4",))
     assert said == "command line: training.seed: a second YAML document begins here; write only one"
     [said] = failure(tmp_path, FULL, ("base.model.x=3",))
-    assert said.startswith("command line: base.model.x: cannot be set: base.model has no keys")
+    assert said.startswith("command line: base.model.x: cannot be set: base.model is a value, not a section")
 
 
 @pytest.mark.parametrize(

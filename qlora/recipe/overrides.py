@@ -18,7 +18,7 @@ def override(document: Document, argument: str) -> None:
     section = document.value
     for end, name in enumerate(path, start=1):
         if not isinstance(section, dict):
-            problem = f"cannot be set: {dotted(path[: end - 1]) or 'the recipe'} has no keys"
+            problem = f"cannot be set: {dotted(path[: end - 1]) or 'the recipe'} is a value, not a section"
             document.problems.append(Problem(Place(COMMAND_LINE), path, problem))
             return
         if end < len(path):
