@@ -1,7 +1,8 @@
 """qlora: fine-tune 7B-65B language models on one GPU from a recipe.
 
-The names below are the Python API; each is imported when it is first used, so `import qlora` costs nothing.
+The names below are the Python API. Each is imported at its first use, so `import qlora` is fast.
 
+Example:
     >>> import qlora
     >>> recipe = qlora.Recipe.load("quickstart", ["training.max_steps=20"])
     >>> outcome = qlora.train(recipe)

@@ -1,37 +1,38 @@
-"""What a user can be told went wrong, and the exit code that goes with it.
+"""Errors for the user, with their exit codes.
 
-Every message says what is wrong, where (file:line or key), and what to do about it. Its class follows what has to
-change: the recipe, the command, the data, the model, or the disk. Anything else that escapes is a bug of ours and may
-show a traceback.
+Every message states the problem, its place (file:line or key), and what to do. The class of an error follows from what
+has to change: the recipe, the command, the data, the model, or the disk. Any other exception is a bug in qlora and
+shows a traceback.
 """
 
 
 class QloraError(ValueError):
-    """Base of every error meant for the user.
+    """Base class of all errors for the user.
 
-    >>> try:
-    ...     outcome = qlora.train(recipe)
-    ... except qlora.QloraError as error:
-    ...     print(error, error.exit_code)
+    Example:
+        >>> try:
+        ...     outcome = qlora.train(recipe)
+        ... except qlora.QloraError as error:
+        ...     print(error, error.exit_code)
     """
 
     exit_code = 1
 
 
 class RecipeError(QloraError):
-    """A recipe is wrong, or asks for what this model or machine cannot do."""
+    """A recipe is wrong, or needs something that this model or machine cannot do."""
 
     exit_code = 2
 
 
 class UsageError(QloraError):
-    """What was asked for cannot be done: a wrong argument, a place that is taken, a folder in use."""
+    """A command or call cannot be carried out: a wrong argument, an existing path, a folder in use."""
 
     exit_code = 2
 
 
 class DataError(QloraError):
-    """A data set, or a row of one, cannot be used, or not in the way that the recipe's `data` says."""
+    """A data set or one of its rows cannot be used, or does not fit the recipe's `data` section."""
 
     exit_code = 3
 
@@ -43,7 +44,7 @@ class ModelError(QloraError):
 
 
 class DivergedError(QloraError):
-    """The loss or a gradient is not finite; raised before the update, so nothing is spoiled."""
+    """The loss or a gradient is not finite; raised before the update, so the weights are intact."""
 
     exit_code = 5
 
@@ -55,6 +56,6 @@ class OutOfMemoryError(QloraError):
 
 
 class SaveError(QloraError):
-    """A checkpoint or result cannot be written (sysexits' EX_IOERR)."""
+    """A checkpoint or result cannot be written (EX_IOERR of sysexits.h)."""
 
     exit_code = 74

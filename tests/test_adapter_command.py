@@ -193,9 +193,9 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no size": (["compress", "a", "--to", "new"], 2, "how small? Give --rank, as 8, or --energy"),
     "energy": (["extract", "a", "b", "--to", "new", "--energy", "99"], 2, "at most 1, not 99"),
     "missing": (["compose", "nowhere:1", "--to", "new"], 4, "nowhere: there is no adapter"),
-    "existing": (["compose", "a:1", "--to", "a"], 2, "a: exists already, and nothing is overwritten"),
-    "existing too": (["compress", "a", "--to", "a", "--rank", "2"], 2, "a: exists already"),
-    "existing as well": (["extract", "a", "a", "--to", "a", "--rank", "2"], 2, "a: exists already"),
+    "existing": (["compose", "a:1", "--to", "a"], 2, "a: already exists; choose another place, or remove it"),
+    "existing too": (["compress", "a", "--to", "a", "--rank", "2"], 2, "a: already exists"),
+    "existing as well": (["extract", "a", "a", "--to", "a", "--rank", "2"], 2, "a: already exists"),
     "other base": (["compose", "a:1", "b:1", "--to", "new"], 4, "different bases: some/base and other/base"),
     "other shapes": (
         ["compose", "a:1", "b:1", "--to", "new", "--any-base"],

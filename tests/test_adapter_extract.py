@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no model.safetensors"):
         ShardReader(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ModelError, match=r"pytorch_model.bin, a pickle, which is not read"):
+    with pytest.raises(ModelError, match=r"pytorch_model.bin, a pickle, which qlora does not read"):
         ShardReader(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "missing.safetensors"}}')

@@ -114,7 +114,7 @@ def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     for name in ("a", "file", "dangling"):
-        with pytest.raises(UsageError, match=re.escape(f"{tmp_path / name}: exists already")):
+        with pytest.raises(UsageError, match=re.escape(f"{tmp_path / name}: already exists")):
             write(adapter, tmp_path / name)
     (tmp_path / "empty").mkdir()
     write(adapter, tmp_path / "empty")

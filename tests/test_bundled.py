@@ -195,7 +195,7 @@ def test_every_kind_of_source_becomes_documents(tmp_path: Path) -> None:
 def test_a_row_of_another_shape_is_named(tmp_path: Path, row: str) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"text": "fine"}\n\n' + row + "\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: needs the fields text"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2: needs text, question"):
         list(corpus.documents(source))
 
 
@@ -240,4 +240,4 @@ def test_the_corpus_command_builds_and_measures(
     monkeypatch.setattr("sys.argv", ["corpus", "--out", str(tmp_path / "out"), "--entropy", str(source)])
     corpus.main()
     assert len(corpus.read(tmp_path / "out" / "train.jsonl")) > 900
-    assert "nats a token on train" in capsys.readouterr().out
+    assert "nats per token on train" in capsys.readouterr().out

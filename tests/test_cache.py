@@ -170,7 +170,7 @@ def test_what_cannot_be_written_is_noted_and_nothing_is_left(
 
     assert get(save=save) == b"0"
     assert str(error) in caplog.text
-    assert "is not kept" in caplog.text
+    assert "is not cached" in caplog.text
     assert [file for file in cache_folder.rglob("*") if file.name not in ("data", ".lock")] == []
     assert [get(), get()] == [b"1", b"1"]
 
@@ -209,7 +209,7 @@ def test_what_would_never_fit_removes_nothing(
     get(KEYS[5], make=lambda: bytes(20 * 2**20))
     assert kept() == KEYS[:2]
     assert "it takes 0.02 GiB" in caplog.text
-    assert "may hold 0.01 GiB (QLORA_CACHE_GIB)" in caplog.text
+    assert "is 0.01 GiB (QLORA_CACHE_GIB)" in caplog.text
 
 
 def test_a_full_disk_is_noted_and_room_is_left_on_it(
@@ -231,8 +231,8 @@ def test_a_limit_that_is_no_number(
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE_GIB", "many")
     assert get() == b"0"
-    assert "'many' is no number of GiB" in caplog.text
-    with pytest.raises(UsageError, match="'many' is no number of GiB"):
+    assert "'many' is not a number of GiB" in caplog.text
+    with pytest.raises(UsageError, match="'many' is not a number of GiB"):
         cache.limit_bytes()
     monkeypatch.setenv("QLORA_CACHE_GIB", "1.5")
     assert cache.limit_bytes() == 3 * 2**29

@@ -32,7 +32,7 @@ def test_an_empty_folder_is_no_obstacle_and_anything_else_is(tmp_path: Path) -> 
     (tmp_path / "text").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("empty", "text", "link"):
-        with pytest.raises(UsageError, match=f"{name}: exists already"):
+        with pytest.raises(UsageError, match=f"{name}: already exists"):
             with drafting(tmp_path / name):
                 pass
     assert (tmp_path / "text").read_text() == "mine"
@@ -44,7 +44,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
         (drafts / "a").mkdir()
         final.mkdir()
         (final / "theirs").touch()
-        with pytest.raises(UsageError, match="exists already"):
+        with pytest.raises(UsageError, match="already exists"):
             publish(drafts / "a", final)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (final / "theirs").exists()

@@ -28,9 +28,9 @@ def test_every_class_has_an_exit_code_that_the_readme_tells() -> None:
 def test_a_gpu_that_is_not_there_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_named("auto") == device_named("cpu")
-    with pytest.raises(UsageError, match="no CUDA device here: leave --device out"):
+    with pytest.raises(UsageError, match="no CUDA device; leave out --device"):
         device_named("cuda")
     cpu = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr("qlora.runtime.distributed.Accelerator", lambda **_: cpu)
-    with pytest.raises(RecipeError, match=r"training\.device: cuda was asked for"):
+    with pytest.raises(RecipeError, match=r"training\.device: is cuda, but"):
         DataParallel.of(Recipe.load("quickstart", ["training.device=cuda"]))

@@ -153,7 +153,7 @@ def test_places_and_results_that_cannot_be_merged(
         assert "\n" not in str(caught.value)
         assert sorted(tmp_path.iterdir()) == before
 
-    with pytest.raises(UsageError, match="there: exists already"):
+    with pytest.raises(UsageError, match="there: already exists"):
         merge(run, tmp_path / "there")
     refused(tmp_path / "there", "no trained adapter here")
     with monkeypatch.context() as patched:

@@ -166,12 +166,12 @@ def test_a_key_that_is_written_twice_is_named_with_both_lines(
     # after the whole of its value, which for a list in YAML may stand as far left as the key
     end = next((i for i in range(end, len(lines)) if not lines[i].lstrip().startswith("- ")), len(lines))
     said = failure(tmp_path, "\n".join([*lines[:end], again, *lines[end:]]))
-    assert said == [f"r.yaml:{end + 1}:{column}: {key}: is here twice, first on line {number}; keep one"]
+    assert said == [f"r.yaml:{end + 1}:{column}: {key}: is set twice, first on line {number}; keep one"]
 
 
 def test_an_empty_key_that_is_written_twice_is_named_with_both_lines() -> None:
     [problem] = read("a:\n  '': 1\n  '': 2\n", "r.yaml").problems
-    assert str(problem) == "r.yaml:3:3: a: is here twice, first on line 2; keep one"
+    assert str(problem) == "r.yaml:3:3: a: is set twice, first on line 2; keep one"
 
 
 @pytest.mark.parametrize(("section", "key"), [("base", "base.model"), ("data", "data.source")])
@@ -192,11 +192,11 @@ CASES = {
     "training: {lr: 1}": "3:12: training.lr: unknown key; did you mean 'optimizer.lr'?",
     "adapter: {name: x}": "3:11: adapter.name: unknown key; did you mean 'optimizer.name' or",
     "adapter:": "3:1: adapter: is empty; indent its keys below it, or leave it out",
-    "adapter: lora": "3:1: adapter: is a section with keys of its own (you wrote lora)",
+    "adapter: lora": "3:1: adapter: is a section, not a value (you wrote lora); set its keys",
     # other frameworks' names
     "optimizer: {learning_rate: 1}": "3:13: optimizer.learning_rate: unknown key; did you mean 'lr'?",
     "gradient_accumulation_steps: 4": "did you mean 'training.global_batch_size'?",
-    "zzz: 4": "3:1: zzz: unknown key; a recipe has version, base, adapter, data, training, optimizer, tracking,",
+    "zzz: 4": "3:1: zzz: unknown key; a recipe has the keys version, base, adapter, data, training, optimizer,",
     # values that YAML invites
     "base: {model: m, double_quant: on}": "must be true or false (you wrote on); write true",
     "training: {seed: 007}": "must be an integer of at least 0 (you wrote 007); write 7",
@@ -208,12 +208,12 @@ CASES = {
     "adapter: {targets: []}": "must be attention, all-linear or a list of one or more, each item text",
     "base: {model: m, revision: 1234567}": "must be text or null (you wrote 1234567); put it in quotes",
     "optimizer: {name: paged_adam_32bit}": "did you mean paged_adamw_32bit?",
-    "data: {source: s, held_out: '0.1'}": "data.held_out: '0.1' is text here; write a share as 0.02",
+    "data: {source: s, held_out: '0.1'}": "data.held_out: '0.1' is text; write a share as 0.02",
     "data: {source: s, held_out: 1.5}": "must be a number above 0 and below 1, an integer of at least 0 or",
     "optimizer: {betas: [0.9]}": "3:13: optimizer.betas: must be a list of two, each item a number of at",
     "optimizer: {betas: [0.9, 1]}": "3:26: optimizer.betas[1]: must be a number of at least 0 and below 1",
     "adapter: {rank_pattern: {q: 0}}": "3:26: adapter.rank_pattern.q: must be an integer of at least 1",
-    "adapter: {rank_pattern: 3}": "must be a mapping from names, each to an integer of at least 1",
+    "adapter: {rank_pattern: 3}": "must be a mapping from names to values, each an integer of at least 1",
     # settings that do not go together
     "adapter: {method: full}": "3:11: adapter.method: full needs base.quantization: none",
     "base: {model: m, quantization: none}\nadapter: {method: full, rank: 8}": "adapter.rank: has no effect",
@@ -227,45 +227,45 @@ CASES = {
     "training: {save_every: null, keep_checkpoints: 3}": "has no effect with training.save_every: null",
     "optimizer: {name: lion, eps: 1e-6}": "optimizer.eps: has no effect with optimizer.name: lion",
     "tracking: {wandb: {mode: disabled, tags: [a]}}": "has no effect with tracking.wandb.mode: disabled",
-    "training: {activation_checkpointing: mpl}": "none, mlp, full or a mapping of full and mlp (you wrote mpl); did",
-    "training: {activation_checkpointing: 3}": "must be none, mlp, full or a mapping of full and mlp (you wrote 3)",
-    "training: {activation_checkpointing: null}": "none, mlp, full or a mapping of full and mlp (you wrote null)",
+    "training: {activation_checkpointing: mpl}": "full or a mapping with the keys full and mlp (you wrote mpl); did",
+    "training: {activation_checkpointing: 3}": "none, mlp, full or a mapping with the keys full and mlp (you wrote 3)",
+    "training: {activation_checkpointing: null}": "full or a mapping with the keys full and mlp (you wrote null)",
     "training: {activation_checkpointing: {full: -1}}": "3:39: training.activation_checkpointing.full: must be an int",
     "training: {activation_checkpointing: {mlps: 1}}": "checkpointing.mlps: unknown key; did you mean 'mlp'?",
-    "training: {activation_checkpointing: {layers: 1}}": "unknown key; training.activation_checkpointing has full, mlp",
+    "training: {activation_checkpointing: {layers: 1}}": "training.activation_checkpointing has the keys full, mlp",
     "training: {activation_offloading: true, activation_checkpointing: none}": "3:12: training.activation_offloading:",
-    "training: {activation_offloading: true, activation_checkpointing: mlp}": "is of the inputs of layers",
-    "training: {activation_offloading: true, activation_checkpointing: {mlp: 2}}": "inputs of layers that are",
+    "training: {activation_offloading: true, activation_checkpointing: mlp}": "needs layers that are fully",
+    "training: {activation_offloading: true, activation_checkpointing: {mlp: 2}}": "layers that are fully recomputed",
     "base: {model: m, quantization: none}\nadapter: {method: full}\ntraining: {activation_checkpointing: mlp}": "mlp",
-    "base: {model: m, quantization: none, embedding: host}\nadapter: {method: full}": "embedding: is for a frozen",
+    "base: {model: m, quantization: none, embedding: host}\nadapter: {method: full}": "embedding: host needs a frozen",
     "training: {micro_batch_size: 3}": "global_batch_size (16) must be a multiple of micro_batch_size (3),",
     "training: {global_batch_size: 6}": "3:12: training.global_batch_size: global_batch_size (6) must be a",
     "optimizer: {warmup_steps: 9}\ntraining: {max_steps: 9}": "warmup_steps (9) must be below max_steps (9)",
     "data: {source: s, held_out: 10, limit: 10}": "data.held_out: must be below data.limit (10)",
-    "data: {source: a.csv, held_out: a.csv}": "data.held_out: is data.source itself",
+    "data: {source: a.csv, held_out: a.csv}": "data.held_out: is the same as data.source",
     "data: {source: s, columns: {outptu: x}}": "the alpaca format has no field 'outptu'; did you mean",
-    "adapter: {targets: ['q(']}": "adapter.targets: 'q(' is no regular expression: missing )",
+    "adapter: {targets: ['q(']}": "adapter.targets: 'q(' is not a valid regular expression: missing )",
     # what a recipe has no use for
-    "training: {seed: !!int 3}": "3:12: training.seed: tags are not for recipes; leave !!int out",
+    "training: {seed: !!int 3}": "3:12: training.seed: tags are not allowed in a recipe; leave !!int out",
     "output: !!python/object/apply:os.system [x]": "leave !!python/object/apply:os.system out",
-    "output: &a x": "3:1: output: anchors and aliases (& and *) are not for recipes",
-    "output: *a": "3:1: output: anchors and aliases (& and *) are not for recipes",
-    "1: x": "3:1: 1: a key is text; put it in quotes",
-    "? [a]\n: x": "3:3: a key is text, not a list or mapping",
-    ": x": "3:1: there is no key before this ':'",
-    'output: "a\\0b"': "output: has the character U+0000 in it",
-    'output: "\\ud800"': "output: has the character U+D800 in it",
+    "output: &a x": "3:1: output: anchors and aliases (& and *) are not allowed",
+    "output: *a": "3:1: output: anchors and aliases (& and *) are not allowed",
+    "1: x": "3:1: 1: a key must be text; put it in quotes",
+    "? [a]\n: x": "3:3: a key must be text, not a list or mapping",
+    ": x": "3:1: the key before this ':' is missing",
+    'output: "a\\0b"': "output: contains the character U+0000",
+    'output: "\\ud800"': "output: contains the character U+D800",
     'output: "\\U7fffffff"': "is not valid YAML",
-    "---\nbase: {}": "a second document begins here; one is all",
+    "---\nbase: {}": "a second YAML document begins here; write only one",
     # broken syntax
-    "\tadapter: {}": "is not valid YAML: indent with spaces; a tab cannot stand here",
-    "adapter: {rank: 8": "3:10: is not valid YAML: a bracket is opened here and not closed",
-    "output: 'x": "3:9: is not valid YAML: a quote is opened here and not closed",
-    "output: a: b": "3:10: is not valid YAML: a ':' that does not fit",
-    "output": "3:1: is not valid YAML: a key without ':' after it",
-    "adapter:\n   rank: 8\n  alpha: 8": "5:3: is not valid YAML: the indentation does not fit the lines",
+    "\tadapter: {}": "is not valid YAML: a tab is not allowed here; indent with spaces",
+    "adapter: {rank: 8": "3:10: is not valid YAML: a bracket is opened here but not closed",
+    "output: 'x": "3:9: is not valid YAML: a quote is opened here but not closed",
+    "output: a: b": "3:10: is not valid YAML: unexpected ':'",
+    "output": "3:1: is not valid YAML: this key has no ':' after it",
+    "adapter:\n   rank: 8\n  alpha: 8": "5:3: is not valid YAML: the indentation does not match the lines",
     # secrets
-    "tracking: {wandb: {api_key: x}}": "tracking.wandb.api_key: unknown key; a recipe would store",
+    "tracking: {wandb: {api_key: x}}": "tracking.wandb.api_key: unknown key; a recipe is stored",
     "output: hf_abcdefghijklmnop": "output: looks like an access token or password",
     "output: https://me:secret@host/x": "output: looks like an access token or password",
     "output: !hf_abcdefghijklmnop!x y": "3:9: is not valid YAML: found undefined tag handle '!…!'",
@@ -289,7 +289,7 @@ def test_all_problems_are_shown_at_once_in_the_order_of_the_file(tmp_path: Path)
     assert [line.partition(": ")[2].partition(":")[0] for line in said] == [
         "base", "adapter.rnak", "adapter.dropout", "data.source", "data.split",
         "training.micro_batch_size", "seed", "seed",
-        "'nonsense' is not key=value, as in training.max_steps=20", "optimizer.lr",
+        "'nonsense' is not key=value; write it like training.max_steps=20", "optimizer.lr",
     ]  # fmt: skip
 
 
@@ -300,9 +300,9 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
     [said] = failure(tmp_path, FULL, ("training.seed=[1",))
     assert said.startswith("command line: training.seed: is not valid YAML: a bracket is opened")
     [said] = failure(tmp_path, FULL, ("training.seed=3\n---\n4",))
-    assert said == "command line: training.seed: a second document begins here; one is all"
+    assert said == "command line: training.seed: a second YAML document begins here; write only one"
     [said] = failure(tmp_path, FULL, ("base.model.x=3",))
-    assert said.startswith("command line: base.model.x: cannot be set: base.model has no keys of its own")
+    assert said.startswith("command line: base.model.x: cannot be set: base.model is a value, not a section")
 
 
 @pytest.mark.parametrize(
@@ -311,13 +311,13 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
         (b"", "1:1: base: is required"),
         (b"just text", "1:1: a recipe is a mapping of sections"),
         (FULL.encode("utf-16"), "1:1: is UTF-16; save it as UTF-8"),
-        (FULL.encode("utf-16-be"), "1:1: the character U+0000 cannot stand in YAML"),
+        (FULL.encode("utf-16-be"), "1:1: the character U+0000 is not allowed in YAML"),
         (b"base:\n  model: \xff", "2:10: byte 0xFF is not UTF-8"),
         ("base:\n  modèle: ".encode() + b"\xe9\n", "2:11: byte 0xE9 is not UTF-8"),
-        (b"base:\n  model: a\0b", "2:11: the character U+0000 cannot stand in YAML"),
-        (b"base:\n  model: \x1b[31m", "2:10: the character U+001B cannot stand in YAML"),
-        (b"%YAML 1.1\n---\nbase: {}\n", "recipes are YAML 1.2; drop the %YAML line"),
-        (b"a: " + b"x" * 50_000_000, "is longer than 64 KiB, and no recipe"),
+        (b"base:\n  model: a\0b", "2:11: the character U+0000 is not allowed in YAML"),
+        (b"base:\n  model: \x1b[31m", "2:10: the character U+001B is not allowed in YAML"),
+        (b"%YAML 1.1\n---\nbase: {}\n", "a recipe is YAML 1.2; delete the %YAML line"),
+        (b"a: " + b"x" * 50_000_000, "is longer than 64 KiB; a recipe must be shorter"),
     ],
     ids=lambda value: None if isinstance(value, str) else "",
 )

@@ -215,10 +215,10 @@ def test_an_old_key_is_refused_with_its_new_name_and_value(tmp_path: Path, text:
         ("training.mlp_checkpointing=2", "write `'training.activation_checkpointing={full: 0, mlp: 2}'`"),
         ("training.offload=true", "write `training.activation_offloading=true`"),
         ("data.loss_on=all", "write `data.train_on=all`"),
-        ("data.loss_on=some", "is now data.train_on, which is completion or all"),
+        ("data.loss_on=some", "is now data.train_on, which must be completion or all"),
         (
             "training.gradient_checkpointing=-1",
-            "is now training.activation_checkpointing, which is none, mlp, full or a mapping of full and mlp",
+            "is now training.activation_checkpointing, which must be none, mlp, full or a mapping with the keys",
         ),
         ("gradient_checkpointing=true", "unknown key; did you mean 'training.activation_checkpointing'?"),
         ("training.loss_on=all", "unknown key; did you mean 'data.train_on'?"),
@@ -242,7 +242,10 @@ def test_an_old_key_from_python_is_refused_too() -> None:
 def test_beside_the_new_key_the_old_one_is_to_go() -> None:
     settings = {"base": {"model": "m"}, "data": {"source": "s", "loss_on": "all", "train_on": "completion"}}
     [said] = failure(lambda: Recipe.from_dict(settings))
-    assert said == "recipe: data.loss_on: is now data.train_on, which this recipe has too; leave this key out"
+    assert (
+        said
+        == "recipe: data.loss_on: is now data.train_on, which this recipe also sets; leave the old key out"
+    )
 
 
 # Which version a recipe is of
@@ -264,7 +267,7 @@ def test_a_recipe_among_results_is_of_the_version_that_it_states(tmp_path: Path)
 def test_a_newer_recipe_is_refused_and_not_taken_for_damaged(run: Path) -> None:
     file = run / "recipe.yaml"
     file.write_text(INTERRUPTED.to_yaml().replace("version: 2", "version: 3") + "colour: blue\n")
-    text = r"version: 3 is of a newer qlora, and this one reads recipes up to version 2; update qlora$"
+    text = r"version: 3 was written by a newer qlora, and this one reads versions up to 2; update qlora$"
     calls: list[Callable[[], object]] = [
         lambda: Recipe.load(file),
         lambda: Recipe.recorded(file),
@@ -302,7 +305,7 @@ def test_layers_to_recompute_are_set_on_the_command_line(tmp_path: Path, written
     }.items():
         assert Recipe.load(file, overrides).training.activation_checkpointing == value
     [said] = failure(lambda: Recipe.load(file, [f"{key}.layers=3"]))
-    assert said == f"command line: {key}.layers: unknown key; {key} has full, mlp"
+    assert said == f"command line: {key}.layers: unknown key; {key} has the keys full, mlp"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""What ships inside the package: a small pretrained base model and a fine-tuning task for it."""
+"""Files inside the package: a small pretrained base model, and a fine-tuning task for it."""
 
 from pathlib import Path
 
 
 def path(name: str) -> Path:
-    """Where a shipped file or folder lies: `path("bundled/base")` and `path("base")` are the same folder.
+    """Return the path of a bundled file or folder; `path("bundled/base")` and `path("base")` are the same.
 
-    The path is not checked: whoever opens it knows best what to say when it is missing.
+    The path need not exist: the caller reports a missing file in its own words.
     """
     return Path(__file__).parent / name.removeprefix("bundled/")

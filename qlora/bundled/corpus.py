@@ -3,8 +3,8 @@
     python -m qlora.bundled.corpus --out corpus gsm8k/train.jsonl tinyshakespeare.txt ...
     python -m qlora.bundled.corpus --out corpus --entropy
 
-The first command writes `corpus/train.jsonl` and `corpus/held_out.jsonl`, one `{"text": ...}` a line; the
-second measures the unigram entropy of what the first wrote. NOTICE.md names the sources of the bundled base.
+The first command writes `corpus/train.jsonl` and `corpus/held_out.jsonl`, with one `{"text": ...}` per line. The
+second measures the unigram entropy of these files. NOTICE.md lists the sources of the bundled base.
 """
 
 import argparse
@@ -21,21 +21,24 @@ from typing import Any
 from qlora.bundled import path
 from qlora.errors import DataError
 
-LIMIT = 640  # characters; about 230 tokens of the bundled tokenizer, so that nearly all documents fit in 256
+LIMIT = 640  # characters, about 230 tokens of the bundled tokenizer, so that nearly all documents fit in 256 tokens
 HELD_OUT_PER_MILLE = 10
 TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "\u200b": ""})
 
 
 def clean(text: str) -> str:
-    """Plain quotes and dashes, NFKC, no blanks at line ends: fewer rare tokens to learn."""
+    """Normalize text: NFKC, plain quotes and dashes, no blanks at line ends, to have fewer rare tokens."""
     text = unicodedata.normalize("NFKC", text.translate(TYPOGRAPHY)).replace("\r\n", "\n")
     return re.sub(r"[ \t]+(?=\n|$)", "", text).strip()
 
 
 def render(row: dict[str, Any]) -> str:
-    """One JSON row as text: its `text`, or question and answer in the words of the bundled chat template.
+    """Return a JSON row as text: its `text`, or its question and answer in the layout of the bundled chat template.
 
-    GSM8K's calculator annotations (`<<48/2=24>>`) are dropped. Raises KeyError for a row of another shape.
+    GSM8K's calculator annotations (`<<48/2=24>>`) are removed.
+
+    Raises:
+        KeyError: the row has other fields.
     """
     if "text" in row:
         return clean(row["text"])
@@ -48,7 +51,7 @@ def render(row: dict[str, Any]) -> str:
 
 
 def documents(source: Path) -> Iterator[str]:
-    """The documents of one file: the rows of .json and .jsonl, the runs of paragraphs of anything else."""
+    """Yield the documents of a file: the rows of .json and .jsonl, or pieces of the text of other files."""
     text = source.read_text("utf-8-sig")
     if source.suffix not in (".json", ".jsonl"):
         yield from cut(clean(text))
@@ -59,13 +62,13 @@ def documents(source: Path) -> Iterator[str]:
             yield render(json.loads(row) if isinstance(row, str) else row)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
-                f"{source}: row {number}: needs the fields text, question + answer or instruction + response "
+                f"{source}: row {number}: needs text, question + answer, or instruction + response "
                 f"as strings ({type(error).__name__}: {error})"
             ) from error
 
 
 def cut(text: str, limit: int = LIMIT) -> list[str]:
-    """Pieces of similar length <= limit, cut between paragraphs or else sentences or else words."""
+    """Cut text into pieces of similar length, at most `limit`, between paragraphs, or else sentences, or else words."""
     target = len(text) / math.ceil(len(text) / limit) if text else 0
     pieces = [""]
     for unit in _units(text, limit):
@@ -76,7 +79,7 @@ def cut(text: str, limit: int = LIMIT) -> list[str]:
 
 
 def _units(text: str, limit: int) -> Iterator[str]:
-    """The smallest parts that a cut may fall between; each keeps the white space that follows it."""
+    """Yield the parts of a text between which it can be cut; each keeps the white space after it."""
     for boundary in (r"\n\n+", r"\n+|(?<=[.!?])\s+", r"\s+"):
         units = re.findall(rf".+?(?:{boundary}|$)", text, re.DOTALL)
         if len(units) > 1:
@@ -88,10 +91,10 @@ def _units(text: str, limit: int) -> Iterator[str]:
 
 
 def build(sources: Iterable[Path]) -> tuple[list[str], list[str]]:
-    """(train, held-out) documents of all sources, in order, each document once.
+    """Return (train, held-out) documents of all sources, in order and without duplicates.
 
-    A document's hash decides its side, so that adding a source moves no document; all pieces of a long one
-    go to the same side.
+    The hash of a document decides its split, so that a new source moves no document; all pieces of a long document
+    are in the same split.
     """
     seen: set[bytes] = set()
     sides: tuple[list[str], list[str]] = ([], [])
@@ -105,22 +108,23 @@ def build(sources: Iterable[Path]) -> tuple[list[str], list[str]]:
 
 
 def write(texts: Iterable[str], file: Path) -> None:
-    """Writes one `{"text": ...}` a line."""
+    """Write texts to a file, one `{"text": ...}` per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
 
 
 def read(file: Path) -> list[str]:
-    """The texts that `write` wrote."""
+    """Read the texts that `write` wrote."""
     return [json.loads(line)["text"] for line in file.read_text("utf-8").split("\n") if line]
 
 
 def unigram_entropy(
     train: list[list[int]], held_out: list[list[int]], vocab_size: int
 ) -> tuple[float, float]:
-    """Nats a token of the best model that ignores context: (entropy of train, cross-entropy on held-out).
+    """Return (entropy of train, cross-entropy on held-out) of the best context-free model, in nats per token.
 
-    The model is the train frequencies with one added count a token, so that no held-out token is impossible.
+    The model is the frequencies in train, with one added to each token's count, so that every held-out token has a
+    probability above zero.
     """
     counts = Counter(token for ids in train for token in ids)
     total = counts.total() + vocab_size
@@ -131,7 +135,7 @@ def unigram_entropy(
 
 
 def measure(folder: Path) -> str:
-    """A corpus' size in characters and bundled tokens (with one eos a document), and its unigram entropy."""
+    """Report the size of a corpus in characters and tokens (with one eos per document), and its unigram entropy."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path("base/tokenizer.json")))
@@ -144,23 +148,25 @@ def measure(folder: Path) -> str:
         long = sum(len(document) > 256 for document in ids)
         lines.append(
             f"{name}: {len(texts):,} documents, {characters:,} characters, {tokens:,} tokens "
-            f"({tokens / characters:.3f} a character), {long} longer than 256 tokens"
+            f"({tokens / characters:.3f} per character), {long} longer than 256 tokens"
         )
         sides.append(ids)
     entropy, cross_entropy = unigram_entropy(sides[0], sides[1], tokenizer.get_vocab_size())
-    lines.append(f"unigram entropy: {entropy:.3f} nats a token on train, {cross_entropy:.3f} on held_out")
+    lines.append(f"unigram entropy: {entropy:.3f} nats per token on train, {cross_entropy:.3f} on held_out")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser("python -m qlora.bundled.corpus", description=__doc__.split("\n\n")[0])
     parser.add_argument("sources", nargs="*", type=Path, help=".txt, .json or .jsonl files")
-    parser.add_argument("--out", type=Path, default=Path("corpus"), help="folder of train and held_out.jsonl")
+    parser.add_argument(
+        "--out", type=Path, default=Path("corpus"), help="folder for train.jsonl and held_out.jsonl"
+    )
     parser.add_argument("--entropy", action="store_true", help="measure the corpus in --out")
     arguments = parser.parse_args()
     if not arguments.sources and not arguments.entropy:
-        parser.error("name at least one source, or --entropy to measure a corpus built before")
+        parser.error("give at least one source, or --entropy to measure an existing corpus")
     if arguments.sources:
         for name, texts in zip(("train", "held_out"), build(arguments.sources), strict=True):
             write(texts, arguments.out / f"{name}.jsonl")

@@ -1,15 +1,15 @@
-"""The fine-tuning task of quickstart: a customer's message in, a ticket of three fields out.
+"""Generates the fine-tuning task of quickstart: turn a customer's message into a ticket of three fields.
 
     Where is my lamp? You promised it for Monday. I am very angry about this.
     team: delivery; item: lamp; mood: angry
 
     python -m qlora.bundled.tickets --seed 0 --out qlora/bundled/tickets
 
-writes `train.jsonl` and `held_out.jsonl`, one `{"messages": [user, assistant]}` a line. The held-out tickets
-are about pairs of team and item that no training row has, so they cannot be answered from memory.
+The command writes `train.jsonl` and `held_out.jsonl`, with one `{"messages": [user, assistant]}` per line. The
+held-out tickets have pairs of team and item that no training row has, so a model cannot answer them from memory.
 """
 
-# ruff: noqa: SIM905 - a list of words reads better as words
+# ruff: noqa: SIM905 - split() is easier to read than a list of strings
 
 import argparse
 import json
@@ -23,7 +23,7 @@ Row = dict[str, list[dict[str, str]]]
 
 TRAIN_ROWS, HELD_OUT_ROWS, HELD_OUT_PAIRS = 1500, 150, 12
 
-# Short words, nearly all of which the base has seen in its own training text.
+# short words, nearly all of them in the training text of the base
 ITEMS = "bag ball bike book cake camera chair clock coat hat lamp phone shirt shoes table watch".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 PROBLEMS = {
@@ -99,25 +99,25 @@ SEPARATOR = "; "
 
 
 def ticket(rng: random.Random, team: str, item: str) -> Row:
-    """One row about the given team and item; all else is drawn."""
+    """Return a row about this team and item, with the rest drawn at random."""
     mood = _pick(rng, tuple(MOODS))
     problem = _pick(rng, PROBLEMS[team]).format(item=item, day=_pick(rng, DAYS))
-    said = [problem[0].upper() + problem[1:], _pick(rng, MOODS[mood])]
+    sentences = [problem[0].upper() + problem[1:], _pick(rng, MOODS[mood])]
     if rng.random() < 0.3:
-        said.reverse()
+        sentences.reverse()
     record = {"team": team, "item": item, "mood": mood}
     return {
         "messages": [
-            {"role": "user", "content": _pick(rng, OPENERS) + " ".join(said)},
+            {"role": "user", "content": _pick(rng, OPENERS) + " ".join(sentences)},
             {"role": "assistant", "content": SEPARATOR.join(f"{key}: {record[key]}" for key in record)},
         ]
     }
 
 
 def generate(seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out) rows, a pure function of the seed; no two rows are equal.
+    """Return (train, held-out) rows, which depend only on the seed; all rows differ.
 
-    Only `random.Random.random` is used: the one method whose sequence Python promises to keep.
+    Only `random.Random.random` is used, because Python guarantees its sequence across versions.
     """
     rng = random.Random(seed)
     pairs = [(team, item) for team in PROBLEMS for item in ITEMS]
@@ -127,9 +127,9 @@ def generate(seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def score(reference: str, answer: str) -> float:
-    """The fraction of the ticket's fields that the answer has right, in their place and to the letter.
+    """Return the fraction of the reference's fields that the answer has in the right place, letter for letter.
 
-    A missing, added or misplaced field is a wrong one: 1.0 is the reference itself.
+    Missing, added and misplaced fields count as wrong, so only the reference itself scores 1.0.
     """
     expected, given = reference.strip().split(SEPARATOR), answer.strip().split(SEPARATOR)
     right = sum(left == right for left, right in zip(expected, given, strict=False))
@@ -137,7 +137,7 @@ def score(reference: str, answer: str) -> float:
 
 
 def write(rows: Iterable[Row], file: Path) -> None:
-    """Writes one row a line."""
+    """Write rows to a JSONL file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
@@ -155,10 +155,10 @@ def _rows(rng: random.Random, pairs: Sequence[tuple[str, str]], count: int) -> l
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser("python -m qlora.bundled.tickets", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder of train.jsonl and held_out.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and held_out.jsonl")
     arguments = parser.parse_args()
     for name, rows in zip(("train", "held_out"), generate(arguments.seed), strict=True):
         write(rows, arguments.out / f"{name}.jsonl")

@@ -1,4 +1,4 @@
-"""Trains the tokenizer of the bundled base and writes it with the base's configuration.
+"""Trains the tokenizer of the bundled base, and writes it with the model's configuration.
 
 python -m qlora.bundled.tokenizer --corpus corpus/train.jsonl --out qlora/bundled/base
 """
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 VOCAB_SIZE = 2048
-PAD, EOS = "<|pad|>", "</s>"  # ids 0 and 1; no bos: a document starts with its first word
+PAD, EOS = "<|pad|>", "</s>"  # ids 0 and 1; documents have no bos
 
-# The blank after "Answer:" belongs to the answer's first token (byte-level BPE joins a blank to the word
-# after it), so the generation prompt ends without one and is a prefix of the conversation in tokens too.
+# byte-level BPE joins a blank to the word after it, so the blank after "Answer:" is part of the answer's first token;
+# the generation prompt ends before it, and so its tokens are a prefix of those of the conversation
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] | trim + '\\n\\n' }}"
@@ -43,7 +43,7 @@ TOKENIZER_CONFIG: dict[str, Any] = {
     "unk_token": None,
 }
 
-# 3.7M parameters, 7.5 MB in bf16; every width is a multiple of 64, the NF4 block
+# 3.7M parameters, 7.5 MB in bf16; all widths are multiples of 64, the NF4 block size
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -74,9 +74,9 @@ GENERATION_CONFIG: dict[str, Any] = {"do_sample": False, "eos_token_id": 1, "pad
 
 
 def train(texts: Iterable[str]) -> "Tokenizer":
-    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) of exactly VOCAB_SIZE tokens.
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) with VOCAB_SIZE tokens.
 
-    Digits are split one by one, so that numbers are written in ten tokens and can be copied and computed.
+    Each digit is a token, so that a small model can learn to copy and compute numbers.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -96,7 +96,7 @@ def train(texts: Iterable[str]) -> "Tokenizer":
 
 
 def write(tokenizer: "Tokenizer", folder: Path) -> None:
-    """Writes all that `AutoTokenizer` and `AutoConfig` need to open the folder."""
+    """Write the files that `AutoTokenizer` and `AutoConfig` need."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     configs = {"tokenizer_config": TOKENIZER_CONFIG, "config": CONFIG, "generation_config": GENERATION_CONFIG}
@@ -105,14 +105,14 @@ def write(tokenizer: "Tokenizer", folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         "python -m qlora.bundled.tokenizer", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument(
-        "--corpus", type=Path, default=Path("corpus/train.jsonl"), help="what corpus.py wrote"
+        "--corpus", type=Path, default=Path("corpus/train.jsonl"), help="train.jsonl of qlora.bundled.corpus"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the base's folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     arguments = parser.parse_args()
     tokenizer = train(read(arguments.corpus))
     write(tokenizer, arguments.out)

@@ -1,4 +1,4 @@
-"""The data formats by name: how a data set lays out its rows, and what reads them."""
+"""The data formats by name: each is a layout of rows, with its parser."""
 
 from qlora.formats import alpaca, completion, messages, prompt_completion, sharegpt, text
 from qlora.formats.format import BadRow, Completion, Conversation, Format, Message, Row
@@ -9,4 +9,4 @@ FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
     for module in (alpaca, messages, sharegpt, prompt_completion, completion, text)
 }
-"""In the order in which messages name them."""
+"""formats by name, in the order of messages and documentation"""

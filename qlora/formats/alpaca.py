@@ -1,4 +1,4 @@
-"""Stanford Alpaca: an instruction, perhaps an input, and the output."""
+"""Stanford Alpaca format: an instruction, an optional input, and the output."""
 
 from collections.abc import Mapping
 

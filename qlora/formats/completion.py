@@ -1,4 +1,4 @@
-"""Plain text, all of it learned."""
+"""Plain text format: all tokens are trained."""
 
 from collections.abc import Mapping
 

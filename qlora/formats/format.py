@@ -1,4 +1,4 @@
-"""What a data format is, and what its rows become: a conversation, or a prompt and its completion."""
+"""Data formats, and the contents of a row: a conversation, or a prompt and its completion."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ Message = Mapping[str, str]
 
 
 class BadRow(ValueError):
-    """Why a row cannot be used: a kind that rows share, for totals, and the detail of this one."""
+    """A row cannot be used.
+
+    Args:
+        kind: short name of the problem, by which rows are counted.
+        detail: what is wrong with this row.
+    """
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -20,9 +25,9 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with `role` (system, user, assistant) and `content`, ending with an assistant's.
+    """Messages with `role` (system, user or assistant) and `content`; the last one is the assistant's.
 
-    A user's message of an Alpaca row also has `instruction` and `input`, for templates that tell them apart.
+    The user message of an Alpaca row also has `instruction` and `input`, for templates that use them separately.
     """
 
     messages: tuple[Message, ...]
@@ -30,7 +35,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A text to be learned, after a prompt. The prompt of plain text is empty."""
+    """A text to learn, after a prompt. For plain text, the prompt is empty."""
 
     prompt: str
     completion: str
@@ -38,27 +43,28 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout of rows, by the name that `data.format` gives it."""
+    """A layout of rows and its parser."""
 
     name: str
+    """value of `data.format`"""
     fields: tuple[str, ...]
-    """as the format's own data sets name them"""
+    """default column names"""
     parse: Callable[[Row, Mapping[str, str]], Conversation | Completion]
-    """(row, field -> the data's own name of that column) -> content; raises BadRow"""
+    """(row, field -> column) -> content; raises BadRow"""
     kind: Literal["instruction", "chat", "pair", "text"]
-    """instruction: one question and its answer, chat: several turns; a chat template writes both.
+    """instruction: one question and its answer; chat: several turns; both are rendered by a chat template.
     pair: a prompt and its completion, raw unless `data.template` is set. text: plain text, always raw."""
     template: str | None = None
-    """the named template of rows where neither the recipe nor the tokenizer has one"""
+    """template to use if neither the recipe nor the tokenizer has one"""
 
     def parser(self, columns: Mapping[str, str]) -> Callable[[Row], Conversation | Completion]:
-        """Return the function that reads a row of this format.
+        """Return a function that parses a row of this format and raises BadRow if it cannot.
 
         Args:
-            columns: field -> the data's own name of that column, where they differ.
+            columns: field -> column, for columns that are not named after their field.
 
         Raises:
-            DataError: `columns` names a field that the format has not. (The function returned raises BadRow.)
+            DataError: `columns` names a field that the format does not have.
         """
         unknown = [field for field in columns if field not in self.fields]
         if unknown:

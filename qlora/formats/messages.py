@@ -1,4 +1,4 @@
-"""OpenAI's chat messages: a list of objects with `role` and `content`."""
+"""OpenAI chat format: a list of messages with `role` and `content`."""
 
 from collections.abc import Mapping
 

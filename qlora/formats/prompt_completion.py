@@ -1,4 +1,4 @@
-"""A prompt and its completion, taken as they are."""
+"""Prompt-completion format: both texts are used unchanged."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""ShareGPT: a list of objects with `from` and `value`."""
+"""ShareGPT chat format: a list of messages with `from` and `value`."""
 
 from collections.abc import Mapping
 

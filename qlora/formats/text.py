@@ -1,4 +1,4 @@
-"""The completion format under the name that people look for: rows with the field `text`."""
+"""Alias of the completion format, named after its field `text`."""
 
 from dataclasses import replace
 

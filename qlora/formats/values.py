@@ -1,4 +1,4 @@
-"""Values of a row: text that can be learned, or a BadRow that says what is there instead."""
+"""Reads values of a row; raises BadRow with the reason if a value cannot be used."""
 
 import textwrap
 from typing import Any
@@ -7,7 +7,7 @@ from qlora.formats.format import BadRow, Row
 
 
 def filled(row: Row, name: str, empty: str) -> str:
-    """Text that is more than white space; `empty` names the reason if it is not."""
+    """Return text that is not blank; raise BadRow of the kind `empty` if it is blank."""
     value = text(row, name)
     if not value.strip():
         raise BadRow(empty, f"{name!r}")
@@ -15,7 +15,7 @@ def filled(row: Row, name: str, empty: str) -> str:
 
 
 def present(row: Row, name: str, where: str = "") -> Any:
-    """A value that is there and not null. `where` is the place within the row, as `message 2: `."""
+    """Return a value that is not missing or null. `where` is the place within the row, such as `message 2: `."""
     if row.get(name) is None:
         has = textwrap.shorten(", ".join(repr(key) for key in row), 200, placeholder=" ...") or "nothing"
         raise BadRow("missing field", f"{where}{name!r} (the {'message' if where else 'row'} has {has})")
@@ -23,21 +23,23 @@ def present(row: Row, name: str, where: str = "") -> Any:
 
 
 def text(row: Row, name: str, where: str = "") -> str:
-    """Text, perhaps empty, that is valid Unicode without NUL."""
+    """Return text, possibly empty, that is valid Unicode without NUL."""
     value = present(row, name, where)
     if not isinstance(value, str):
-        raise BadRow("wrong type", f"{where}{name!r} must be text, it is {described(value)}")
+        raise BadRow("wrong type", f"{where}{name!r} must be text, not {described(value)}")
     if "\0" in value:
         raise BadRow("NUL character", f"{where}in {name!r}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRow("broken Unicode", f"{where}{name!r} holds half a character (a lone surrogate)") from None
+        raise BadRow(
+            "broken Unicode", f"{where}{name!r} contains half a character (a lone surrogate)"
+        ) from None
     return value
 
 
 def described(value: Any) -> str:
-    """The type of a value, in JSON's words."""
+    """Name the JSON type of a value."""
     kinds = {
         bool: "true or false",
         int: "a number",

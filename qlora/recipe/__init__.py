@@ -1,4 +1,4 @@
-"""The recipe: what a training run is told, checked before anything else happens. Knows no torch."""
+"""The recipe: all settings of a training run, checked before anything else happens. Does not import torch."""
 
 from qlora.recipe.schema import (
     Adapter,

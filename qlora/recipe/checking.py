@@ -1,4 +1,4 @@
-"""A document of settings -> a recipe, or one error that names everything wrong with it."""
+"""Make a recipe of a document, or raise one error that lists all its problems."""
 
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -15,7 +15,11 @@ from qlora.recipe.schema import Recipe, Section
 
 
 def check(document: Document, name: str) -> Recipe:
-    """The recipe called `name` that a document states; raises `RecipeError` with one line a problem."""
+    """Make the recipe called `name`.
+
+    Raises:
+        RecipeError: the document is wrong; the message has one line per problem.
+    """
     if not isinstance(document.value, dict):
         if document.value is not UNUSABLE:
             text = "a recipe is a mapping of sections, such as base: and data:"
@@ -39,7 +43,7 @@ def check(document: Document, name: str) -> Recipe:
 
 
 def _misfits(document: Document) -> list[Problem]:
-    """What does not fit the schema."""
+    """Return the settings that do not fit the schema."""
     try:
         Recipe.model_validate(document.value)
     except ValidationError as error:
@@ -55,10 +59,10 @@ def _schema() -> dict[str, Any]:
 def _overruled(
     document: Document, settings: Mapping[str, Any], given: Mapping[str, Any]
 ) -> list[tuple[str, ...]]:
-    """Keys of the file that something on the command line leaves without effect: they fall away.
+    """Return the keys of the file that lose their effect by an override; `check` removes them.
 
-    Written in one place, a setting and another that makes it idle are a mistake; but
-    `qlora train llama-7b adapter.method=full base.quantization=none` is how one tries a recipe another way.
+    In one place, a key without effect is a mistake. With an override it is not:
+    `qlora train llama-7b adapter.method=full base.quantization=none` must work although the file sets a rank.
     """
 
     def overridden(key: str) -> bool:
@@ -66,8 +70,8 @@ def _overruled(
 
     return [
         tuple(key.split("."))
-        for key, reason in idle(settings).items()
-        if key in given and overridden(reason) and not overridden(key)
+        for key, cause in idle(settings).items()
+        if key in given and overridden(cause) and not overridden(key)
     ]
 
 
@@ -78,7 +82,7 @@ def _remove(settings: dict[str, Any], path: tuple[str, ...]) -> None:
 
 
 def _error(problems: Iterable[Problem]) -> RecipeError:
-    """All problems, in the order of the file and then of the command line."""
+    """Return one error with all problems, first those of the file by line, then those of the command line."""
 
     def position(problem: Problem) -> tuple[bool, int, int]:
         return not problem.place.line, problem.place.line, problem.place.column
@@ -87,7 +91,7 @@ def _error(problems: Iterable[Problem]) -> RecipeError:
 
 
 def _defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:
-    """The flat default settings of a section; required ones are absent."""
+    """Return the default settings of a section, flattened and without the required ones."""
     flat: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation

@@ -1,4 +1,4 @@
-"""Finding a setting in the JSON schema of recipes, from which the messages take their words."""
+"""Finds settings in the JSON schema of recipes; messages describe the allowed values with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ Schema = Mapping[str, Any]
 
 
 def at(path: KeyPath, schema: Schema) -> Schema:
-    """The part of the schema that a setting must fit."""
+    """Return the part of the schema for a setting."""
     node = schema
     for part in path:
         node = _child(options(node, schema), part)
@@ -32,12 +32,12 @@ def _child(choices: list[Schema], part: str | int) -> Schema:
 
 
 def options(node: Schema, schema: Schema) -> list[Schema]:
-    """The alternatives of a part of the schema, or the part itself, with the definitions they refer to."""
+    """Return the alternatives of a part of the schema, or the part itself, with references resolved."""
     return [resolved(option, schema) for option in node.get("anyOf", [node])]
 
 
 def resolved(node: Schema, schema: Schema) -> Schema:
-    """The definition that a part of the schema refers to, or the part itself."""
+    """Return the definition that a part of the schema refers to, or else the part itself."""
     if "$ref" not in node:
         return node
     definition: Schema = schema["$defs"][node["$ref"].removeprefix("#/$defs/")]
@@ -45,13 +45,13 @@ def resolved(node: Schema, schema: Schema) -> Schema:
 
 
 def names(schema: Schema) -> list[str]:
-    """The dotted names of all sections and settings."""
-    found: list[str] = []
+    """Return the dotted names of all sections and settings."""
+    dotted_names: list[str] = []
 
     def collect(node: Schema, prefix: str) -> None:
         for name, child in resolved(node, schema).get("properties", {}).items():
-            found.append(prefix + name)
+            dotted_names.append(prefix + name)
             collect(child, f"{prefix}{name}.")
 
     collect(schema, "")
-    return found
+    return dotted_names

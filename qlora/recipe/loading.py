@@ -1,4 +1,4 @@
-"""Find a recipe, read its file, and tell a person's own from one that came with results."""
+"""Finds and reads a recipe, and distinguishes a recipe written by hand from one that came with results."""
 
 import os
 import stat
@@ -18,23 +18,25 @@ from qlora.recipe.versions import translate
 RESULTS = (
     "adapter_config.json", "qlora.json", "run.json", "result.json", "metrics.jsonl", "checkpoints/step-*/manifest.json",
 )  # fmt: skip
-"""files of which one shows that a folder, with all below it, holds an adapter or a run"""
+"""files that mark a folder, with all below it, as an adapter or a run; one of them is enough"""
 
 WHOLE_MODEL = ("config.json", "*.safetensors")
-"""files that together show that a folder, with all below it, holds a model"""
+"""files that together mark a folder, with all below it, as a model"""
 
 RESULTS_HERE = ("config.json", "manifest.json", "adapter/adapter_config.json", "model/recipe.yaml")
-"""files of which one shows that the very folder of a recipe holds results"""
+"""files that mark the recipe's own folder as results; one of them is enough"""
 
-MAX_LINKS = 40  # Linux does not follow more
-MAX_BYTES = 64 * 1024  # the longest shipped recipe is 1 KiB; parsing takes time in proportion
+MAX_LINKS = 40  # the limit of Linux
+MAX_BYTES = 64 * 1024  # bounds the parsing time; the longest shipped recipe has 1 KiB
 
 
 def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe; raises `RecipeError` with one line a problem.
+    """Read a recipe, apply the overrides, and check it; see `Recipe.load`.
 
-    A file that lies among results may be a stranger's, so it cannot allow the base's code to run: `ModelError`. An
-    override can.
+    Raises:
+        RecipeError: the recipe is wrong; the message has one line per problem.
+        ModelError: a recipe among results allows the base's code to run. It can come from a stranger; only an override
+            can allow it.
     """
     path = locate(name_or_path)
     results = _results_around(path)
@@ -45,7 +47,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def load_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe that came with a run or an adapter as it is; see `Recipe.recorded`."""
+    """Read the recipe of a run or an adapter, without the check of `trust_remote_code`; see `Recipe.recorded`."""
     return check(_document(path, overrides, recorded=True), path.stem)
 
 
@@ -60,19 +62,19 @@ def _document(path: Path, overrides: Sequence[str], *, recorded: bool) -> Docume
 
 
 def _refuse_code_of_results(document: Document, results: Path) -> None:
-    """Raise ModelError where a recipe among results, and not the command line, lets the base's code run."""
+    """Raise ModelError if a recipe among results, and not an override, allows the base's code to run."""
     place = document.place(("base", "trust_remote_code"))
     if document.setting("base", "trust_remote_code") is True and place.line:
         model = document.setting("base", "model")
         raise ModelError(
             f"{place}: base.trust_remote_code: would run code of {shorten(str(model), 200)!r}, and a "
-            f"recipe among results ({results}) is no consent. If you trust that code, say base.trust_remote_code=true "
-            "on the command line"
+            f"recipe among results ({results}) cannot allow that. If you trust the code, set "
+            "base.trust_remote_code=true on the command line"
         )
 
 
 def _results_around(path: Path) -> Path | None:
-    """The folder of a run, an adapter, a checkpoint or a whole model that a recipe lies in; None if in none."""
+    """Return the folder of the run, adapter, checkpoint or model that contains the recipe; None if there is none."""
     for file in _links(path):
         for folder in file.parents:
             names = RESULTS + RESULTS_HERE if folder == file.parent else RESULTS
@@ -88,7 +90,7 @@ def _holds(folder: Path, name: str) -> bool:
 
 
 def _links(path: Path) -> Iterator[Path]:
-    """The places that a path leads through: itself, each link on the way, and the file that it comes to."""
+    """Yield the path itself, each symbolic link that it leads through, and the final file."""
     place = path.absolute()
     for _ in range(MAX_LINKS):
         yield place
@@ -99,31 +101,35 @@ def _links(path: Path) -> Iterator[Path]:
 
 
 def from_dict(settings: Mapping[str, Any], name: str) -> Recipe:
-    """Check nested dictionaries as if they were a recipe file called `name`."""
+    """Check nested dictionaries like a recipe file called `name`; see `Recipe.from_dict`."""
     document = Document(name, _plain(settings))
     translate(document, recorded=False)
     return check(document, name)
 
 
 def _plain(value: Any) -> Any:
-    """Python's containers as YAML would give them: dictionaries with text as keys, and lists."""
+    """Convert containers to those that YAML gives: dictionaries with text keys, and lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file that a shipped name or a path means; raises `RecipeError` if there is none."""
+    """Return the file of a recipe, given by the name of a shipped recipe or by its path.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
     given = os.fspath(name_or_path)
     if given in shipped.names():
         return shipped.path(given)
     try:
         path = Path(given).expanduser()
         mode = path.stat().st_mode
-    # a NUL in the name is a ValueError, the home of nobody a RuntimeError
+    # ValueError: the name has a NUL; RuntimeError: `~user` has no home
     except (OSError, ValueError, RuntimeError):
         near = shipped.nearest(Path(given).stem)
-        hint = f"did you mean {near!r}?" if near else "`qlora recipes list` names those shipped"
+        hint = f"did you mean {near!r}?" if near else "`qlora recipes list` shows the shipped ones"
         raise RecipeError(f"{shorten(given, 200)!r}: no such file or shipped recipe; {hint}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
@@ -132,14 +138,14 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def _text(path: Path) -> str:
-    """The text of a recipe's file, which must be short, UTF-8 and free of control characters."""
+    """Return the text of a recipe file, which must be short, in UTF-8 and free of control characters."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
-        raise RecipeError(f"{path}: is longer than {MAX_BYTES // 1024} KiB, and no recipe")
+        raise RecipeError(f"{path}: is longer than {MAX_BYTES // 1024} KiB; a recipe must be shorter")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise RecipeError(f"{path}:1:1: is UTF-16; save it as UTF-8")
     try:
@@ -149,14 +155,14 @@ def _text(path: Path) -> str:
         raise RecipeError(
             f"{place}: byte 0x{content[error.start]:02X} is not UTF-8; save the file as UTF-8"
         ) from None
-    if found := FORBIDDEN.search(text):
-        place = _place(path, text[: found.start()])
+    if match := FORBIDDEN.search(text):
+        place = _place(path, text[: match.start()])
         raise RecipeError(
-            f"{place}: the character U+{ord(found.group()):04X} cannot stand in YAML; delete it"
+            f"{place}: the character U+{ord(match.group()):04X} is not allowed in YAML; delete it"
         )
     return text
 
 
 def _place(path: Path, before: str) -> Place:
-    """The place right after some text."""
+    """Return the place right after the text `before`."""
     return Place(str(path), before.count("\n") + 1, len(before) - before.rfind("\n"))

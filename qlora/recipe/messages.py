@@ -1,7 +1,6 @@
-"""What is said about a setting that does not fit the schema: what is allowed, and what was written.
+"""Messages about settings that do not fit the schema: what is allowed, and what was written.
 
-pydantic finds what is wrong and where; the words come from the recipe's JSON schema, so that the limits of a
-setting are stated once.
+pydantic finds the errors; the allowed values come from the JSON schema, so that each limit is written only once.
 """
 
 import json
@@ -27,15 +26,15 @@ LIMITS = {
     "maximum": "of at most",
     "exclusiveMaximum": "below",
 }
-YES = {"on", "yes", "y"}  # booleans to YAML 1.1
+YES = {"on", "yes", "y"}  # booleans in YAML 1.1
 NO = {"off", "no", "n"}
 
 
 def explain(errors: Iterable[ErrorDetails], document: Document, schema: Schema) -> list[Problem]:
-    """pydantic's errors about a document as problems with places, one a setting, the first so many."""
-    # an error of the whole recipe (no location) is a rule between settings, which the caller checks itself
+    """Turn pydantic's errors about a document into problems with places: one per setting, at most `MAX_PROBLEMS`."""
+    # an error without a location is a broken rule between settings, which the caller checks itself
     located = [(_path(error, document.value), error) for error in errors if error["loc"]]
-    # a union reports every alternative it tried: keep the innermost setting, and each setting once
+    # pydantic reports every alternative of a union: keep only the innermost setting, and each setting once
     outer = {path[:end] for path, _ in located for end in range(len(path))}
     innermost: dict[KeyPath, ErrorDetails] = {}
     for path, error in located:
@@ -48,12 +47,14 @@ def explain(errors: Iterable[ErrorDetails], document: Document, schema: Schema) 
         for place in [document.place(path)]
     ]
     if len(usable) > MAX_PROBLEMS:
-        problems.append(Problem(Place(document.source), (), f"and {len(usable) - MAX_PROBLEMS} more"))
+        problems.append(
+            Problem(Place(document.source), (), f"and {len(usable) - MAX_PROBLEMS} more problems")
+        )
     return problems
 
 
 def _path(error: ErrorDetails, value: Any) -> KeyPath:
-    """The setting an error is about: its location without the names of a union's alternatives."""
+    """Return the path of the setting: the error's location without the names of a union's alternatives."""
     path: list[str | int] = []
     for part in error["loc"]:
         inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
@@ -64,7 +65,7 @@ def _path(error: ErrorDetails, value: Any) -> KeyPath:
 
 
 def _lacks_key(error: ErrorDetails) -> bool:
-    # a list that is too short lacks an index: that is a wrong value of the list
+    # a missing list index is not a missing key: the list is too short
     return error["type"] == "missing" and isinstance(error["loc"][-1], str)
 
 
@@ -80,19 +81,19 @@ def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema, docu
     if "properties" in resolved(node, schema):
         if value is None:
             return "is empty; indent its keys below it, or leave it out"
-        return f"is a section with keys of its own (you wrote {written})"
+        return f"is a section, not a value (you wrote {written}); set its keys"
     allowed = _allowed(node, schema)
     return f"must be {_any_of(allowed)} (you wrote {written}){_hint(value, allowed)}"
 
 
 def _moved(change: Change, place: Place, schema: Schema, document: Document) -> str:
-    """The key that took the place of an earlier version's, and what to write there."""
+    """Return the message about a key of an earlier version: the new key and its value."""
     key = f"{change.section}.{change.new}"
     if place.source != COMMAND_LINE and change.new in document.value[change.section]:
-        return f"is now {key}, which this recipe has too; leave this key out"
+        return f"is now {key}, which this recipe also sets; leave the old key out"
     value = change.value(document.value[change.section])
     if value is None:
-        return f"is now {key}, which is {_any_of(_allowed(at((change.section, change.new), schema), schema))}"
+        return f"is now {key}, which must be {_any_of(_allowed(at((change.section, change.new), schema), schema))}"
     yaml = json.dumps(value).replace('"', "")
     write = shlex.quote(f"{key}={yaml}") if place.source == COMMAND_LINE else f"{change.new}: {yaml}"
     return f"is now {key}; write `{write}`"
@@ -103,7 +104,7 @@ def _any_of(words: list[str]) -> str:
 
 
 def _allowed(node: Schema, schema: Schema) -> list[str]:
-    """What fits a part of the schema, in words: `an integer of at least 1`, `null`."""
+    """Describe each value that a part of the schema allows: `an integer of at least 1`, `null`."""
     if "anyOf" in node:
         return [words for option in options(node, schema) for words in _allowed(option, schema)]
     if "const" in node:
@@ -123,17 +124,17 @@ def _allowed(node: Schema, schema: Schema) -> list[str]:
             item = node["items"] if "items" in node else node["prefixItems"][0]
             return [f"a list{length}, each item {_any_of(_allowed(item, schema))}"]
         case "object" if "properties" in node:
-            return [f"a mapping of {' and '.join(node['properties'])}"]
+            return [f"a mapping with the keys {' and '.join(node['properties'])}"]
         case "object":
             return [
-                f"a mapping from names, each to {_any_of(_allowed(node['additionalProperties'], schema))}"
+                f"a mapping from names to values, each {_any_of(_allowed(node['additionalProperties'], schema))}"
             ]
         case kind:
             return [str(kind)]
 
 
 def _hint(value: Any, allowed: list[str]) -> str:
-    """How to write what was probably meant, for the mistakes that YAML invites."""
+    """Return advice for common YAML mistakes: how to write the value that was probably meant."""
     number = any(words.startswith(("an integer", "a number")) for words in allowed)
     if isinstance(value, float) and number:
         return f"; write {int(value)}" if value.is_integer() and abs(value) < 1e15 else ""

@@ -1,4 +1,4 @@
-"""What a recipe must know of each adapter method; the methods themselves are in `qlora.adapter.methods`."""
+"""Facts about each adapter method that a recipe needs; the methods themselves are in `qlora.adapter.methods`."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "rank_pattern", 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method, as far as a recipe's rules and a forecast's advice go."""
+    """Facts about one method, for the rules of a recipe and the advice of a forecast."""
 
     summary: str
-    """what is trained, in words; fields of the section `adapter` in braces"""
+    """the trained parameters in words, with fields of the section `adapter` in braces"""
     frozen_base: bool = True
-    """the base stays as it is, so it may be in NF4, and the result is an adapter; else the result is a whole model"""
+    """True if the base is not trained: it can be in NF4, and the result is an adapter; else the result is a model"""
     unused: tuple[str, ...] = ()
-    """keys of the section `adapter` without effect"""
+    """keys of the section `adapter` that have no effect"""
 
 
 METHODS = {

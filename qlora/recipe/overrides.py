@@ -1,4 +1,4 @@
-"""`section.key=value` on the command line, put over the settings of a file."""
+"""Overrides: `section.key=value` on the command line replaces a setting of the file."""
 
 from qlora.recipe.problems import Document, Place, Problem, dotted, shorten
 from qlora.recipe.reading import read
@@ -8,22 +8,22 @@ COMMAND_LINE = "command line"
 
 
 def override(document: Document, argument: str) -> None:
-    """Put one `section.key=value`, its value in YAML, over a document's settings, or note what is wrong."""
+    """Apply one override, `section.key=value` with the value in YAML, to a document, or record the problem."""
     key, equals, text = argument.partition("=")
     path = _path(key.strip())
     if not equals or not all(path):
-        problem = f"{shorten(argument)!r} is not key=value, as in training.max_steps=20"
+        problem = f"{shorten(argument)!r} is not key=value; write it like training.max_steps=20"
         document.problems.append(Problem(Place(COMMAND_LINE), (), problem))
         return
     section = document.value
     for end, name in enumerate(path, start=1):
         if not isinstance(section, dict):
-            problem = f"cannot be set: {dotted(path[: end - 1]) or 'the recipe'} has no keys of its own"
+            problem = f"cannot be set: {dotted(path[: end - 1]) or 'the recipe'} is a value, not a section"
             document.problems.append(Problem(Place(COMMAND_LINE), path, problem))
             return
         if end < len(path):
             word = dotted(path[:end]) in MAPPINGS and not isinstance(section.get(name), dict)
-            if word or section.get(name) is None:  # either gives way to a mapping
+            if word or section.get(name) is None:  # a mapping replaces a word such as `full`, or nothing
                 section[name] = {}
                 document.places[path[:end]] = Place(COMMAND_LINE, written="a mapping")
             section = section[name]
@@ -35,7 +35,7 @@ def override(document: Document, argument: str) -> None:
 
 
 def _path(key: str) -> tuple[str, ...]:
-    """`adapter.rank` -> `("adapter", "rank")`; the dots of a module's name in a mapping's key stay."""
+    """Split `adapter.rank` -> `("adapter", "rank")`; in a key of a mapping, the dots of a module name stay."""
     for mapping in MAPPINGS:
         if key.startswith(f"{mapping}."):
             return (*mapping.split("."), key.removeprefix(f"{mapping}."))

@@ -1,7 +1,7 @@
-"""What the settings of a recipe mean for each other: contradictions, and keys without effect.
+"""Rules between the settings of a recipe: contradictions and keys without effect.
 
-A rule sees flat settings (`{"adapter.rank": 8, ...}`) and therefore works on checked recipes and, as far as
-their values are usable, on broken ones: all problems of a file are shown at once.
+A rule reads flat settings (`{"adapter.rank": 8, ...}`), so it works on valid recipes and on the usable values of
+broken ones: all problems of a file are reported at once.
 """
 
 import re
@@ -18,12 +18,12 @@ from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
 
 Settings = Mapping[str, Any]
-Finding = tuple[str, str]
+KeyProblem = tuple[str, str]
 
 MAPPINGS = (
     "adapter.rank_pattern", "adapter.alpha_pattern", "data.columns", "training.activation_checkpointing",
 )  # fmt: skip
-"""The settings whose values are mappings, or may be."""
+"""settings whose value is or can be a mapping"""
 
 PLAIN_TEXT = {name for name, format in FORMATS.items() if format.kind == "text"}
 
@@ -32,7 +32,7 @@ LOCAL_FOLDER = re.compile(r"bundled/.*|[./~].*", re.DOTALL)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"adapter": {"rank": 8}}` -> `{"adapter.rank": 8}`; mappings that are values stay whole."""
+    """Flatten nested settings: `{"adapter": {"rank": 8}}` -> `{"adapter.rank": 8}`; values in `MAPPINGS` stay whole."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
@@ -43,7 +43,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# keys without effect, the setting that makes them so, and when it does
 IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     *(
         (tuple(f"adapter.{key}" for key in facts.unused), "adapter.method", partial(eq, method))
@@ -67,22 +66,25 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
         lambda mode: mode == "disabled",
     ),
 ]  # fmt: skip
+"""(keys without effect, the setting that disables them, the test of its value)"""
 
 
 def idle(settings: Settings) -> dict[str, str]:
-    """The keys without effect in these settings -> the setting that makes them so."""
+    """Return the keys without effect in these settings, each with the setting that disables it."""
     return {
-        key: reason
-        for keys, reason, applies in reversed(IDLE)
-        if reason in settings and applies(settings[reason])
+        key: cause
+        for keys, cause, applies in reversed(IDLE)
+        if cause in settings and applies(settings[cause])
         for key in keys
     }
 
 
-def conflicts(settings: Settings, given: Settings) -> list[Finding]:
-    """(key, what is wrong with it) for what contradicts itself or was given without effect.
+def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
+    """Return (key, problem) for settings that contradict each other and for written keys without effect.
 
-    `settings` holds every usable value, defaults included; `given` what the recipe says itself.
+    Args:
+        settings: all usable values, with the defaults.
+        given: the values that the recipe sets itself.
     """
     return [
         *_idle(settings, given),
@@ -96,31 +98,31 @@ def conflicts(settings: Settings, given: Settings) -> list[Finding]:
     ]
 
 
-def _idle(settings: Settings, given: Settings) -> Iterator[Finding]:
-    for key, reason in idle(settings).items():
+def _idle(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
+    for key, cause in idle(settings).items():
         if key in given:
-            value = "null" if settings[reason] is None else shorten(str(settings[reason]))
-            yield key, f"has no effect with {reason}: {value}; leave it out"
+            value = "null" if settings[cause] is None else shorten(str(settings[cause]))
+            yield key, f"has no effect with {cause}: {value}; leave it out"
 
 
-def _method(settings: Settings, given: Settings) -> Iterator[Finding]:
+def _method(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
     if _frozen_base(settings):
         return
     method = settings["adapter.method"]
     if settings.get("base.quantization") == "nf4":
         key = "base.quantization" if "base.quantization" in given else "adapter.method"
-        yield key, f"{method} needs base.quantization: none, since weights in NF4 cannot be trained"
+        yield key, f"{method} needs base.quantization: none, because NF4 weights cannot be trained"
     if settings.get("base.embedding") == "host":
-        yield "base.embedding", f"is for a frozen base; with adapter.method: {method} leave it out"
+        yield "base.embedding", f"host needs a frozen base; with adapter.method: {method}, leave it out"
 
 
 def _frozen_base(settings: Settings) -> bool:
-    """Whether the method leaves the base as it is; a method that is no method does no harm here."""
+    """Return True if the method leaves the base unchanged, or is unknown, which the schema reports."""
     facts = METHODS.get(settings.get("adapter.method", ""))
     return facts is None or facts.frozen_base
 
 
-def _steps(settings: Settings, given: Settings) -> Iterator[Finding]:
+def _steps(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
     micro = settings.get("training.micro_batch_size")
     total = settings.get("training.global_batch_size")
     if micro and total and total % micro:
@@ -132,73 +134,77 @@ def _steps(settings: Settings, given: Settings) -> Iterator[Finding]:
     steps = settings.get("training.max_steps")
     if warmup and steps and warmup >= steps:
         key = "optimizer.warmup_steps" if "optimizer.warmup_steps" in given else "training.max_steps"
-        yield key, f"warmup_steps ({warmup}) must be below max_steps ({steps}), or lr is never reached"
+        yield key, f"warmup_steps ({warmup}) must be below max_steps ({steps}), or the rate never reaches lr"
 
 
-def _memory(settings: Settings) -> Iterator[Finding]:
+def _memory(settings: Settings) -> Iterator[KeyProblem]:
     memory = settings.get("training.memory")
     if isinstance(memory, str) and memory != "auto":
         try:
             parse_size(memory)
         except ValueError as error:
-            yield "training.memory", f"{error}, or auto for what is free"
+            yield "training.memory", f"{error}, or auto for all free memory"
 
 
-def _checkpointing(settings: Settings) -> Iterator[Finding]:
+def _checkpointing(settings: Settings) -> Iterator[KeyProblem]:
     recomputed = settings.get("training.activation_checkpointing")
     if recomputed is None or settings.get("training.memory") is not None:
-        return  # unusable, or chosen by a plan
+        return  # an unusable value, or one that the memory plan sets
     layers = recomputed if isinstance(recomputed, Mapping) else {recomputed: 1}
     if settings.get("training.activation_offloading") and not layers.get("full"):
         yield (
             "training.activation_offloading",
-            "is of the inputs of layers that are recomputed whole; leave it out, or write "
-            "activation_checkpointing: full",
+            "needs layers that are fully recomputed; write activation_checkpointing: full, or leave this key out",
         )
     if layers.get("mlp") and not _frozen_base(settings):
         yield (
             "training.activation_checkpointing",
-            "mlp is for frozen layers with adapters; with adapter.method: "
-            f"{settings['adapter.method']} write full or none",
+            "mlp needs frozen layers with adapters; with adapter.method: "
+            f"{settings['adapter.method']}, write full or none",
         )
 
 
-def _rows(settings: Settings) -> Iterator[Finding]:
+def _rows(settings: Settings) -> Iterator[KeyProblem]:
     held_out = settings.get("data.held_out")
     limit = settings.get("data.limit")
     if isinstance(held_out, int) and limit and held_out >= limit:
-        yield "data.held_out", f"must be below data.limit ({limit}), or nothing is left to train on"
+        yield "data.held_out", f"must be below data.limit ({limit}), or no row is left to train on"
     if isinstance(held_out, str):
         if held_out == settings.get("data.source"):
-            yield "data.held_out", "is data.source itself; hold out rows that are not trained on"
+            yield (
+                "data.held_out",
+                "is the same as data.source; use another source, a share or a number of rows",
+            )
         elif set(held_out) <= set("0123456789+-._eE%: ") and any(map(str.isdigit, held_out)):
-            text = f"{shorten(held_out)!r} is text here; write a share as 0.02, a number of rows as 100"
+            text = f"{shorten(held_out)!r} is text; write a share as 0.02, or a number of rows as 100"
             yield "data.held_out", text
 
 
-def _columns(settings: Settings) -> Iterator[Finding]:
+def _columns(settings: Settings) -> Iterator[KeyProblem]:
     format = FORMATS.get(str(settings.get("data.format")))
     if format is None:
         return
     for name in settings.get("data.columns", ()):
         if name not in format.fields:
             near = get_close_matches(name, format.fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(format.fields)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(format.fields)}"
             yield "data.columns", f"the {format.name} format has no field {shorten(name)!r}; {hint}"
 
 
-def _patterns(settings: Settings) -> Iterator[Finding]:
+def _patterns(settings: Settings) -> Iterator[KeyProblem]:
     for key in ("adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern"):
         entries = settings.get(key, ())
         for entry in () if isinstance(entries, str) else entries:
             if reason := _not_a_pattern(entry):
-                yield key, f"{shorten(entry)!r} is no regular expression: {reason}"
+                yield key, f"{shorten(entry)!r} is not a valid regular expression: {reason}"
 
 
 def _not_a_pattern(text: str) -> str:
-    """Why text is no regular expression; empty if it is one."""
+    """Return the reason why text is not a regular expression; empty if it is one."""
     try:
-        with warnings.catch_warnings():  # re warns about what a later Python may read another way
+        with (
+            warnings.catch_warnings()
+        ):  # re warns about syntax that later versions of Python can read differently
             warnings.simplefilter("ignore")
             re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""What plain text in a recipe is: nothing, a boolean, a number, or text after all.
+"""Converts unquoted text in a recipe to null, a boolean, a number or text.
 
-By the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2, section 10.3.2): `1e-4` is a number; `on`, `no`
-and `1:30` are text, and so are `1_000` and `010`, which readers of YAML disagree about.
+The rules are the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2, section 10.3.2): `1e-4` is a number; `on`, `no`
+and `1:30` are text, and so are `1_000` and `010`, which YAML parsers read differently.
 """
 
 import re
@@ -17,7 +17,7 @@ LONGEST_INTEGER = 18  # characters: fits 64 bits; int() itself raises beyond 4,3
 
 
 def scalar(text: str) -> Any:
-    """The value of an unquoted scalar."""
+    """Return the value of an unquoted scalar."""
     if NULL.fullmatch(text):
         return None
     if BOOLEAN.fullmatch(text):

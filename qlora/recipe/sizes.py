@@ -1,4 +1,4 @@
-"""Sizes of memory: read as people write them, printed in GiB, or in MiB where a whole run is smaller than that."""
+"""Memory sizes: parsed from text such as 24GiB, and printed in GiB, or in MiB for small runs."""
 
 import re
 from dataclasses import dataclass
@@ -18,48 +18,54 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 24GiB, 80GB or 512MiB (24G is 24GB). Raises ValueError with what is wrong.
+    """Return the bytes of a size such as 24GiB, 80GB or 512MiB (24G is 24GB).
 
-    >>> parse_size("24GiB") == 24 * 2**30
-    True
+    Raises:
+        ValueError: the text is not a size with a unit.
+
+    Example:
+        >>> parse_size("24GiB") == 24 * 2**30
+        True
     """
     match = _SIZE.fullmatch(text.strip())
     unit = match and match[2].upper().replace("K", "Ki" if match[3] else "k")
     if match and unit and match[3] and not unit.endswith("i"):
         unit += "i"
-    # a bare number is refused: 24 would be 24 bytes, and nobody means that
+    # a number without a unit is rejected: 24 would be 24 bytes, which is surely a mistake
     if not match or not unit or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is no size of memory; write it as 24GiB, 80GB or 512MiB")
+        raise ValueError(f"{text!r} is not a memory size; write it as 24GiB, 80GB or 512MiB")
     return int(float(match[1]) * UNITS[unit])
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of memory. A table, picture or page keeps to one, so that its numbers can be compared."""
+    """A unit of memory. A table, picture or page uses only one, so that its numbers can be compared."""
 
     name: str
     unit_bytes: int
 
     def number(self, size_bytes: int) -> str:
-        """The size with two decimals, for a column: `7.12`; `<0.01` where it would round to nothing.
+        """Return the size with two decimals, for a table column: `7.12`; `<0.01` if it would round to zero.
 
-        >>> unit_for(2**33).number(7_645_041_787)
-        '7.12'
+        Example:
+            >>> unit_for(2**33).number(7_645_041_787)
+            '7.12'
         """
         value = size_bytes / self.unit_bytes
         return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}"
 
     def text(self, size_bytes: int) -> str:
-        """The size with its unit, for a sentence: three digits that count.
+        """Return the size with three significant digits and its unit, for a sentence.
 
-        >>> unit_for(2**33).text(7_645_041_787), unit_for(2**33).text(4_600_000)
-        ('7.12 GiB', '0.00428 GiB')
+        Example:
+            >>> unit_for(2**33).text(7_645_041_787), unit_for(2**33).text(4_600_000)
+            ('7.12 GiB', '0.00428 GiB')
         """
         return f"{three_digits(size_bytes / self.unit_bytes)} {self.name}"
 
 
 def three_digits(value: float) -> str:
-    """A number of at least zero with three digits that count, never as a power: `12.6`, `0.0712`, `1,235`."""
+    """Format a number >= 0 with three significant digits and no exponent: `12.6`, `0.0712`, `1,235`."""
     if not value:
         return "0"
     if value < 1e-4:
@@ -71,5 +77,5 @@ MIB, GIB = Unit("MiB", 2**20), Unit("GiB", 2**30)
 
 
 def unit_for(size_bytes: int) -> Unit:
-    """GiB from 1 GiB on, else MiB."""
+    """Return GiB for sizes of at least 1 GiB, else MiB."""
     return GIB if size_bytes >= GIB.unit_bytes else MIB

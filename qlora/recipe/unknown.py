@@ -1,4 +1,4 @@
-"""What a key that does not exist was meant to be."""
+"""The message about an unknown key, with the key that was probably meant."""
 
 import re
 from difflib import SequenceMatcher, get_close_matches
@@ -7,7 +7,7 @@ from qlora.recipe.fields import Schema, at, names, options
 from qlora.recipe.problems import KeyPath, dotted
 from qlora.recipe.versions import CHANGES
 
-# What other frameworks, and earlier versions, call it -> what it is called here
+# name in another framework or an earlier version -> our name
 ELSEWHERE = {
     "base_model": "base.model",
     "model_name_or_path": "base.model",
@@ -57,27 +57,27 @@ CREDENTIAL = re.compile(r"key|.*(token|secret|password|api_?key)", re.IGNORECASE
 
 
 def unknown(path: KeyPath, schema: Schema) -> str:
-    """What to say about a key that does not exist: the one that was meant, or all there are."""
+    """Return the message about an unknown key: it names the key that was probably meant, or all keys of the section."""
     name = str(path[-1])
     section = dotted(path[:-1])
     siblings = [
         name for node in options(at(path[:-1], schema), schema) for name in node.get("properties", ())
     ]
-    # `sample_token` is a typo
+    # `sample_token` is a typo of a key, not a credential
     if CREDENTIAL.fullmatch(name) and not get_close_matches(name, siblings, cutoff=0.9):
         return (
-            "unknown key; a recipe would store credentials with its run, so keep them in the environment "
+            "unknown key; a recipe is stored with its run, so keep credentials in the environment "
             "(HF_TOKEN, WANDB_API_KEY)"
         )
     if meant := _meant(name, siblings, names(schema)):
-        # within the same section its bare name is enough
+        # a key of the same section needs no section name
         choices = [repr(key.removeprefix(f"{section}.")) for key in meant]
         return f"unknown key; did you mean {' or '.join(choices)}?"
-    return f"unknown key; {section or 'a recipe'} has {', '.join(siblings)}"
+    return f"unknown key; {section or 'a recipe'} has the keys {', '.join(siblings)}"
 
 
 def _meant(name: str, siblings: list[str], everywhere: list[str]) -> list[str]:
-    """The keys that may have been meant: known by another name, of another section, or misspelt."""
+    """Return the keys that could be meant: another framework's name, another section, or a misspelling."""
     if name in ELSEWHERE:
         return [ELSEWHERE[name]]
     sections: dict[str, list[str]] = {}
@@ -91,10 +91,10 @@ def _meant(name: str, siblings: list[str], everywhere: list[str]) -> list[str]:
 
 
 def _nearest(name: str, known: list[str], cutoff: float) -> list[str]:
-    """The known names that are most like `name`: several if they are equally like it."""
+    """Return the known names most similar to `name`; several if they are equally similar."""
 
-    def likeness(other: str) -> float:
+    def similarity(other: str) -> float:
         return SequenceMatcher(None, other, name).ratio()
 
     near = get_close_matches(name, known, cutoff=cutoff)
-    return [other for other in near if likeness(other) == likeness(near[0])]
+    return [other for other in near if similarity(other) == similarity(near[0])]

@@ -1,7 +1,7 @@
-"""Versions of the recipe: which key took the place of which.
+"""Versions of the recipe keys, and the translation of old keys to new ones.
 
-A recipe that we write begins with its version; version 1 did not state it. Recipes and plans that a run left are
-translated when they are read. A person who writes an old key is told the new one and the value to write.
+A recipe that qlora writes begins with its version; version 1 had no such key. Recipes and plans of earlier runs are
+translated when they are read. An old key in a recipe written by hand is an error that names the new key and value.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,16 +14,16 @@ from qlora.recipe.problems import Document, KeyPath
 VERSION = 2
 
 EVERY_LAYER = 10_000
-"""more layers than any model has"""
+"""more layers than any model has: all MLPs"""
 
 
 class NewerRecipe(RecipeError):
-    """A recipe of a version that this release does not know."""
+    """The recipe has a version that this release does not know."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Keys of a section, and the one that took their place."""
+    """Old keys of a section, and the new key that replaced them."""
 
     until: int
     """the last version with the old keys"""
@@ -31,19 +31,19 @@ class Change:
     old: tuple[str, ...]
     new: str
     convert: Callable[..., Any]
-    """from the values of the old keys (None where one is missing) to the new one; None where a value is wrong"""
+    """(values of the old keys, None if missing) -> value of the new key, None if an old value is wrong"""
 
     def value(self, section: Mapping[str, Any]) -> Any:
-        """The value for the new key; None if the section has no old one, or wrong values."""
+        """Return the value of the new key; None if the section has none of the old keys, or wrong values."""
         if section.keys().isdisjoint(self.old):
             return None
         return self.convert(*(section.get(key) for key in self.old))
 
 
 def _checkpointing(layers: Any, mlps: Any) -> Any:
-    """Each was a boolean, for all layers or none, or a number of layers; the MLPs were of the layers after those."""
+    """Convert two keys: each was a boolean (all layers or none) or a number of layers; MLPs came after `layers`."""
     if layers is None:
-        layers = not mlps  # the default was all layers, which left no MLPs
+        layers = not mlps  # the default was all layers, unless MLPs were set
     mlps = mlps or False
     if not all(isinstance(count, int) and count >= 0 for count in (layers, mlps)):
         return None
@@ -57,7 +57,7 @@ def _checkpointing(layers: Any, mlps: Any) -> Any:
 
 
 def _one_of(*values: Any) -> Callable[[Any], Any]:
-    """A new key takes the values of the old one."""
+    """Return a conversion that keeps these values and rejects all others."""
     return lambda value: value if isinstance(value, type(values[0])) and value in values else None
 
 
@@ -69,12 +69,12 @@ CHANGES = (
 
 
 def change_of(path: KeyPath) -> Change | None:
-    """The change that took this key away; None if no version had it."""
+    """Return the change that removed this key; None if no version had it."""
     return next((change for change in CHANGES if path in [(change.section, key) for key in change.old]), None)
 
 
 def translated(name: str, section: Mapping[str, Any], version: int = 1) -> dict[str, Any]:
-    """The settings of the section called `name`, as `version` wrote them, with the keys of today."""
+    """Return the settings of the section `name`, written by `version`, with the present keys."""
     settings = dict(section)
     for change in CHANGES:
         applies = change.section == name and version <= change.until and change.new not in settings
@@ -85,27 +85,28 @@ def translated(name: str, section: Mapping[str, Any], version: int = 1) -> dict[
 
 
 def translate(document: Document, *, recorded: bool) -> None:
-    """Give a recipe of an earlier version the keys of today, in place.
+    """Translate the keys of an earlier version, in place.
 
     Args:
-        recorded: it lies among results. Where it states no version it is of version 1 then; a person's recipe is of
-            today's.
+        document: the recipe.
+        recorded: True for a recipe of a run or an adapter, which has version 1 if it states none. A recipe written by
+            hand has the present version then.
 
     Raises:
-        NewerRecipe: it is of a version that this release does not know.
+        NewerRecipe: this release does not know the recipe's version.
     """
     settings = document.value
     if not isinstance(settings, dict):
         return
     version = settings.get("version", 1 if recorded else VERSION)
     if type(version) is not int or version < 1:
-        return  # the schema refuses it
+        return  # the schema rejects it
     if version > VERSION:
         raise NewerRecipe(
-            f"{document.place(('version',))}: version: {version} is of a newer qlora, and this one reads recipes up "
-            f"to version {VERSION}; update qlora"
+            f"{document.place(('version',))}: version: {version} was written by a newer qlora, and this one reads "
+            f"versions up to {VERSION}; update qlora"
         )
-    if recorded or version > 1:  # version 1 was never written: there it is a person's
+    if recorded or version > 1:  # qlora never wrote `version: 1`, so such a recipe is written by hand
         settings |= {
             name: translated(name, section, version)
             for name, section in settings.items()

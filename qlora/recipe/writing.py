@@ -1,4 +1,4 @@
-"""A recipe as YAML text."""
+"""Writes a recipe as YAML text."""
 
 from collections.abc import Collection, Mapping
 from io import StringIO
@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 
 def to_yaml(settings: Mapping[str, Any], leave_out: Collection[str]) -> str:
-    """Nested settings as YAML 1.2, in the order of the schema, without the (dotted) keys to leave out."""
+    """Return nested settings as YAML 1.2, in their order, without the dotted keys in `leave_out`."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

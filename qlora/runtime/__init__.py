@@ -1,1 +1,1 @@
-"""The process and its machine: device, allocators, signals, streams, other processes."""
+"""The process and its machine: devices, allocators, signals, output streams and parallel processes."""

@@ -1,11 +1,11 @@
-"""What the allocators are told before a run.
+"""Allocator settings.
 
-On a CPU, to keep freed memory for the next operation. glibc gives every large block back to the system when it is
-freed, and gets it back page by page, each cleared anew: a twentieth of a step's processor time
+On a CPU, freed memory is kept for the next operation. By default, glibc returns every large block to the system when it
+is freed, and the system clears each page again at the next allocation: 5% of a step's processor time
 (`python -m benchmarks.speed.profile --ckpt`: 0.49 of 10.0 s).
 
-On a GPU, to let torch's memory grow by pages. Else it comes in blocks of the size that was once asked for, and what
-fits none of them takes another: 0.4 GiB at 7B and 2,048 tokens (`benchmarks/null_gpu`).
+On a GPU, torch's memory grows by pages. By default, it consists of blocks of fixed sizes, and a tensor that fits in no
+free block needs another one: 0.4 GiB at 7B and 2,048 tokens (`benchmarks/null_gpu`).
 """
 
 import ctypes
@@ -14,14 +14,14 @@ import os
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""of glibc's mallopt(3)"""
+"""option numbers of glibc's mallopt(3)"""
 
 LARGEST = 2**30
-"""bytes: blocks below this come from the heap, which shrinks when this much lies free at its end"""
+"""bytes; smaller blocks come from the heap, which shrinks only when this much is free at its end"""
 
 
 def keep_freed_memory() -> bool:
-    """For the rest of the process; returns whether the C library could be told (glibc only)."""
+    """Make glibc keep freed memory, for the rest of the process; return False if the C library has no such setting."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -30,7 +30,10 @@ def keep_freed_memory() -> bool:
 
 
 def grow_by_pages() -> None:
-    """For torch's CUDA allocator, before its first use; what the user has set for it is left alone."""
+    """Make torch's CUDA allocator use expandable segments, unless the user has set its options.
+
+    Must be called before the first CUDA allocation.
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # The variables themselves are read when torch's libraries are loaded, which is over by now
+        # too late to set the variables: torch read them when it was imported
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -1,7 +1,7 @@
-"""The only door to bitsandbytes: imports it without its download, and without the warning about it.
+"""The only import of bitsandbytes, which prevents its download at import and the warning about it.
 
-What it would download is a kernel of its own 4-bit product, which we never call: a run must start without a network
-and run no code that nobody asked for. bitsandbytes itself works as it does without `kernels`.
+bitsandbytes would download a kernel for its 4-bit product, which qlora does not use. A run must start without a
+network, and must not run code that the user did not ask for. bitsandbytes works without this kernel.
 """
 
 from qlora.runtime.patches import kernels_hidden

@@ -1,4 +1,4 @@
-"""Which device's way a tensor takes through our operations: some do one thing on a GPU and another on a CPU."""
+"""Selects the device, and the variant of an operation for the device of a tensor."""
 
 from functools import cache
 
@@ -9,39 +9,41 @@ from qlora.errors import UsageError
 from qlora.runtime.fake import stood_for
 
 TOKENS_TOGETHER = 128
-"""150 steps of the quickstart took 19.5 s and 0.86 GiB with multiples of 128, 19.7 s with 64, and 23.0 s and 1.53 GiB
-with none (two cores with AVX512-BF16, torch 2.13, 2026-11-29). In float32, where nothing is compiled, 128 costs 7%"""
+"""multiple of tokens for bfloat16 on a CPU. 150 steps of the quickstart took 19.5 s and 0.86 GiB with multiples of 128,
+19.7 s with 64, and 23.0 s and 1.53 GiB without (two cores with AVX512-BF16, torch 2.13, 2026-11-29). In float32, where
+nothing is compiled, 128 costs 7%"""
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Whether `tensor` lives on a GPU, or stands for one that does."""
+    """Return True if `tensor` is on a GPU, or is a fake tensor in a forecast for a GPU."""
     return stood_for(tensor.device).type == "cuda"
 
 
 def device_named(name: str) -> torch.device:
-    """The device that `name` (auto, cpu or cuda) asks for; auto is the GPU where there is one.
+    """Return the device called `name`: auto, cpu or cuda; auto is the GPU if there is one.
 
-    Raises UsageError if there is no CUDA device and cuda was asked for.
+    Raises:
+        UsageError: `name` is cuda, and there is no CUDA device.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here: leave --device out")
+        raise UsageError("torch finds no CUDA device; leave out --device")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 in hardware; others emulate it, 8 to 100 times slower."""
+    """Return True if the CPU has bfloat16 instructions; other CPUs emulate them, 8 to 100 times slower."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def tokens_together(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the multiple to which the tokens of a pass over documents are filled up; 1 leaves them as they are.
+    """Return the multiple to which the number of tokens in a pass over documents is padded; 1 means no padding.
 
-    Where a CPU multiplies bfloat16, oneDNN compiles a product for each new number of tokens, and documents that lie end
-    to end have another number in each step. Other devices and dtypes compile nothing.
+    For bfloat16 on a CPU that supports it, oneDNN compiles a kernel for each new number of tokens, and this number
+    differs in each step when documents are placed end to end. Other devices and dtypes compile nothing.
 
-    LoRA's dropout draws the same mask for the tokens that are learned from. A model's own dropout, which OPT has for
-    one, draws other numbers than without the filler.
+    The padding does not change LoRA's dropout mask of the real tokens. The dropout of the model itself (OPT, for
+    example) draws other numbers with padding.
     """
     compiled = stood_for(device).type == "cpu" and dtype == torch.bfloat16
     return TOKENS_TOGETHER if compiled and multiplies_bfloat16() else 1

@@ -1,7 +1,7 @@
-"""The processes of a run, one a GPU: what each holds of the model, and what they add up or agree on.
+"""Parallel processes of a run, one per GPU.
 
-This is the seam for using several GPUs in another way: a class with the methods of `DataParallel`. Training asks it to
-`shard` the model, to `reduce` what each process has computed, and to `gather` what a checkpoint holds.
+To use several GPUs in another way, write a class with the methods of `DataParallel`. Training calls it to `shard` the
+model, to `reduce` results of all processes, and to `gather` the state for a checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,66 +17,67 @@ from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Every process holds the whole model and works on its share of each step's micro-batches.
-
-    device: of this process. rank: its number, 0 for the main one. count: how many there are; 1 is an ordinary run.
-    """
+    """Data parallelism: every process has the whole model and computes its share of each step's micro-batches."""
 
     device: torch.device
+    """device of this process"""
     rank: int = 0
+    """number of this process; 0 is the main process"""
     count: int = 1
+    """number of processes; 1 in an ordinary run"""
 
     @classmethod
     def of(cls, recipe: Recipe) -> "DataParallel":
-        """This process among those that `torchrun` or `accelerate launch` started.
+        """Join the processes that `torchrun` or `accelerate launch` started.
 
-        Raises RecipeError if the recipe wants a GPU and there is none.
+        Raises:
+            RecipeError: the recipe sets `training.device: cuda`, and there is no CUDA device.
         """
         grow_by_pages()
         accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
         if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
             raise RecipeError(
-                "training.device: cuda was asked for, but torch finds no CUDA device; set training.device=auto"
+                "training.device: is cuda, but torch finds no CUDA device; set training.device=auto"
             )
         return cls(accelerator.device, accelerator.process_index, accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks to the user."""
+        """True if this process writes the files and prints to the terminal."""
         return self.rank == 0
 
     def shard(self, model: Model) -> Model:
-        """This process's part of `model`: all of it."""
+        """Return this process's part of `model`: the whole model."""
         return model
 
     def reduce(self, tensors: Iterable[Tensor]) -> None:
-        """Add up each tensor over the processes, in place. Each holds a share of the step's sum, not a mean."""
+        """Sum each tensor over all processes, in place. Each process has a part of the step's sum, not a mean."""
         if self.count > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The whole of what each process has a part of, on the main process: here it has all of it."""
+        """Return the whole state on the main process, which has it already."""
         return state
 
-    def from_main(self, find: Callable[[], Found]) -> Found:
-        """Run `find` on the main process; give every process its result, or its error."""
+    def from_main(self, find: Callable[[], Result]) -> Result:
+        """Run `find` on the main process; broadcast its result, or raise its error, on every process."""
         if self.count == 1:
             return find()
-        news: list[Any] = [None]
+        outcome: list[Any] = [None]
         if self.is_main:
             try:
-                news = [find()]
+                outcome = [find()]
             except ValueError as error:
-                news = [error]
-        broadcast_object_list(news)
-        if isinstance(news[0], Exception):
-            raise news[0]
-        found: Found = news[0]
-        return found
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        result: Result = outcome[0]
+        return result

@@ -1,7 +1,7 @@
-"""Fake tensors, which have a shape and a dtype but no numbers: all that the rest of the package knows of them.
+"""Fake tensors, which have a shape and a dtype but no data. No other module uses torch's fake tensors directly.
 
-A forecast runs the step under torch's FakeTensorMode. torch without CUDA has no backward pass for fake CUDA tensors, so
-a forecast for a GPU uses fake CPU tensors, which take the GPU's way through our operations.
+A forecast runs the training step under torch's FakeTensorMode. Without CUDA, torch cannot run a backward pass of fake
+CUDA tensors, so a forecast for a GPU uses fake CPU tensors, for which our operations choose their GPU variant.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ _standing_for_cuda = False
 
 
 class FakeTensors:
-    """Makes fake tensors, which stand for a GPU's if `cuda`. Those of one time within serve the next time too.
+    """Makes fake tensors; with `cuda`, they represent GPU tensors. They stay valid in later `made` contexts.
 
-    >>> fakes = FakeTensors(cuda=True)
-    >>> with fakes.made() as fake:
-    ...     model(fake(ids))
+    Example:
+        >>> fakes = FakeTensors(cuda=True)
+        >>> with fakes.made() as fake:
+        ...     model(fake(ids))
     """
 
     def __init__(self, *, cuda: bool) -> None:
@@ -27,24 +28,24 @@ class FakeTensors:
 
     @contextmanager
     def made(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Within, new tensors are fake; yields what makes a fake of a real tensor."""
+        """Make all new tensors fake within the context; yield a function that makes a fake of a real tensor."""
         with self._mode, standing_for_cuda(self._cuda):
             yield self._mode.from_tensor
 
 
 def real_values() -> AbstractContextManager[object]:
-    """A context within which new tensors are real again, for a value that a forecast needs."""
+    """Return a context within which new tensors are real again, to compute a value that a forecast needs."""
     return unset_fake_temporarily()
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether `tensor` has no numbers."""
+    """Return True if `tensor` is fake."""
     return isinstance(tensor, FakeTensor)
 
 
 @contextmanager
 def standing_for_cuda(wanted: bool = True) -> Iterator[None]:
-    """Within, tensors stand for a GPU's. For fake ones only: real ones would be computed another way."""
+    """Let fake CPU tensors represent GPU tensors within the context. Real tensors would use the wrong operations."""
     global _standing_for_cuda
     before, _standing_for_cuda = _standing_for_cuda, wanted
     try:
@@ -54,5 +55,5 @@ def standing_for_cuda(wanted: bool = True) -> Iterator[None]:
 
 
 def stood_for(device: torch.device) -> torch.device:
-    """The device that tensors on `device` stand for: their own, except in a forecast for a GPU."""
+    """Return the device that tensors on `device` represent: the GPU in a forecast for a GPU, else `device`."""
     return torch.device("cuda") if _standing_for_cuda else device

@@ -1,7 +1,7 @@
-"""Changes to other libraries, each a context manager that takes its change back, also after an error.
+"""Patches of other libraries, each a context manager that undoes its change, also after an error.
 
-Each says what it changes, what needs it, where the library does what is changed, and when it is no longer needed.
-Libraries are imported late: one that is patched here may not be wanted where another is.
+Each docstring lists what is changed, which version needs it, the library's source, and when the patch can be removed.
+Libraries are imported inside the functions, so that one patch does not load the library of another.
 """
 
 import logging
@@ -13,38 +13,38 @@ from typing import Any
 from torch import Tensor, nn
 
 KERNELS_FAILED = "Failed to load CPU gemm_4bit_forward from kernels-community"
-"""how bitsandbytes begins its warning that it could not import `kernels`"""
+"""start of bitsandbytes' warning that it could not import `kernels`"""
 
 _ABSENT = object()
 
 
 @contextmanager
 def kernels_hidden() -> Iterator[None]:
-    """bitsandbytes downloads no code while it is imported: nobody can import `kernels`, and no warning says so.
+    """Prevent a download of code when bitsandbytes is imported: hide `kernels`, and suppress the warning about it.
 
     Changes: `sys.modules["kernels"]`, and a filter on the logger of `bitsandbytes.backends.cpu.ops`.
-    Needed by: bitsandbytes 0.50. On a CPU with AVX512-BF16 it asks `kernels` for code from the hub and runs it; without
-        `kernels` its warning is the first line of every command.
+    Needed by: bitsandbytes 0.50. On a CPU with AVX512-BF16, it downloads code from the hub with `kernels` and runs it;
+        without `kernels`, its warning is the first line of every command.
     Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/backends/cpu/ops.py
-    Unnecessary once: bitsandbytes asks when its own 4-bit product is called for the first time, not on import.
+    Unnecessary once: bitsandbytes downloads at the first call of its 4-bit product, not at import.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.addFilter(_says_more)
+    logger.addFilter(_is_not_about_kernels)
     try:
-        with _entry(sys.modules, "kernels", None):  # Python's own way to say: this import fails
+        with _entry(sys.modules, "kernels", None):  # None makes Python's import fail
             yield
     finally:
-        logger.removeFilter(_says_more)
+        logger.removeFilter(_is_not_about_kernels)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made within have parameters on the meta device and real buffers: rotary frequencies are computed.
+    """Put parameters of new modules on the meta device, but not buffers: rotary frequencies must be computed.
 
     Changes: `torch.nn.Module.register_parameter`.
-    Needed by: torch 2.11, with which accelerate's `init_empty_weights`, which does the same, fails on fake tensors.
+    Needed by: torch 2.11, with which accelerate's `init_empty_weights` (the same function) fails on fake tensors.
     Source: https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/big_modeling.py
-    Unnecessary once: torch 2.13 is the oldest that is supported, with which `init_empty_weights` works.
+    Unnecessary once: torch 2.13 is the oldest supported version; `init_empty_weights` works with it.
     """
     register = nn.Module.register_parameter
 
@@ -59,20 +59,20 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def rows_packed(packed: bool) -> Iterator[None]:
-    """Tell transformers whether rows hold several documents: only then does it make an attention mask.
+    """Set whether transformers treats rows as packed; only for packed rows it makes an attention mask.
 
     Changes: `transformers.masking_utils.find_packed_sequence_indices`.
-    Needed by: transformers 5.24, which reads it from the values of position ids, and takes fake ones for packed.
+    Needed by: transformers 5.24, which infers packing from the values of position ids, and takes fake ids for packed.
     Source: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/masking_utils.py
-    Unnecessary once: `create_causal_mask` takes it as an argument.
+    Unnecessary once: `create_causal_mask` has an argument for it.
     """
     from transformers import masking_utils
 
     find = masking_utils.find_packed_sequence_indices
 
     def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
-        found = find(position_ids)
-        return found if packed else None
+        indices = find(position_ids)
+        return indices if packed else None
 
     with _attribute(masking_utils, "find_packed_sequence_indices", find_packed_sequence_indices):
         yield
@@ -80,10 +80,10 @@ def rows_packed(packed: bool) -> Iterator[None]:
 
 @contextmanager
 def quantizer_replaced(name: str, quantizer: type[Any]) -> Iterator[None]:
-    """transformers' `from_pretrained` quantizes with `quantizer` in place of its own of that name.
+    """Make transformers' `from_pretrained` use `quantizer` for the quantization method `name`.
 
     Changes: an entry of `transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING`.
-    Needed by: transformers 5.24, whose 4-bit quantizer leaves the block size at bitsandbytes' default.
+    Needed by: transformers 5.24, whose 4-bit quantizer has only bitsandbytes' default block size.
     Source: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/quantizers/auto.py
     Unnecessary once: `BitsAndBytesConfig` has a block size.
     """
@@ -116,5 +116,5 @@ def _entry(table: MutableMapping[str, Any], key: str, value: object) -> Iterator
             table[key] = before
 
 
-def _says_more(record: logging.LogRecord) -> bool:
+def _is_not_about_kernels(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(KERNELS_FAILED)

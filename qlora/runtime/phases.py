@@ -1,4 +1,4 @@
-"""Names that the code announces while it runs: a profiler shows them, `memory.live` books live bytes by them."""
+"""Labels of the running code, for profilers and for the memory accounting of `memory.live`."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from torch.profiler import record_function
 
 
 class Phase(StrEnum):
-    """The phases of a training step, in order; memory.json names them so."""
+    """Phases of a training step, in order; also keys of memory.json."""
 
     FORWARD = "forward"
     LOSS = "loss"
@@ -16,13 +16,13 @@ class Phase(StrEnum):
 
 
 class Allocation(StrEnum):
-    """Allocations that are counted apart from the others of their phase."""
+    """Allocations that are counted separately from the rest of their phase."""
 
     DEQUANTIZATION = "dequantization"
     HOST = "host memory"
-    """A forecast cannot tell it from a GPU's otherwise: its tensors are all fake CPU tensors."""
+    """needed by forecasts, in which host and GPU tensors are both fake CPU tensors"""
 
 
 def announce(what: Phase | Allocation) -> record_function:
-    """A context within which `what` goes on: `with announce(Phase.UPDATE): optimizer.step(lr)`."""
+    """Return a context that labels the code within: `with announce(Phase.UPDATE): optimizer.step(lr)`."""
     return record_function(what.value)

@@ -1,7 +1,7 @@
-"""Stopping in good order: a signal asks, the loop answers at the next step boundary.
+"""Graceful stop: a signal sets a flag, and the training loop stops at the next step boundary.
 
-The handler only sets a flag (saving inside a handler is how other trainers corrupt checkpoints). A second
-Ctrl-C stops at once; checkpoints written before stay whole, since they are committed by a rename.
+The handler only sets the flag, because saving inside a signal handler can corrupt a checkpoint. A second Ctrl-C stops
+at once; earlier checkpoints stay intact, because each is committed by a rename.
 """
 
 import signal
@@ -12,16 +12,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Leave out a hangup that this process was started to ignore, as by nohup."""
+    """Return the signals to handle: without SIGHUP if the process was started to ignore it, as nohup does."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangup)]
 
 
 class StopRequest:
-    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `signal_number` instead of ending the process.
+    """Context that stores SIGINT, SIGTERM or SIGHUP in `signal_number`, instead of ending the process.
 
-    with StopRequest() as stop:
-        while not stop.signal_number: ...
+    Example:
+        with StopRequest() as stop:
+            while not stop.signal_number: ...
     """
 
     def __init__(self) -> None:

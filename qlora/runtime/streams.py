@@ -1,4 +1,4 @@
-"""Standard output and error whose reader may go away: a terminal that is closed, a pipe into `head`."""
+"""Standard output and error that tolerate a closed reader, such as a closed terminal or a pipe into `head`."""
 
 import errno
 import os
@@ -8,13 +8,15 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 GONE = (errno.EPIPE, errno.EIO)
-"""errors of a write that nobody reads any more: to a pipe, to a terminal"""
+"""errors of a write to a closed pipe or terminal"""
 
 
 class Unbreakable:
-    """A text file that can be written to whether or not somebody reads it.
+    """A text stream that ignores the errors of a closed reader.
 
-    `whole`: what is written must all arrive where there is a reader, so that a full disk stays an error.
+    Args:
+        file: the stream to wrap.
+        whole: raise other write errors, such as a full disk; otherwise ignore them too.
     """
 
     def __init__(self, file: IO[str], *, whole: bool = False) -> None:
@@ -24,13 +26,13 @@ class Unbreakable:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        """Write if that is possible."""
+        """Write `text`; discard it if the reader is gone."""
         with self._forgiving():
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush if that is possible."""
+        """Flush the stream; do nothing if the reader is gone."""
         with self._forgiving():
             self._file.flush()
 
@@ -47,9 +49,9 @@ class Unbreakable:
 
 @contextmanager
 def unbreakable_output() -> Iterator[None]:
-    """Keep a reader who goes away from ending this process or changing its exit code.
+    """Make standard output and error ignore a closed reader, so that the process continues with its exit code.
 
-    A full disk behind standard output stays an error.
+    Other errors of standard output, such as a full disk, are still raised.
     """
     before = sys.stdout, sys.stderr
     output, errors = Unbreakable(sys.stdout, whole=True), Unbreakable(sys.stderr)
@@ -63,8 +65,8 @@ def unbreakable_output() -> Iterator[None]:
 
 
 def _let_go(file: IO[str]) -> None:
-    """Point a file's descriptor at /dev/null: what its buffer holds would fail again when the process ends."""
-    with suppress(OSError):  # it has no descriptor
+    """Point the file descriptor at /dev/null, because a flush of the buffer at exit would fail again."""
+    with suppress(OSError):  # the stream has no descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())
         os.close(nowhere)

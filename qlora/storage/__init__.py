@@ -1,1 +1,1 @@
-"""What lies on a disk: whole or not at all, with its checksums, kept for the next start."""
+"""Files and folders: atomic writes, checksums, safetensors files, and the cache."""

@@ -1,4 +1,4 @@
-"""A file that is written whole or not at all, and survives a power cut."""
+"""Atomic, durable writes of single files."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from qlora.errors import SaveError
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file `path`: a reader sees the old file or the new one, never a part.
+    """Replace the file `path` by one with this content, atomically: readers see the old file or the new one.
 
     Raises:
-        SaveError: it cannot be written, or not be made to survive a power cut. Either file is there, whole.
+        SaveError: the file cannot be written or flushed to disk. `path` is then still the whole old or new file.
     """
     try:
         with replacing(path) as temporary:
-            # O_EXCL and O_NOFOLLOW: what is written goes into a new file here, and never through a link elsewhere.
+            # O_EXCL and O_NOFOLLOW: always write to a new file, never through a link to another place
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             descriptor = os.open(temporary, flags, 0o666)
             try:
@@ -31,23 +31,30 @@ def write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Put the file that the body writes at the path it is given in place of `path`, once it is safely on disk.
+    """Replace the file `path` atomically by the file that the body writes to the yielded path.
 
-    When the body raises, the old file stays. Raises OSError where the disk refuses.
+    If the body raises, the old file stays.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link that somebody laid there
+    temporary.unlink(missing_ok=True)  # left by a killed process, or a planted link
     try:
         yield temporary
         sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)  # a new name is safe only once its folder is
+    sync(path.parent)  # the rename is durable only after the folder is synced
 
 
 def sync(path: Path) -> None:
-    """Make what a file holds, or which names a folder holds, survive a power cut. Raises OSError with the path."""
+    """Flush the content of a file, or the names in a folder, to disk, so that they survive a power cut.
+
+    Raises:
+        OSError: the flush fails; the error names the path.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

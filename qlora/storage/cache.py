@@ -1,14 +1,15 @@
-"""What takes long to make and can be made again, kept on disk under a key that names all that went into it.
+"""Disk cache of slow results, each under a key of everything that decides it.
 
-    ~/.cache/qlora/data/<key>/    tokenised data         QLORA_CACHE names another folder, or is `off`
-    ~/.cache/qlora/base/<key>/    quantized bases        QLORA_CACHE_GIB is the most that is kept (20)
+    ~/.cache/qlora/data/<key>/    tokenised data           QLORA_CACHE: another folder, or `off`
+    ~/.cache/qlora/base/<key>/    quantized base models    QLORA_CACHE_GIB: maximum size (20)
 
-A key is a SHA-256 over the content, the settings, and the code that does the work: what has changed is not found.
-An entry is written beside its place and renamed once it is whole; its checksums are verified whenever it is
-used. A damaged one is made again. Nothing that goes wrong with the cache ends a run.
+A key is a SHA-256 over the content, the settings, and the code that does the work, so a change makes a new key.
+An entry is written to a temporary folder and renamed when it is complete. Its checksums are verified at every use,
+and a damaged entry is made again. An error of the cache never ends a run.
 
-One process writes at a time, and one that finds another writing does without. Readers take no lock: an entry
-that vanishes under them is one that they do not find. Above the limit, those unused for longest are removed.
+One process writes at a time; a process that meets another writer does not cache its result. Readers take no lock: an
+entry that is removed while they read it is a cache miss. Above the maximum size, the least recently used entries are
+removed.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ KINDS = ("data", "base")
 GIB = 2**30
 PACKAGE = Path(__file__).parents[1]
 RESERVE_BYTES = GIB
-"""left free on the disk, for what a run has to save"""
+"""free disk space that the cache leaves for a run's own files"""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -43,7 +44,7 @@ Value = TypeVar("Value")
 
 
 def folder() -> Path | None:
-    """Where the cache lies; None where it is off or there is no home to put it in."""
+    """Return the cache folder; None if the cache is off or there is no home folder."""
     chosen = os.environ.get("QLORA_CACHE")
     if chosen == "off":
         return None
@@ -51,32 +52,40 @@ def folder() -> Path | None:
         if chosen:
             return Path(chosen).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora"
-    except RuntimeError:  # no home
+    except RuntimeError:  # no home folder
         return None
 
 
 def limit_bytes() -> int:
-    """The most that the cache may hold. Raises UsageError if QLORA_CACHE_GIB is no number."""
+    """Return the maximum size of the cache.
+
+    Raises:
+        UsageError: QLORA_CACHE_GIB is not a number.
+    """
     text = os.environ.get("QLORA_CACHE_GIB") or "20"
     if not re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        raise UsageError(f"QLORA_CACHE_GIB: {text!r} is no number of GiB")
+        raise UsageError(f"QLORA_CACHE_GIB: {text!r} is not a number of GiB")
     return int(float(text) * GIB)
 
 
 def digest(**parts: Any) -> str:
-    """SHA-256 of plain values: the key of what is made from them."""
+    """Return the key of a result: the SHA-256 of the plain values that decide it."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def made_by(*code: str, libraries: tuple[str, ...]) -> dict[str, str]:
-    """The part of a key that names who does the work: our own source (files or folders of the package), libraries.
+    """Return the part of a key that identifies the code: a hash of our source, and the versions of libraries.
 
-    Whoever changes the code thus changes the key, and nobody has to remember a version.
+    A change of the code thus changes the key, without a version number to maintain.
+
+    Args:
+        code: files or folders of the package.
+        libraries: names of distributions.
     """
     sources = hashlib.sha256()
     for name in code:
         place = PACKAGE / name
-        assert place.exists(), f"{place}: the code that a key should name has moved"
+        assert place.exists(), f"{place}: code of a cache key has moved"
         for file in [place] if place.is_file() else sorted(place.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:
                 sources.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
@@ -94,18 +103,19 @@ def cached(
     about: str,
     worth_bytes: int = 0,
 ) -> Value:
-    """The value of `key`: loaded if it is kept and whole, else made, and kept.
+    """Return a value from the cache, or else make it and cache it.
 
     Args:
-        kind: of KINDS.
-        key: gives the `digest` of all that decides the value, or None where nothing names it: then nothing is
-            kept. It is asked again after `make`: what changed under its hands is not kept either.
-        make: the slow way. What it raises is raised.
+        kind: one of `KINDS`.
+        key: returns the `digest` of all that decides the value, or None if the value must not be cached. It is called
+            again after `make`: if the key has changed by then, the value is not cached.
+        make: makes the value. Its errors are raised.
         save: writes a value into an empty folder.
-        load: what `save` wrote. An OSError, ValueError, KeyError or SafetensorError sends it the slow way.
-        size: bytes that `save` will write, near enough.
-        about: names the value for people.
-        worth_bytes: what is smaller is made about as fast as it is found, and not kept.
+        load: reads what `save` wrote. After an OSError, ValueError, KeyError or SafetensorError the value is made
+            again.
+        size: returns the approximate number of bytes that `save` writes.
+        about: description of the value for messages.
+        worth_bytes: minimum size to cache; smaller values are made about as fast as they are loaded.
     """
     root = folder()
     wanted = None if root is None else key()
@@ -116,44 +126,44 @@ def cached(
         if _whole(entry):
             value = load(entry)
             with suppress(OSError):
-                os.utime(entry)  # used now
+                os.utime(entry)  # its time of last use
             return value
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        _warn(f"cache: {entry} cannot be used ({error}); making it again")
+        _warn(f"cache: {entry} cannot be used ({error}); it is made again")
     value = make()
     try:
         needed = size(value)
         if needed >= worth_bytes and key() == wanted:
             _keep(root, entry, needed, about, lambda place: save(value, place))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the value is there and the run can go on
-        _warn(f"cache: {about} is not kept, so the next start takes as long: {error}")
+    except Exception as error:  # noqa: BLE001 - the value is made, so the run can continue
+        _warn(f"cache: {about} is not cached, so the next start takes as long: {error}")
     return value
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something kept."""
+    """One entry of the cache."""
 
     path: Path
     kind: str
     about: str
     bytes: int
     used: float
-    """when it was used last, in seconds since 1970"""
+    """time of last use, in seconds since 1970"""
 
 
 def entries() -> list[Entry]:
-    """All that is kept, the longest unused first."""
+    """Return all entries of the cache, least recently used first."""
     root = folder()
-    found = [] if root is None else [e for kind in KINDS for e in _entries_of(root / kind)]
-    return sorted(found, key=lambda entry: entry.used)
+    all_entries = [] if root is None else [e for kind in KINDS for e in _entries_of(root / kind)]
+    return sorted(all_entries, key=lambda entry: entry.used)
 
 
 def clear(*kinds: str) -> list[Entry]:
-    """Remove all entries of these kinds, and return them. Waits for a process that is writing.
+    """Remove all entries of these kinds, and return them; wait for a process that is writing to the cache.
 
     Raises:
-        SaveError: one cannot be removed.
+        SaveError: an entry cannot be removed.
     """
     root = folder()
     if root is None or not root.is_dir():
@@ -184,12 +194,12 @@ def _about(entry: Path) -> str:
 
 
 def _whole(entry: Path) -> bool:
-    """Whether the entry is there. ValueError says why it cannot be used."""
+    """Return True if the entry exists and is undamaged, False if it is missing; raise ValueError if it is damaged."""
     if not entry.is_dir():
         return False
-    found = manifest.problems(entry, manifest.read(entry))
-    if found:
-        raise ValueError("; ".join(found))
+    problems = manifest.problems(entry, manifest.read(entry))
+    if problems:
+        raise ValueError("; ".join(problems))
     return True
 
 
@@ -202,11 +212,11 @@ def _keep(root: Path, entry: Path, needed: int, about: str, write: Callable[[Pat
         with temporary(entry.parent, entry.name) as folder:
             write(folder)
             manifest.write(folder, about=about)
-            folder.rename(entry)  # no fsync: what a power cut spoils, its checksums tell
+            folder.rename(entry)  # no fsync: checksums detect damage from a power cut
 
 
 def _kept_meanwhile(entry: Path) -> bool:
-    """Whether another process was first. A damaged entry is removed."""
+    """Return True if another process has cached the entry by now; remove a damaged entry."""
     try:
         return _whole(entry)
     except (OSError, ValueError):
@@ -215,14 +225,14 @@ def _kept_meanwhile(entry: Path) -> bool:
 
 
 def _make_room(root: Path, needed: int) -> None:
-    """Remove what was unused for longest until `needed` bytes fit; nothing if they never would."""
+    """Remove the least recently used entries until `needed` bytes fit; raise ValueError if they cannot fit."""
     kept = entries()
     used = sum(entry.bytes for entry in kept)
     free = shutil.disk_usage(root).free
     room = min(limit_bytes(), used + free - RESERVE_BYTES)
     if needed > room:
         raise ValueError(
-            f"it takes {needed / GIB:.2f} GiB, {root} may hold {limit_bytes() / GIB:.2f} GiB (QLORA_CACHE_GIB), "
+            f"it takes {needed / GIB:.2f} GiB, the limit of {root} is {limit_bytes() / GIB:.2f} GiB (QLORA_CACHE_GIB), "
             f"and {free / GIB:.2f} GiB are free there"
         )
     for entry in kept:
@@ -234,7 +244,7 @@ def _make_room(root: Path, needed: int) -> None:
 
 @contextmanager
 def _alone(root: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the cache's lock. What a killed writer left is removed."""
+    """Hold the lock of the cache; remove leftovers of killed writers first."""
     with lock(root, wait=wait):
         for kind in KINDS:
             remove_leftovers(root / kind, "*")

@@ -1,7 +1,7 @@
-"""A new folder that is there whole or not at all, for results that users put where they like.
+"""Atomic creation of a result folder at a path that the user chooses.
 
-(A run's own folder has `folders.replacing`, which also removes what an earlier process left there: nothing
-that may be done in a folder of the user's.)
+(In a run's own folder, use `folders.replacing`, which also removes leftovers of earlier processes. That must not happen
+in a folder of the user.)
 """
 
 import shutil
@@ -15,26 +15,25 @@ from qlora.storage.folders import TEMPORARY, fsync_tree, lock, save_errors
 
 
 def check_absent(final: Path) -> None:
-    """Raises UsageError if there is something at `final`; an empty folder is nothing."""
+    """Raise UsageError if `final` exists; an empty folder is allowed."""
     if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
-        raise UsageError(
-            f"{final}: exists already, and nothing is overwritten: choose another place, or remove it"
-        )
+        raise UsageError(f"{final}: already exists; choose another place, or remove it")
 
 
 @contextmanager
 def drafting(final: Path) -> Iterator[Path]:
-    """A hidden folder beside `final`, on the same disk, to write into; gone afterwards, come what may.
+    """Make a hidden folder for drafts next to `final`, on the same disk, and remove it in the end.
 
-        with drafting(Path("models/mine")) as drafts:
-            write(drafts / "first")
-            publish(drafts / "first", Path("models/mine"))
-
-    What a killed process left of an earlier draft of the same place is removed first.
+    Leftovers of a killed process that wrote the same place are removed first.
 
     Raises:
         UsageError: `final` exists, or another process is writing it.
         SaveError: the folder cannot be made.
+
+    Example:
+        with drafting(Path("models/mine")) as drafts:
+            write(drafts / "first")
+            publish(drafts / "first", Path("models/mine"))
     """
     check_absent(final)
     drafts = final.with_name(f"{TEMPORARY}{final.name}")
@@ -50,11 +49,11 @@ def drafting(final: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Give a draft its place, in one step, once it is safely on disk.
+    """Flush a draft to disk and rename it to `final`.
 
     Raises:
-        UsageError: something has appeared there in the meantime.
-        SaveError: the disk refuses.
+        UsageError: `final` exists by now.
+        SaveError: the draft cannot be written to disk or renamed.
     """
     with save_errors(final):
         fsync_tree(folder)

@@ -1,8 +1,8 @@
-"""Folders that are there whole or not at all, and whose they are.
+"""Atomic writing and removal of folders, and locks on them.
 
-What is written lies beside its place under a `.tmp-` name until a rename commits it; what is removed is renamed aside
-to `.trash-` first. So no half of a folder is ever seen under its name, and whoever holds the lock removes what a
-killed process left.
+A new folder has a `.tmp-` name next to its place until a rename commits it. A folder to remove is first renamed to a
+`.trash-` name. So a folder is never seen half written or half removed under its own name, and the process that holds
+the lock can remove the leftovers of a killed process.
 """
 
 import errno
@@ -19,22 +19,25 @@ from qlora.errors import SaveError, UsageError
 from qlora.storage.atomic import sync
 
 TEMPORARY, TRASH = ".tmp-", ".trash-"
-"""before the name of what is being written, and of what is being removed"""
+"""prefixes of the name of a folder or file that is being written or removed"""
 
 
 class InUseError(UsageError):
-    """Another process holds a folder."""
+    """Another process holds the lock of a folder."""
 
 
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process; made if it is missing.
+    """Hold the lock of a folder, which is made if it is missing.
 
-    The lock is the kernel's (flock on `<folder>/.lock`): it goes with the process, however that ends. `wait` for
-    another process to let go of it.
+    The lock is an flock on `<folder>/.lock`: the kernel releases it when the process ends, even if it is killed.
+
+    Args:
+        folder: the folder to lock.
+        wait: wait until another process releases the lock.
 
     Raises:
-        InUseError: another process holds it.
+        InUseError: another process holds the lock.
         SaveError: the folder cannot be written.
     """
     with save_errors(folder):
@@ -58,7 +61,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def replacing(run: Path, name: str) -> Iterator[Path]:
-    """Put whatever the body writes in place of the folder `<run>/<name>`, whole or not at all.
+    """Replace the folder `<run>/<name>` atomically by the folder that the body writes to the yielded path.
 
     Raises:
         SaveError: a file cannot be written; the old folder stays.
@@ -72,7 +75,7 @@ def replacing(run: Path, name: str) -> Iterator[Path]:
 
 
 def recover(parent: Path, name: str) -> None:
-    """Give folders called `name` (a glob) their names that a kill caught between setting the old one aside and the new.
+    """Finish commits of folders called `name` (a glob) that a kill interrupted between the two renames.
 
     The caller holds the lock.
 
@@ -84,10 +87,10 @@ def recover(parent: Path, name: str) -> None:
 
 
 def clear(run: Path, names: Iterable[str]) -> None:
-    """Remove files and folders of a run, and what a killed process left there; no folder is ever half there.
+    """Remove files and folders of a run, and leftovers of killed processes; each folder is removed atomically.
 
     Raises:
-        SaveError: one of them cannot be removed.
+        SaveError: a file or folder cannot be removed.
     """
     with save_errors(run):
         for name in names:
@@ -101,7 +104,7 @@ def clear(run: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def temporary(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder beside its later place; gone when the body raises."""
+    """Make a temporary folder next to its later place, and remove it if the body raises."""
     folder = parent / f"{TEMPORARY}{name}"
     folder.mkdir()
     try:
@@ -111,7 +114,7 @@ def temporary(parent: Path, name: str) -> Iterator[Path]:
 
 
 def commit(folder: Path, final: Path) -> None:
-    """Give a finished folder its name, setting aside what has it now."""
+    """Rename a finished folder to `final`, and remove what had this name before."""
     aside = final.with_name(f"{TRASH}{final.name}")
     replaces = final.exists() or final.is_symlink()
     if replaces:
@@ -128,16 +131,16 @@ def commit(folder: Path, final: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever seen under its name."""
+    """Remove a folder atomically: rename it first, so that it is never seen half removed."""
     trash = folder.rename(folder.with_name(f"{TRASH}{folder.name}"))
     sync(trash.parent)
     _remove(trash)
 
 
 def remove_leftovers(parent: Path, name: str) -> None:
-    """Remove what a killed process left of folders and files called `name` (a glob), and of nothing else.
+    """Remove leftovers of killed processes that wrote folders and files called `name` (a glob), and only those.
 
-    The caller holds the lock, so nobody is writing there.
+    The caller holds the lock, so no other process is writing there.
     """
     _finish_commits(parent, name)
     for prefix in (TEMPORARY, TRASH):
@@ -146,10 +149,10 @@ def remove_leftovers(parent: Path, name: str) -> None:
 
 
 def _finish_commits(parent: Path, name: str) -> None:
-    """Do the second rename of `commit` where a kill came before it: the new folder is whole by then."""
+    """Do the second rename of `commit` if a kill prevented it; the new folder is complete by then."""
     for aside in parent.glob(f"{TRASH}{name}"):
-        own = aside.name.removeprefix(TRASH)
-        folder, final = parent / f"{TEMPORARY}{own}", parent / own
+        original = aside.name.removeprefix(TRASH)
+        folder, final = parent / f"{TEMPORARY}{original}", parent / original
         if folder.is_dir() and not (final.exists() or final.is_symlink()):
             folder.rename(final)
             sync(parent)
@@ -164,7 +167,7 @@ def _remove(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Make a folder and all in it survive a power cut."""
+    """Flush a folder and everything in it to disk, so that it survives a power cut."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
@@ -172,7 +175,7 @@ def fsync_tree(folder: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the path into errors of calls that know a descriptor or a bare name only."""
+    """Add the full path to errors of calls that report only a descriptor or a bare name."""
     try:
         yield
     except OSError as error:
@@ -181,19 +184,19 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def save_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says about a failed write into a SaveError."""
+    """Raise a SaveError, with the path and the reason, for an OSError or SafetensorError of the body."""
     try:
         yield
     except OSError as error:
         where = error.filename or path
         reason = error.strerror or str(error)
         raise SaveError(f"cannot write {where}: {reason}{_free_space(path, error.errno)}") from error
-    except SafetensorError as error:  # its writer reports a full disk in its own way
+    except SafetensorError as error:  # safetensors reports a full disk as its own error
         raise SaveError(f"cannot write {path}: {error}{_free_space(path, errno.ENOSPC)}") from error
 
 
 def _free_space(path: Path, reason: int | None) -> str:
-    """The free space, where the lack of it may be the reason."""
+    """Return a note on the free disk space if a full disk can be the reason; else an empty text."""
     if reason not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     existing = next(parent for parent in (path, *path.parents, Path()) if parent.exists())

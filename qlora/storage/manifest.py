@@ -1,6 +1,6 @@
-"""manifest.json: the files of a folder with their sizes and SHA-256, and its own. So a folder proves that it is whole.
+"""manifest.json: sizes and SHA-256 checksums of a folder's files, and of itself, to detect missing or changed files.
 
-safetensors has no checksum: without this a changed bit would load in silence.
+safetensors files have no checksum: without a manifest, a changed bit would be loaded without an error.
 """
 
 import hashlib
@@ -18,9 +18,11 @@ FORMAT = 1
 
 
 def write(folder: Path, **about: Any) -> None:
-    """Describe every file under `folder`, and the description itself, so that no bit can change unnoticed.
+    """Write the manifest of all files under `folder`, with a checksum of the manifest itself.
 
-    `about` are plain values that `read` gives back beside `files`.
+    Args:
+        folder: the folder to describe.
+        about: plain values to store in the manifest next to `files`.
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sums = _in_threads(_sha256, paths)
@@ -34,7 +36,12 @@ def write(folder: Path, **about: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`. OSError when it cannot be read, ValueError when it is not exactly as written."""
+    """Return the manifest of `folder`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not exactly as it was written.
+    """
     text = (folder / MANIFEST).read_bytes().decode()
     manifest = json.loads(text)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _own_checksum(manifest):
@@ -42,23 +49,27 @@ def read(folder: Path) -> dict[str, Any]:
     if text != _dump(manifest):
         raise ValueError("bytes differ")
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"format {manifest.get('format')}, this version of qlora reads {FORMAT}")
+        raise ValueError(f"format {manifest.get('format')}, but this version of qlora reads format {FORMAT}")
     return manifest
 
 
 def problems(folder: Path, manifest: Mapping[str, Any], *, checksums: bool = True) -> list[str]:
-    """How the files of `folder` differ from its manifest; an empty list when they do not.
+    """Return the differences between the files of `folder` and its manifest; an empty list if there are none.
 
-    `checksums=False` compares sizes only, which finds everything but changed bytes without reading the files.
-    Files the manifest does not name are no problem: nothing reads them.
+    Files that the manifest does not list are ignored: nothing reads them.
+
+    Args:
+        folder: the folder to check.
+        manifest: its manifest, from `read`.
+        checksums: False compares only sizes, without reading the files; changed bytes are then not detected.
     """
 
-    def of(entry: tuple[str, Mapping[str, Any]]) -> list[str]:
+    def differences(entry: tuple[str, Mapping[str, Any]]) -> list[str]:
         name, expected = entry
         try:
-            found = (folder / name).stat().st_size
-            if found != expected["bytes"]:
-                return [f"file {name}: expected {expected['bytes']} bytes, found {found}"]
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return [f"file {name}: expected {expected['bytes']} bytes, found {size}"]
             if checksums and _sha256(folder / name) != expected["sha256"]:
                 return [f"file {name}: checksum differs"]
         except FileNotFoundError:
@@ -67,11 +78,11 @@ def problems(folder: Path, manifest: Mapping[str, Any], *, checksums: bool = Tru
             return [f"file {name}: {error.strerror}"]
         return []
 
-    return [*chain.from_iterable(_in_threads(of, [*manifest["files"].items()]))]
+    return [*chain.from_iterable(_in_threads(differences, [*manifest["files"].items()]))]
 
 
 def _in_threads(function: Any, items: list[Any]) -> list[Any]:
-    """`function` of each item. Hashing frees the interpreter, so several files take the time of one."""
+    """Call `function` on each item, in threads: hashing releases the GIL, so files are hashed in parallel."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
 

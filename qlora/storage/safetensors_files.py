@@ -1,9 +1,9 @@
-"""A model's safetensors files: found, read tensor by tensor, and written shard by shard.
+"""Finds, reads and writes the safetensors files of a model.
 
-    model.safetensors                      or, of a larger model,
-    model-00001-of-00065.safetensors ...   and model.safetensors.index.json, which says where each tensor is
+    model.safetensors                      or, for a larger model,
+    model-00001-of-00065.safetensors ...   and model.safetensors.index.json, which maps tensors to files
 
-Neither way does the whole model stand in memory: reading takes one tensor, writing holds one shard.
+The whole model is never in memory: a read holds one tensor, a write one shard.
 """
 
 import json
@@ -25,19 +25,23 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 SHARD_BYTES = 2**30
-"""A tensor larger than this has a shard of its own."""
+"""maximum size of a shard; a larger tensor gets a shard for itself"""
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-"""What is fetched of a hub model whose files are read one by one."""
+"""files of a hub model that are downloaded"""
 
 
 def find_checkpoint(name: str | Path, revision: str | None = None, *, download: bool = False) -> Path:
-    """The folder of a checkpoint: a folder, that of a run of full training, bundled/<name>, or a hub id in the cache.
+    """Return the folder of a checkpoint.
 
-    download: fetch what the cache lacks of a hub id; the hub's own errors, OSErrors or ValueErrors, are raised then.
+    Args:
+        name: a model folder, the folder of a full-training run, bundled/<name>, or a hub id.
+        revision: branch, tag or commit of the hub id.
+        download: download the files of a hub id that the local hub cache lacks.
 
     Raises:
-        ModelError: there is none on this machine, and nothing was to be downloaded.
+        ModelError: without `download`, the checkpoint is not on this machine.
+        OSError, ValueError: with `download`, errors of the hub.
     """
     folder = bundled.path(str(name)) if str(name).startswith("bundled/") else Path(name)
     if folder.is_dir():
@@ -55,12 +59,12 @@ def find_checkpoint(name: str | Path, revision: str | None = None, *, download: 
     except (HFValidationError, LocalEntryNotFoundError):
         raise ModelError(
             f"{name}: there is no such folder, and no such model in the local hub cache. Give a local folder, or "
-            "download it first"
+            "download the model first"
         ) from None
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint's folder, those that its index names where it has one; [] where none are.
+    """Return the safetensors files of a checkpoint folder, from its index if it has one; [] if there are none.
 
     Raises:
         ModelError: the index is damaged.
@@ -72,39 +76,48 @@ def checkpoint_files(folder: Path) -> list[Path]:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({folder / shard for shard in shards})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index}: cannot be read: no index of safetensors files ({error!r})") from error
+        raise ModelError(f"{index}: cannot be read as an index of safetensors files ({error!r})") from error
 
 
 class StoredTensor(NamedTuple):
-    """What a file's header says of a tensor."""
+    """Metadata of a tensor, from the header of its file."""
 
     name: str
     dtype: str
-    """in safetensors' words, as BF16"""
+    """safetensors' name of the dtype, such as BF16"""
     shape: tuple[int, ...]
     file: Path
     start: int
-    """of its bytes in the file"""
+    """offset of its first byte in the file"""
     stop: int
+    """offset after its last byte"""
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it holds codes that mean nothing without further tensors: integers, or 8-bit floats."""
+        """True if the elements are integers or 8-bit floats: codes that need further tensors to be decoded."""
         return self.dtype not in FLOATS
 
     def read(self) -> Tensor:
-        """The tensor, on the CPU. Raises ModelError if the file cannot be read."""
-        # Opened for each tensor: a file that stays open keeps all that was read of it mapped
+        """Read the tensor, to the CPU.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        # opened for each tensor, because an open file keeps everything that was read from it mapped
         with _reading(self.file), safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(self.name)
 
     def stretches(self, offsets: Iterable[int], size: int) -> Iterator[bytes]:
-        """`size` of its bytes from each offset on. Raises ModelError if the file cannot be read."""
+        """Yield `size` bytes of the tensor from each offset.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
         with _reading(self.file), self.file.open("rb") as stream:
             for offset in offsets:
                 stream.seek(self.start + offset)
@@ -112,14 +125,14 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file by its header alone, sorted by name.
+    """Read the header of a safetensors file, and return its tensors sorted by name.
 
     Raises:
-        ModelError: the file is missing, cut off, or no safetensors file.
+        ModelError: the file is missing, truncated, or not a safetensors file.
     """
     with _reading(file):
         with safe_open(file, framework="pt"):
-            pass  # it finds dtypes, shapes, offsets and the file's length to agree; the offsets it does not tell
+            pass  # checks dtypes, shapes, offsets and the file size; it does not give the offsets
         with file.open("rb") as stream:
             begin = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(begin - 8))
@@ -133,14 +146,17 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
 
 
 class ShardReader(Mapping[str, Tensor]):
-    """The tensors of a checkpoint's folder by name, in the order of its files; each look-up reads from disk.
+    """Mapping from the names of a checkpoint's tensors, in the order of its files, to tensors read from disk.
 
+    Only headers are read until a tensor is looked up, so a checkpoint can be larger than memory.
+
+    Raises:
+        ModelError: there is no safetensors file, or one is missing or damaged.
+
+    Example:
         >>> reader = ShardReader(folder)
         >>> for name, tensor in reader.items(): ...
         >>> reader.stored[name].shape
-
-    Only headers are read until a tensor is asked for, so a checkpoint may be larger than memory. Raises ModelError
-    if there is no safetensors file, or one is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -148,10 +164,14 @@ class ShardReader(Mapping[str, Tensor]):
         self.files = checkpoint_files(folder)
         if not self.files:
             pickled = sorted(folder.glob("*.bin"))
-            hint = f": its weights are in {pickled[0].name}, a pickle, which is not read" if pickled else ""
+            hint = (
+                f": its weights are in {pickled[0].name}, a pickle, which qlora does not read"
+                if pickled
+                else ""
+            )
             raise ModelError(
-                f"{folder}: there is no {WHOLE} and no {INDEX}{hint}. Load the model with transformers and "
-                "save_pretrained it: that writes safetensors"
+                f"{folder}: there is no {WHOLE} and no {INDEX}{hint}. Load the model with transformers, and "
+                "write safetensors with its save_pretrained"
             )
         self.stored = {tensor.name: tensor for file in self.files for tensor in stored_tensors(file)}
 
@@ -168,7 +188,10 @@ class ShardReader(Mapping[str, Tensor]):
         return name in self.stored  # Mapping would read the tensor
 
     def of_layer(self, layer: str) -> StoredTensor | None:
-        """The weight of a linear layer; files of a model without its head lack the first part of the name."""
+        """Return the weight of a linear layer; None if there is none.
+
+        Files of a model without its head lack the first part of the name.
+        """
         names = (f"{layer}.weight", f"{layer.partition('.')[2]}.weight")
         return next((self.stored[name] for name in names if name in self.stored), None)
 
@@ -182,12 +205,16 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 class ShardWriter:
-    """Writes tensors into `folder` as they come; a shard goes to disk when the next tensor would not fit.
+    """Writes tensors to the shards of a checkpoint; a shard is written when the next tensor would exceed its size.
 
+    File names and index are those of transformers.
+
+    Raises:
+        SaveError: a shard cannot be written.
+
+    Example:
         >>> with ShardWriter(folder) as writer:
         ...     writer.add("lm_head.weight", weight)
-
-    Names and index are as transformers writes them. Raises SaveError if the disk refuses.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -205,7 +232,7 @@ class ShardWriter:
             self._finish()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take `tensor`, of any device."""
+        """Add a tensor, from any device."""
         if self._held and self._held_bytes + tensor.nbytes > self.shard_bytes:
             self._write()
         self._held[name] = tensor.detach().cpu().contiguous()
