@@ -42,7 +42,7 @@ class LayerSpec:
     qk_norm: bool = False
     """True if queries and keys are normalised, per head or over all heads, depending on the width of `q_norm`"""
     window: str | None = None
-    """attribute path in the attention module of its sliding window, in tokens with the current one; None for no window"""
+    """path of the attention module's attribute with the sliding window, in tokens; None for no window"""
     activation: Activation = SILU
 
     def fits(self, layer: Any) -> bool:

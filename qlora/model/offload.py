@@ -88,7 +88,7 @@ class _Offloaded:
 
 
 class ActivationOffloader:
-    """Keeps the inputs of a model's checkpointed layers in host memory between forward and backward pass."""
+    """Host memory for the inputs of a model's checkpointed layers between forward and backward pass."""
 
     def __init__(self) -> None:
         self._last: Callable[[], _Offloaded | None] = lambda: None
