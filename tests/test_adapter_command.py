@@ -200,7 +200,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "other shapes": (
         ["compose", "a:1", "b:1", "--to", "new", "--any-base"],
         4,
-        "they are not of one architecture",
+        "their bases differ in architecture",
     ),
     "no checkpoint": (
         ["extract", "a", "b", "--to", "new", "--rank", "2"],

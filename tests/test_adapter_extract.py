@@ -126,9 +126,12 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", whole)
     up = "layers.0.up.weight"
     wrong = {
-        "missing": ({name: t for name, t in whole.items() if name != up}, "has no layers.0.up.weight"),
-        "shape": (whole | {up: torch.ones(30, 21)}, r"up.weight is \[30, 21\], and \[30, 20\] in the arch"),
-        "codes": (whole | {up: torch.ones(300, 1, dtype=torch.uint8)}, "up.weight is quantized: give both"),
+        "missing": ({name: t for name, t in whole.items() if name != up}, "layers.0.up.weight is missing"),
+        "shape": (whole | {up: torch.ones(30, 21)}, r"up.weight is \[30, 21\], but \[30, 20\] in the arch"),
+        "codes": (
+            whole | {up: torch.ones(300, 1, dtype=torch.uint8)},
+            "up.weight is quantized: use checkpoints in 16",
+        ),
         "eight bits": (whole | {up: whole[up].to(torch.float8_e4m3fn)}, "up.weight is quantized"),
         "not finite": (whole | {up: whole[up] * torch.nan}, "up.weight holds numbers that are not finite"),
         "the same": (whole, "have the same linear weights: there is nothing to extract"),

@@ -83,17 +83,20 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "empty": (lambda f: save_file({}, f / TENSORS), "holds no tensors"),
     "dora": (lambda f: edit(f, use_dora=True), "use_dora = true is not supported"),
-    "rank": (lambda f: edit(f, r=5), r"blocks.0.up.lora_A.weight is \[2, 4\], and the config's rank is 5"),
+    "rank": (lambda f: edit(f, r=5), r"blocks.0.up.lora_A.weight is \[2, 4\], but the config's rank is 5"),
     "one dimension": (
         lambda f: rewrite(f, "blocks.0.up.lora_B", torch.ones(2)),
         r"blocks.0.up.lora_B.weight is \[2\]",
     ),
-    "targets": (lambda f: edit(f, target_modules=["up"]), "1 layers are not targets, such as blocks.0.down"),
+    "targets": (
+        lambda f: edit(f, target_modules=["up"]),
+        "no target for 1 of the layers with tensors, such as blocks.0.down",
+    ),
     "target kinds": (lambda f: edit(f, target_modules=[1]), "must be a string or a list of strings"),
-    "target pattern": (lambda f: edit(f, target_modules="("), "is no regular expression"),
+    "target pattern": (lambda f: edit(f, target_modules="("), "is not a valid regular expression"),
     "recipe": (
         lambda f: (f / "recipe.yaml").write_bytes(b"\xff"),
-        "recipe.yaml and qlora.json cannot be read",
+        "recipe.yaml or qlora.json cannot be read",
     ),
 }
 
@@ -140,7 +143,7 @@ def test_nothing_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
 
     monkeypatch.setattr("qlora.adapter.algebra.tensors.save_file", flip)
-    with pytest.raises(SaveError, match="reading back gave other numbers"):
+    with pytest.raises(SaveError, match="the numbers read back differ"):
         write(adapter, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -149,6 +152,6 @@ def test_scalings_that_one_flag_cannot_say_are_refused(tmp_path: Path) -> None:
     adapter = read(write_adapter(tmp_path / "a", LAYERS))
     layer = adapter.layers["blocks.0.up"]
     odd = Layer(layer.a, layer.b, alpha=4, scaling=4 / 2**0.5)
-    with pytest.raises(ModelError, match="PEFT cannot say that"):
+    with pytest.raises(ModelError, match="PEFT's config cannot express that"):
         write(replace(adapter, layers={**adapter.layers, "blocks.0.up": odd}), tmp_path / "b")
     assert not (tmp_path / "b").exists()

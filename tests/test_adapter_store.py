@@ -149,9 +149,11 @@ def test_an_adapted_model_is_switched(tmp_path: Path) -> None:
     load_adapter(first, tmp_path / "second")
     assert contents(first) == contents(second)
     assert all(parameters[name] is parameter for name, parameter in first.named_parameters())
-    with pytest.raises(ModelError, match=r"blocks.0.up has rank 2, and 3 in the model"):
+    with pytest.raises(ModelError, match=r"blocks.0.up has rank 2 in the file and 3 in the model"):
         load_adapter(trained(rank=3), tmp_path / "second")
-    with pytest.raises(ModelError, match=r"2 layers are not targets, such as blocks.0.down"):
+    with pytest.raises(
+        ModelError, match=r"no target for 2 of the layers with tensors, such as blocks.0.down"
+    ):
         load_adapter(trained(targets=["up"]), tmp_path / "second")
 
 
@@ -184,7 +186,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no rank": (lambda f: edit(f, r=0), "r of blocks.0.up must be a whole number of at least 1, not 0"),
     "other rank": (
         lambda f: edit(f, r=3),
-        r"up.lora_A.weight is \[2, 8\], the model wants \[3, 8\]|up has rank 3, and 2 in the model",
+        r"up.lora_A.weight is \[2, 8\], the model needs \[3, 8\]|up has rank 3 in the file and 2 in the model",
     ),
     "alpha": (lambda f: edit(f, lora_alpha=0), "lora_alpha of blocks.0.up must be a number above 0, not 0"),
     "dropout": (lambda f: edit(f, lora_dropout=1.0), "lora_dropout must be at least 0 and below 1, not 1.0"),
@@ -192,7 +194,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no truth": (lambda f: edit(f, use_rslora="false"), 'use_rslora must be true or false, not "false"'),
     "expression": (
         lambda f: edit(f, alpha_pattern={"(": 1}),
-        r'alpha_pattern: "\(" is no regular expression',
+        r'alpha_pattern: "\(" is not a valid regular expression',
     ),
     "targets": (
         lambda f: edit(f, target_modules=[1]),
@@ -202,7 +204,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, target_modules=["query"]),
         r'does not fit this model: .*\["query"\], match no layer of ModuleDict. Its linear layers: up \(2\)',
     ),
-    "fewer targets": (lambda f: edit(f, target_modules=["up"]), "2 layers are not targets"),
+    "fewer targets": (lambda f: edit(f, target_modules=["up"]), "no target for 2 of the layers with tensors"),
     "more targets": (
         lambda f: edit(f, target_modules="all-linear"),
         "no tensors for 1 of the targeted layers, such as head",
@@ -213,10 +215,13 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "pattern of no layers": (lambda f: edit(f, layers_pattern="blocks"), "needs layers_to_transform"),
     "identity": (lambda f: (f / IDENTITY).write_text("{}"), "qlora.json: cannot be read"),
-    "identity of tomorrow": (lambda f: edit_identity(f, format=2), "format 2 is not one that this version"),
+    "identity of tomorrow": (
+        lambda f: edit_identity(f, format=2),
+        "format 2 is not supported by this version",
+    ),
     "truncated": (
         lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-9]),
-        "damaged, or no safetensors",
+        "damaged, or not a safetensors file",
     ),
     "half a pair": (
         lambda f: rewrite(f, lambda t: t.pop("base_model.model.blocks.0.up.lora_B.weight")),
@@ -291,12 +296,12 @@ def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
             for x, s in (("a", "alpha/rank"), ("b", "alpha/sqrt(rank)"))
         }
     )
-    with pytest.raises(ModelError, match="PEFT cannot say that"):
+    with pytest.raises(ModelError, match="PEFT's config cannot express that"):
         save_adapter(mixed, tmp_path / "c")
     mixed = trained(dropout=0.1)
     layer = mixed["blocks"][0]["up"]
     layer.spec = replace(layer.spec, dropout=0.2)
-    with pytest.raises(ModelError, match="different dropout: PEFT cannot say that"):
+    with pytest.raises(ModelError, match="different dropout: PEFT's config cannot express that"):
         save_adapter(mixed, tmp_path / "d")
     assert not list(tmp_path.iterdir())
 
@@ -335,5 +340,5 @@ def test_a_disk_that_stores_other_numbers_is_noticed(tmp_path: Path, monkeypatch
         save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
 
     monkeypatch.setattr("qlora.adapter.store.save_file", flip)
-    with pytest.raises(SaveError, match="reading back gave other numbers"):
+    with pytest.raises(SaveError, match="the numbers read back differ"):
         save_adapter(trained(), tmp_path)

@@ -110,7 +110,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_its_file(tmp_path: Path) -> 
     two, one = (nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for names in ("ab", "a"))
     save_adapter(METHODS["bitfit"].apply(two, EVERY_LINEAR, seed=0), tmp_path)
     with pytest.raises(
-        ModelError, match=r"_config\.json: the adapter does not fit this model: it has no .* b\."
+        ModelError, match=r"_config\.json: the adapter does not fit this model: no linear layer b\."
     ):
         load_adapter(one, tmp_path)
 

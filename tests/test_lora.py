@@ -273,7 +273,7 @@ def test_any_network_with_linear_layers_can_be_adapted(name: str) -> None:
 def test_code_that_reads_the_weight_past_the_layer_is_told() -> None:
     layer = LoRALinear(nn.Linear(4, 4))
     assert not hasattr(layer, "weight")
-    with pytest.raises(AttributeError, match="reads `weight` past the adapted layer"):
+    with pytest.raises(AttributeError, match="reads `weight` instead of calling the adapted layer"):
         _ = layer.weight
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = layer.nonsense
@@ -289,7 +289,7 @@ def test_code_that_reads_the_weight_past_the_layer_is_told() -> None:
         ({"scaling": "alpha"}, "scaling must be alpha/rank or"),
         ({"init": "zeros"}, "init must be kaiming, gaussian or zero"),
         ({"rank_pattern": {"nothing": 2}}, '"nothing" matches no targeted layer'),
-        ({"alpha_pattern": {"(": 2.0}}, "is no regular expression"),
+        ({"alpha_pattern": {"(": 2.0}}, "is not a valid regular expression"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:

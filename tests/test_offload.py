@@ -197,7 +197,7 @@ def test_a_model_that_wants_the_ids_elsewhere_is_refused(monkeypatch: pytest.Mon
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cpu")))  # type: ignore[operator]
     with pytest.raises(
-        RecipeError, match=r"base\.embedding: Llama.* leave the key out \(Expected all .* device\)$"
+        RecipeError, match=r"base\.embedding: Llama.* remove this key \(Expected all .* device\)$"
     ):
         check_head(model)
 

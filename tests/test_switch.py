@@ -106,7 +106,7 @@ def test_a_failed_load_changes_nothing(model: nn.Module, folders: dict[str, Path
     save_adapter(small, tmp_path / "misfit", base=BaseIdentity())
     for name, folder, error, said in [
         ("wide", folders["narrow"], UsageError, "already"),
-        ("stranger", tmp_path / "stranger", ModelError, "trained on a base without a name"),
+        ("stranger", tmp_path / "stranger", ModelError, "trained on an unnamed base"),
         ("misfit", tmp_path / "misfit", ModelError, "no tensors for|does not fit"),
         ("nowhere", tmp_path / "missing", ModelError, "no adapter"),
     ]:

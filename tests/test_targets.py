@@ -150,7 +150,7 @@ def test_a_target_that_matches_nothing_lists_what_could_have() -> None:
         select(llama, ["embed_tokens"])
     with pytest.raises(UsageError, match="the list is empty"):
         select(llama, [])
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="is not a valid regular expression"):
         select(llama, ["q_proj("])
     with pytest.raises(UsageError, match=r'"attention" matches no layer of Sequential.*: 0 \(1\)'):
         adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="attention"))

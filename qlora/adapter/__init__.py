@@ -1,4 +1,4 @@
-"""Adapters: what is trained beside frozen linears, where it goes, and the folders it is kept in."""
+"""Adapters: trainable layers around frozen linears, the choice of target layers, and adapter folders on disk."""
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.lora_spec import LoraSpec

@@ -1,6 +1,6 @@
-"""adapter_config.json. Of PEFT's LoraConfig each field is obeyed, known to say nothing, or refused by name.
+"""Reading and writing adapter_config.json. Each field of PEFT's LoraConfig is obeyed, harmless, or refused by name.
 
-Nothing that is set is passed over in silence, as it would then be missing from what the adapter computes.
+No field is ignored in silence: the adapter would then compute something other than its config demands.
 """
 
 import json
@@ -23,7 +23,7 @@ CONFIG_FILE = "adapter_config.json"
 
 
 class LoraLayer(Protocol):
-    """What the config says of a layer: `LoRALinear` has it, and so have the layers of the algebra."""
+    """Numbers of a layer that the config records; `LoRALinear` and the algebra's `Layer` provide them."""
 
     @property
     def rank(self) -> int: ...
@@ -34,9 +34,10 @@ class LoraLayer(Protocol):
 
 
 class Kind(NamedTuple):
-    """What a field may hold besides null."""
+    """Types that a field can have; null is always allowed."""
 
     words: str
+    """the types in words, for error messages"""
     types: tuple[type, ...]
     entries: type | None = None
     """type of a list's entries"""
@@ -59,29 +60,29 @@ HONOURED = {
     "base_model_name_or_path": Kind("a string", (str,)),
     "revision": Kind("a string", (str,)),
 }
-"""Fields that are obeyed. (fan_in_fan_out says how the base's layers store their weights; what they say
-themselves is believed, as in PEFT.)"""
+"""Fields that are obeyed. (fan_in_fan_out describes the weight layout of the base's layers. Like PEFT, we read the
+layout from the layers themselves.)"""
 
 INFORMATION = {
-    "task_type": "what the model is for",
-    "auto_mapping": "the base's class, which is never imported from here",
-    "peft_version": "who wrote the file",
-    "inference_mode": "whether PEFT freezes A and B",
-    "runtime_config": "where PEFT computes",
-    "megatron_core": "the name of a module that only megatron_config uses",
+    "task_type": "purpose of the model",
+    "auto_mapping": "class of the base, which is never imported from here",
+    "peft_version": "version of PEFT that wrote the file",
+    "inference_mode": "freezing of A and B in PEFT",
+    "runtime_config": "device that PEFT computes on",
+    "megatron_core": "module name that only megatron_config uses",
     "qalora_group_size": "only used with use_qalora",
     "ensure_weight_tying": "only concerns embeddings and whole modules, which are refused",
-    "eva_config": "how A was initialised",
+    "eva_config": "initialisation of A",
 }
-"""Fields that say nothing about the mathematics of a finished adapter, and why."""
+"""Fields that do not change what a finished adapter computes, and the meaning of each."""
 
 REFUSED = {
     "bias": "biases of the base were trained",
-    "init_lora_weights": "this initialisation changes the base; let PEFT save it as plain LoRA",
-    "lora_bias": "a bias beside B",
+    "init_lora_weights": "this initialisation changes the base; save the adapter as plain LoRA with PEFT",
+    "lora_bias": "B has a bias",
     "modules_to_save": "whole modules were trained",
     "trainable_token_indices": "rows of the embedding were trained",
-    "target_parameters": "parameters outside of linear layers were adapted",
+    "target_parameters": "parameters outside linear layers were adapted",
     "layer_replication": "layers of the base are repeated",
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -94,25 +95,28 @@ REFUSED = {
     "loftq_config": "LoftQ changes the base",
     "corda_config": "CorDA changes the base",
     "lora_ga_config": "LoRA-GA changes the base",
-    "megatron_config": "layers of Megatron",
+    "megatron_config": "Megatron layers",
 }
-"""Fields that must hold nothing or a neutral value, and what they mean otherwise."""
+"""Fields that must be empty or neutral, and the meaning of any other value."""
 
 NOTHING: tuple[Any, ...] = (None, False, {}, [])
 HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base as it is."""
+"""Initialisations that do not change the base."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": HARMLESS}
 
 
 def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
-    """PEFT's config of these layers of `model`: the commonest rank and alpha, and patterns for the others.
+    """Return PEFT's config for these layers of `model`.
 
-    Raises ModelError for what the layout cannot say.
+    `r` and `lora_alpha` are the commonest rank and alpha; patterns record the layers that differ.
+
+    Raises:
+        ModelError: PEFT's config cannot express the layers.
     """
     rank = commonest([layer.rank for layer in layers.values()])
     alpha = commonest([layer.alpha for layer in layers.values()])
     if len({layer.dropout for layer in layers.values()}) > 1:
-        raise ModelError("layers with different dropout: PEFT cannot say that")
+        raise ModelError("the layers have different dropout: PEFT's config cannot express that")
     return {
         "alpha_pattern": {
             exactly(name): _plain(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha
@@ -142,7 +146,7 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json of any method. Raises ModelError if it is missing or no JSON object."""
+    """Read the fields of any method's adapter_config.json. Raises ModelError if it is missing or not a JSON object."""
     if not path.is_file():
         raise ModelError(f"{path.parent}: there is no adapter: {path.name} is missing")
     try:
@@ -155,45 +159,51 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of LoRA's config. Raises ModelError if it is another method's, or as `check_config`."""
+    """Read the fields of a LoRA config. Raises ModelError if it is another method's, or as `check_config` does."""
     config = read_fields(path)
     if (peft_type := config.get("peft_type")) != "LORA":
         raise ModelError(
-            f'{path}: peft_type is {json.dumps(peft_type)}; only adapters of LoRA ("LORA"), whose updates are '
-            "low-rank products, can be composed, extracted or inspected"
+            f'{path}: peft_type is {json.dumps(peft_type)}; only adapters of LoRA ("LORA") can be composed, '
+            "compressed or inspected, because their updates are low-rank products"
         )
     check_config(config, path)
     return config
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError if a field of LoRA's config is unknown, unsupported or of a wrong type."""
+    """Raise ModelError if a field of a LoRA config is unknown, unsupported or of the wrong type."""
     for field, value in config.items():
         if field in HONOURED:
             _check_type(field, value, path)
         elif field not in INFORMATION and value not in NEUTRAL.get(field, NOTHING):
             meaning = REFUSED.get(field, "a field that this version of qlora does not know")
             raise ModelError(
-                f"{path}: {field} = {json.dumps(value)} is not supported ({meaning}): only plain LoRA of "
-                "linear layers is"
+                f"{path}: {field} = {json.dumps(value)} is not supported ({meaning}). Only plain LoRA of linear "
+                "layers is supported"
             )
     _check_expressions(config, path)
     _check_choice_of_layers(config, path)
 
 
 def targets_in(
-    model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], path: Path
+    model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], path: Path
 ) -> list[str]:
-    """The linear layers of `model` that `config` targets, as PEFT would choose them, in the model's order.
+    """Return the linear layers of `model` that `config` targets, chosen as in PEFT, in the order of the model.
 
-    `found` are the layers that the tensors name: the targets where the config names none. Raises ModelError if
-    no layer fits.
+    Args:
+        model: the model that the adapter is for.
+        config: the fields of adapter_config.json.
+        stored: layers that have tensors; they are the targets if the config names none.
+        path: the config's file, for error messages.
+
+    Raises:
+        ModelError: no layer matches.
     """
     linears = linear_names(model)
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
     if targets is None:
-        names = [name for name in linears if name in found]
+        names = [name for name in linears if name in stored]
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         names = [name for name in linears if head is None or model.get_submodule(name) is not head]
@@ -213,7 +223,7 @@ def targets_in(
 
 
 def spec_of_layer(config: Mapping[str, Any], name: str, path: Path) -> LoraSpec:
-    """The settings of the layer `name`, whose tensors are to be read; absent fields have PEFT's defaults."""
+    """Return the settings of the layer `name`, whose tensors are loaded next; missing fields have PEFT's defaults."""
     rank = pattern_value(config.get("rank_pattern") or {}, name, _or(config.get("r"), 8))
     alpha = pattern_value(config.get("alpha_pattern") or {}, name, _or(config.get("lora_alpha"), 8))
     if type(rank) is not int or rank < 1:
@@ -225,7 +235,7 @@ def spec_of_layer(config: Mapping[str, Any], name: str, path: Path) -> LoraSpec:
 
 
 def _dropout(config: Mapping[str, Any], path: Path) -> float:
-    """The dropout of all layers."""
+    """Return the dropout, which is the same in all layers."""
     dropout = config.get("lora_dropout") or 0
     if not 0 <= dropout < 1:
         raise ModelError(f"{path}: lora_dropout must be at least 0 and below 1, not {dropout!r}")
@@ -233,17 +243,17 @@ def _dropout(config: Mapping[str, Any], path: Path) -> float:
 
 
 def is_rslora(layers: Mapping[str, LoraLayer]) -> bool:
-    """Whether these layers are scaled by alpha/sqrt(rank). Raises ModelError where some are, and some are not."""
+    """Return True if these layers are scaled by alpha/sqrt(rank). Raises ModelError if only some of them are."""
     for use_rslora, scale in ((False, SCALINGS["alpha/rank"]), (True, SCALINGS["alpha/sqrt(rank)"])):
         if all(math.isclose(layer.scaling, scale(layer.alpha, layer.rank)) for layer in layers.values()):
             return use_rslora
     raise ModelError(
-        "layers scaled by alpha/rank beside layers scaled by alpha/sqrt(rank): PEFT cannot say that"
+        "some layers are scaled by alpha/rank, others by alpha/sqrt(rank): PEFT's config cannot express that"
     )
 
 
 def targets_of(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
-    """What means exactly these layers to PEFT: the last parts of their names, the names, or a pattern."""
+    """Return target_modules that match exactly these layers in PEFT: last parts of names, names, or an expression."""
     inside = tuple(f"{name}." for name in layers)
     names = [name for name, _ in model.named_modules() if not name.startswith(inside)]
     for entries in ({name.rpartition(".")[2] for name in layers}, set(layers)):
@@ -253,7 +263,7 @@ def targets_of(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] |
 
 
 def _matcher(entries: str | list[str]) -> Callable[[str], bool]:
-    """PEFT's match: a list holds names or their last parts; a string is an expression for whole names."""
+    """Match names as PEFT does: a list holds names or their last parts; a string is an expression for whole names."""
     if isinstance(entries, str):
         expression = re.compile(entries)
         return lambda name: expression.fullmatch(name) is not None
@@ -262,7 +272,7 @@ def _matcher(entries: str | list[str]) -> Callable[[str], bool]:
 
 
 def _layer_index(name: str, patterns: str | list[str]) -> int | None:
-    """The number after `<pattern>.` in a layer's name or, without patterns, the first number but at its start."""
+    """Return the number after `<pattern>.` in a layer's name, or without patterns the first number after two parts."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
     for expression in expressions or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
@@ -279,7 +289,7 @@ def _check_type(field: str, value: Any, path: Path) -> None:
 
 
 def _check_choice_of_layers(config: Mapping[str, Any], path: Path) -> None:
-    """PEFT's own rules for the fields that choose layers."""
+    """Check PEFT's own rules for the fields that choose layers."""
     indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if isinstance(config.get("target_modules"), str) and (indices is not None or patterns):
         raise ModelError(f"{path}: layers_to_transform and layers_pattern need a list in target_modules")
@@ -288,26 +298,28 @@ def _check_choice_of_layers(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_expressions(config: Mapping[str, Any], path: Path) -> None:
-    found = [(field, config.get(field)) for field in ("target_modules", "exclude_modules", "layers_pattern")]
+    entries = [
+        (field, config.get(field)) for field in ("target_modules", "exclude_modules", "layers_pattern")
+    ]
     for field in ("rank_pattern", "alpha_pattern", "layers_pattern"):
         value = config.get(field) or []
-        found += [(field, entry) for entry in value if not isinstance(value, str)]
-    for field, expression in found:
+        entries += [(field, entry) for entry in value if not isinstance(value, str)]
+    for field, expression in entries:
         if isinstance(expression, str):
             try:
                 re.compile(expression)
             except re.error as error:
-                text = f'"{expression}" is no regular expression ({error})'
+                text = f'"{expression}" is not a valid regular expression ({error})'
                 raise ModelError(f"{path}: {field}: {text}") from error
 
 
 def commonest(values: list[Any]) -> Any:
-    """Of several values the one that a pattern then need not name."""
+    """Return the commonest value; patterns then name only the layers that differ."""
     return Counter(values).most_common(1)[0][0]
 
 
 def _plain(alpha: float) -> float:
-    """A whole number as PEFT writes it, without a point."""
+    """Return alpha as PEFT writes it: a whole number has no decimal point."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 

@@ -1,10 +1,9 @@
-"""What a base is known by, so that no adapter is used on another one unnoticed.
+"""Fingerprint of a base model, so that an adapter is never used on another one unnoticed.
 
-    qlora.json    beside PEFT's files: {"base": {name, revision, commit, weights, ...}, "format": 1}
+    qlora.json    next to PEFT's files: {"base": {name, revision, commit, weights, ...}, "format": 1}
 
-Weights are known by their checkpoint on disk, not as they stand in memory: there, the dtype depends on the
-device and so does NF4 in its last bits, but the same files are the same base everywhere. How they are quantized
-is recorded beside them.
+The fingerprint covers the weights in the checkpoint files, not in memory. In memory the dtype and the last bits of NF4
+depend on the device, but the same files are the same base everywhere. The quantization is recorded separately.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from qlora.storage.safetensors_files import StoredTensor, checkpoint_files, find
 
 IDENTITY_FILE = "qlora.json"
 FORMAT = 1
-"""version of the file's layout"""
+"""version of the layout of qlora.json"""
 
 COMPARED = ("weights", "quantization", "tokenizer", "template")
 SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 2**20
@@ -31,29 +30,30 @@ SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 2**20
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """A base as an adapter remembers it; None is unknown, and what is unknown is not compared.
+    """Fingerprint of a base model. A field that is None is unknown and is not compared.
 
-    >>> BaseIdentity.of(load_base(recipe.base)).difference(BaseIdentity.read(Path("runs/mine/adapter")))
+    Example:
+        >>> BaseIdentity.of(load_base(recipe.base)).difference(BaseIdentity.read(Path("runs/mine/adapter")))
     """
 
     name: str | None = None
     """hub id, folder or bundled/<name>"""
     revision: str | None = None
-    """branch, tag or commit that was asked for"""
+    """branch, tag or commit that was requested"""
     commit: str | None = None
-    """what the hub gave"""
+    """commit that the hub delivered"""
     weights: str | None = None
-    """`checkpoint_digest`, or how they were made"""
+    """`checkpoint_digest`, or the seed of random weights"""
     quantization: str | None = None
-    """of the linears"""
+    """storage of the linear weights, see `quantization_of`"""
     tokenizer: str | None = None
-    """digest of its vocabulary"""
+    """digest of the tokenizer's vocabulary"""
     template: str | None = None
-    """digest of the chat template that rows were written with"""
+    """digest of the chat template that formatted the training rows"""
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """The identity that `load_base` gave `model`; else what its configuration says it was loaded from."""
+        """Return the fingerprint that `load_base` attached to `model`, or else one from the model's configuration."""
         known = getattr(model, "base_identity", None)
         if isinstance(known, cls):
             return known
@@ -64,7 +64,7 @@ class BaseIdentity:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """What `as_json` wrote beside an adapter; None for an adapter of PEFT's, which has no such file."""
+        """Read the qlora.json of an adapter folder; None for an adapter of PEFT, which has no such file."""
         path = folder / IDENTITY_FILE
         if not path.exists():
             return None
@@ -75,7 +75,7 @@ class BaseIdentity:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The text of qlora.json, read back. Raises ValueError with what is wrong with it."""
+        """Parse the text of qlora.json. Raises ModelError if it is damaged or has an unknown format."""
         try:
             record = json.loads(text)
             known = {field.name for field in fields(cls)}
@@ -84,46 +84,51 @@ class BaseIdentity:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"cannot be read: {error}") from error
         if version != FORMAT or not texts:
-            raise ModelError(f"format {version!r} is not one that this version of qlora reads")
+            raise ModelError(f"format {version!r} is not supported by this version of qlora")
         return cls(**base)
 
     def as_json(self) -> str:
-        """The text of qlora.json."""
+        """Return the text of qlora.json."""
         return json.dumps({"base": asdict(self), "format": FORMAT}, indent=2, sort_keys=True) + "\n"
 
     def difference(self, other: "BaseIdentity") -> str | None:
-        """The first thing in which the two are known to differ, with both sides; None if there is none.
+        """Return the first known difference with both values ("there" is self, "here" is other); None if there is none.
 
-        The same weights are the same base under any name. Where they are unknown, two names tell bases apart
-        if both can only mean one thing: a folder's name says nothing about what is in it.
+        Equal weights mean the same base under any name. If the weights are unknown, names are compared, but only
+        names that identify one base. A folder's name does not identify its content.
         """
         for key in COMPARED:
             mine, theirs = getattr(self, key), getattr(other, key)
             if mine is not None and theirs is not None:
                 if mine != theirs:
                     return f"{key}: {mine} there, {theirs} here"
-            elif key == "weights" and _tells(self.name) and _tells(other.name) and self.name != other.name:
+            elif (
+                key == "weights"
+                and _is_unique(self.name)
+                and _is_unique(other.name)
+                and self.name != other.name
+            ):
                 return f"name: {self.name} there, {other.name} here"
         return None
 
     def __str__(self) -> str:
         version = self.commit or self.revision
-        return (self.name or "a base without a name") + (f"@{version[:12]}" if version else "")
+        return (self.name or "an unnamed base") + (f"@{version[:12]}" if version else "")
 
 
-def require_same_base(recorded: BaseIdentity, found: BaseIdentity, folder: Path) -> None:
-    """Raise ModelError, naming both, if the adapter in `folder` was trained on another base than `found`."""
-    difference = recorded.difference(found)
+def require_same_base(recorded: BaseIdentity, loaded: BaseIdentity, folder: Path) -> None:
+    """Raise ModelError if the adapter in `folder` was trained on another base than `loaded`."""
+    difference = recorded.difference(loaded)
     if difference is not None:
         raise ModelError(
-            f"{folder}: the adapter was trained on {recorded}, and this base is {found}; they differ in "
-            f"{difference}. Use the base it was trained on, or say that another will do: --any-base, in Python "
-            "any_base=True"
+            f"{folder}: the adapter was trained on {recorded}, and this base is {loaded}; they differ in "
+            f"{difference}. Use the base it was trained on, or accept another base with --any-base (in Python: "
+            "any_base=True)"
         )
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """BLAKE2b-128 of byte strings, each with its length."""
+    """Return the BLAKE2b-128 digest of byte strings, each preceded by its length."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         total.update(len(part).to_bytes(8, "little"))
@@ -132,11 +137,14 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def checkpoint_digest(files: Sequence[Path]) -> str:
-    """BLAKE2b-128 over the tensors of a checkpoint's safetensors files, however they are spread over the files.
+    """Return the BLAKE2b-128 digest of a checkpoint's tensors, independent of their distribution over the files.
 
-    Of every tensor its name, dtype, shape and content: all of it up to 1 MiB, else 16 stretches of 4 KiB, evenly
-    spread with the first and the last bytes among them. A 7B checkpoint takes 16 MB of reading. A change of a large
-    tensor that leaves all its stretches alone, such as one row of an embedding, goes unnoticed.
+    The digest covers the name, dtype, shape and content of each tensor: the whole content up to 1 MiB, or else 16
+    samples of 4 KiB, evenly spread from the first to the last byte. It reads 16 MB of a 7B checkpoint. A change between
+    the samples of a large tensor goes unnoticed, for example in one row of an embedding.
+
+    Args:
+        files: all safetensors files of the checkpoint.
 
     Raises:
         ModelError: a file is missing or not a safetensors file.
@@ -146,7 +154,7 @@ def checkpoint_digest(files: Sequence[Path]) -> str:
 
 
 def _parts(tensor: StoredTensor) -> Iterator[bytes]:
-    """What of a tensor goes into the digest."""
+    """Yield the parts of a tensor that the digest covers."""
     yield json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode()
     size = tensor.stop - tensor.start
     if size <= WHOLE_BYTES:
@@ -157,9 +165,9 @@ def _parts(tensor: StoredTensor) -> Iterator[bytes]:
 
 
 def _weights_of(name: str | None, commit: str | None) -> str | None:
-    """The digest of a model's safetensors files; None if it has none here, or some are missing.
+    """Return the digest of a model's local safetensors files; None if there are none, or some are missing.
 
-    commit: of a hub id; without one, its files cannot be told from those of another revision.
+    A hub id needs a commit: without it, files of different revisions cannot be distinguished.
     """
     if name is None or not (Path(name).is_dir() or commit):
         return None
@@ -172,7 +180,7 @@ def _weights_of(name: str | None, commit: str | None) -> str | None:
 
 
 def quantization_of(model: nn.Module) -> str | None:
-    """How the linears of `model` are stored, in words; None for 4-bit linears that have no content yet."""
+    """Describe the storage of the linears of `model`; None if 4-bit linears have no content yet."""
     states: list[Any] = [quant_state(module) for module in model.modules() if is_nf4(module)]
     if None in states:
         return None
@@ -183,6 +191,6 @@ def quantization_of(model: nn.Module) -> str | None:
     return "; ".join(sorted(kinds)) or "none"
 
 
-def _tells(name: str | None) -> bool:
-    """Whether a name means one base only: an id of the hub or of the package, not a folder somewhere."""
+def _is_unique(name: str | None) -> bool:
+    """Return True if a name identifies one base: an id of the hub or of the package, not a folder."""
     return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()

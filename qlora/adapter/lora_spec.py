@@ -1,4 +1,4 @@
-"""The settings of LoRA, of a whole adapter or of one layer of it."""
+"""LoRA settings of a whole adapter or of one layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,32 +17,36 @@ SCALINGS = {
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Settings of LoRA: the same for every layer but those that a pattern matches.
+    """LoRA settings (Hu et al. 2021), shared by all layers except those that a pattern matches.
 
+    Raises:
+        UsageError: a number is out of range, or `scaling` or `init` is unknown.
+
+    Example:
         >>> LoraSpec(rank=16, alpha=32, targets="all-linear").factor
         2.0
-
-    Raises UsageError for numbers out of range.
     """
 
     rank: int = 8
-    """rows of A [rank, in], columns of B [out, rank]"""
+    """rank of the update: rows of A [rank, in], columns of B [out, rank]"""
     alpha: float | None = None
-    """strength of the update, see `factor`; None: alpha = rank"""
+    """numerator of the scaling; None means alpha = rank"""
     dropout: float = 0.0
-    """share of the input of A that is dropped in training"""
+    """share of A's input that is dropped in training, at least 0 and below 1"""
     scaling: str = "alpha/rank"
-    """or "alpha/sqrt(rank)" """
+    """factor of the update: "alpha/rank" (LoRA) or "alpha/sqrt(rank)" (rsLoRA)"""
     init: str = "kaiming"
-    """A's: "kaiming" (uniform, a = sqrt(5): the bound is 1/sqrt(in)), "gaussian" (standard deviation 1/rank) or "zero"
-    (to read an adapter into); B is zero, so training starts at the base"""
+    """initialisation of A: "kaiming" (uniform with a = sqrt(5), that is between -1/sqrt(in) and 1/sqrt(in)), "gaussian"
+    (standard deviation 1/rank) or "zero" (before an adapter is loaded). B is zero, so training starts at the base"""
     targets: str | Sequence[str] = "attention"
-    """the linear layers, see `select`"""
+    """layers to adapt: "attention", "all-linear" or a list, see `qlora.adapter.select`"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """ranks of single layers. A key is a regular expression that matches a layer's name or the last parts of the name;
+    the first matching key counts"""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """another rank or alpha where a key, a regular expression, matches a name or its last parts; the first counts"""
+    """alphas of single layers, with the same keys"""
     dtype: torch.dtype = torch.bfloat16
-    """of A and B; the optimizer keeps what bf16 would round away"""
+    """dtype of A and B; the optimizer keeps the bits that bf16 rounds away"""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -58,16 +62,16 @@ class LoraSpec:
 
     @property
     def resolved_alpha(self) -> float:
-        """alpha, or the rank where alpha is None."""
+        """alpha, or the rank if alpha is None."""
         return self.rank if self.alpha is None else self.alpha
 
     @property
     def factor(self) -> float:
-        """Of B A x."""
+        """Factor of the update B A x."""
         return float(SCALINGS[self.scaling](self.resolved_alpha, self.rank))
 
     def of_layer(self, name: str) -> "LoraSpec":
-        """The settings of the layer `name`: its own rank and alpha."""
+        """Return the settings of the layer `name`, with its own rank and alpha."""
         return replace(
             self,
             rank=pattern_value(self.rank_pattern, name, self.rank),

@@ -1,4 +1,4 @@
-"""Settings for some layers: a regular expression that matches a name or its last parts, as in PEFT's rank_pattern."""
+"""Settings of single layers, chosen by regular expressions as in PEFT's rank_pattern."""
 
 import re
 from collections.abc import Mapping
@@ -11,25 +11,25 @@ Value = TypeVar("Value")
 
 
 def fits(key: str, name: str) -> bool:
-    """Whether `key` matches a layer's name or its last parts."""
+    """Return True if the expression `key` matches a layer's name or the last parts of the name."""
     return _expression(key).match(name) is not None
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first pattern that matches `name`, else `default`."""
+    """Return the value of the first pattern that matches `name`, or else `default`."""
     return next((value for key, value in patterns.items() if fits(key, name)), default)
 
 
 def exactly(name: str) -> str:
-    """A regular expression that matches this layer alone, for `select` and for PEFT's patterns."""
+    """Return a regular expression that matches only this layer, for `select` and for PEFT's patterns."""
     return "^" + re.escape(name)
 
 
-@lru_cache(maxsize=4096)  # a key for each layer of a large model: re's own cache is too small
+@lru_cache(maxsize=4096)  # a large model can have a key per layer: re's own cache is too small
 def _expression(key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as error:
         raise UsageError(
-            f'rank_pattern or alpha_pattern: "{key}" is no regular expression ({error})'
+            f'rank_pattern or alpha_pattern: "{key}" is not a valid regular expression ({error})'
         ) from error

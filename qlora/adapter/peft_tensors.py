@@ -1,4 +1,4 @@
-"""The tensors of an adapter as PEFT names and stores them."""
+"""Adapter tensors under PEFT's names, in PEFT's file."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,7 +20,10 @@ SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of each layer, given by what follows its name, under their names in the file, on the CPU.
+    """Return the tensors of all layers by their names in the file, on the CPU.
+
+    Args:
+        layers: for each layer name, its tensors by suffix, such as ".lora_A.weight".
 
     Raises:
         ModelError: a number is not finite.
@@ -35,41 +38,48 @@ def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read A [rank, in] and B [out, rank] by layer name, on the CPU. Raises ModelError as `read_layers`."""
+    """Read A [rank, in] and B [out, rank] of each layer, on the CPU. Raises ModelError as `read_layers` does."""
     layers = read_layers(folder, (SUFFIX_A, SUFFIX_B))
     return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}
 
 
 def read_layers(folder: Path, suffixes: Collection[str]) -> dict[str, dict[str, Tensor]]:
-    """Read the tensors of each layer by what follows its name, `suffixes`, on the CPU.
+    """Read the tensors of each layer from an adapter folder, on the CPU.
+
+    Args:
+        folder: the adapter folder.
+        suffixes: endings of the tensor names after the layer's name; each layer must have exactly these tensors.
+
+    Returns:
+        For each layer name, its tensors by suffix.
 
     Raises:
-        ModelError: the file is missing, damaged or a pickle, or a layer has not just these tensors of finite numbers.
+        ModelError: the file is missing, damaged or a pickle; a tensor is missing, unexpected or not finite.
     """
     path = folder / TENSORS_FILE
     if not path.is_file():
         if (folder / "adapter_model.bin").exists():
             raise ModelError(
-                f"{folder}: adapter_model.bin is a pickle, which can run any code when it is read, so it is "
-                f"not read. Convert it with torch's restricted reader, in that folder: {CONVERSION}"
+                f"{folder}: adapter_model.bin is a pickle. Loading a pickle can run any code, so qlora does not read "
+                f"it. Convert it with torch's restricted loader; run in that folder: {CONVERSION}"
             )
         raise ModelError(f"{folder}: {TENSORS_FILE} is missing")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged, or no safetensors file: {error}") from error
+        raise ModelError(f"{path}: damaged, or not a safetensors file: {error}") from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if not key.startswith(PREFIX) or suffix is None:
             raise ModelError(
-                f"{path}: unexpected tensor {key}: tensors of this method end in {' and '.join(suffixes)}"
+                f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}"
             )
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ModelError(f"{path}: {key} holds numbers that are not finite")
         layers.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor
-    for name, found in layers.items():
+    for name, parts in layers.items():
         for suffix in suffixes:
-            if suffix not in found:
+            if suffix not in parts:
                 raise ModelError(f"{path}: {PREFIX}{name}{suffix} is missing")
     return layers

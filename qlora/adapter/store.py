@@ -1,13 +1,13 @@
-"""Adapter folders in the PEFT layout, so that PEFT, vLLM and llama.cpp's converter read what is written here.
+"""Saving and loading adapter folders in PEFT's layout, which PEFT, vLLM and llama.cpp's converter can read.
 
-    adapter_config.json          settings, keys sorted; LoRA's as in config.py
+    adapter_config.json          settings, with sorted keys; LoRA's are described in config.py
     adapter_model.safetensors    base_model.model.<path of the layer>.lora_A.weight [rank, in]
                                  base_model.model.<path of the layer>.lora_B.weight [out, rank]
-                                 (of another method: what its layer's SAVED names)
-    qlora.json                   ours: the base that it was trained on; see identity.py
+                                 (other methods: the suffixes in their layer's SAVED)
+    qlora.json                   fingerprint of the base model, which PEFT does not have; see identity.py
 
-Nothing is unpickled, and no field of the JSON chooses code. Reading is strict: every tensor has its place and
-every place its tensor; else nothing is changed, and the error says which.
+Nothing is unpickled, and no field of the JSON selects code to run. Reading is strict: each target layer needs its
+tensors, and each tensor needs its target layer. Otherwise the model stays unchanged, and the error names the mismatch.
 """
 
 import json
@@ -39,14 +39,26 @@ def save_adapter(
     revision: str | None = None,
     base: BaseIdentity | None = None,
 ) -> Path:
-    """Write the adapter in `model` to `folder` in the PEFT layout, and read it back.
+    """Save the adapter of `model` in PEFT's layout, and verify the tensors by reading them back.
 
+    Each file is replaced atomically, the tensors first.
+
+    Args:
+        model: a model with an adapter.
+        folder: adapter folder; it is created if needed.
+        base_model: name of the base to record, instead of the name in `base`.
+        revision: revision of the base to record, instead of the revision in `base`.
+        base: fingerprint of the base that the adapter was trained on; None reads it from `model`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: the model has no adapter, a number is not finite, or PEFT's config cannot express the adapter.
+        SaveError: a file cannot be written, or the tensors read back differ.
+
+    Example:
         >>> save_adapter(model, "runs/mine/adapter", base_model="huggyllama/llama-7b")
-
-    Each file replaces an older one in a single step, the tensors first. `base` is what the adapter was trained
-    on (None: what `model` tells of itself); `base_model` and `revision` give it other names. Raises ModelError
-    if there is nothing to save, a number is not finite or the layout cannot say it; SaveError if the disk
-    refuses. Returns the folder.
     """
     folder = Path(folder)
     layers = AdaptedLinear.of(model)
@@ -65,26 +77,35 @@ def save_adapter(
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
     if not all(key in back and torch.equal(tensors[key], back[key]) for key in tensors):
-        raise SaveError(f"{folder / TENSORS_FILE}: reading back gave other numbers than were written")
+        raise SaveError(f"{folder / TENSORS_FILE}: the numbers read back differ from the numbers written")
     return folder
 
 
 def load_adapter(
     model: nn.Module, folder: str | Path, *, base: BaseIdentity | None = None, any_base: bool = False
 ) -> nn.Module:
-    """Put the adapter in `folder` (ours or PEFT's) into `model`; returns the model.
+    """Load the adapter in `folder` into `model`, in place.
 
+    A model without an adapter is frozen and adapted as the config describes, with the dtype of the stored tensors.
+    A model with an adapter keeps its layers and takes the stored tensors and settings; method, layers and shapes must
+    be the same. If the model is on the meta device, only the adapter's tensors become real, on the CPU.
+
+    Args:
+        model: a base, or a model with an adapter of the same method.
+        folder: an adapter folder, written by qlora or PEFT.
+        base: fingerprint of the model; None reads it from `model`. It must match the fingerprint in the folder. An
+            adapter of PEFT has no fingerprint, so only the names of the bases are compared.
+        any_base: load the adapter even if it was trained on another base.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: the adapter was trained on another base, a file is missing or damaged, the config is not
+            supported, or the tensors do not fit the model. The model is unchanged.
+
+    Example:
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
-
-    A model without an adapter is adapted as the config says, with tensors in the folder's dtype. One that has
-    an adapter is switched: same method, same layers, same shapes, and the tensors and settings become the folder's.
-    Of a model on the meta device the adapter's tensors alone become real, on the CPU.
-
-    An adapter that was trained on another base than `base` (None: what `model` tells of itself) is refused,
-    unless `any_base` says that another will do. One without a record, as of PEFT, is known by names only.
-
-    Raises ModelError, and leaves the model as it was, if it is another base, a file is missing or damaged, the
-    config asks for something unknown here, or tensors and model do not fit.
     """
     folder = Path(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
@@ -97,18 +118,18 @@ def load_adapter(
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
         require_same_base(recorded, base or BaseIdentity.of(model), folder)
-    found = read_layers(folder, method.layer.SAVED)
+    stored = read_layers(folder, method.layer.SAVED)
     layers = AdaptedLinear.of(model)
     if layers and method_of(layers) is not method:
         raise ModelError(f"{file}: the model has an adapter of another method than {method.name}")
-    names = list(layers) or method.targets(model, config, found, file)
-    _check_names(names, found, tensors_file)
+    names = list(layers) or method.targets(model, config, stored, file)
+    _check_names(names, stored, tensors_file)
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
-        _check_shapes(name, model.get_submodule(name), found[name], method, spec, tensors_file)
+        _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
     if not layers:
         protect(model.requires_grad_(False))
-        dtype = next(iter(found[names[0]].values())).dtype
+        dtype = next(iter(stored[names[0]].values())).dtype
         specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
         wrap(model, {n: method.layer(model.get_submodule(n), spec) for n, spec in specs.items()})
     with torch.no_grad():
@@ -116,38 +137,40 @@ def load_adapter(
             layer.spec = specs[name]
             for suffix, parameter in layer.saved().items():
                 if parameter.is_meta:
-                    setattr(layer, layer.SAVED[suffix], nn.Parameter(found[name][suffix]))
+                    setattr(layer, layer.SAVED[suffix], nn.Parameter(stored[name][suffix]))
                 else:
-                    parameter.copy_(found[name][suffix])
+                    parameter.copy_(stored[name][suffix])
     return model
 
 
 def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
-    """The method that these layers of a model are of. Raises ModelError if there are none."""
+    """Return the adapter method of these layers of a model. Raises ModelError if there are no layers."""
     if not layers:
         raise ModelError("the model has no adapter: there is nothing to save")
     kind = type(next(iter(layers.values())))
     return next(method for method in ADAPTERS.values() if method.layer is kind)
 
 
-def _check_names(names: list[str], found: Mapping[str, Any], path: Path) -> None:
-    missing = [name for name in names if name not in found]
-    unexpected = sorted(found.keys() - names)
+def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> None:
+    missing = [name for name in names if name not in stored]
+    unexpected = sorted(stored.keys() - names)
     if missing:
         raise ModelError(
             f"{path}: no tensors for {len(missing)} of the targeted layers, such as {missing[0]}"
         )
     if unexpected:
-        raise ModelError(f"{path}: {len(unexpected)} layers are not targets, such as {unexpected[0]}")
+        raise ModelError(
+            f"{path}: no target for {len(unexpected)} of the layers with tensors, such as {unexpected[0]}"
+        )
 
 
 def _check_shapes(
-    name: str, module: nn.Module, found: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
+    name: str, module: nn.Module, stored: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
 ) -> None:
     if isinstance(module, AdaptedLinear) and (reason := module.misfit(spec)) is not None:
         raise ModelError(f"{path}: {name} {reason}")
     for suffix, shape in method.layer.shapes(module, spec).items():
-        if tuple(found[suffix].shape) != shape:
+        if tuple(stored[suffix].shape) != shape:
             raise ModelError(
-                f"{path}: {name}{suffix} is {list(found[suffix].shape)}, the model wants {list(shape)}"
+                f"{path}: {name}{suffix} is {list(stored[suffix].shape)}, the model needs {list(shape)}"
             )

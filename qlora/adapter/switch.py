@@ -1,8 +1,8 @@
-"""One base in memory, many adapters beside it: a switch changes which modules the model calls, and no byte.
+"""Switching between adapters of one base in memory, without copying or changing a tensor.
 
-An adapter is kept as the adapted layers that it needs. To activate it is to put these where its targets stand; to
-deactivate it, to put the targets back. So adapters may differ in rank, alpha and targets, and the base, when
-none is active, is the very model it was before.
+Each adapter is kept as a set of adapted layers. Activating an adapter puts its layers in the place of the target
+layers; deactivating it puts the target layers back. So adapters can differ in rank, alpha and targets. Without an
+active adapter the model is exactly the base.
 """
 
 from pathlib import Path
@@ -15,48 +15,59 @@ from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
 
 Place = tuple[nn.Module, str]
-"""A parent and the name under which it holds a child"""
+"""A parent module and the attribute name of one of its children"""
 
 
 class Adapters:
-    """The adapters of one model, of which at most one is active.
+    """Several adapters of one model, at most one of them active.
 
+    Args:
+        model: a base without an adapter, already on its final device. Loading an adapter freezes the model.
+
+    Raises:
+        ModelError: the model has an adapter already.
+
+    Example:
         >>> adapters = Adapters(load_base(recipe.base))
         >>> adapters.load("poet", "runs/poet/adapter")
         >>> adapters.load("clerk", "runs/clerk/adapter")
         >>> adapters.activate("poet")
         >>> adapters.deactivate()
-
-    model: a base without an adapter, on the device where it stays; it is frozen. Raises ModelError if it is
-    adapted already.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if AdaptedLinear.of(model):
             raise ModelError(
-                "the model is adapted already: give the base alone, and load its adapters by name"
+                "the model is adapted already: pass the base without an adapter, then load the adapters by name"
             )
         self.model = model
         self.active: str | None = None
-        """name of the active adapter"""
+        """name of the active adapter; None if the model computes the base alone"""
         self._layers: dict[str, list[tuple[Place, AdaptedLinear]]] = {}
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters that are loaded, in the order in which they were."""
+        """Names of the loaded adapters, in loading order."""
         return list(self._layers)
 
     def load(
         self, name: str, folder: str | Path, *, base: BaseIdentity | None = None, any_base: bool = False
     ) -> None:
-        """Read the adapter in `folder` and keep it as `name`; which one is active stays as it is.
+        """Load the adapter in `folder` under `name`, without changing which adapter is active.
 
-        base, any_base: see `load_adapter`. Raises UsageError, and changes nothing, if the name is taken; ModelError if
-        the adapter does not fit the model or was trained on another one.
+        Args:
+            name: name for `activate` and `unload`.
+            folder: an adapter folder, written by qlora or PEFT.
+            base: fingerprint of the model; None reads it from the model.
+            any_base: load the adapter even if it was trained on another base.
+
+        Raises:
+            UsageError: the name is taken; nothing has changed.
+            ModelError: the adapter does not fit the model or was trained on another base; nothing has changed.
         """
         if name in self._layers:
             raise UsageError(
-                f"an adapter named {name!r} is loaded already: choose another name, or unload it"
+                f"an adapter named {name!r} is loaded already: choose another name, or unload that adapter"
             )
         active = self.active
         self.deactivate()
@@ -68,16 +79,24 @@ class Adapters:
             self.activate(active)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; an active one is deactivated first. Raises UsageError if there is none of that name."""
+        """Drop a loaded adapter, deactivating it first if it is active.
+
+        Raises:
+            UsageError: no adapter has that name.
+        """
         self._check(name)
         if name == self.active:
             self.deactivate()
         del self._layers[name]
 
     def activate(self, name: str | None) -> None:
-        """Make the model compute base + adapter `name`; None is the base alone.
+        """Make the model compute the base plus the adapter `name`.
 
-        Raises UsageError, and changes nothing, if there is no adapter of that name.
+        Args:
+            name: a loaded adapter; None means the base alone.
+
+        Raises:
+            UsageError: no adapter has that name; nothing has changed.
         """
         if name is not None:
             self._check(name)
@@ -85,7 +104,7 @@ class Adapters:
             self._put_back(self.active)
         if name is not None:
             for (parent, attribute), layer in self._layers[name]:
-                if layer.training != layer.base.training:  # it was not there when the model's mode was set
+                if layer.training != layer.base.training:  # the model's mode changed while the layer was out
                     layer.train(layer.base.training)
                 setattr(parent, attribute, layer)
         self.active = name
@@ -105,7 +124,7 @@ class Adapters:
 
 
 def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
-    """Every place where an AdaptedLinear stands; a shared one stands in several."""
+    """Return every place of an AdaptedLinear in the model; a shared layer has several places."""
     return [
         ((parent, attribute), child)
         for parent in model.modules()

@@ -1,4 +1,4 @@
-"""Which linear layers get an adapter. Training, storage and forecasts all ask `select`."""
+"""Choice of the linear layers that get an adapter. Training, storage and forecasts all call `select`."""
 
 import re
 from collections import Counter
@@ -10,8 +10,8 @@ from torch import nn
 from qlora.errors import UsageError
 from qlora.quantization.nf4 import is_nf4
 
-# The projections of attention as the architectures call them. The names of the second set are also used for
-# other things (BERT's `output.dense`, T5's `wo`), so count only inside a module named attention.
+# Names of attention projections in the known architectures. The names of the second set also occur outside
+# attention (BERT's `output.dense`, T5's `wo`), so they count only inside a module named after attention.
 # fmt: off
 ATTENTION = frozenset([
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "Wqkv", "wqkv",
@@ -24,20 +24,29 @@ INSIDE_ATTENTION = frozenset([
 # fmt: on
 
 SAME_PRODUCT = frozenset(["FalconLinear"])
-"""Subclasses of `nn.Linear` whose own forward is the plain product all the same."""
+"""Subclasses of `nn.Linear` with their own forward that still computes the plain product."""
 
 HEADS = frozenset(["lm_head", "embed_out"])
-"""Output heads of models that do not say which module it is."""
+"""Names of output heads in models without `get_output_embeddings`."""
 
 
 def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers (`nn.Linear`, `Linear4bit`, GPT-2's `Conv1D`) that `targets` means, in order.
+    """Return the names of the linear layers that `targets` selects, in the order of the model.
 
-    targets: "attention": the query, key, value and output projections; "all-linear": every linear layer but
-        the output head and the routers of a mixture of experts; a list: each entry is a name, or the last
-        parts of one (`mlp.up_proj`), or else a regular expression that matches a whole name.
+    Linear layers are `nn.Linear`, `Linear4bit` and GPT-2's `Conv1D`.
 
-    Raises UsageError if nothing matches, or one entry of a list does not; it lists what could have matched.
+    Args:
+        model: any module with linear layers.
+        targets: "attention" for the query, key, value and output projections; "all-linear" for every linear layer
+            except the output head and the routers of a mixture of experts; or a list. Each entry of a list is a
+            layer's name, the last parts of a name (`mlp.up_proj`), or a regular expression that matches a whole name.
+            Any other string is a list of one entry.
+
+    Raises:
+        UsageError: nothing matches, or an entry of the list matches nothing. The message lists the linear layers.
+
+    Example:
+        >>> select(model, ["q_proj", "mlp.up_proj"])
     """
     linears = linear_names(model)
     if isinstance(targets, str) and targets not in ("attention", "all-linear"):
@@ -59,7 +68,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of all layers that can be adapted: linears whose forward is used, and is the plain product."""
+    """Return the names of all layers that can be adapted: linears that are called and compute the plain product."""
     bypassed = {  # torch's attention reads this weight and never calls the layer
         module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
@@ -71,20 +80,20 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` computes x W^T + bias and no more; a subclass with a forward of its own may not."""
+    """Return True if `module` is known to compute x W^T + bias and nothing else."""
     kind = type(module)
     plain = kind.forward is nn.Linear.forward or kind.__name__ in SAME_PRODUCT
     return (isinstance(module, nn.Linear) and plain) or is_nf4(module) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D (GPT-2's linear), which stores its weight as [in, out]."""
-    # By name, so that networks of plain torch need no transformers
+    """Return True if `module` is transformers' Conv1D (GPT-2's linear), which stores its weight as [in, out]."""
+    # Compared by name, so that plain torch networks work without importing transformers
     return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
+    """Return the numbers of inputs and outputs of a linear layer."""
     return (linear.nx, linear.nf) if is_conv1d(linear) else (linear.in_features, linear.out_features)  # type: ignore[return-value]
 
 
@@ -99,37 +108,37 @@ def _is_attention(name: str) -> bool:
 def _heads_and_routers(model: nn.Module) -> set[str]:
     modules = dict(model.named_modules())
     heads = {m.get_output_embeddings() for m in modules.values() if hasattr(m, "get_output_embeddings")}
-    found = set()
+    excluded = set()
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         routes = hasattr(modules.get(parent), "experts") and ("gate" in leaf or "router" in leaf)
         if module in heads or leaf in HEADS or routes:
-            found.add(name)
-    return found
+            excluded.add(name)
+    return excluded
 
 
 def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
-    """The linears that one entry of a list names."""
+    """Return the linears that one entry of a list matches."""
     try:
         pattern = re.compile(entry)
     except re.error as error:
-        raise UsageError(f'targets: "{entry}" is no name and no regular expression ({error})') from error
+        raise UsageError(f'targets: "{entry}" is not a valid regular expression ({error})') from error
 
     def fits(name: str) -> bool:
         return name == entry or name.endswith("." + entry) or pattern.fullmatch(name) is not None
 
-    found = {name for name in linears if fits(name)}
-    if not found:
+    matches = {name for name in linears if fits(name)}
+    if not matches:
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no linear layer" if others else "matches nothing"
         raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {offer(linears)}')
-    return found
+    return matches
 
 
 def offer(linears: Sequence[str]) -> str:
-    """What could have matched: the last parts of the names, and how many layers each stands for."""
+    """Return a sentence that lists the linear layers by the last part of their names, with counts."""
     if not linears:
-        return "It has no linear layer at all."
+        return "It has no linear layers."
     leaves = Counter(name.rpartition(".")[2] for name in linears)
     return "Its linear layers: " + ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items()) + "."

@@ -1,1 +1,1 @@
-"""The base model: loaded, given our layers and adapters, ready to train."""
+"""The base model: loading, fused layers, activation checkpointing and offload, and assembly for training."""

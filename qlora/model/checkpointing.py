@@ -1,4 +1,4 @@
-"""Which layers keep their activations and which compute them again in the backward pass."""
+"""Activation checkpointing: the choice of layers that recompute their activations in the backward pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from qlora.ops.dropout import with_these_rows
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedLayer]:
-    """The model's layers that can be checkpointed, from the first to the last."""
+    """Return the layers of the model that can be checkpointed, from first to last."""
     kinds = (GradientCheckpointingLayer, FusedLayer)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
@@ -23,36 +23,44 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedL
 def checkpoint_layers(
     model: nn.Module, layers: int | None = None, mlps: int = 0, *, offload: bool = False
 ) -> None:
-    """Recompute the activations of the first `layers` decoder layers (None: of all) in the backward pass.
+    """Recompute the activations of the first decoder layers in the backward pass.
 
-    Of the `mlps` layers after those, the MLP alone is recomputed. Non-reentrant, so frozen embeddings need no
-    artificial gradient, and with the random state kept, so dropout draws the same mask twice. `offload`: what these
-    layers keep, their inputs, lies in host memory meanwhile.
+    Checkpointing is non-reentrant, so frozen embeddings need no artificial gradient. It restores the random state, so
+    dropout draws the same mask twice.
+
+    Args:
+        model: the model; its layers are changed in place.
+        layers: number of layers that are recomputed as a whole; None means all.
+        mlps: number of layers after these that recompute only their MLP.
+        offload: keep the inputs of the layers that are recomputed as a whole in host memory between the passes.
+
+    Raises:
+        RecipeError: the model has no layers that can be checkpointed, or no fused layers whose MLP can be.
     """
-    found = decoder_layers(model)
-    if not found:
+    decoder = decoder_layers(model)
+    if not decoder:
         raise RecipeError(
             f"{type(model).__name__} has no layers that can be checkpointed: "
             "set training.activation_checkpointing=none"
         )
-    count = len(found) if layers is None else min(layers, len(found))
+    count = len(decoder) if layers is None else min(layers, len(decoder))
     plain = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
 
-    def kept_by(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checkpointed(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return plain(with_these_rows(layer), *args, **kwargs)
 
-    for index, layer in enumerate(found):
-        alone = count <= index < count + mlps
+    for index, layer in enumerate(decoder):
+        mlp_only = count <= index < count + mlps
         if isinstance(layer, FusedLayer):
             layer.recompute = (
-                Recompute.ALL if index < count else Recompute.MLP if alone else Recompute.NOTHING
+                Recompute.ALL if index < count else Recompute.MLP if mlp_only else Recompute.NOTHING
             )
-            layer.checkpoint = kept_by
+            layer.checkpoint = checkpointed
             continue
-        if alone:
+        if mlp_only:
             raise RecipeError(
-                f"{type(model).__name__} has no layers of ours, whose MLP can be recomputed alone: "
+                f"{type(model).__name__} has no fused layers, so its MLPs cannot be recomputed alone: "
                 "set training.activation_checkpointing=full, or none"
             )
         layer.gradient_checkpointing = index < count
-        layer._gradient_checkpointing_func = kept_by
+        layer._gradient_checkpointing_func = checkpointed

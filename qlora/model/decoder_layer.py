@@ -1,12 +1,13 @@
-"""A decoder layer, forward and backward with the least kept between them, for each architecture that has a spec.
+"""A decoder layer that saves few activations for the backward pass, for each architecture with a spec.
 
-Of a layer's forward pass the backward needs: the layer's input, the queries, keys and values that attention
-read, attention's output, the stream between the two halves, gate and up. Everything else is rebuilt from these
-without a matrix product. transformers' own layer around the same linears keeps nearly twice as much.
+The forward pass saves: the layer's input, the queries, keys and values of attention, attention's output, the residual
+stream between attention and MLP, gate and up. The backward pass rebuilds everything else from these without a matrix
+product. transformers' own layer around the same linears saves nearly twice as much.
 
-A layer can keep less and compute more: without gate and up, half of what it keeps, its MLP computes those two again;
-recomputed as a whole it keeps its input alone. Either way the last product of the MLP is left out, unless a norm
-follows it: its output is the next layer's input, which nobody needs again. That product is a quarter of the layer.
+A layer can save less and compute more. Recomputing the MLP saves neither gate nor up, which halves the memory.
+Recomputing the whole layer saves only its input. Both skip the last product of the MLP (down_proj), unless a norm
+follows it: its output is the next layer's input, and the backward pass does not need it. That product is a quarter of
+the layer.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,11 @@ from qlora.quantization.nf4 import quant_state
 COMPUTED_WITH = {
     "attention_mask", "position_embeddings", "position_ids", "document_lengths", "document_ends",
 }  # fmt: skip
-"""keywords of a layer's call that our passes read"""
+"""keywords of a layer's call that our forward pass supports"""
 
 
 class Recompute(Enum):
-    """The part of a layer that is computed again in the backward."""
+    """Part of a layer that is recomputed in the backward pass."""
 
     NOTHING = "nothing"
     MLP = "gate and up of its MLP"
@@ -47,12 +48,16 @@ class Recompute(Enum):
 
 
 class FusedLayer(nn.Module):
-    """One of transformers' decoder layers with our passes; its modules and their names stay the same.
+    """A decoder layer of transformers with our forward and backward pass; its modules and their names stay the same.
 
-    original: the layer whose modules are used. It takes the calls that our passes do not know, as with a cache.
-    spec: what the layer computes.
-    recompute: what is not kept but computed again in the backward.
-    checkpoint: calls a function of the layer's input, keeping that alone.
+    Args:
+        original: the layer of transformers. It still handles calls that our passes do not support, such as with a
+            cache.
+        spec: description of what the layer computes.
+
+    Attributes:
+        recompute: part of the layer that is recomputed in the backward pass.
+        checkpoint: like torch.utils.checkpoint; saves only the layer's input.
     """
 
     self_attn: Any
@@ -63,17 +68,19 @@ class FusedLayer(nn.Module):
         super().__init__()
         for name, module in original.named_children():
             self.add_module(name, module)
-        object.__setattr__(self, "original", original)  # its modules are ours: not to be listed twice
+        object.__setattr__(self, "original", original)  # not a submodule: its modules would be listed twice
         self.spec = spec
         self.recompute = Recompute.NOTHING
         self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.train(original.training)
 
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
-        """hidden_states [B, T, H] -> [B, T, H].
+        """Map hidden_states [B, T, H] to [B, T, H].
 
-        `call`: the keywords that a model of transformers passes to its layers. If our passes do not know one of them,
-        such as a cache, transformers' own layer takes the whole call.
+        Args:
+            hidden_states: the layer's input.
+            call: keywords that transformers passes to its layers. If our passes do not support one of them, such as a
+                cache, transformers' own layer handles the whole call.
         """
         if not _computes(call):
             return self.original(hidden_states, **call)
@@ -82,14 +89,14 @@ class FusedLayer(nn.Module):
             return self._run(hidden_states, Forward.KEEPING, **known)
         if self.recompute is Recompute.MLP:
             return self._run(hidden_states, Forward.SPARING, **known)
-        # The first call is the forward pass, each later one a recompute
+        # The first call is the forward pass; each later call is a recomputation
         modes = chain([Forward.SPARING], repeat(Forward.RECOMPUTE))
         return cast(
             Tensor, self.checkpoint(lambda hidden: self._run(hidden, next(modes), **known), hidden_states)
         )
 
     def repeated(self, part: Recompute) -> float:
-        """The products of weights that a recompute of this part repeats, as a share of a forward pass."""
+        """Return the matrix products that recomputing this part repeats, as a share of a forward pass."""
         attention, mlp = self.self_attn, self.mlp
         others = sum(map(_weights, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)))
         wide, down = _weights(mlp.gate_proj) + _weights(mlp.up_proj), _weights(mlp.down_proj)
@@ -106,7 +113,7 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         **documents: Any,
     ) -> Tensor:
-        """The layer from top to bottom; `mode` is that of its MLP."""
+        """Compute the layer; `mode` is the mode of its MLP."""
         spec, attention, mlp = self.spec, self.self_attn, self.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         query, key, value = lora_linears(hidden, *_linears(projections), self._norm(spec.before_attention))
@@ -127,7 +134,7 @@ class FusedLayer(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, documents: dict[str, Any]
     ) -> Tensor:
-        """[B, T, heads, head_dim] each -> [B, T, heads * head_dim], by the model's attention implementation."""
+        """Attend with the model's implementation: three [B, T, heads, head_dim] -> [B, T, heads * head_dim]."""
         attention = self.self_attn
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         attended, _ = attend(
@@ -146,9 +153,9 @@ class FusedLayer(nn.Module):
 
 
 def use_fused_layers(model: nn.Module) -> nn.Module:
-    """Put a FusedLayer in the place of every layer it can stand for, in place; returns the model.
+    """Replace every supported decoder layer by a FusedLayer, in place, and return the model.
 
-    A layer qualifies by a spec that fits it, and norms and linears that are frozen.
+    A layer is supported if a spec fits it and its norms and linears are frozen, apart from LoRA.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -158,18 +165,18 @@ def use_fused_layers(model: nn.Module) -> nn.Module:
 
 
 def _computes(call: dict[str, Any]) -> bool:
-    """Whether our passes compute all that a layer is called for."""
+    """Return True if our passes support every keyword of a layer's call."""
     return {"position_embeddings"} <= asked(call) <= COMPUTED_WITH
 
 
 def _spec_of(layer: Any) -> LayerSpec | None:
-    """What the layer computes; None where it keeps its own passes."""
+    """Return the spec of a layer that a FusedLayer can replace; None for any other layer."""
     spec = LAYER_SPECS.get(type(layer).__name__)
     if spec is None or not spec.fits(layer):
         return None
     if (
         layer.self_attn.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS
-    ):  # "eager" is each model's own
+    ):  # each model has its own "eager"
         return None
     if any(type(adapted) is not LoRALinear for adapted in AdaptedLinear.of(layer).values()):
         return None
@@ -178,7 +185,7 @@ def _spec_of(layer: Any) -> LayerSpec | None:
 
 
 def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
-    """The modules, adapted or not, as the products take them."""
+    """Return the arguments of `qlora.ops` for these modules, adapted or not."""
     linears, updates = [], []
     for module in modules:
         if isinstance(module, LoRALinear):
@@ -196,5 +203,5 @@ def _weights(linear: Any) -> int:
 
 
 def _each(x: Tensor, norm: Norm) -> Tensor:
-    """x [..., n * H], of which each n is normalised on its own; H is as wide as the norm."""
+    """Normalise each of the n groups of x [..., n * H] separately; H is the width of the norm."""
     return rms_norm(x.unflatten(-1, (-1, len(norm.weight))), norm).flatten(-2)

@@ -1,13 +1,13 @@
-"""The base: a causal language model whose linear layers are NF4, and its tokenizer.
+"""Loading of the base model, a causal language model with NF4 linear layers, and of its tokenizer.
 
-    pretrained   weights from the hub or a folder, quantized tensor by tensor as transformers reads them, so the
-                 full-precision model never stands in memory, and kept for the next start (see `base_cache`);
-                 checkpoints that are bitsandbytes NF4 load as they are
-    synthetic    the architecture of a config.json with random NF4 weights made directly on the device: for
-                 questions of memory and speed, without a download
+    pretrained   weights from the hub or a folder. They are quantized tensor by tensor while transformers reads them,
+                 so the full-precision model is never in memory, and cached for the next start (see `nf4_cache`).
+                 Checkpoints in bitsandbytes NF4 load unchanged
+    synthetic    the architecture of a config.json with random NF4 weights made directly on the device: to measure
+                 memory and speed without a download
     random       the architecture freshly initialised: for training from scratch
 
-Whatever is not a quantized linear (embeddings, norms, the output head) is held in the compute dtype.
+Everything except the quantized linears (embeddings, norms, the output head) is in the compute dtype.
 """
 
 import json
@@ -35,7 +35,7 @@ from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
 from qlora.storage.safetensors_files import find_checkpoint
 
-# Hub ids whose architecture the package knows, so that `init: synthetic` needs no network for a shipped recipe.
+# Hub ids whose config.json is in the package, so that shipped recipes with `init: synthetic` need no network.
 KNOWN_ARCHITECTURES = {
     "huggyllama/llama-7b": "llama-7b",
     "huggyllama/llama-13b": "llama-13b",
@@ -49,9 +49,9 @@ KNOWN_ARCHITECTURES = {
 
 
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
-    """The dtype of activations, norms and embeddings on `device`.
+    """Return the dtype of activations, norms and embeddings on `device`.
 
-    `auto` is bfloat16 wherever the device multiplies bfloat16 in hardware, else float32.
+    `auto` means bfloat16 if the device multiplies bfloat16 in hardware, or else float32.
     """
     if base.compute_dtype != "auto":
         return getattr(torch, base.compute_dtype)
@@ -61,7 +61,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
 
 
 def locate(base: Base) -> str:
-    """Where transformers finds the model: a hub id, a local folder, or a config file of the package."""
+    """Return the location of the model for transformers: a hub id, a local folder, or a config file of the package."""
     name = base.model
     if name.startswith("bundled/"):
         return str(bundled.path(name))
@@ -71,17 +71,17 @@ def locate(base: Base) -> str:
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"base.model: there is no folder {name!r}. Give a local folder, a hub id or bundled/base"
+            f"base.model: there is no folder {name!r}. Use a local folder, a hub id or bundled/base"
         )
     return name
 
 
 def load_config(base: Base) -> Any:
-    """The architecture's transformers configuration. Raises ModelError if there is none or it is unknown."""
+    """Load transformers' configuration of the model. Raises ModelError if it is missing or unknown."""
     location = locate(base)
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(f"base.model: the folder {location!r} has no config.json")
+        raise ModelError(f"base.model: the folder {location!r} has no config.json. Use the folder of a model")
     try:
         config = AutoConfig.from_pretrained(
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
@@ -92,17 +92,24 @@ def load_config(base: Base) -> Any:
 
 
 def load_architecture(base: Base) -> nn.Module:
-    """The model without its weights: every tensor is on the meta device. For questions of names and shapes."""
+    """Build the model without its weights, on the meta device, to look up names and shapes."""
     with _quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(load_config(base), trust_remote_code=base.trust_remote_code)
 
 
 def load_tokenizer(base: Base) -> Tokenizer:
-    """The model's tokenizer.
+    """Load the tokenizer of the base model.
 
-    A synthetic or random base whose folder has none borrows the bundled one: its text means nothing anyway.
+    A synthetic or random base without a tokenizer gets the bundled one, because its output has no meaning anyway.
 
-    >>> tokenizer = load_tokenizer(Recipe.load("quickstart").base)
+    Args:
+        base: the recipe's `base` section.
+
+    Raises:
+        ModelError: the model has no tokenizer, or its tokenizer needs code that `base.trust_remote_code` forbids.
+
+    Example:
+        >>> tokenizer = load_tokenizer(Recipe.load("quickstart").base)
     """
     location = locate(base)
     if (
@@ -123,17 +130,20 @@ def load_tokenizer(base: Base) -> Tokenizer:
 def load_base(
     base: Base, device: torch.device | str = "cpu", *, seed: int = 0, config: Any = None
 ) -> PreTrainedModel:
-    """The model on `device`, in training mode, nothing of it trainable unless it is unquantized.
+    """Load the base model and quantize it, or make it with random weights if the recipe requests that.
 
     Args:
         base: the recipe's `base` section.
-        device: where every parameter will live.
-        seed: of the weights of `init: random` and `synthetic`.
-        config: the architecture, where it is not that of `load_config(base)`.
+        device: device of all parameters.
+        seed: seed of the weights for `init: random` and `synthetic`.
+        config: transformers' configuration; None means that of the base.
+
+    Returns:
+        The model on `device`, in training mode. No parameter of a quantized model is trainable.
 
     Raises:
         ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
-        RecipeError: the model cannot do what the recipe's `base` says.
+        RecipeError: the model does not support the settings in `base`.
 
     Example:
         >>> model = load_base(Recipe.load("quickstart").base, "cpu")
@@ -155,7 +165,7 @@ def load_base(
 
 
 def embedding_apart(model: PreTrainedModel) -> bool:
-    """Whether the input embedding can stand on the host: a plain one, whose weights the output head does not share."""
+    """Return True if the input embedding can be in host memory: it is plain, and the output head does not share it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
 
@@ -163,14 +173,14 @@ def embedding_apart(model: PreTrainedModel) -> bool:
 def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
     if not embedding_apart(model):
         raise RecipeError(
-            f"base.embedding: the input embedding of {type(model).__name__} cannot stand on the host: its output head "
-            "shares it, or it does more than to look up rows. Leave the key out"
+            f"base.embedding: the input embedding of {type(model).__name__} cannot be in host memory: the output head "
+            "shares it, or it does more than look up rows. Remove this key"
         )
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings().weight, device))
 
 
 def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without storage (on the meta device), nothing quantized: names, shapes and counts."""
+    """Build the unquantized model on the meta device, in training mode, for names, shapes and counts."""
     with _quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
@@ -178,12 +188,12 @@ def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
-    """What `model` is known by, under the name that the recipe calls it."""
+    """Return the fingerprint of `model`, with the name and the revision from the recipe."""
     if base.init == "pretrained":
-        found = BaseIdentity.of(model)
+        identity = BaseIdentity.of(model)
     else:
-        found = BaseIdentity(weights=f"{base.init} of seed {seed}", quantization=quantization_of(model))
-    return replace(found, name=base.model, revision=base.revision)
+        identity = BaseIdentity(weights=f"{base.init} of seed {seed}", quantization=quantization_of(model))
+    return replace(identity, name=base.model, revision=base.revision)
 
 
 def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -191,7 +201,7 @@ def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtyp
     if prequantized is not None:
         require_nf4(base, prequantized)
     quantize = prequantized is None and base.quantization == "nf4"
-    if not quantize or base.trust_remote_code:  # what foreign code makes of a checkpoint has no name
+    if not quantize or base.trust_remote_code:  # a cache key cannot cover foreign code
         model = _read(base, device, dtype, quantize=quantize)
         return model if prequantized is None else cast_dense(model, dtype)
     return nf4_cache.quantized(
@@ -206,7 +216,7 @@ def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtyp
 
 
 def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: bool) -> PreTrainedModel:
-    """The checkpoint as transformers reads it, its linears quantized on the way if `quantize`."""
+    """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     try:
         with block_size_heeded():
@@ -227,20 +237,22 @@ class MetaBase:
     """A pretrained base without its weights."""
 
     model: PreTrainedModel
-    """its modules on the meta device; what NF4 takes is an `nn.Linear`, whatever it is in the original"""
+    """the model on the meta device; each layer that is quantized on loading is an `nn.Linear` here"""
     quantized: frozenset[str]
-    """names of the linears that NF4 takes: transformers' own decision when it loads the base"""
+    """names of the linears that transformers quantizes to NF4 when it loads the base"""
     transposed: frozenset[str]
-    """those of them that the original stores as [in, out] (Conv1D, as in GPT-2)"""
+    """names of the quantized linears that the original stores as [in, out] (Conv1D, as in GPT-2)"""
     prequantized: bool
-    """the checkpoint itself is in NF4"""
+    """True if the checkpoint itself is in NF4"""
 
 
 def meta_base(base: Base) -> MetaBase:
-    """What `load_base` would load, from the configuration alone; also of a base that is left unquantized.
+    """Build the model that `load_base` would load, from its configuration alone.
+
+    `quantized` names the layers that NF4 would take even if the recipe leaves the base unquantized.
 
     Raises:
-        ModelError: as `load_base`.
+        ModelError: the configuration is missing, unknown, or quantized in another way.
     """
     config = load_config(base)
     stored = getattr(config, "quantization_config", None)
@@ -252,29 +264,29 @@ def meta_base(base: Base) -> MetaBase:
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
         )
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-    found = {name: module for name, module in model.named_modules() if nf4.is_nf4(module)}
-    for name, module in found.items():
+    replaced = {name: module for name, module in model.named_modules() if nf4.is_nf4(module)}
+    for name, module in replaced.items():
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         model.set_submodule(name, linear)
     model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
-    transposed = {name for name, module in found.items() if module.source_cls.__name__ == "Conv1D"}
-    return MetaBase(model, frozenset(found), frozenset(transposed), prequantized=stored is not None)
+    transposed = {name for name, module in replaced.items() if module.source_cls.__name__ == "Conv1D"}
+    return MetaBase(model, frozenset(replaced), frozenset(transposed), prequantized=stored is not None)
 
 
 def checkpoint_folder(base: Base) -> Path:
-    """The folder with a pretrained base's files; those of a hub id are downloaded unless the cache has them.
+    """Return the folder with the files of a pretrained base, downloading a hub id that is not in the local cache.
 
     Raises:
-        ModelError: it was never read from files, or the hub has no such model or cannot be reached.
+        ModelError: the base is not pretrained, the hub has no such model, or the hub cannot be reached.
     """
     if base.init != "pretrained":
         raise ModelError(
-            f"base.init is {base.init}: this base was made from a seed and has no files; only pretrained bases have"
+            f"base.init is {base.init}: this base was made from a seed and has no files; use a pretrained base"
         )
     location = locate(base)
     try:
         return find_checkpoint(location, _revision(base), download=True)
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors or ValueErrors
         raise ModelError(_load_problem(base, error)) from error
 
 
@@ -287,25 +299,25 @@ def _first_line(error: BaseException) -> str:
 
 
 def _code_wanted(error: BaseException) -> str:
-    """What to do where transformers would have to run the model's own code; empty if that is not the problem."""
+    """Return advice if transformers would have to run the model's own code, or else an empty string."""
     if "trust_remote_code" not in str(error):
         return ""
     return (
-        "it brings code of its own, which has to run. Read it; if you trust it, set base.trust_remote_code=true, or "
-        "add --trust-remote-code to a command that takes no recipe"
+        "the model needs its own Python code to run. Read that code. If you trust it, set base.trust_remote_code=true, "
+        "or add --trust-remote-code to a command that takes no recipe"
     )
 
 
 def _load_problem(base: Base, error: BaseException) -> str:
-    """One line that names the model and what to do."""
+    """Return a one-line error message that names the model and the remedy."""
     text = _code_wanted(error) or _first_line(error)
     from_hub = not Path(base.model).exists() and not base.model.startswith("bundled/")
     if from_hub and ("gated" in text.lower() or "401" in text or "403" in text):
-        text = "the hub refuses access: accept the model's licence there and log in with `hf auth login`"
+        text = "the hub refuses access. Accept the model's licence there and log in with `hf auth login`"
     elif from_hub and not _code_wanted(error):
         text = (
-            "the hub cannot be reached, or has no such model, and it is not in the local cache. Check the name, "
-            "download it on a machine with network, or give a local folder"
+            "the hub cannot be reached or has no such model, and the model is not in the local cache. Check the name, "
+            "download it on a machine with network access, or use a local folder"
         )
     elif "architecture" in text:
         text = f"transformers does not know this architecture ({_model_type(base)})"
@@ -320,7 +332,7 @@ def _model_type(base: Base) -> str:
 
 
 class _quiet:
-    """transformers' own progress bars and load reports, silenced: qlora prints its own."""
+    """Silence transformers' progress bars and load reports; qlora prints its own."""
 
     def __enter__(self) -> None:
         self._level = transformers_logging.get_verbosity()

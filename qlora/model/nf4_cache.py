@@ -1,7 +1,7 @@
-"""Quantized bases, kept from one start to the next: reading 4 bits a weight instead of quantizing 16 again.
+"""Cache of quantized bases: the next start reads 4 bits per weight instead of quantizing 16 bits again.
 
-What is kept is a checkpoint as transformers and bitsandbytes write one, so its reader is theirs too: packed
-weights and statistics, bit for bit, and the rest in the compute dtype. The tokenizer is not in it.
+A cache entry is a checkpoint that transformers and bitsandbytes write and read: the packed weights and statistics, bit
+for bit, and the rest in the compute dtype. It does not contain the tokenizer.
 """
 
 import hashlib
@@ -17,12 +17,10 @@ from transformers.utils import cached_file
 from qlora.storage import cache
 
 WORTH_BYTES = 100 * 2**20
-"""A smaller base is quantized about as fast as it is read."""
+"""Smallest base that is cached: a smaller one is quantized about as fast as it is read."""
 
-_SHARD = (
-    "1GB"  # files are verified side by side, and a GPU's tensors pass through the host one file at a time
-)
-_DECIDES = {".safetensors", ".bin", ".json"}  # suffixes of a checkpoint's weights and settings
+_SHARD = "1GB"  # files are verified in parallel, and a GPU's tensors pass through the host one file at a time
+_DECIDES = {".safetensors", ".bin", ".json"}  # suffixes of the files that determine a checkpoint
 _END_BYTES = 2**20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -37,16 +35,17 @@ def quantized(
     device: torch.device,
     make: Callable[[], PreTrainedModel],
 ) -> PreTrainedModel:
-    """What `make` quantizes, on `device`; from the second time on it is read from the cache, with the same bits.
+    """Return the model that `make` quantizes, from the second time on read from the cache with the same bits.
 
     Args:
-        location: the checkpoint: a folder or a hub id.
+        location: folder or hub id of the checkpoint.
         revision: branch, tag or commit of a hub id.
-        block_size: weights that share a constant.
-        double_quant: whether the constants are quantized too.
-        dtype: of what is not quantized.
-        device: where the model is to be; a GPU may round a statistic otherwise than a CPU does.
-        make: reads and quantizes the checkpoint. What it raises is raised.
+        block_size: number of weights that share an absmax.
+        double_quant: True if the absmax values are quantized too.
+        dtype: dtype of everything that is not quantized.
+        device: device of the model. It is part of the cache key, because a GPU can round a statistic differently than
+            a CPU does.
+        make: loads and quantizes the checkpoint; its errors are passed on.
     """
 
     def key() -> str | None:
@@ -76,7 +75,7 @@ def quantized(
 
 
 def _identity(location: str, revision: str) -> str | None:
-    """Names a checkpoint's content; None where it cannot be found or read: whoever loads it says why."""
+    """Return a key of a checkpoint's content, or None if it cannot be read; loading it then raises the error."""
     folder = Path(location)
     try:
         if folder.is_dir():
@@ -89,10 +88,10 @@ def _identity(location: str, revision: str) -> str | None:
 
 
 def _file(file: Path) -> list[Any]:
-    """Tells a file from another without reading all of it.
+    """Return a key of a file's content without reading all of it.
 
-    The time is that of the last change of any kind (ctime): unlike the content's own, which `cp -p` and `tar`
-    set, it is the system's alone. The ends of a file hold its header and some weights.
+    The key contains the time of the last change of any kind (ctime), because only the system sets it; `cp -p` and `tar`
+    set the modification time. It also contains a hash of both ends of the file: the header and some weights.
     """
     status = file.stat()
     with file.open("rb") as stream:
@@ -103,7 +102,9 @@ def _file(file: Path) -> list[Any]:
 
 
 def _bytes(model: PreTrainedModel) -> int:
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied ones once
+    tensors = {
+        tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()
+    }  # tied tensors count once
     return sum(tensors.values())
 
 
@@ -113,6 +114,6 @@ def _load(folder: Path, location: str, dtype: torch.dtype, device: torch.device)
     )
     differences = {problem: sorted(names) for problem, names in report.items() if names}
     if differences:
-        raise ValueError(f"it does not fit the model: {differences}")
+        raise ValueError(f"the cached checkpoint does not fit the model: {differences}")
     model.name_or_path = model.config.name_or_path = location
     return model

@@ -1,10 +1,11 @@
-"""What a GPU needs now and then, kept in host memory meanwhile: the input embedding, and inputs of recomputed layers.
+"""CPU offload of the input embedding and of checkpointed layer inputs.
 
-Of an embedding a step reads the rows of its tokens, so these are all that is sent. The input of a layer that is
-recomputed as a whole is read once more, after all layers above it are done: it goes out while its own layer runs, and
-comes back while the layer above runs backward. That is 2 bytes a token and hidden unit each way. At the shapes of
-Llama 3.1 8B it takes 0.3 us a token at 25 GB/s, and the products of a layer 0.9 us a pass at 500 TFLOP/s: the copy is
-over before anybody waits for it. Of the inputs of all layers, two at a time are left on the GPU.
+A step reads only the embedding rows of its tokens, so only these rows are copied to the GPU. The input of a
+checkpointed layer is needed again after the backward pass of all layers above. It is copied to the host while its own
+layer runs forward, and back while the layer above runs backward: 2 bytes per token and hidden unit in each direction.
+At the shapes of Llama 3.1 8B this takes 0.3 us per token at 25 GB/s. The matrix products of a layer take 0.9 us per
+token and pass at 500 TFLOP/s, so the copy finishes before it is needed. At most two layer inputs are on the GPU at a
+time.
 """
 
 import weakref
@@ -21,10 +22,14 @@ from qlora.runtime.phases import Allocation, announce
 
 
 class HostEmbedding(nn.Module):
-    """A frozen embedding in host memory: token ids [...] -> their rows [..., hidden] on `device`.
+    """A frozen embedding in host memory that returns its rows on a GPU.
 
-    It wants the ids on the host too; for others it waits until the device has made them. `weight` [vocabulary, hidden]
-    is no parameter, so that a model's parameters are all on one device, as everybody expects.
+    Token ids should be on the host too; for ids on the GPU, the host waits until they are computed. `weight` is not a
+    parameter, because other code expects all parameters of a model on one device.
+
+    Args:
+        weight: [vocabulary, hidden].
+        device: device of the returned rows.
     """
 
     weight: Tensor
@@ -35,7 +40,7 @@ class HostEmbedding(nn.Module):
         self.device = device
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...], int64 -> [..., hidden]"""
+        """Return the rows [..., hidden] of ids [...] (int64), on `device`."""
         with announce(Allocation.HOST):
             shape = ids.numel(), self.weight.shape[1]
             rows = torch.empty(shape, dtype=self.weight.dtype, pin_memory=self.device.type == "cuda")
@@ -45,32 +50,34 @@ class HostEmbedding(nn.Module):
 
 
 class _Offloaded:
-    """The input of one layer: on the device until the next layer begins, and again once the one above runs backward."""
+    """Input of one layer, off the device from the next layer's forward pass until that layer's backward pass."""
 
     def __init__(self, tensor: Tensor, below: Callable[[], "_Offloaded | None"]) -> None:
         self._below, self._home = below, tensor.device
-        self._device: Tensor | None = None  # while there is no copy yet: the host may have no memory for one
+        self._device: Tensor | None = (
+            None  # set only after the copy has begun: allocating host memory can fail
+        )
         with announce(Allocation.HOST):
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._copied = _copy(self._host, tensor)
         self._device = tensor
 
     def leave(self) -> None:
-        """Give the device's memory back, to what is computed after the copy."""
+        """Free the device's memory for computations after the copy."""
         if self._device is not None:
             _wait_for(self._copied, self._home)
             self._device = None
 
-    __del__ = leave  # where nobody took it: a copy may be under way
+    __del__ = leave  # if the tensor was never taken, a copy can still be running
 
     def come(self) -> None:
-        """Begin to be on the device, if it is not."""
+        """Start the copy back to the device, unless the tensor is there already."""
         if self._device is None:
             self._device = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._home)
             self._copied = _copy(self._device, self._host)
 
     def take(self) -> Tensor:
-        """The tensor, for the one who asks to own; the input of the layer below begins to come."""
+        """Return the tensor and drop our reference to it; start the copy back of the layer below's input."""
         self.come()
         _wait_for(self._copied, self._home)
         tensor, self._device = self._device, None
@@ -81,46 +88,46 @@ class _Offloaded:
 
 
 class ActivationOffloader:
-    """Where the inputs of a model's recomputed layers lie between the passes; `checkpoint` puts them there."""
+    """Host memory for the inputs of a model's checkpointed layers between forward and backward pass."""
 
     def __init__(self) -> None:
         self._last: Callable[[], _Offloaded | None] = lambda: None
-        """the newest, as long as anybody wants it back"""
+        """weak reference to the input that was offloaded last"""
 
     def checkpoint(self, layer: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
-        """torch's checkpoint of `layer(hidden, *rest)`, whose `hidden` is in host memory until the backward."""
-        wanted = {hidden.untyped_storage()._cdata}
+        """Run `layer(hidden, *rest)` like torch.utils.checkpoint, with `hidden` in host memory until the backward."""
+        offloaded = {hidden.untyped_storage()._cdata}
 
         def put(tensor: Tensor) -> Tensor | _Offloaded:
             storage = tensor.untyped_storage()._cdata
-            if storage not in wanted:
+            if storage not in offloaded:
                 return tensor
-            wanted.remove(storage)  # once, should another argument share it
+            offloaded.remove(storage)  # only once, even if another argument shares the storage
             return self._put(tensor)
 
-        def take(kept: Tensor | _Offloaded) -> Tensor:
-            return kept.take() if isinstance(kept, _Offloaded) else kept
+        def take(saved: Tensor | _Offloaded) -> Tensor:
+            return saved.take() if isinstance(saved, _Offloaded) else saved
 
         with saved_tensors_hooks(put, take):
             return checkpoint(layer, hidden, *rest, use_reentrant=False)
 
     def _put(self, tensor: Tensor) -> _Offloaded:
         below = self._last
-        if (before := below()) is not None:
-            before.leave()
-        shelved = _Offloaded(tensor.detach(), below)
-        self._last = weakref.ref(shelved)
-        return shelved
+        if (previous := below()) is not None:
+            previous.leave()
+        offloaded = _Offloaded(tensor.detach(), below)
+        self._last = weakref.ref(offloaded)
+        return offloaded
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """For copies, beside the one that computes."""
+    """Return the stream for copies, separate from the stream that computes."""
     return torch.cuda.Stream(device)
 
 
 def _copy(to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-    """Begin to copy between host and device, after all that the device has been asked for until now."""
+    """Start a copy between host and device, ordered after all work queued on the device so far."""
     device = to.device if to.is_cuda else source.device
     if device.type != "cuda":
         to.copy_(source)
@@ -133,6 +140,6 @@ def _copy(to: Tensor, source: Tensor) -> torch.cuda.Event | None:
 
 
 def _wait_for(copied: torch.cuda.Event | None, device: torch.device) -> None:
-    """What the device is asked for from now on happens after the copy; the host goes on."""
+    """Make work queued on the device from now on wait for the copy, without blocking the host."""
     if copied is not None:
         torch.cuda.current_stream(device).wait_event(copied)

@@ -1,6 +1,6 @@
-"""What a recipe makes of a base: adapter, passes of the layers, optimizer.
+"""Assembly of a model for training: base, adapter, fused layers, checkpointing and optimizer.
 
-Training and forecast both come through here, so that the one speaks of the other.
+Training and the memory forecast both use these functions, so that the forecast describes the training run.
 """
 
 from typing import Any
@@ -22,11 +22,21 @@ from qlora.runtime.device import on_cuda
 def build(
     recipe: Recipe, device: torch.device | str, *, config: Any = None
 ) -> tuple[PreTrainedModel, Optimizer]:
-    """Load the recipe's base on `device`, adapt it, give it our layers, and make the optimizer over what is trained.
+    """Load the recipe's base, adapt it, fuse and checkpoint its layers, and create the optimizer.
 
-    `config`: the architecture, where it is not that of the base. Raises QloraError as `load_base` and `adapt` do.
+    Args:
+        recipe: the recipe.
+        device: device of the model.
+        config: transformers' configuration; None means that of the base.
 
-    >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
+    Returns:
+        The model, and the optimizer over its trainable parameters.
+
+    Raises:
+        QloraError: as `load_base` and `adapt`.
+
+    Example:
+        >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """
     model = load_base(recipe.base, device, seed=recipe.training.seed, config=config)
     apply_adapter(model, recipe)
@@ -35,12 +45,12 @@ def build(
 
 
 def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Make trainable what the recipe's `adapter` section says."""
+    """Apply the recipe's adapter method to the model, in place, and return the model."""
     return METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
-    """Of so many decoder layers, those that the recipe recomputes in the backward, and those whose MLP alone."""
+    """Return how many of `layers` decoder layers the recipe recomputes as a whole, and how many only in their MLP."""
     setting = recipe.training.activation_checkpointing
     if isinstance(setting, Checkpointing):
         whole = min(setting.full, layers)
@@ -49,17 +59,17 @@ def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
 
 
 def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
-    """Give layers that we know our own passes, and recompute what the recipe says, whatever was said before."""
+    """Fuse the supported layers and set up the recipe's activation checkpointing, replacing any earlier setting."""
     use_fused_layers(model)
     layers = len(decoder_layers(model))
     if layers or recipe.training.activation_checkpointing not in ("none", Checkpointing()):
         counts = checkpointed(recipe, layers)
-        on_gpu = on_cuda(next(model.parameters()))  # else the host's memory is what the layers compute in
+        on_gpu = on_cuda(next(model.parameters()))  # on a CPU the inputs are in host memory anyway
         checkpoint_layers(model, *counts, offload=recipe.training.activation_offloading and on_gpu)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer over everything trainable."""
+    """Create the recipe's optimizer over all trainable parameters."""
     settings = recipe.optimizer
     return Optimizer(
         trainable_parameters(model),

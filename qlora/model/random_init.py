@@ -1,4 +1,4 @@
-"""Bases without a checkpoint: of random weights, or of random NF4 codes made directly on the device."""
+"""Bases without a checkpoint, with random weights or with random NF4 codes made directly on the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from qlora.runtime.patches import parameters_on_meta
 
 
 def random(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture as it begins its training, from torch's seed; quantized if the recipe says so."""
+    """Initialise the architecture from torch's seed for training from scratch; quantize it if the recipe does so."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
@@ -28,7 +28,7 @@ def random(base: Base, config: Any, device: torch.device, dtype: torch.dtype) ->
 
 
 def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture with random values in their final form, never larger than that; works with fake tensors too."""
+    """Build the architecture with random values, directly in their final dtype; fake tensors work too."""
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
@@ -50,7 +50,9 @@ def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype)
         )
     _materialise(model, device, dtype, generator, std)
     model.tie_weights()
-    for module in model.modules():  # the parameters are there already; model.to() cannot move fake ones
+    for (
+        module
+    ) in model.modules():  # parameters are on the device already; model.to() cannot move fake tensors
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model
@@ -59,7 +61,7 @@ def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype)
 def _replace_linears(
     model: nn.Module, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
 ) -> None:
-    """Every linear but the output head becomes an NF4 linear, one at a time; GPT-2's too, as on loading."""
+    """Replace every linear except the output head by an NF4 linear, one at a time; as on loading, also GPT-2's."""
     for name in select(model, "all-linear"):
         linear = model.get_submodule(name)
         assert is_linear(linear)
@@ -73,7 +75,7 @@ def _replace_linears(
 def _materialise(
     model: nn.Module, device: torch.device, dtype: torch.dtype, generator: torch.Generator, std: float
 ) -> None:
-    """Real values for the parameters that still have none: norms one, biases zero, matrices normal."""
+    """Give values to the parameters that have none: norms one, biases zero, matrices normally distributed."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:

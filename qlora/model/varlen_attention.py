@@ -1,9 +1,9 @@
-"""Attention over documents that lie end to end in one row: each sees itself alone, without mask or padding.
+"""Attention over documents that are concatenated in one row; each attends only to itself, without mask or padding.
 
-transformers' models call attention by the name in their config. `read_documents` gives ours to a model; where a
-pass then comes with `document_lengths`, each document attends on its own: in one kernel over all of them on a
-GPU, one call a document elsewhere. Rows that are one document each come with no lengths, (), and attend as they are.
-Passes without the word, such as generation, get transformers' SDPA as before.
+transformers' models look up attention by the name in their config. `read_documents` sets our name. In a forward pass
+with `document_lengths`, each document then attends only to itself: on a GPU in one kernel over all documents, elsewhere
+in one call per document. If every row is a single document, the lengths are empty, (), and the rows attend directly.
+A forward pass without `document_lengths`, such as in generation, uses transformers' SDPA.
 """
 
 from collections.abc import Mapping
@@ -25,22 +25,22 @@ from qlora.runtime.device import on_cuda
 NAME = "qlora_documents"
 
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-"""fewer heads in keys and values: later torch wants to be told, torch 2.11 takes them as they are"""
+"""flag for fewer heads in keys and values: torch 2.11 supports them without it, later versions require it"""
 
 
 NOTHING_ASKED = (("use_cache", False), ("output_attentions", False), ("is_causal", True))
-"""keywords that ask for what is done in any case"""
+"""keyword values that ask for the default behaviour"""
 
 
 def asked(keywords: Mapping[str, Any]) -> set[str]:
-    """Name the keywords with which transformers asks a layer or its attention for something."""
+    """Return the keywords by which transformers asks a layer or its attention for more than the default behaviour."""
     return {
         name for name, value in keywords.items() if value is not None and (name, value) not in NOTHING_ASKED
     }
 
 
 def reads_documents(model: Any) -> bool:
-    """Whether the model has, or can be given, attention over documents."""
+    """Return True if the model has attention over documents, or supports it."""
     attention = model.config._attn_implementation
     if attention != "sdpa":
         return bool(attention == NAME)
@@ -48,27 +48,28 @@ def reads_documents(model: Any) -> bool:
 
 
 def read_documents(model: Any) -> None:
-    """Give the model our attention, if it can take it. In place."""
+    """Switch the model to our attention, in place, if it supports it."""
     if reads_documents(model):
         model.set_attn_implementation(NAME)
 
 
 def _no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions is passed on as it is: without one, transformers would read the positions to build one.
+    """Return an empty four-dimensional mask, which transformers passes on unchanged.
 
-    On a GPU that means to wait for it before every forward pass.
+    Without a mask, transformers would build one from the position ids, and the host would wait for the GPU before every
+    forward pass.
     """
     return torch.empty(1, 1, 0, 0, device=device)
 
 
 def of_whole_rows(length: int, device: torch.device) -> dict[str, Any]:
-    """What a forward pass over rows that are one document each is called with besides."""
+    """Return the extra arguments of a forward pass in which every row is a single document."""
     positions = torch.arange(length, device=device)[None]
     return {"attention_mask": _no_mask(device), "position_ids": positions, "document_lengths": ()}
 
 
 def arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """What a forward pass over documents of these lengths, end to end in one row, is called with besides."""
+    """Return the extra arguments of a forward pass over documents of these lengths, concatenated in one row."""
     return {
         "attention_mask": _no_mask(device),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(
@@ -94,13 +95,27 @@ def attend(
     document_ends: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [B, heads, T, d] (fewer heads in key and value) -> [B, T, heads, d], as transformers wants it.
+    """Compute attention, over documents if `document_lengths` is given; transformers defines the signature.
 
-    `document_lengths`: tokens of each document, all together T; B is 1 then. (): every row is one. `document_ends`:
-    where each ends, 0 first, int32 on the device. `others`: what else a model says to its attention.
+    Args:
+        module: the attention module of the layer.
+        query: [B, heads, T, d].
+        key: [B, heads, T, d], possibly with fewer heads.
+        value: as `key`.
+        attention_mask: only used without `document_lengths`.
+        dropout: dropout of the attention weights.
+        scaling: factor of the scores; None means 1/sqrt(d).
+        sliding_window: number of tokens that a token attends to, including itself; None means all.
+        document_lengths: tokens of each document, T in total, with B = 1; or () if every row is a single document. None
+            means transformers' own SDPA.
+        document_ends: 0 and the end of each document, int32 on the device.
+        others: further keywords of the model.
+
+    Returns:
+        Output [B, T, heads, d], and None for the attention weights.
 
     Raises:
-        ModelError: attention over documents cannot do what one of the others asks for.
+        ModelError: attention over documents does not support one of `others`.
     """
     if document_lengths is None:
         return sdpa_attention_forward(
@@ -114,7 +129,7 @@ def attend(
             sliding_window=sliding_window,
             **others,
         )
-    _check_nothing_is_lost(module, others)
+    _check_supported(module, others)
     if not document_lengths:
         return _attend_alone(query, key, value, dropout, scaling, sliding_window), None
     if on_cuda(query) and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
@@ -126,11 +141,12 @@ def attend(
     return torch.cat(alone, dim=1), None
 
 
-def _check_nothing_is_lost(module: nn.Module, others: dict[str, Any]) -> None:
-    """Raise ModelError where a model asks its attention for something that we would leave out, such as sinks."""
-    if lost := asked(others) - {"position_ids"}:  # the lengths say where documents begin
+def _check_supported(module: nn.Module, others: dict[str, Any]) -> None:
+    """Raise ModelError if a model asks its attention for something that we do not compute, such as sinks."""
+    if unsupported := asked(others) - {"position_ids"}:  # document_lengths replaces the positions
         raise ModelError(
-            f"attention over documents does not know {', '.join(sorted(lost))}, which {type(module).__name__} asks for"
+            f"attention over documents does not support {', '.join(sorted(unsupported))}, which "
+            f"{type(module).__name__} uses"
         )
 
 
@@ -143,8 +159,8 @@ def _attend_all(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """All documents in one kernel: [1, heads, T, d] each -> [1, T, heads, d]."""
-    varlen: Any = varlen_attn  # its signature differs from version to version
+    """Attend in all documents with one kernel: three [1, heads, T, d] -> [1, T, heads, d]."""
+    varlen: Any = varlen_attn  # its signature differs between torch versions
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))  # [T, heads, d]
     behind = -1 if window is None else window - 1
     attended: Tensor = varlen(
@@ -156,7 +172,7 @@ def _attend_all(
 def _attend_alone(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """One document a row: [B, heads, T, d] each -> [B, T, heads, d]."""
+    """Attend in rows that are a single document each: three [B, heads, T, d] -> [B, T, heads, d]."""
     length, mask = query.shape[2], None
     if window is not None and length > window:
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device)

@@ -1,4 +1,4 @@
-"""What is learned from a batch, one file an objective, and the one training step that learns it."""
+"""Training objectives, one file each, and the training step that they share."""
 
 from qlora.objective.causal_lm import CausalLM
 from qlora.objective.objective import Objective
@@ -8,5 +8,5 @@ __all__ = ["CausalLM", "Objective", "objective_of"]
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """The recipe's objective."""
+    """Return the recipe's objective."""
     return CausalLM(loss_chunk=recipe.training.loss_chunk)

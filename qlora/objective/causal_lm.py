@@ -1,4 +1,4 @@
-"""Causal language modelling: the cross-entropy of each supervised token, given those before it in its document."""
+"""Causal language modelling: the cross-entropy of each supervised token given the earlier tokens of its document."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,27 +19,28 @@ from qlora.runtime.phases import Phase, announce
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
-    """Predict each supervised token: the mean loss is in nats per supervised token."""
+    """Next-token prediction; the mean loss is in nats per supervised token."""
 
     loss_chunk: int | None = None
-    """supervised tokens that go through the head at a time; None: as many as `tokens_at_once` says"""
+    """supervised tokens that pass through the head at a time; None means as many as `tokens_at_once` returns"""
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """See `loss_sum`."""
+        """Return the summed loss of the batch, see `loss_sum`."""
         return Loss(loss_sum(model, batch, loss_chunk=self.loss_chunk))
 
     def weight(self, batch: Batch) -> int:
-        """The batch's supervised tokens."""
+        """Return the number of supervised tokens in the batch."""
         return batch.supervised
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The decoder's last hidden states [B, T, H], and for each position the token that it predicts [B, T].
+    """Return the decoder's last hidden states [B, T, H] and the token to predict at each position [B, T].
 
-    A model that reads documents gets them end to end in one row, B = 1, unless the rows have no padding to lose. On
-    some devices one more document fills the row up (`tokens_together`).
-    Other models never get an attention mask: padding is on the right, where a causal model cannot look, and
-    position ids that restart at 0 make transformers keep the documents of a packed row apart.
+    A model with attention over documents gets them concatenated in one row, B = 1, unless the rows have no padding. On
+    some devices an extra document pads this row to a multiple (`tokens_together`).
+
+    Other models get no attention mask. Padding is on the right, where a causal model does not attend, and position ids
+    that restart at 0 make transformers separate the documents of a packed row.
     """
     device = next(model.parameters()).device
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -64,17 +65,17 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def supervised_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The hidden states [N, H] from which the batch's N supervised tokens are predicted, and those tokens [N]."""
-    hidden, targets = (found.flatten(0, 1) for found in hidden_states(model, batch))
+    """Return the hidden states [N, H] that predict the batch's N supervised tokens, and these tokens [N]."""
+    hidden, targets = (tensor.flatten(0, 1) for tensor in hidden_states(model, batch))
     supervised = targets != IGNORE_INDEX
     return hidden[supervised], targets[supervised]
 
 
 def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -> Tensor:
-    """The summed cross-entropy (nats, fp32 scalar) of the batch's supervised tokens.
+    """Return the summed cross-entropy (nats, fp32 scalar) of the batch's supervised tokens.
 
-    Hidden states of tokens that nothing is learned from never reach the head; those of the others do so
-    `loss_chunk` at a time (None: as many as `tokens_at_once` says).
+    Only hidden states that predict supervised tokens pass through the head, `loss_chunk` at a time (None: as many as
+    `tokens_at_once` returns).
     """
     hidden, targets = hidden_states(model, batch)
     head = head_of(model)
@@ -87,5 +88,5 @@ def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             chunk=loss_chunk,
-            supervised=batch.supervised,  # known on the host, so that a GPU is not made to wait
+            supervised=batch.supervised,  # known on the host, so the GPU is not synchronized
         )

@@ -1,4 +1,4 @@
-"""Proof on a few tokens, before a run, that this model can be trained as we do it."""
+"""Checks before a run, on a few tokens, that qlora's loss and packing are correct for this model."""
 
 from typing import Any
 
@@ -18,7 +18,12 @@ from qlora.recipe import Recipe
 
 
 def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
-    """Prove that the model can be trained by this recipe, and give it attention over documents if it takes it."""
+    """Check that the recipe can train the model, and switch to attention over documents if the model supports it.
+
+    Raises:
+        ModelError: the tokenizer or the output head does not fit.
+        RecipeError: the model does not support packing or the embedding on the host.
+    """
     check_vocabulary(model, tokenizer, recipe.base.model)
     check_head(model)
     proved = read_documents_if_apart(model)
@@ -28,9 +33,13 @@ def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Prove on eight tokens that our loss is the loss of the model's own logits.
+    """Check on eight tokens that our loss equals the loss of the model's own logits.
 
-    Guards against architectures that do something to their logits that `head_of` does not know.
+    This detects architectures that change their logits in a way that `head_of` does not support.
+
+    Raises:
+        ModelError: the losses differ.
+        RecipeError: the model needs the token ids on the GPU, but its embedding is in host memory.
     """
     vocabulary = head_of(model).weight.shape[0]
     ids = torch.arange(8)[None] * 7 % vocabulary  # [1, 8]
@@ -43,7 +52,7 @@ def check_head(model: nn.Module) -> None:
             if not isinstance(embedding, HostEmbedding):
                 raise
             raise RecipeError(
-                f"base.embedding: {type(model).__name__} needs the token ids on the GPU too, so leave the key out "
+                f"base.embedding: {type(model).__name__} needs the token ids on the GPU, so remove this key "
                 f"({str(error).splitlines()[0]})"
             ) from error
         device = next(model.parameters()).device
@@ -51,25 +60,26 @@ def check_head(model: nn.Module) -> None:
         theirs = F.cross_entropy(logits[0, :-1], ids[0, 1:].to(device), reduction="sum").item()
     if abs(ours - theirs) > 0.02 * abs(theirs) + 0.02:
         raise ModelError(
-            f"{type(model).__name__} changes its logits in a way qlora does not know "
-            f"(loss {ours:.4f}, by its own forward {theirs:.4f}). Please report the architecture."
+            f"{type(model).__name__} changes its logits in a way that qlora does not support "
+            f"(loss {ours:.4f}, with the model's own forward pass {theirs:.4f}). Please report the architecture."
         )
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """Raise ModelError if the tokenizer of the base `name` has tokens that its embedding has no row for."""
+    """Raise ModelError if the tokenizer has more tokens than the embedding of the base `name` has rows."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"base.model: the tokenizer of {name!r} has {len(tokenizer)} tokens, its embedding only {rows} rows. "
-            "The tokenizer belongs to another model"
+            f"base.model: the tokenizer of {name!r} has {len(tokenizer)} tokens, but the embedding only {rows} rows. "
+            "The tokenizer belongs to another model; use this model's own tokenizer"
         )
 
 
 def read_documents_if_apart(model: PreTrainedModel) -> bool:
-    """Give the model attention over documents end to end, if it can take it and is seen to keep them apart.
+    """Switch the model to attention over documents, if a check shows that it keeps the documents apart.
 
-    Returns whether it has it.
+    Returns:
+        True if the model now has attention over documents.
     """
     before = model.config._attn_implementation
     varlen_attention.read_documents(model)
@@ -78,28 +88,31 @@ def read_documents_if_apart(model: PreTrainedModel) -> bool:
     except torch.OutOfMemoryError:
         raise
     except (ModelError, RuntimeError):
-        apart = False  # its attention wants more than ours gives: sinks, or a mask in any case
+        apart = False  # its attention needs something that ours does not support, such as sinks or a mask
     if not apart:
         model.set_attn_implementation(before)
     return apart and model.config._attn_implementation == varlen_attention.NAME
 
 
 def check_packing(model: nn.Module) -> None:
-    """Prove that documents which share a row do not see each other.
+    """Check that documents in one row do not attend to each other.
 
-    Architectures that do not build their attention mask from the position ids would leak in silence.
+    Architectures that do not build their attention mask from the position ids would mix documents in silence.
+
+    Raises:
+        RecipeError: the documents attend to each other.
     """
     passed, together, apart = _kept_apart(model)
     if not passed:
         raise RecipeError(
-            f"{type(model).__name__} lets documents that are packed into one row see each other "
-            f"(loss {together:.4f}, apart {apart:.4f}): set data.packing=false"
+            f"{type(model).__name__} lets documents that are packed into one row attend to each other "
+            f"(loss {together:.4f}, in separate rows {apart:.4f}): set data.packing=false"
         )
 
 
 @torch.no_grad()
 def _kept_apart(model: nn.Module) -> tuple[bool, float, float]:
-    """Whether two documents of eight tokens cost in one row what they cost in two, and both losses."""
+    """Return True if two documents of eight tokens have the same loss in one row as in two, and both losses."""
     vocabulary = head_of(model).weight.shape[0]
     ids = (torch.arange(16) * 11 + 3) % vocabulary
     labels = ids.clone()

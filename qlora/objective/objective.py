@@ -1,7 +1,7 @@
-"""What an objective is: the seam that causal language modelling comes through.
+"""Interface of the training objectives; causal language modelling implements it.
 
-An objective is one file in this folder, its line in `objective_of`, and its test. The step, the evaluation and the
-memory forecast ask the objective for the loss of a batch; a run prints, records and resumes whatever it returns.
+An objective is one file in this folder, its line in `objective_of`, and its test. The training step, the evaluation and
+the memory forecast call the objective for the loss of a batch. A run prints and records the loss and its metrics.
 """
 
 from abc import ABC, abstractmethod
@@ -14,24 +14,24 @@ from qlora.data import Batch
 
 
 class Loss(NamedTuple):
-    """Of one batch: sums, so that K micro-batches equal one batch, whatever their lengths."""
+    """Loss of one batch, as sums, so that K micro-batches equal one batch, whatever their lengths."""
 
     sum: Tensor
-    """fp32 scalar on the device, to be divided by the `weight` of all batches of the step"""
+    """fp32 scalar on the device; the step divides it by the `weight` of all its batches"""
     metrics: Mapping[str, Tensor] = {}
-    """the sums that the objective names (fp32 scalars, no gradient)"""
+    """sums of the objective's `metrics` (fp32 scalars without gradient)"""
 
 
 class Objective(ABC):
-    """What is learned from a batch."""
+    """A training objective."""
 
     metrics: ClassVar[tuple[str, ...]] = ()
-    """other sums that every loss has, divided by the same weight and recorded beside it"""
+    """names of the metrics in every `Loss`; they are divided by the same weight and recorded with the loss"""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The batch's loss, announcing the part that follows the decoder as the phase "loss"."""
+        """Return the loss of the batch; announce the computations after the decoder as the phase "loss"."""
 
     @abstractmethod
     def weight(self, batch: Batch) -> int:
-        """What the batch counts for in the mean: its supervised tokens, say, or its pairs. Known on the host."""
+        """Return the weight of the batch in the mean, such as its supervised tokens, without waiting for a GPU."""

@@ -1,14 +1,14 @@
-"""One training step on one batch: token ids in, loss and gradients out.
+"""The training step: from the micro-batches of a step to loss and gradients.
 
-The only `backward()` of the package. Training and evaluation call it with real tensors; a memory forecast can
-run it under FakeTensorMode, so what is forecast is what will happen. It knows models, not files or recipes.
+This is the only `backward()` of the package. Training and evaluation call it with real tensors. The memory forecast can
+run it under FakeTensorMode, so that it measures the same code. The step knows models, but no files or recipes.
 
-The loss of an optimizer step is the sum of the token losses divided by the supervised tokens of the whole
-step, over all its micro-batches: K micro-batches equal one batch, whatever their lengths. (Averaging the
-micro-batches' means instead weighs tokens of short answers more: huggingface/transformers#34191.)
+The loss of an optimizer step is the sum of the token losses over all its micro-batches, divided by the supervised
+tokens of the whole step. So K micro-batches equal one batch, whatever their lengths. (Averaging the means of the
+micro-batches instead gives tokens of short answers more weight: huggingface/transformers#34191.)
 
-The phases forward, loss, backward and evaluation are announced (`qlora.runtime.phases`): a profiler shows them, and the
-memory room (`qlora.memory.live`) books live bytes by them.
+The step announces the phases forward, loss, backward and evaluation (`qlora.runtime.phases`). A profiler shows them,
+and `qlora.memory.live` assigns live bytes to them.
 """
 
 import itertools
@@ -40,19 +40,27 @@ def accumulate(
 ) -> Loss:
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
-    `batches` are all micro-batches of the step; process `rank` of `processes` works on every `processes`-th of
-    them, so the sum over the processes is the step. LoRA's dropout of a row depends on (seed, step, number of
-    the row in the step) alone.
+    LoRA's dropout of a row depends only on the seed, the step and the row's number in the step.
+
+    Args:
+        model: the model, in training mode.
+        batches: all micro-batches of the step.
+        objective: computes the loss of a micro-batch.
+        seed: seed of dropout.
+        step: number of the optimizer step.
+        rank: number of this process. It computes every `processes`-th micro-batch, starting at `rank`, so the sum over
+            all processes is the step.
+        processes: number of processes.
 
     Returns:
-        this process's share of the mean loss and metrics (per supervised token, of causal language modelling).
+        This process's share of the mean loss and metrics; for causal language modelling, per supervised token.
     """
     weight = sum(map(objective.weight, batches))
-    assert weight > 0, "a step without a supervised token; the data package must not make one"
+    assert weight > 0, "a step has no supervised token; qlora.data must not produce such a step"
     total = _nothing(objective, next(model.parameters()).device)
     first_rows = itertools.accumulate((len(batch.input_ids) for batch in batches), initial=0)
     for batch, first in list(zip(batches, first_rows, strict=False))[rank::processes]:
-        torch.manual_seed(fold_seed(seed, step, first))  # for a model's own dropout
+        torch.manual_seed(fold_seed(seed, step, first))  # for dropout of the model itself
         with drawn_by_row(fold_seed(seed, step), first):
             with announce(Phase.FORWARD):
                 loss = _divided(objective.loss(model, batch), weight)
@@ -71,9 +79,16 @@ def evaluate(
     rank: int = 0,
     processes: int = 1,
 ) -> tuple[Loss, int]:
-    """The summed loss and metrics of this process's share of `batches`, and the weight of all.
+    """Return the summed loss and metrics of this process's share of `batches`, and the weight of all batches.
 
-    Gradients and the training mode are left as they were.
+    Gradients and the training mode do not change.
+
+    Args:
+        model: the model.
+        batches: all batches of the evaluation.
+        objective: computes the loss of a batch.
+        rank: number of this process; it evaluates every `processes`-th batch, starting at `rank`.
+        processes: number of processes.
     """
     total = _nothing(objective, next(model.parameters()).device)
     with evaluation_mode(model), announce(Phase.EVALUATION):
@@ -83,7 +98,7 @@ def evaluate(
 
 
 def _nothing(objective: Objective, device: torch.device) -> Loss:
-    """Zeros: a process without a micro-batch adds up as many numbers as the others."""
+    """Return zeros, so that a process without a micro-batch contributes as many numbers as the others."""
     return Loss(
         torch.zeros((), device=device), {n: torch.zeros((), device=device) for n in objective.metrics}
     )
@@ -100,7 +115,7 @@ def _added(total: Loss, loss: Loss) -> Loss:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while: no dropout, no checkpointing."""
+    """Run the block under `model.eval()`, without dropout and checkpointing, then restore the mode."""
     training = model.training
     model.eval()
     try:

@@ -1,1 +1,1 @@
-"""Arithmetic with adapters: their sums, differences, truncations and spectra."""
+"""Arithmetic with adapters: sums, differences, truncations and spectra."""

@@ -1,8 +1,8 @@
-"""Weighted sums of adapters, and adapters of lower rank; both say how far they are from what was asked.
+"""Weighted sums of adapters, and adapters of lower rank; both measure their error against the exact result.
 
-The sum of updates w_i * scaling_i * B_i A_i is B A with A = the A_i stacked and B = the w_i * scaling_i * B_i
-side by side, so the rank is the sum of the ranks and nothing is approximated. In float32 A is exact where the
-A_i are bf16, fp16 or fp32, and an element of B is off by at most 2^-24 of itself; in bf16 by 2^-9.
+The sum of updates w_i * scaling_i * B_i A_i equals B A, where A stacks the A_i and B puts the w_i * scaling_i * B_i
+side by side. So the ranks add up, and nothing is approximated. If the A_i are bf16, fp16 or fp32, A is exact in
+float32. Rounding changes an element of B by a relative error of at most 2^-24 in float32, and of 2^-9 in bf16.
 """
 
 import math
@@ -23,27 +23,30 @@ from qlora.errors import ModelError
 
 @dataclass(frozen=True)
 class ApproximationError:
-    """What a layer stores beside what was asked: the Frobenius norms of that, and of the difference."""
+    """Error of a layer's stored update against the requested update."""
 
     rank: int
+    """rank of the stored update"""
     norm: float
+    """Frobenius norm of the requested update"""
     error: float
+    """Frobenius norm of the difference between both"""
 
     @property
     def relative(self) -> float:
-        """error / norm; of an update of nothing, 0."""
+        """error / norm; 0 for a zero update."""
         return self.error / self.norm if self.norm else 0.0
 
     @classmethod
-    def between(cls, layer: Layer, asked: LowRank) -> "ApproximationError":
-        """Of the layer as stored from the update that was asked for."""
-        return cls(layer.rank, asked.norm(), (layer.update - asked).norm())
+    def between(cls, layer: Layer, exact: LowRank) -> "ApproximationError":
+        """Measure the error of a stored layer against the exact update."""
+        return cls(layer.rank, exact.norm(), (layer.update - exact).norm())
 
 
 def relative_error(deviations: Iterable[ApproximationError]) -> float:
-    """Of all layers together: the norm of all errors over the norm of all that was asked."""
-    found = list(deviations)
-    error, norm = math.hypot(*(d.error for d in found)), math.hypot(*(d.norm for d in found))
+    """Return the error of all layers together: the norm of all errors over the norm of all requested updates."""
+    errors = list(deviations)
+    error, norm = math.hypot(*(d.error for d in errors)), math.hypot(*(d.norm for d in errors))
     return error / norm if norm else 0.0
 
 
@@ -55,14 +58,22 @@ def compose(
     dtype: torch.dtype = torch.float32,
     any_base: bool = False,
 ) -> tuple[Adapter, dict[str, ApproximationError]]:
-    """The weighted sum of the updates of adapters, and each layer's deviation from it as stored in `dtype`.
+    """Return the weighted sum of the updates of several adapters, and the error of each stored layer.
 
-    A negative weight subtracts. Adapters may differ in ranks and layers. `rank` or `energy` (0-1) makes each
-    layer the best approximation of that rank, or of the least rank that keeps that share of the squared
-    singular values. Config and extra_files are those of the first adapter.
+    Args:
+        parts: adapters with their weights; a negative weight subtracts. Adapters can differ in ranks and layers. The
+            result takes its config and extra_files from the first one.
+        rank: highest rank of each layer; the layer is then the best approximation of that rank.
+        energy: share of the squared singular values to keep (0-1); each layer then gets the lowest such rank. Without
+            `rank` and `energy` the sum is exact, apart from rounding to `dtype`.
+        dtype: dtype of A and B in the result.
+        any_base: combine the adapters even if they were trained on different bases.
 
-    Raises ModelError if the adapters name different bases (unless `any_base`), or a layer has other shapes
-    in one than in another.
+    Returns:
+        The new adapter, and the error of each layer by name.
+
+    Raises:
+        ModelError: the adapters were trained on different bases, or a layer has different shapes in them.
     """
     adapters = [adapter for adapter, _ in parts]
     if not any_base:
@@ -71,10 +82,10 @@ def compose(
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
         terms = [weight * adapter.layers[name].update for adapter, weight in parts if name in adapter.layers]
         _check_shapes(name, terms)
-        asked = reduce(add, terms)
-        exact = rank is None and energy is None
-        layers[name] = Layer.store(name, asked if exact else asked.nearest(rank, energy), dtype)
-        deviations[name] = ApproximationError.between(layers[name], asked)
+        exact = reduce(add, terms)
+        full = rank is None and energy is None
+        layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype)
+        deviations[name] = ApproximationError.between(layers[name], exact)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
     return Adapter(config, layers, adapters[0].extra_files), deviations
 
@@ -86,9 +97,16 @@ def compress(
     energy: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Adapter, dict[str, ApproximationError]]:
-    """The best approximation of an adapter of at most `rank`, or of the least that keeps `energy` (0-1).
+    """Return the best approximation of an adapter by lower ranks, optimal in each layer (Eckart and Young 1936).
 
-    It is optimal layer by layer (Eckart and Young 1936). `dtype` None: the widest that the adapter has.
+    Args:
+        adapter: the adapter to approximate.
+        rank: highest rank of each layer.
+        energy: share of the squared singular values to keep (0-1); each layer then gets the lowest such rank.
+        dtype: dtype of A and B in the result; None means the widest dtype in the adapter.
+
+    Returns:
+        The new adapter, and the error of each layer by name.
     """
     if dtype is None:
         dtype = reduce(
@@ -101,8 +119,8 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
     bases = list(dict.fromkeys(adapter.base for adapter in adapters if adapter.base))
     if len(bases) > 1:
         raise ModelError(
-            f"the adapters were trained on different bases: {' and '.join(bases)}. If those hold the same "
-            "weights, say so with --any-base"
+            f"the adapters were trained on different bases: {' and '.join(bases)}. If these have the same "
+            "weights, use --any-base"
         )
     identities = [
         BaseIdentity.parse(adapter.extra_files[IDENTITY_FILE])
@@ -112,8 +130,7 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
     for other in identities[1:]:
         if (difference := identities[0].difference(other)) is not None:
             raise ModelError(
-                f"the adapters were trained on different bases ({difference}). To combine them all the same, say "
-                "--any-base"
+                f"the adapters were trained on different bases ({difference}). To combine them anyway, use --any-base"
             )
 
 
@@ -121,11 +138,11 @@ def _check_shapes(name: str, terms: Sequence[LowRank]) -> None:
     shapes = list(dict.fromkeys((term.b.shape[0], term.a.shape[1]) for term in terms))
     if len(shapes) > 1:
         sizes = " and ".join(f"[{out}, {into}]" for out, into in shapes)
-        raise ModelError(f"{name} is {sizes} in different adapters: they are not of one architecture")
+        raise ModelError(f"{name} is {sizes} in different adapters: their bases differ in architecture")
 
 
 def _targets(adapters: Sequence[Adapter]) -> Any:
-    """What means exactly the layers of all to PEFT. A list means what each of its entries means."""
+    """Return target_modules that match exactly the layers of all adapters in PEFT."""
     targets: list[Any] = [adapter.config.get("target_modules") for adapter in adapters]
     if all(entry == targets[0] for entry in targets):
         return targets[0]

@@ -1,9 +1,9 @@
-"""The low-rank difference of two full checkpoints: an adapter that makes one out of the other, nearly.
+"""Extraction of an adapter from two full checkpoints, as the low-rank approximation of their difference.
 
-Layer by layer, tensor by tensor: no more of either checkpoint stands in memory than one weight. The best rank-k
-approximation of a difference is its truncated singular value decomposition (Eckart and Young 1936), found by
-subspace iteration on a random sketch (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), as a full
-decomposition of a 7B model would take hours. Errors are not estimates: each is measured on the whole difference.
+Only one weight of each checkpoint is in memory at a time. The best rank-k approximation of a difference is its
+truncated singular value decomposition (Eckart and Young 1936). We compute it by subspace iteration on a random sketch
+(Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), because full decompositions of a 7B model would take hours.
+Errors are not estimates: each is measured on the whole difference.
 """
 
 import math
@@ -25,29 +25,28 @@ from qlora.runtime.device import device_named
 from qlora.storage.safetensors_files import ShardReader
 
 OVERSAMPLING = 16
-"""Sketch columns beyond those that are used: the last are not exact."""
+"""Extra columns of the sketch: its last singular values are not exact, so they are not used."""
 
 ITERATIONS = 4
-"""Of the subspace; each sharpens the spectrum by two powers."""
+"""Subspace iterations; each raises the power of the singular values in the sketch by two."""
 
 PART = 2**24
-"""Elements compared at a time where only the norm is wanted."""
+"""Elements compared at a time for the norm of a difference."""
 
 SMALL = 512
-"""Up to this many rows or columns a matrix is decomposed whole, in float64."""
+"""Matrices with at most this many rows or columns get a full decomposition in float64."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """The adapter, each layer's deviation from the difference, and what changed but no adapter holds.
-
-    not_captured: tensor name -> Frobenius norm of its difference; None where one checkpoint lacks it or its
-        shape differs.
-    """
+    """An extracted adapter with its errors and the changes that it cannot represent."""
 
     adapter: Adapter
     deviations: dict[str, ApproximationError]
+    """error of each layer against the difference of the checkpoints"""
     not_captured: dict[str, float | None]
+    """Frobenius norm of the difference of every other changed tensor, by name; None if a checkpoint lacks the tensor or
+    the shapes differ"""
 
 
 def extract(
@@ -62,12 +61,24 @@ def extract(
     device: str = "auto",
     progress: Callable[[Sequence[str]], Iterable[str]] = list,
 ) -> Extraction:
-    """The adapter of at most `rank`, or of the least that keeps `energy` (0-1), for tuned - base.
+    """Extract an adapter that approximates tuned - base in every linear layer except the output head.
 
-    model: the architecture, on the meta device will do; its linear layers but the head are compared, and those
-        that do not differ get no adapter. device: auto, cpu or cuda. progress: sees the layers' names go by.
-    Raises ModelError if a linear weight is missing, quantized or of other shapes, or none differs; UsageError if
-    there is no CUDA device.
+    Layers without a difference get no adapter.
+
+    Args:
+        tuned: the fine-tuned checkpoint.
+        base: the checkpoint that it was tuned from.
+        model: the architecture of both, also on the meta device.
+        rank: highest rank of each layer.
+        energy: share of the squared singular values to keep (0-1); each layer then gets the lowest such rank.
+        base_model: name of the base to record in the config.
+        dtype: dtype of A and B in the adapter.
+        device: where the decompositions run: auto, cpu or cuda.
+        progress: wraps the sequence of layer names, for example in a progress bar.
+
+    Raises:
+        ModelError: a linear weight is missing, quantized, not finite or of another shape, or no weight differs.
+        UsageError: there is no CUDA device.
     """
     place = device_named(device)
     keys = {name: _keys(name, model, tuned, base) for name in select(model, "all-linear")}
@@ -94,40 +105,40 @@ def extract(
 
 
 def _keys(layer: str, model: nn.Module, tuned: ShardReader, base: ShardReader) -> tuple[str, str]:
-    """Where the two checkpoints keep a layer's weight: checked for all layers before anything is computed."""
+    """Return the names of a layer's weight in both checkpoints, after checking that the weights can be compared."""
     module = model.get_submodule(layer)
     if is_conv1d(module):
-        raise ModelError(f"{layer} is a Conv1D, as GPT-2 has it: extract reads plain linear layers only")
+        raise ModelError(f"{layer} is a Conv1D (GPT-2): extract supports only plain linear layers")
     assert isinstance(module, nn.Linear)
     shape = module.out_features, module.in_features
-    found = []
+    names = []
     for weights in (tuned, base):
         stored = weights.of_layer(layer)
         if stored is None:
             raise ModelError(
-                f"{weights.folder}: has no {layer}.weight, as the architecture of {tuned.folder} has"
+                f"{weights.folder}: {layer}.weight is missing; the architecture of {tuned.folder} needs it"
             )
         if stored.is_quantized:
             raise ModelError(
-                f"{weights.folder}: {stored.name} is quantized: give both checkpoints in 16 or 32 bits"
+                f"{weights.folder}: {stored.name} is quantized: use checkpoints in 16 or 32 bits for both models"
             )
         if stored.shape != shape:
             raise ModelError(
-                f"{weights.folder}: {stored.name} is {list(stored.shape)}, and {list(shape)} in the architecture of "
+                f"{weights.folder}: {stored.name} is {list(stored.shape)}, but {list(shape)} in the architecture of "
                 f"{tuned.folder}"
             )
-        found.append(stored.name)
-    return found[0], found[1]
+        names.append(stored.name)
+    return names[0], names[1]
 
 
 def _difference(tuned: Tensor, base: Tensor) -> Tensor:
-    """tuned - base [out, in]: in float64 where that is quick, else in float32."""
+    """Return tuned - base [out, in], in float64 for small matrices and in float32 for large ones."""
     dtype = torch.float64 if min(tuned.shape) <= SMALL else torch.float32
     return tuned.to(dtype) - base.to(dtype)
 
 
 def _nearest(difference: Tensor, rank: int | None, energy: float | None, name: str) -> LowRank:
-    """The truncated decomposition of `difference` [out, in]; the sketch grows until it holds the energy."""
+    """Return the truncated decomposition of `difference` [out, in]; the sketch grows until it holds the energy."""
     short = min(difference.shape)
     wanted = (energy or 0.0) * _norm(difference) ** 2 * (1 - ROUNDING)
     size = (rank or OVERSAMPLING) + OVERSAMPLING
@@ -136,19 +147,19 @@ def _nearest(difference: Tensor, rank: int | None, energy: float | None, name: s
         u, s, vh = (
             torch.linalg.svd(difference, full_matrices=False) if whole else _sketch(difference, size, name)
         )
-        kept = s.double().square().cumsum(0)  # what the sketch does not see counts as lost
+        kept = s.double().square().cumsum(0)  # energy outside the sketch counts as lost
         if whole or rank is not None or kept[-OVERSAMPLING] >= wanted:
             return LowRank.truncated(u, s, vh, rank or int((kept < wanted).sum()) + 1)
         size *= 2
 
 
 def _sketch(matrix: Tensor, size: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `size` singular triples of `matrix` [out, in], nearly; always the same for one layer."""
+    """Return approximately the first `size` singular triples of `matrix` [out, in]; the seed is the layer's name."""
     random = torch.randn(matrix.shape[1], size, generator=layer_generator(0, name))
     q = _orthonormal(matrix @ random.to(matrix))
     for _ in range(ITERATIONS):
         q = _orthonormal(matrix @ _orthonormal(matrix.T @ q))
-    # matrix is nearly Q (Q^T matrix), a product of two thin ones
+    # matrix is approximately Q (Q^T matrix), a product of two thin matrices
     return LowRank.of(q, q.T @ matrix).svd()
 
 
@@ -168,25 +179,25 @@ def _config(model: nn.Module, layers: Mapping[str, Layer], base_model: str | Non
         "init_lora_weights": True,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "target_modules": targets_of(model, layers),  # it asks for names alone
+        "target_modules": targets_of(model, layers),  # only reads the layers' names
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     }
 
 
 def _not_captured(tuned: ShardReader, base: ShardReader, used: set[str]) -> dict[str, float | None]:
-    """Tensors that are no adapted linear weight and differ."""
-    found: dict[str, float | None] = {}
+    """Return the difference of all changed tensors that the adapter does not cover."""
+    changed: dict[str, float | None] = {}
     for name in dict.fromkeys([*tuned, *base]):
         if name in used:
             continue
         if name not in tuned or name not in base or tuned.stored[name].shape != base.stored[name].shape:
-            found[name] = None
+            changed[name] = None
         elif norm := _distance(tuned[name], base[name]):
-            found[name] = norm
-    return found
+            changed[name] = norm
+    return changed
 
 
 def _distance(tuned: Tensor, base: Tensor) -> float:
-    """|tuned - base|, in float64 a part at a time: an embedding may be the largest tensor of all."""
+    """Return |tuned - base| in float64, computed in parts because an embedding can be the largest tensor of all."""
     pairs = zip(tuned.reshape(-1).split(PART), base.reshape(-1).split(PART), strict=True)
     return math.hypot(*(_norm(ours.double() - theirs.double()) for ours, theirs in pairs))

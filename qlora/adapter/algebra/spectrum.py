@@ -1,8 +1,8 @@
-"""What an adapter learned, layer by layer: the norm, spectrum and effective rank of its updates.
+"""Norm, spectrum and effective rank of an adapter's updates, layer by layer.
 
-The documents leave the rank open ("r = 8 typically sufficient, r = 64 nearly optimal"). The spectrum of a finished
-adapter is evidence: directions that hold no energy (squared singular values) were not needed. It cannot show
-what lies beyond the rank, for that was never learned.
+The LoRA documents leave the rank open ("r = 8 typically sufficient, r = 64 nearly optimal"). The spectrum of a trained
+adapter is evidence: directions that hold no energy (squared singular values) were not needed. The spectrum cannot show
+what a higher rank would have learned.
 """
 
 import math
@@ -18,20 +18,23 @@ from qlora.adapter.algebra.tensors import Adapter
 from qlora.storage.safetensors_files import ShardReader
 
 MOST = 0.99
-"""The share of the energy that a rank has to hold to be called enough."""
+"""Share of the energy that a sufficient rank holds."""
 
 TOO_LARGE, TOO_SMALL = 0.5, 0.75
-"""Directions that hold that share, as a part of the rank: at most one half in the median layer, and the rank was too
-large; from three quarters on it may have been too small. Set by the quickstart at ranks of 2 to 32 (README)."""
+"""Limits for the directions that hold this share of the energy, as a part of the rank. In the median layer, up to one
+half means that the rank was too large; from three quarters on, it may have been too small. Both limits come from the
+quickstart at ranks of 2 to 32 (README)."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of a layer's update, falling; base_norm: the Frobenius norm of the weight beneath."""
+    """Singular values of a layer's update."""
 
     rank: int
     singular_values: list[float]
+    """in falling order"""
     base_norm: float | None = None
+    """Frobenius norm of the base's weight; None if unknown"""
 
     @property
     def norm(self) -> float:
@@ -40,34 +43,34 @@ class Spectrum:
 
     @property
     def relative_norm(self) -> float | None:
-        """`norm` over that of the base's weight; None where that is not known."""
+        """`norm` divided by `base_norm`; None if `base_norm` is unknown."""
         return self.norm / self.base_norm if self.base_norm else None
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values, normalised to sum 1 (Roy and Vetterli 2007); 0 for no update."""
+        """exp of the entropy of the singular values, scaled to sum 1 (Roy and Vetterli 2007); 0 for a zero update."""
         total = sum(self.singular_values)
         shares = [value / total for value in self.singular_values if value > 0]
         return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
     @property
     def energy_left(self) -> list[float]:
-        """Share of the energy (squares) beyond the first 0, 1, ... directions: from 1 to 0; [] for no update."""
+        """Share of the energy (squares) beyond the first 0, 1, ... directions, from 1 to 0; [] for a zero update."""
         left = list(accumulate((value**2 for value in reversed(self.singular_values)), initial=0.0))
         return [value / left[-1] for value in reversed(left)] if left[-1] else []
 
     def rank_for(self, energy: float) -> int:
-        """How many directions hold `energy` (0-1) of all; 0 for no update."""
+        """Return the number of leading directions that hold the share `energy` (0-1); 0 for a zero update."""
         return next((rank for rank, left in enumerate(self.energy_left) if left <= 1 - energy + 1e-12), 0)
 
     @property
     def last_quarter(self) -> float:
-        """Share of the energy in the last quarter of the singular values, one of them at least."""
+        """Share of the energy in the last quarter of the singular values (at least one value)."""
         count = len(self.singular_values)
         return self.energy_left[count - max(1, count // 4)] if self.norm else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the numbers as plain JSON values."""
         return {
             "rank": self.rank,
             "norm": self.norm,
@@ -81,7 +84,7 @@ class Spectrum:
 
 
 def spectra(adapter: Adapter, base: ShardReader | None = None) -> dict[str, Spectrum]:
-    """The spectrum of every layer's update; with `base`, beside the norms of its weights."""
+    """Return the spectrum of every layer's update, with the norms of the weights if `base` is given."""
     return {
         name: Spectrum(
             layer.rank,
@@ -101,27 +104,32 @@ def _base_norm(base: ShardReader, layer: str) -> float | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the rank was too large or too small: `kind`, a sentence with the evidence, and a rank that would do."""
+    """Judgement of an adapter's rank."""
 
     kind: str
+    """"too large", "fits", "may be too small" or "unclear" """
     sentence: str
+    """the judgement in words, with the evidence"""
     enough: int | None = None
+    """sufficient rank, if the rank was too large"""
 
 
 LIMITS = (
-    "A spectrum shows what was learned, not what a higher rank would have learned; short or noisy training flattens "
-    "it, and energy is not loss: held-out loss decides."
+    "A spectrum shows what was learned, not what a higher rank would have learned. Short or noisy training flattens "
+    "the spectrum. Energy is not loss: the held-out loss decides."
 )
 
 
 def judge(layers: Mapping[str, Spectrum]) -> Verdict:
-    """What the spectra say about the rank: "too large", "fits", "may be too small", or "unclear"."""
+    """Judge from the spectra whether the adapter's rank was too large or too small."""
     learned = [layer for layer in layers.values() if layer.norm > 0]
     judged = [layer for layer in learned if len(layer.singular_values) > 1]
     if not learned:
         return Verdict("unclear", "Every update is zero: nothing was learned.")
     if not judged:
-        return Verdict("unclear", "One direction a layer is no spectrum: rank 1 cannot be judged by it.")
+        return Verdict(
+            "unclear", "Rank 1 has only one direction per layer, so there is no spectrum to judge it by."
+        )
     needed = sorted(layer.rank_for(MOST) for layer in judged)
     share = median(layer.rank_for(MOST) / len(layer.singular_values) for layer in judged)
     evidence = (
@@ -131,8 +139,8 @@ def judge(layers: Mapping[str, Spectrum]) -> Verdict:
     rank = _ranks(judged)
     if share <= TOO_LARGE:
         enough = needed[math.ceil(0.9 * len(needed)) - 1]
-        advice = f"Rank {enough} holds as much in nine layers of ten."
-        return Verdict("too large", f"Rank {rank} was more than was used: {evidence}. {advice}", enough)
+        advice = f"Rank {enough} holds {MOST:.0%} in nine of ten layers."
+        return Verdict("too large", f"Rank {rank} was more than needed: {evidence}. {advice}", enough)
     if share >= TOO_SMALL:
         return Verdict("may be too small", f"Rank {rank} may be too small: {evidence}.")
     return Verdict("fits", f"Rank {rank} fits what was learned: {evidence}.")

@@ -1,7 +1,7 @@
-"""An adapter as plain tensors, read from its folder and written to a new one: no model is needed.
+"""Reading and writing adapters as plain tensors, without a model.
 
-The layout is that of `store`, which puts adapters into models. Reading is as strict; writing is whole or not
-at all, and never over anything.
+The folder layout is the same as in `adapter/store.py`, and reading is as strict. Writing is atomic and never overwrites
+anything.
 """
 
 import json
@@ -31,36 +31,44 @@ from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
 
 COMPANIONS = ("recipe.yaml", IDENTITY_FILE)
-"""Text files of qlora's own that travel with an adapter."""
+"""Text files of qlora that are copied along with an adapter."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What A and B may be stored in, by name."""
+"""Allowed dtypes of A and B, by name."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A [rank, in] and B [out, rank] of one layer as stored; the update is scaling * B A."""
+    """Tensors and scaling of one adapted layer; its update is scaling * B A."""
 
     a: Tensor
+    """[rank, in], in the stored dtype"""
     b: Tensor
+    """[out, rank], in the stored dtype"""
     alpha: float
     scaling: float
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """Rank of the update: rows of A."""
         return self.a.shape[0]
 
     @property
     def update(self) -> LowRank:
-        """scaling * B A in float64."""
+        """The update scaling * B A, in float64."""
         return self.scaling * LowRank.of(self.b, self.a)
 
     @classmethod
     def store(cls, name: str, update: LowRank, dtype: torch.dtype) -> "Layer":
-        """An update rounded to `dtype`, with alpha = rank, so that the scaling is 1 and rounds nothing.
+        """Round an update to `dtype`, with alpha = rank, so that the scaling is 1 and causes no rounding.
 
-        Raises ModelError if a number is too large for `dtype`.
+        Args:
+            name: name of the layer, for the error message.
+            update: the update to store.
+            dtype: dtype of A and B.
+
+        Raises:
+            ModelError: a number is too large for `dtype`.
         """
         a, b = update.a.to(dtype), update.b.to(dtype)
         if not (a.isfinite().all() and b.isfinite().all()):
@@ -70,19 +78,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter without a model: its config, whose ranks and alphas stand in the layers, and its tensors.
-
-    config: the fields of adapter_config.json. layers: by name, in the file's order. extra_files: text files
-    that travel along, by name.
-    """
+    """An adapter without a model. Ranks and alphas in the layers override those in the config."""
 
     config: Mapping[str, Any]
+    """fields of adapter_config.json"""
     layers: Mapping[str, Layer]
+    """layers by name, in the order of the file"""
     extra_files: Mapping[str, str] = field(default_factory=dict)
+    """content of the text files that are copied along, by name"""
 
     @property
     def base(self) -> str | None:
-        """What the adapter says it was trained on, as `name` or `name@revision`; None if it does not."""
+        """Base that the config names, as `name` or `name@revision`; None if it names none."""
         name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
         if not isinstance(name, str) or not name:
             return None
@@ -90,10 +97,14 @@ class Adapter:
 
 
 def read(path: str | Path) -> Adapter:
-    """The adapter in a folder (ours or PEFT's), or in the folder of a run.
+    """Read an adapter from its folder.
 
-    Raises ModelError if a file is missing, damaged or a pickle, the config asks for something unknown here,
-    or config and tensors do not fit each other.
+    Args:
+        path: an adapter folder, written by qlora or PEFT, or the folder of a run.
+
+    Raises:
+        ModelError: a file is missing, damaged or a pickle, the config is not supported, or config and tensors do not
+            match.
     """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
@@ -111,15 +122,24 @@ def read(path: str | Path) -> Adapter:
             if (folder / name).is_file()
         }
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {' and '.join(COMPANIONS)} cannot be read: {error}") from error
+        raise ModelError(f"{folder}: {' or '.join(COMPANIONS)} cannot be read: {error}") from error
     return Adapter(config, layers, extra_files)
 
 
 def write(adapter: Adapter, path: str | Path) -> int:
-    """Write an adapter to the new folder `path`, read it back, and return the bytes of its tensors.
+    """Write an adapter to a new folder, and verify the tensors by reading them back.
 
-    Raises UsageError if `path` exists; ModelError if a number is not finite in its dtype; SaveError if the disk
-    refuses. Whatever goes wrong, `path` is then not there.
+    Args:
+        adapter: the adapter to write.
+        path: the folder, which must not exist. It does not exist after an error either.
+
+    Returns:
+        Size of the tensor file in bytes.
+
+    Raises:
+        UsageError: `path` exists.
+        ModelError: a number is not finite, or PEFT's config cannot express the adapter.
+        SaveError: a file cannot be written, or the tensors read back differ.
     """
     folder = Path(path)
     tensors = named_tensors({name: {SUFFIX_A: x.a, SUFFIX_B: x.b} for name, x in adapter.layers.items()})
@@ -132,13 +152,13 @@ def write(adapter: Adapter, path: str | Path) -> int:
             (draft / name).write_text(text, encoding="utf-8")
         back = load_file(draft / TENSORS_FILE)
         if not all(torch.equal(tensor, back[key]) for key, tensor in tensors.items()):
-            raise SaveError(f"{folder}: reading back gave other numbers than were written")
+            raise SaveError(f"{folder}: the numbers read back differ from the numbers written")
         publish(draft, folder)
     return (folder / TENSORS_FILE).stat().st_size
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As `bfloat16`."""
+    """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -147,13 +167,13 @@ def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: P
     for tensor, suffix, dim in ((a, SUFFIX_A, 0), (b, SUFFIX_B, 1)):
         if tensor.ndim != 2 or tensor.shape[dim] != spec.rank or not tensor.numel():
             raise ModelError(
-                f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, and the config's rank is {spec.rank}"
+                f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, but the config's rank is {spec.rank}"
             )
     return Layer(a, b, spec.resolved_alpha, spec.factor)
 
 
 def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:
-    """What the config targets must be what there are tensors for, as far as that shows without a model."""
+    """Raise ModelError if a layer with tensors is not a target. Targets without tensors are unknown without a model."""
     if targets is None or targets == "all-linear":
         return
     entries = [targets] if isinstance(targets, str) else targets
@@ -162,9 +182,11 @@ def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:
     try:
         outside = [name for name in names if not any(_targets(entry, name) for entry in entries)]
     except re.error as error:
-        raise ModelError(f"{path}: target_modules is no regular expression ({error})") from error
+        raise ModelError(f"{path}: target_modules is not a valid regular expression ({error})") from error
     if outside:
-        raise ModelError(f"{path}: {len(outside)} layers are not targets, such as {outside[0]}")
+        raise ModelError(
+            f"{path}: no target for {len(outside)} of the layers with tensors, such as {outside[0]}"
+        )
 
 
 def _targets(entry: str, name: str) -> bool:
@@ -172,10 +194,10 @@ def _targets(entry: str, name: str) -> bool:
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
-    """The config with the layers' ranks and alphas: the commonest, and patterns for the others."""
+    """Return the config with the commonest rank and alpha, and with patterns for the layers that differ."""
     layers = adapter.layers
     rank = commonest([layer.rank for layer in layers.values()])
-    # of the layers of that rank: where alpha = rank, the patterns then name the same layers
+    # only layers of that rank count: if alpha = rank everywhere, both patterns then name the same layers
     alpha = commonest([layer.alpha for layer in layers.values() if layer.rank == rank])
     return {
         **adapter.config,

@@ -1,4 +1,4 @@
-"""The adapter methods by name. A new one is a file here and a line in `METHODS`."""
+"""Adapter methods by name. A new method is a file here and a line in `METHODS`."""
 
 from qlora.adapter.methods.bitfit import BitFit
 from qlora.adapter.methods.full import Full
@@ -10,6 +10,6 @@ METHODS: dict[str, Method] = {method.name: method for method in (Lora(), Full(),
 ADAPTERS: dict[str, AdapterMethod] = {
     method.peft_type: method for method in METHODS.values() if isinstance(method, AdapterMethod)
 }
-"""by their name in adapter_config.json"""
+"""methods that save an adapter, by peft_type, their name in adapter_config.json"""
 
 __all__ = ["ADAPTERS", "METHODS", "AdapterMethod", "Method"]

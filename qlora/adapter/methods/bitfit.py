@@ -1,8 +1,8 @@
-"""BitFit (Ben Zaken et al. 2021, arXiv:2106.10199): h = W x + b + u, W and b frozen, u [out] zero at the start.
+"""BitFit (Ben Zaken et al. 2021, arXiv:2106.10199): h = W x + b + u, with W and b frozen and u [out] zero at the start.
 
-Only the update u of a target linear's bias is trained, so the model starts as the base to the last bit. A linear
-without a bias starts at a zero bias. The paper trains the biases of norms too; they are left alone here, since an
-adapter changes linears.
+Only u, the update of a target linear's bias, is trained, so the model starts bit for bit as the base. A linear
+without a bias starts at a zero bias. The paper also trains the biases of norms. We leave them frozen, because our
+adapters change only linears.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,14 @@ from qlora.recipe import Adapter
 
 @dataclass(frozen=True)
 class BiasSpec:
-    """Settings of a layer: there is nothing to choose but the dtype."""
+    """Settings of a BitFit layer: only the dtype."""
 
     dtype: torch.dtype = torch.bfloat16
+    """dtype of the update"""
 
 
 class BiasLinear(AdaptedLinear):
-    """A frozen linear with a trained update of its bias; x [..., in] -> [..., out] in x.dtype."""
+    """A frozen linear with a trained update of its bias; maps x [..., in] to [..., out] in x.dtype."""
 
     SAVED: ClassVar = {".bias_update": "bias_update"}
     changes_bias = True
@@ -41,37 +42,37 @@ class BiasLinear(AdaptedLinear):
         self.bias_update = nn.Parameter(zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Map x [..., in] to [..., out]."""
         y = frozen_linear(x, *self.frozen, self.base.bias)
         return y + self.bias_update.to(y.dtype)
 
     @classmethod
     def shapes(cls, linear: nn.Module, spec: BiasSpec) -> dict[str, tuple[int, ...]]:
-        """One number for each output."""
+        """Return the shape of the update: one number per output."""
         return {".bias_update": (features(linear)[1],)}
 
     def merged_bias(self, bias: Tensor | None = None) -> Tensor:
-        """b + u [out] in fp32."""
+        """Return b + u [out] in fp32."""
         bias = self.base.bias if bias is None else bias
         update = self.bias_update.detach().float()
         return update if bias is None else bias.detach().float() + update.to(bias.device)
 
 
 class BitFit(AdapterMethod):
-    """Trains the biases of linears."""
+    """BitFit: trains the biases of linears."""
 
     name = "bitfit"
-    peft_type = "BITFIT"  # PEFT has no such method, and says so
+    peft_type = "BITFIT"  # PEFT has no such method and rejects it
     layer = BiasLinear
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
-        """Freeze `model`, and give each of its targets an update of the bias."""
+        """Freeze `model` and add a trainable bias update to each target."""
         names = select(model, settings.targets)
         protect(model.requires_grad_(False))
         return wrap(model, {name: BiasLinear(model.get_submodule(name)) for name in names})
 
     def notes(self, model: nn.Module) -> list[str]:
-        """How many layers the base has no bias in."""
+        """Report the number of target layers without a bias in the base."""
         layers = BiasLinear.of(model)
         without = sum(layer.base.bias is None for layer in layers.values())
         if not without:
@@ -81,7 +82,7 @@ class BitFit(AdapterMethod):
         ]
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
-        """What it is, the base and the names of the layers."""
+        """Return the fields of adapter_config.json: the method, the base and the names of the layers."""
         return {
             "base_model_name_or_path": base.name,
             "peft_type": self.peft_type,
@@ -90,25 +91,25 @@ class BitFit(AdapterMethod):
         }
 
     def check(self, config: Mapping[str, Any], file: Path) -> None:
-        """Allow the fields that `config` writes."""
+        """Raise ModelError if `config` has other fields than the method `config` writes."""
         known = {"base_model_name_or_path", "peft_type", "revision", "target_modules"}
         if unknown := sorted(config.keys() - known):
             raise ModelError(f"{file}: {unknown[0]} is a field that this version of qlora does not know")
         targets = config.get("target_modules")
         if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-            raise ModelError(f"{file}: target_modules must be a list of the layers' names")
+            raise ModelError(f"{file}: target_modules must be a list of layer names")
 
     def targets(
-        self, model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], file: Path
+        self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
     ) -> list[str]:
-        """The layers that the config names."""
+        """Return the layers that the config names."""
         names, linears = config["target_modules"], linear_names(model)
         missing = [name for name in names if name not in linears]
         if missing or not names:
-            which = f"no linear layer {missing[0]}. {offer(linears)}" if names else "no layer that it names"
-            raise ModelError(f"{file}: the adapter does not fit this model: it has {which}")
+            reason = f"no linear layer {missing[0]}. {offer(linears)}" if names else "target_modules is empty"
+            raise ModelError(f"{file}: the adapter does not fit this model: {reason}")
         return list(names)
 
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> BiasSpec:
-        """The same for every layer."""
+        """Return the settings, which are the same for every layer."""
         return BiasSpec()

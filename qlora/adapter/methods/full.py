@@ -7,7 +7,7 @@ from qlora.recipe import Adapter
 
 
 class Full(Method):
-    """Trains every weight."""
+    """Full fine-tuning: trains every weight."""
 
     name = "full"
 

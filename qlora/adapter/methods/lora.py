@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): h = W x + scaling * B A x, W frozen, A [rank, in] random, B [out, rank] zero.
+"""LoRA (Hu et al. 2021): h = W x + scaling * B A x, with W frozen, A [rank, in] random and B [out, rank] zero at first.
 
-`LoRALinear` wraps an `nn.Linear`, a 4-bit linear or GPT-2's `Conv1D` and leaves it as it is; `adapt` puts one
-around every target of any model. A and B are bf16; the optimizer keeps what bf16 would round away.
+`LoRALinear` wraps an `nn.Linear`, a 4-bit linear or GPT-2's `Conv1D` and keeps its weights unchanged. `adapt` wraps
+every target layer of a model. A and B are bf16; the optimizer keeps the bits that bf16 rounds away.
 """
 
 import hashlib
@@ -30,13 +30,20 @@ from qlora.recipe import Adapter
 
 
 class LoRALinear(AdaptedLinear):
-    """A frozen linear with a trainable low-rank update; x [..., in] -> [..., out] in x.dtype.
+    """A frozen linear with a trainable low-rank update (Hu et al. 2021).
 
+    The layer maps x [..., in] to W x + bias + scaling * B A x, [..., out] in x.dtype.
+
+    Args:
+        base: an `nn.Linear`, 4-bit linear or `Conv1D`. It is frozen in place; its bias stays in use.
+        spec: rank, alpha, dropout, scaling, initialisation and dtype; None means the defaults of `LoraSpec`.
+        generator: CPU generator that A is drawn from; None means torch's default generator.
+
+    Raises:
+        ModelError: `base` is not a linear layer.
+
+    Example:
         >>> layer = LoRALinear(nn.Linear(input_dim, output_dim), LoraSpec(rank=4, alpha=8))
-
-    base: an `nn.Linear`, 4-bit linear or `Conv1D`, kept as it is and frozen; its bias stays in use.
-    spec: rank, alpha, dropout, scaling, initialisation and dtype.
-    generator: a CPU generator for A; None: torch's.
     """
 
     SAVED: ClassVar = {SUFFIX_A: "lora_a", SUFFIX_B: "lora_b"}
@@ -55,57 +62,62 @@ class LoRALinear(AdaptedLinear):
 
     @property
     def rank(self) -> int:
-        """Rows of A, columns of B."""
+        """Rank of the update: rows of A, columns of B."""
         return self.spec.rank
 
     @property
     def alpha(self) -> float:
-        """The update is scaled by alpha/rank, or alpha/sqrt(rank)."""
+        """Numerator of the scaling, alpha/rank or alpha/sqrt(rank)."""
         return self.spec.resolved_alpha
 
     @property
     def scaling(self) -> float:
-        """Factor of the update."""
+        """Factor of the update B A x."""
         return self.spec.factor
 
     @property
     def dropout(self) -> float:
-        """Share of the input of A that is dropped in training."""
+        """Share of A's input that is dropped in training."""
         return self.spec.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Map x [..., in] to [..., out]."""
         return lora_linear(x, *self.product())
 
     def product(self) -> tuple[Linear, Update]:
-        """The layer as our products take it, with the next dropout mask if it is training."""
+        """Return the arguments of `qlora.ops` for this layer, with the next dropout mask if it is training."""
         weight, state = self.frozen
         dropout = draw(self.dropout if self.training else 0.0, self.number)
         return Linear(weight, state, self.base.bias, self.scaling, dropout), Update(self.lora_a, self.lora_b)
 
     @classmethod
     def shapes(cls, linear: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-        """A [rank, in] and B [out, rank]."""
+        """Return the shapes of A [rank, in] and B [out, rank]."""
         in_features, out_features = features(linear)
         return {SUFFIX_A: (spec.rank, in_features), SUFFIX_B: (out_features, spec.rank)}
 
     def misfit(self, spec: LoraSpec) -> str | None:
-        """Ranks cannot be switched."""
+        """Return why the layer cannot load tensors of another rank; None if the rank is the same."""
         if spec.rank == self.rank:
             return None
-        return f"has rank {spec.rank}, and {self.rank} in the model: ranks cannot be switched"
+        return f"has rank {spec.rank} in the file and {self.rank} in the model: the ranks must be equal"
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The dense weight [out, in] that computes what the layer computes without dropout; fp32 or wider.
+        """Return the dense weight W + scaling * B A, so that a plain linear computes the same without dropout.
 
+        The sum is computed in fp32, or in fp64 if an operand is fp64, independent of the dtypes of W, A and B. NF4
+        weights are dequantized to fp32, which represents them exactly. So the result has only fp32's rounding error
+        until the caller rounds it to 16 or 4 bits.
+
+        Args:
+            weight: dense weight [out, in] to add the update to; None means the layer's own frozen weight, dequantized
+                if it is 4-bit.
+
+        Returns:
+            The weight [out, in] in fp32 or fp64, on the device of `weight`.
+
+        Example:
             >>> y = torch.nn.functional.linear(x, layer.merged_weight(), layer.base.bias)
-
-        weight: what to add the update to, on any device and there the result is; None is the layer's own frozen
-            weight, dequantized if it is in 4 bits.
-
-        The sum is taken in fp32 (fp64 where an operand is fp64), whatever W, A and B are stored in; NF4 weights are
-        dequantized to fp32, which holds them exactly. So the result is right to fp32's own rounding, and the first
-        real rounding is the caller's, who stores it in 16 or 4 bits.
         """
         if weight is None:
             packed, state = self.base.weight, self.frozen[1]
@@ -120,19 +132,19 @@ class LoRALinear(AdaptedLinear):
         return torch.addmm(weight.detach().to(dtype), b, a, alpha=self.scaling)
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Return the layer's settings for print(model)."""
         return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 class Lora(AdapterMethod):
-    """Trains A and B of every target."""
+    """LoRA: trains A and B of every target."""
 
     name = "lora"
     peft_type = "LORA"
     layer = LoRALinear
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
-        """See `adapt`."""
+        """Adapt `model` with the recipe's settings; see `adapt`."""
         spec = LoraSpec(
             rank=settings.rank,
             alpha=settings.resolved_alpha,
@@ -146,37 +158,47 @@ class Lora(AdapterMethod):
         return adapt(model, spec, seed=seed)
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
-        """PEFT's LoraConfig."""
+        """Return the fields of PEFT's LoraConfig."""
         return config_of(model, layers, base)
 
     def check(self, config: Mapping[str, Any], file: Path) -> None:
-        """Every field is obeyed, known to say nothing, or refused by name."""
+        """Raise ModelError if a field is unknown or not supported."""
         check_config(config, file)
 
     def targets(
-        self, model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], file: Path
+        self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
     ) -> list[str]:
-        """As PEFT would choose them."""
-        return targets_in(model, config, found, file)
+        """Return the target layers, chosen as in PEFT."""
+        return targets_in(model, config, stored, file)
 
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> LoraSpec:
-        """Absent fields have PEFT's defaults."""
+        """Return the settings of the layer `name`; missing fields have PEFT's defaults."""
         return spec_of_layer(config, name, file)
 
 
 def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
-    """Freeze `model` and wrap its targets (see `select`) in LoRALinears, in place; returns the model.
+    """Freeze `model` and wrap its target layers in `LoRALinear`, in place.
 
+    The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
+
+    Args:
+        model: any `nn.Module` with linear layers, also on the meta device.
+        spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
+        seed: seed of the initial A of each layer.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: the model has an adapter already.
+        UsageError: the targets or a pattern match no layer.
+
+    Example:
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
-
-    Works for any `nn.Module` with linear layers, on the meta device too. Each A depends on (seed, name of the layer)
-    alone, whatever the device and the other targets.
-
-    Raises ModelError if the model is adapted already, UsageError if an argument is wrong or matches no layer.
     """
     spec = spec or LoraSpec()
     if AdaptedLinear.of(model):
-        raise ModelError("the model has an adapter already: adapt a base, or load an adapter into this one")
+        raise ModelError("the model has an adapter already: adapt a base, or load an adapter into this model")
     names = select(model, spec.targets)
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
@@ -190,20 +212,27 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRALinears of `model` by name, in its order.
+    """Return the LoRA layers of `model` by name, in the order of the model.
 
-    >>> sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora_layers(model).values())
+    Args:
+        model: a model, adapted or not.
+
+    Returns:
+        The layers by name; empty for a model without LoRA.
+
+    Example:
+        >>> sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora_layers(model).values())
     """
     return LoRALinear.of(model)
 
 
 def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
-    """Trainable parameters of one adapted layer: A and B have rank * (in + out)."""
+    """Return the trainable parameters of one adapted layer: rank * (in + out), for A and B."""
     return rank * (in_features + out_features)
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, name) alone."""
+    """Return a CPU generator that depends only on the seed and the layer's name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -211,7 +240,7 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 def _initial(
     init: str, shape: tuple[int, int], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """The first A [rank, in], fp32, drawn on the CPU so that every device starts from the same numbers."""
+    """Return the initial A [rank, in] in fp32, drawn on the CPU so that all devices start from the same numbers."""
     if device.type == "meta":
         return torch.empty(shape, device=device)
     if init == "zero":
@@ -224,5 +253,5 @@ def _initial(
 
 
 def _wide(*operands: Tensor) -> torch.dtype:
-    """fp32, or fp64 where there is one."""
+    """Return fp64 if an operand is fp64, or else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32

@@ -1,7 +1,7 @@
-"""What an adapter method is: the seam that LoRA, BitFit and full fine-tuning come through.
+"""Interface of the adapter methods; LoRA, BitFit and full fine-tuning implement it.
 
-A method is one file in this folder, a line in its `METHODS` and in that of `qlora.recipe.methods`, its name in the
-schema, and its test. Training, forecast, storage, merging and chat ask the method, never for its name.
+A method is one file in this folder, a line in `METHODS` here and in `qlora.recipe.methods`, its name in the
+schema, and its test. Training, forecast, storage, merging and chat call this interface and never check the name.
 """
 
 from abc import ABC, abstractmethod
@@ -17,45 +17,55 @@ from qlora.recipe import Adapter
 
 
 class Method(ABC):
-    """A way to fine-tune."""
+    """A fine-tuning method."""
 
     name: ClassVar[str]
-    """in a recipe: `adapter.method`"""
+    """name in a recipe, `adapter.method`"""
 
     @abstractmethod
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
-        """Freeze what is not trained and put into `model` what is, in place; return the model.
+        """Freeze the base's weights and add the trainable parameters to `model`, in place.
 
-        settings: the recipe's `adapter` section. seed: of what is drawn. Raises ModelError if the model lacks what they
-        name.
+        Args:
+            model: a base without an adapter.
+            settings: the recipe's `adapter` section.
+            seed: seed of the random initial values.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ModelError: the model cannot be adapted, for example because it has an adapter already.
+            UsageError: the settings match no layer of the model.
         """
 
     def notes(self, model: nn.Module) -> list[str]:
-        """What a user should know of how the method fits this adapted model."""
+        """Return remarks for the user about this method on this adapted model."""
         return []
 
 
 class AdapterMethod(Method):
-    """A method that leaves the base as it is, and saves what it trains beside it as an adapter."""
+    """A method that keeps the base unchanged and saves the trained parameters as an adapter."""
 
     peft_type: ClassVar[str]
-    """in adapter_config.json"""
+    """name in adapter_config.json"""
     layer: ClassVar[type[AdaptedLinear]]
+    """class of the adapted layers"""
 
     @abstractmethod
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
-        """Fields of adapter_config.json for these layers of `model`. Raises ModelError for what it cannot say."""
+        """Return the fields of adapter_config.json for these layers. Raises ModelError if it cannot express them."""
 
     @abstractmethod
     def check(self, config: Mapping[str, Any], file: Path) -> None:
-        """Raise ModelError if `config`, read from `file`, asks for something unknown here."""
+        """Raise ModelError if `config`, read from `file`, has a field or value that is not supported."""
 
     @abstractmethod
     def targets(
-        self, model: nn.Module, config: Mapping[str, Any], found: Mapping[str, Any], file: Path
+        self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
     ) -> list[str]:
-        """Names of the layers of `model` that `config` adapts, given the layers that the file has tensors for."""
+        """Return the names of the layers of `model` that `config` adapts; `stored` has the layers with tensors."""
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> Any:
-        """Settings of the layer `name`; `layer(linear, spec)` makes one to read tensors into."""
+        """Return the settings of the layer `name`; `layer(linear, settings)` then builds it."""

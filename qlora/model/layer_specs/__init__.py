@@ -1,6 +1,6 @@
-"""The architectures whose decoder layers get our own passes, a family a file. A new one needs its file and no more.
+"""Architectures whose decoder layers get our own passes, one family per file. A new family needs only its file.
 
-Each file has `SPECS`, its layers of transformers' classes.
+Each file lists the specs of its decoder layers in `SPECS`.
 """
 
 from importlib import import_module
@@ -13,4 +13,4 @@ LAYER_SPECS: dict[str, LayerSpec] = {
     for family in iter_modules(__path__)
     for spec in import_module(f"{__name__}.{family.name}").SPECS
 }
-"""by the name of transformers' class"""
+"""specs by the name of transformers' class"""

@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team 2025): norms around both blocks and of queries and keys, a GELU, a window in most layers."""
+"""Gemma 3 (Gemma Team 2025): norms around both blocks and on queries and keys, GELU, a window in most layers."""
 
 from qlora.kernels import GELU_TANH
 from qlora.model.layer_spec import LayerSpec

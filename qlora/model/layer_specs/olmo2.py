@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team 2025): norms behind both blocks alone, and of queries and keys over all their heads."""
+"""OLMo 2 (OLMo Team 2025): norms only after both blocks, and on queries and keys over all heads."""
 
 from qlora.model.layer_spec import LayerSpec
 

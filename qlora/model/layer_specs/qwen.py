@@ -1,4 +1,4 @@
-"""Qwen 2 and 3 (Yang et al. 2024, 2025): Llama with a window in some layers; 3 normalises queries and keys."""
+"""Qwen 2 and 3 (Yang et al. 2024, 2025): Llama with a window in some layers; Qwen 3 normalises queries and keys."""
 
 from qlora.model.layer_spec import LayerSpec
 
