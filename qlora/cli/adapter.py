@@ -54,7 +54,7 @@ def compose(
     parts: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER:WEIGHT...", help="Such as runs/a:0.7 runs/b:0.3; a weight of -1 subtracts."
+            metavar="ADAPTER:WEIGHT...", help="Adapters with weights: runs/a:0.7 runs/b:0.3; -1 subtracts."
         ),
     ],
     to: To,
@@ -195,7 +195,7 @@ def inspect(
 ) -> None:
     """Show each layer's norm, spectrum and effective rank, and judge the adapter's rank.
 
-    The verdict says whether the rank was too small, fitting or too large.
+    The verdict is that the rank was too small, right or too large.
 
     [bold]qlora adapter inspect runs/mine --picture spectra.png[/bold]
     """
@@ -249,7 +249,7 @@ def _check_size(rank: int | None, energy: float | None, *, needed: bool) -> None
 
 
 def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":
-    """Add a note to the recipe, copied from the first adapter, that says how this adapter was made."""
+    """Add a first line to the recipe, copied from the first adapter, with the command that made this one."""
     if "recipe.yaml" not in adapter.extra_files:
         return adapter
     made = " ".join(" ".join(["qlora adapter", command, *arguments]).split())

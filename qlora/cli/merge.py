@@ -31,8 +31,8 @@ def merge(
         str,
         typer.Option(
             metavar="|".join(CHOICES),
-            help="Weights to add the adapter to: original, in 16 bits; dequantized, from NF4; nf4, dequantized "
-            "and then quantized again. auto judges each and keeps the best.",
+            help="Weights to add the adapter to: the 16-bit weights, the dequantized NF4 weights, or these "
+            "quantized again. auto judges each and keeps the best.",
         ),
     ] = "auto",
     data: Annotated[
@@ -57,8 +57,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and write an ordinary Hugging Face model.
 
-    Each way to merge is compared with base + adapter on held-out text, and
-    the best is kept. --onto chooses one way.
+    Each way is judged on held-out text, and the best is kept (--onto sets one).
 
     [bold]qlora merge runs/quickstart --to models/tickets[/bold]
     """

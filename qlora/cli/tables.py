@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Value]]:
-    """Group the layers by kind (such as q_proj), or put each into a group of its own."""
+    """Group the layers by kind (such as q_proj); `per_layer` makes one group per layer."""
     from qlora.adapter.algebra.module_types import places
 
     if per_layer:

@@ -30,7 +30,7 @@ def train(
 
     The recipe's output folder gets the trained adapter, checkpoints, metrics
     and a report. An existing run is never overwritten without --fresh.
-    Ctrl-C stops the run with a checkpoint; --resume continues it.
+    Ctrl-C saves a checkpoint and stops; --resume continues the run.
 
     [bold]qlora train quickstart[/bold]
     [bold]qlora train my.yaml optimizer.lr=1e-4 training.max_steps=100[/bold]

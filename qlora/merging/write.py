@@ -48,7 +48,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class _Matrix:
-    """How one matrix of the checkpoint is merged."""
+    """Merge of one matrix of the checkpoint."""
 
     name: str
     """name of the layer in the model"""

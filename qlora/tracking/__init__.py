@@ -25,7 +25,7 @@ class Tracker:
         config: the resolved recipe, for trackers that show it with the metrics.
         sections: the recipe's sections of `tracking` by name; a tracker without a section is off.
         total_steps: optimizer steps of the whole run.
-        resume_step: the last step before the resume; 0 for a new run.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
         terminal: show progress on standard error; otherwise only notes are shown, in the log `qlora`.
         main: False in all processes of a distributed run except the first; these record and show nothing.
 

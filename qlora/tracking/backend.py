@@ -18,7 +18,7 @@ class Run:
     config: Mapping[str, Any]
     """the resolved recipe"""
     resume_step: int
-    """the last step before the resume; 0 for a new run"""
+    """step of the checkpoint that the run resumes from; 0 for a new run"""
     note: Callable[[str], object]
     """shows a line to the user"""
 
@@ -73,7 +73,7 @@ class Guarded(Sink):
     def _guard(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - no error of a tracker may end the training
+        except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
             self._sink = Sink()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._note(f"tracking.{self._name} is off for this run: {reason}")

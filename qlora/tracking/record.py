@@ -16,8 +16,8 @@ from qlora.tracking.sink import Metrics, Sample, Sink
 class Record(Sink):
     """Appends lines to `path`. Each line is completely written before the call returns.
 
-    `resume_step` is the last step before a resume. Lines of later steps, and a last line that a kill cut off, are
-    removed first, so that every step is in the file once. 0 starts an empty file.
+    `resume_step` is the step of the checkpoint that a run resumes from. Lines of later steps, and a last line that a
+    kill cut off, are removed first, so that every step is in the file once. 0 starts an empty file.
 
     A line that cannot be written (a full disk) is kept and written with the next one; training continues.
     `finish` raises SaveError if lines are still missing.

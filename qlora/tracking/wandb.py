@@ -107,7 +107,7 @@ class Wandb(Sink):
                 call(run)
         except ImportError:
             self._note("wandb is not installed, so nothing goes to Weights & Biases; run `pip install wandb`")
-        except Exception as error:  # noqa: BLE001 - no error of a tracker may end the training
+        except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._note(f"Weights & Biases is off for this run: {reason}")
 

@@ -4,7 +4,7 @@
 
 run.json holds the run's id and is written first. While it contains `starting`, the folder belongs to a new run and all
 other files in it are ignored. --fresh therefore discards the old run in one instant, when it replaces run.json. A kill
-before that leaves the old run complete; after a kill later, the next start removes the rest of the old run.
+before that instant leaves the old run complete. After a later kill, the next start removes what is left of the old run.
 """
 
 import json

@@ -42,7 +42,7 @@ from qlora.training.state import restore, save, write_memory, write_page, write_
 
 
 def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> TrainResult:
-    """Fine-tune as the recipe says, until the last step or a signal, and return the outcome.
+    """Fine-tune with a recipe, until the last step or a signal, and return the outcome.
 
     Args:
         recipe: the settings, for example `Recipe.load("quickstart")`.
