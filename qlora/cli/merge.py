@@ -19,6 +19,11 @@ MiB = 2**20
 
 CHOICES = ("auto", "original", "dequantized", "nf4")
 
+ONTO_HELP = (
+    "Add the adapter to the 16-bit weights (original), to the dequantized NF4 weights (dequantized), or to these and "
+    "quantize again (nf4). auto judges each and keeps the best."
+)
+
 
 def merge(
     adapter: Annotated[
@@ -31,8 +36,7 @@ def merge(
         str,
         typer.Option(
             metavar="|".join(CHOICES),
-            help="Weights to add the adapter to: the 16-bit weights, the dequantized NF4 weights, or these "
-            "quantized again. auto judges each and keeps the best.",
+            help=ONTO_HELP,
         ),
     ] = "auto",
     data: Annotated[

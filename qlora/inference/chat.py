@@ -236,7 +236,7 @@ def open_chat(
 
     Raises:
         ModelError: an adapter is missing, does not fit, or was trained on another base; or as `load_trained`.
-        UsageError: a name is taken, or `history` is asked for and the rows or the template cannot have it.
+        UsageError: a name is taken; or `history` is True, but the rows or the template have single questions only.
     """
     recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
     own = {recipe.name: folder} if recipe.adapter.facts.frozen_base else {}

@@ -33,7 +33,7 @@ FINISH_SECONDS = 10.0
 """time limit of uploads at the end of a run; wandb's default is no limit"""
 
 PATIENCE_SECONDS = INIT_SECONDS + FINISH_SECONDS + 10.0
-"""time limit of the thread at the end of a run; more than the limits above allow wandb"""
+"""time limit of the thread at the end of a run, longer than the two limits above together"""
 
 
 class Section(Protocol):

@@ -257,7 +257,7 @@ def _from_json(content: Mapping[str, Any], source: Path) -> _Earlier:
     if not (isinstance(run_id, str) and run_id and isinstance(starting, bool)):
         raise ValueError("it has no valid run id")
     if plan is not None and not _is_plan(plan):
-        raise ValueError("its plan is not valid for the section training")
+        raise ValueError("its plan has invalid settings")
     return _Earlier(run_id, plan, source, starting)
 
 

@@ -76,9 +76,8 @@ def write_weights(session: Session, folder: Path) -> None:
     else:
         session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
         session.tokenizer.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(
-        session.recipe.to_yaml()
-    )  # so that the folder can be used without the run
+    # So that the folder can be used without the run
+    (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
 
 
 def read_weights(session: Session, folder: Path) -> None:
