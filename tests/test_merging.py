@@ -158,7 +158,7 @@ def test_places_and_results_that_cannot_be_merged(
     refused(tmp_path / "there", "no trained adapter here")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))  # type: ignore[attr-defined]
-        refused(run, r"takes 0.0 GiB of disk there, and 0.0 GiB are free", code=74)
+        refused(run, r"needs 0.0 GiB of disk space there, and 0.0 GiB are free", code=74)
     data = {"source": recipe.data.source, "format": "messages"}
     for changes, said, code in [
         ({"base": {"quantization": "none"}, "adapter": {"method": "full"}}, "all weights were trained", 4),
