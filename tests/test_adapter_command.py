@@ -154,7 +154,7 @@ def test_what_full_training_changed_is_extracted(
 ) -> None:
     to = tmp_path / "adapter"
     output = shown("extract", runs["full"], tiny_llama, "--to", to, "--rank", 64)
-    assert "not captured, as no adapter of linear layers can hold it: " in output
+    assert "not captured, because an adapter of linear layers cannot hold them: " in output
     for name in (
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -188,9 +188,9 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "two sizes": (
         ["compress", "a", "--to", "new", "--rank", "2", "--energy", "0.9"],
         2,
-        "exclude each other",
+        "cannot be used together",
     ),
-    "no size": (["compress", "a", "--to", "new"], 2, "how small? Give --rank, as 8, or --energy"),
+    "no size": (["compress", "a", "--to", "new"], 2, "needs a size: add --rank 8, say, or --energy"),
     "energy": (["extract", "a", "b", "--to", "new", "--energy", "99"], 2, "at most 1, not 99"),
     "missing": (["compose", "nowhere:1", "--to", "new"], 4, "nowhere: there is no adapter"),
     "existing": (["compose", "a:1", "--to", "a"], 2, "a: already exists; choose another place, or remove it"),

@@ -128,7 +128,7 @@ def test_what_does_not_fit_any_more_is_forgotten(runs: dict[str, Path]) -> None:
     assert len(chat.messages) == 4
     chat.say("word " * 120)  # of 256 positions
     assert len(chat.messages) == 2 + 2
-    assert heard.notes == ["(the oldest 1 of the questions no longer fit and are forgotten)"]
+    assert heard.notes == ["(the conversation is too long; its oldest questions were dropped: 1)"]
     chat.say("word " * 300)
     assert "the model has 256 positions" in heard.notes[-1]
 
@@ -136,7 +136,7 @@ def test_what_does_not_fit_any_more_is_forgotten(runs: dict[str, Path]) -> None:
 def test_mistakes_are_notes(runs: dict[str, Path]) -> None:
     chat, heard = chat_of(runs)
     for line, note in {
-        "/nonsense": "there is no command /nonsense; /help lists them",
+        "/nonsense": "there is no command /nonsense; /help lists the commands",
         "/adapter none": "no adapter is named 'none'; loaded: clerk, poet",
         "/base now": "/base takes no argument",
         "a\0b": "the prompt contains a NUL character; remove it",

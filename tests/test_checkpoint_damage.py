@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_left_alone(
     assert newest == two / "checkpoints" / "step-000010"
     assert len(reasons) == 1
     assert f"{folder}: {reason}" in reasons[0]
-    assert "going on from step-000010" in reasons[0]
+    assert "resuming from step-000010" in reasons[0]
     assert contents(folder) == after
 
 

@@ -48,7 +48,7 @@ def test_auto_judges_every_choice_and_keeps_one(recipe: Recipe, tmp_path: Path) 
     names = ["original", "dequantized", "nf4"]
     assert [one.name for one in merged.judged] == names
     expected = [
-        "hearing base + adapter",
+        "running base + adapter",
         *(f"{doing} {name}" for name in names for doing in ("writing", "judging")),
     ]
     assert list(dict.fromkeys(stages)) == expected
@@ -158,7 +158,7 @@ def test_places_and_results_that_cannot_be_merged(
     refused(tmp_path / "there", "no trained adapter here")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))  # type: ignore[attr-defined]
-        refused(run, r"takes 0.0 GiB of disk there, and 0.0 GiB are free", code=74)
+        refused(run, r"needs 0.0 GiB of disk space there, and 0.0 GiB are free", code=74)
     data = {"source": recipe.data.source, "format": "messages"}
     for changes, said, code in [
         ({"base": {"quantization": "none"}, "adapter": {"method": "full"}}, "all weights were trained", 4),
@@ -166,7 +166,7 @@ def test_places_and_results_that_cannot_be_merged(
         ({"base": {"model": "someone/absent"}}, "hub cannot be reached.*download it", 4),
         (
             {"base": {"quantization": "none"}},
-            "was not quantized in training: merge --onto original or nf4",
+            "was not quantized in training: use --onto original or --onto nf4",
             2,
         ),
     ]:
@@ -180,7 +180,7 @@ def test_an_nf4_base_needs_to_be_told_its_original(recipe: Recipe, tmp_path: Pat
     merge(run, tmp_path / "base", onto="nf4", max_tokens=0)
     base = recipe.base.model_copy(update={"model": str(tmp_path / "base")})
     run = finished_run(recipe.model_copy(update={"base": base, "output": str(tmp_path / "second")}))
-    with pytest.raises(UsageError, match="16-bit weights are elsewhere: name them with --original MODEL"):
+    with pytest.raises(UsageError, match="has no 16-bit weights: give them with --original MODEL"):
         merge(run, tmp_path / "m", onto="original")
     with pytest.raises(ModelError, match="is in NF4 itself"):
         merge(run, tmp_path / "m", original=str(tmp_path / "base"))

@@ -11,6 +11,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from commands_for_tests import qlora
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -137,6 +138,28 @@ def test_the_sdist_builds_the_same_wheel(release: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path, **SAFELY)
     again = build(tmp_path / source.name.removesuffix(".tar.gz"), tmp_path / "dist")
     assert wheel(again).read_bytes() == wheel(release).read_bytes()
+
+
+@pytest.mark.parametrize("installed", ["1.2.3", None])
+def test_the_command_prints_the_version(installed: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return {PROJECT["name"]: installed}[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    done = qlora("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"qlora-train {installed or 'unknown (not installed)'}\n"
+
+
+def test_the_version_is_printed_before_anything_large_is_imported() -> None:
+    code = (
+        "import sys; from qlora.cli import app; app(['--version'], standalone_mode=False); "
+        "print({'torch', 'transformers', 'pydantic', 'numpy'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.fullmatch(r"qlora-train .+\nset\(\)\n", done.stdout)
 
 
 def test_nothing_asks_for_the_version_of_the_other_qlora() -> None:

@@ -240,7 +240,7 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, names: list[str])
     for name in names:
         (tmp_path / name).write_text("years of work")
     for flags in ({"resume": True, "fresh": False}, {"resume": False, "fresh": True}):
-        with pytest.raises(RecipeError, match="not a run of qlora's"):
+        with pytest.raises(RecipeError, match="not a run of qlora"):
             claim(recipe(), tmp_path, **flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
@@ -256,7 +256,7 @@ def test_somebody_elses_folder_with_a_name_of_ours_is_refused_and_left_alone(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("years of work")
     for flags in ((False, False), (True, False), (False, True)):
-        with pytest.raises(RecipeError, match="not a run of qlora's"):
+        with pytest.raises(RecipeError, match="not a run of qlora"):
             claim(recipe(), tmp_path, resume=flags[0], fresh=flags[1])
     assert (tmp_path / file).read_text() == "years of work"
 

@@ -115,7 +115,7 @@ def test_a_whole_run_writes_it_and_a_fresh_one_clears_it(recipe_file: Callable[.
     run.mkdir()
     run.with_name("kept").rename(run / "tensorboard")  # alone it tells whose folder it is
     (run / "tensorboard" / "notes.txt").touch()
-    with pytest.raises(RecipeError, match="not a run of qlora's"):
+    with pytest.raises(RecipeError, match="not a run of qlora"):
         claim(recipe, run, resume=False, fresh=True)
     (run / "tensorboard" / "notes.txt").unlink()
     claim(recipe, run, resume=False, fresh=True)
@@ -130,7 +130,7 @@ def test_where_the_package_is_missing_a_run_goes_on(
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # import raises
     track(tmp_path, range(1, 4)).finish({})
     assert [record.getMessage() for record in caplog.records] == [
-        "tensorboard is not installed: no event files (pip install tensorboard)"
+        "tensorboard is not installed, so no event files are written; run `pip install tensorboard`"
     ]
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3]
     assert not (tmp_path / "tensorboard").exists()

@@ -137,7 +137,7 @@ def test_an_unreachable_server_means_an_offline_run(tmp_path: Path) -> None:
             tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}"
         )
     assert stderr.count("note") == 1
-    assert f"127.0.0.1:{port} cannot be reached (Connection refused): the run is kept offline" in stderr
+    assert f"127.0.0.1:{port} cannot be reached (Connection refused), so the run is kept offline" in stderr
     assert slowest < 2
     assert rest < 25  # starting wandb itself takes 2 s on an idle machine
     assert any(message.HasField("history") for message in stored(tmp_path))

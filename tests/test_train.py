@@ -184,7 +184,7 @@ def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: P
     assert (first.run / ADAPTER).read_bytes() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RecipeError, match="not a run of qlora's"):
+    with pytest.raises(RecipeError, match="not a run of qlora"):
         run(file, f"output={tmp_path / 'mine'}", fresh=True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

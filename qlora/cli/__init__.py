@@ -1,8 +1,9 @@
-"""The command line: one file a command. Nothing heavy is imported before a command needs it."""
+"""The command line: one file per command. A command imports torch and other large libraries only when it runs."""
 
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -20,6 +21,9 @@ from qlora.cli.train import train
 from qlora.errors import QloraError
 from qlora.runtime.signals import heeded
 from qlora.runtime.streams import unbreakable_output
+
+DISTRIBUTION = "qlora-train"
+"""name of the package on the package index, where `qlora` is another project"""
 
 app = typer.Typer(
     help="Fine-tune 7B-65B language models on one GPU from a recipe.",
@@ -44,7 +48,7 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """The `qlora` program. Errors meant for the user are one message on standard error and their exit code."""
+    """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code."""
     for number in heeded([signal.SIGTERM, signal.SIGHUP]):
         signal.signal(number, _terminate)
     with unbreakable_output():
@@ -55,6 +59,29 @@ def main() -> None:
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib import metadata
+
+    try:
+        version = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        version = "unknown (not installed)"
+    print(f"{DISTRIBUTION} {version}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options of `qlora` itself."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""`qlora adapter`: compose, compress, inspect and extract adapters; no model has to be loaded for it."""
+"""`qlora adapter`: compose, compress, inspect and extract adapters without loading a model."""
 
 import json
 import math
@@ -22,47 +22,55 @@ if TYPE_CHECKING:
 MiB = 2**20
 
 CHEAP_BYTES = 4 * 2**30
-"""A base up to this size is read without being asked for, to compare norms."""
+"""`inspect` reads a base up to this size, to compare norms, even without --base"""
 
 app = typer.Typer(
-    help="Combine adapters, make them smaller, look into them, take one out of a tuned model.",
+    help="Combine, compress and inspect adapters; extract one from a fine-tuned model.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 
 AdapterArgument = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's folder.")
+    Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
 ]
-To = Annotated[Path, typer.Option("--to", metavar="DIR", help="The new adapter's folder; it must not exist.")]
+To = Annotated[
+    Path, typer.Option("--to", metavar="DIR", help="Folder of the new adapter; it must not exist.")
+]
 Rank = Annotated[
-    int | None, typer.Option(min=1, help="The best approximation of at most this rank in every layer.")
+    int | None,
+    typer.Option(min=1, help="Highest rank of a layer; stores the best approximation of that rank."),
 ]
 Energy = Annotated[
     float | None,
-    typer.Option(help="The least rank that keeps this share of a layer's squared singular values, as 0.99."),
+    typer.Option(help="Share of each layer's squared singular values to keep, such as 0.99; sets the rank."),
 ]
 Dtype = Literal["float32", "bfloat16", "float16"]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What A and B are stored in.")]
-PerLayer = Annotated[bool, typer.Option("--layers", help="A line for every layer.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the stored A and B.")]
+PerLayer = Annotated[bool, typer.Option("--layers", help="Print one line per layer.")]
 
 
 @app.command("compose")
 def compose(
     parts: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER:WEIGHT...", help="As runs/a:0.7 runs/b:0.3; runs/b:-1 subtracts."),
+        typer.Argument(
+            metavar="ADAPTER:WEIGHT...", help="Adapters with weights: runs/a:0.7 runs/b:0.3; -1 subtracts."
+        ),
     ],
     to: To,
     rank: Rank = None,
     energy: Energy = None,
     dtype: DtypeOption = "float32",
     any_base: Annotated[
-        bool, typer.Option("--any-base", help="Combine adapters though they name different bases.")
+        bool, typer.Option("--any-base", help="Combine the adapters even if their bases differ.")
     ] = False,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
-    """Add adapters up with weights: exactly, the ranks added, or as the best approximation of a lower rank.
+    """Add adapters, each with a weight, into a new adapter.
+
+    The sum is exact, and its rank is the sum of the ranks.
+    --rank or --energy stores the best approximation of a lower rank instead.
 
     [bold]qlora adapter compose runs/a:0.7 runs/b:0.3 --to mix[/bold]
     [bold]qlora adapter compose runs/a:1 runs/b:-1 --to without-b --rank 16[/bold]
@@ -88,12 +96,14 @@ def compress(
     rank: Rank = None,
     energy: Energy = None,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="What A and B are stored in; as they are if left out.")
+        Dtype | None, typer.Option("--dtype", help="Number format of the stored A and B. Default: unchanged.")
     ] = None,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
-    """Lower an adapter's rank with the least possible error.
+    """Lower an adapter's rank with the smallest possible error.
+
+    Give the new size with --rank or --energy. The error is printed.
 
     [bold]qlora adapter compress runs/mine --to small --rank 8[/bold]
     [bold]qlora adapter compress runs/mine --to small --energy 0.99[/bold]
@@ -114,21 +124,27 @@ def compress(
 @app.command("extract")
 def extract(
     tuned: Annotated[
-        str, typer.Argument(metavar="TUNED", help="A folder of safetensors or a cached hub id.")
+        str,
+        typer.Argument(metavar="TUNED", help="Fine-tuned model: a safetensors folder or a cached hub id."),
     ],
-    base: Annotated[str, typer.Argument(metavar="BASE", help="What it was tuned from, likewise.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Model that it was tuned from: a folder or a cached hub id.")
+    ],
     to: To,
     rank: Rank = None,
     energy: Energy = None,
     dtype: DtypeOption = "float32",
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where differences are decomposed.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device for the computation.")
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
-    """Take the low-rank difference of two full checkpoints as an adapter of the second.
+    """Extract an adapter of BASE from the fine-tuned model TUNED.
+
+    The adapter is the low-rank approximation of the difference of their
+    weights. Give its size with --rank or --energy.
 
     [bold]qlora adapter extract runs/full bundled/base --to adapter --rank 16[/bold]
     """
@@ -147,7 +163,7 @@ def extract(
     tuned_folder = find_checkpoint(tuned)
     extra_files = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)
-    found = extracting.extract(
+    extracted = extracting.extract(
         ShardReader(tuned_folder),
         ShardReader(find_checkpoint(base)),
         load_architecture(Base(model=str(tuned_folder), trust_remote_code=trust_remote_code)),
@@ -158,8 +174,8 @@ def extract(
         device=device,
         progress=lambda names: track(names, "layers", console=console, disable=not console.is_terminal),
     )
-    made = replace(found.adapter, extra_files=extra_files)
-    _save(made, to, found.deviations, per_layer, json_output, found.not_captured)
+    made = replace(extracted.adapter, extra_files=extra_files)
+    _save(made, to, extracted.deviations, per_layer, json_output, extracted.not_captured)
 
 
 @app.command("inspect")
@@ -167,15 +183,19 @@ def inspect(
     adapter: AdapterArgument,
     base: Annotated[
         str | None,
-        typer.Option(help="The base's folder, to compare norms; found by its name if it is here and small."),
+        typer.Option(
+            help="Base to compare norms with. Default: the adapter's own base, if it is cached and small."
+        ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw it too: .png, .svg or .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Also draw a picture: .png, .svg or .pdf.")
     ] = None,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
-    """What was learned, layer by layer: norms, spectra, effective ranks; and whether the rank was well chosen.
+    """Show each layer's norm, spectrum and effective rank, and judge the adapter's rank.
+
+    The verdict is that the rank was too small, right or too large.
 
     [bold]qlora adapter inspect runs/mine --picture spectra.png[/bold]
     """
@@ -205,7 +225,7 @@ def inspect(
 
 
 def _weighted(part: str) -> tuple[Path, float]:
-    """`runs/a:0.7` as a path and a weight."""
+    """Split an argument such as `runs/a:0.7` into path and weight."""
     path, colon, weight = part.rpartition(":")
     try:
         value = float(weight) if path and colon else math.nan
@@ -213,33 +233,34 @@ def _weighted(part: str) -> tuple[Path, float]:
         value = math.nan
     if not math.isfinite(value) or value == 0:
         raise UsageError(
-            f"{part!r} is not ADAPTER:WEIGHT with a weight other than 0, as in runs/a:0.7 or runs/b:-1"
+            f"{part!r} is not ADAPTER:WEIGHT with a weight other than 0; write runs/a:0.7 or runs/b:-1"
         )
     return Path(path), value
 
 
 def _check_size(rank: int | None, energy: float | None, *, needed: bool) -> None:
+    """Check --rank and --energy; if `needed`, one of them must be given."""
     if rank is not None and energy is not None:
-        raise UsageError("--rank and --energy exclude each other")
+        raise UsageError("--rank and --energy cannot be used together")
     if needed and rank is None and energy is None:
-        raise UsageError("how small? Give --rank, as 8, or --energy, as 0.99")
+        raise UsageError("the new adapter needs a size: add --rank 8, say, or --energy 0.99")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy must be above 0 and at most 1, not {energy:g}")
 
 
 def _made_by(adapter: "Adapter", command: str, *arguments: str) -> "Adapter":
-    """The recipe that travels along is that of the first adapter, and says so."""
+    """Add a first line to the recipe, copied from the first adapter, with the command that made this one."""
     if "recipe.yaml" not in adapter.extra_files:
         return adapter
     made = " ".join(" ".join(["qlora adapter", command, *arguments]).split())
-    note = f"# Made by `{made}`: this is the recipe of the first; its adapter section no longer holds\n"
+    note = f"# Made by `{made}`. Recipe of the first adapter; its section `adapter` no longer applies\n"
     return replace(
         adapter, extra_files={**adapter.extra_files, "recipe.yaml": note + adapter.extra_files["recipe.yaml"]}
     )
 
 
 def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str]:
-    """The recipe of a run of full training, if that is what was tuned, with an adapter on `base` instead."""
+    """Return the recipe of a full-training run, changed to an adapter on `base`; empty if `tuned` has no recipe."""
     from qlora.inference.load import recipe_of
 
     if not (tuned / "recipe.yaml").is_file():
@@ -249,9 +270,10 @@ def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str
 
 
 def _base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
-    """The base's weights: those asked for, else those of the recorded base if they are here and small enough.
+    """Return the weights of the base that the user gave, else of the recorded base if it is cached and small.
 
-    Other weights may have its name by now, and a run that made its base up, by base.init, never used any of a file.
+    The recorded base is used only if its weights are the ones from training: the files can have changed, and a run
+    with a random base (base.init) used none.
     """
     from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, checkpoint_digest
     from qlora.storage.safetensors_files import ShardReader, find_checkpoint
@@ -277,7 +299,7 @@ def _save(
     json_output: bool,
     not_captured: dict[str, float | None] | None = None,
 ) -> None:
-    """Write the adapter, then say what it is and how far from what was asked."""
+    """Write the adapter, then print its ranks, its size and its error."""
     from qlora.adapter.algebra import tensors
     from qlora.adapter.algebra.compose import relative_error
 
@@ -313,15 +335,13 @@ def _save(
 def _print_not_captured(
     changed: Mapping[str, float | None], deviations: "Mapping[str, ApproximationError]", per_layer: bool
 ) -> None:
-    """What changed in training and is no linear weight, and how much of all that changed it is."""
+    """Print the changed tensors that are not linear weights, and their share of the whole change."""
     norms = [norm for norm in changed.values() if norm is not None]
     outside, inside = math.hypot(*norms), math.hypot(*(x.norm for x in deviations.values()))
     counts = {name: len(group) for name, group in grouped(changed, per_layer).items()}
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
-    print(f"not captured, as no adapter of linear layers can hold it: {names}")
-    print(
-        f"       {outside**2 / (outside**2 + inside**2):.1%} of all that changed (squared norm) is in those"
-    )
-    odd = [name for name, norm in changed.items() if norm is None]
-    if odd:
-        print(f"       in one checkpoint only, or of other shapes: {', '.join(odd)}")
+    print(f"not captured, because an adapter of linear layers cannot hold them: {names}")
+    print(f"       they hold {outside**2 / (outside**2 + inside**2):.1%} of the whole change (squared norm)")
+    unmatched = [name for name, norm in changed.items() if norm is None]
+    if unmatched:
+        print(f"       in one checkpoint only, or with different shapes: {', '.join(unmatched)}")

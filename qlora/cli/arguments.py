@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from typing import Annotated
 
@@ -7,26 +7,28 @@ import typer
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A shipped recipe's name (see `qlora recipes list`) or a YAML file."
+        metavar="RECIPE", help="Name of a shipped recipe (see `qlora recipes list`) or path of a YAML file."
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe, as in training.max_steps=20."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Change settings of the recipe, such as training.max_steps=20."
+    ),
 ]
 AnyBase = Annotated[
     bool,
     typer.Option(
-        "--any-base", help="Use the adapter although its base or tokenizer is another than in training."
+        "--any-base", help="Use the adapter even if its base or tokenizer is not the one from training."
     ),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Let the base run code of its own, in this call: a recipe that came with results cannot allow it.",
+        help="Let the base run its own Python code in this call. A recipe stored with results cannot allow that.",
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")
 ]

@@ -1,4 +1,4 @@
-"""`qlora chat`: talk with a fine-tuned model, its base, and other adapters of it."""
+"""`qlora chat`: chat with a fine-tuned model, its base, and other adapters."""
 
 import signal
 import sys
@@ -13,31 +13,33 @@ from qlora.cli.arguments import AnyBase, TrustRemoteCode
 
 def chat(
     adapter: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's folder.")
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
     ],
     others: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", metavar="NAME=FOLDER", help="Another adapter of the same base; repeatable."
+            "--adapter", metavar="NAME=FOLDER", help="Another adapter of the same base. Can be repeated."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, help="0: always the likeliest token; above: drawn, the wilder the higher."),
+        typer.Option(min=0.0, help="0 takes the most likely token; higher values draw more varied answers."),
     ] = 0.0,
     history: Annotated[
         bool | None,
         typer.Option(
             "--history/--no-history",
-            help="Whether a question follows the ones before it. Left out: as it was in the rows learned from.",
+            help="Ask each question after the conversation so far, or on its own. Default: as in the training rows.",
         ),
     ] = None,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Chat with base + adapter; /help lists what else a line can be.
+    """Chat with a fine-tuned model, its base, and other adapters.
+
+    Type /help for the commands that switch between them, Ctrl-D to end.
 
     [bold]qlora chat runs/quickstart --adapter poet=runs/poet[/bold]
     """
@@ -51,10 +53,12 @@ def chat(
     conversation = open_chat(adapter, named, screen, history=history, **settings)
     if interactive:
         with suppress(ImportError):
-            import readline  # noqa: F401  (input() then edits and remembers lines)
+            import readline  # noqa: F401  (gives input() line editing and history)
         screen.note(f"answering: {' and '.join(conversation.speakers)}; /help for help, Ctrl-D to end")
         if not conversation.history:
-            screen.note("each question is posed on its own, as the rows were that the model learned from")
+            screen.note(
+                "each question is asked on its own, without the conversation so far; --history changes that"
+            )
     while (line := _read(interactive)) not in (None, "/quit", "/exit"):
         assert line is not None
         stopped_by = conversation.say(line)
@@ -63,7 +67,7 @@ def chat(
 
 
 def _read(interactive: bool) -> str | None:
-    """The next line; None at the end."""
+    """Return the next line, or None at the end of the input."""
     while True:
         try:
             return input("> " if interactive else "").strip()
@@ -74,41 +78,42 @@ def _read(interactive: bool) -> str | None:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print("  (Ctrl-D or /quit ends)")
+            print("  (Ctrl-D or /quit ends the chat)")
 
 
 def _pair(text: str) -> tuple[str, str]:
+    """Split NAME=FOLDER."""
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
-        raise typer.BadParameter(f"--adapter wants NAME=FOLDER, not {text!r}")
+        raise typer.BadParameter(f"--adapter needs NAME=FOLDER, not {text!r}")
     return name, folder
 
 
 class Plain:
-    """Answers to pipes and files: a line each, named where there are two. Remarks go to standard error."""
+    """Screen for pipes and files: one line per answer, named if there are two. Notes go to standard error."""
 
     def begin(self, speakers: Sequence[str]) -> None:
-        """Answers follow."""
+        """Start the answers of `speakers`."""
         self._named, self._speaker = len(speakers) > 1, ""
 
     def text(self, speaker: str, piece: str) -> None:
-        """The next piece of an answer."""
+        """Print the next piece of an answer."""
         if speaker != self._speaker and self._named:
             print(f"\n{speaker}: " if self._speaker else f"{speaker}: ", end="")
         self._speaker = speaker
         print(piece, end="", flush=True)
 
     def end(self) -> None:
-        """The end of the last line."""
+        """End the last line."""
         print(flush=True)
 
     def note(self, text: str) -> None:
-        """A remark."""
+        """Print a note."""
         print(text, file=sys.stderr, flush=True)
 
 
 class Terminal:
-    """Answers as they come; two of them in columns."""
+    """Screen for a terminal: answers appear as they are generated, two of them in columns."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -118,7 +123,7 @@ class Terminal:
         self._live: Any = None
 
     def begin(self, speakers: Sequence[str]) -> None:
-        """Two answers stand side by side from the beginning."""
+        """Start the answers of `speakers`; open the columns if there are two."""
         self._answers = dict.fromkeys(speakers, "")
         if len(speakers) > 1:
             from rich.live import Live
@@ -127,7 +132,7 @@ class Terminal:
             self._live.start()
 
     def text(self, speaker: str, piece: str) -> None:
-        """The next piece of an answer."""
+        """Print the next piece of an answer."""
         self._answers[speaker] += piece
         if self._live is None:
             self._console.file.write(_harmless(piece))
@@ -136,7 +141,7 @@ class Terminal:
             self._live.update(self._columns(), refresh=True)
 
     def end(self) -> None:
-        """A line of its own for the next prompt."""
+        """End the answers, so that the next prompt starts on a new line."""
         if self._live is None:
             self._console.print()
         else:
@@ -144,7 +149,7 @@ class Terminal:
             self._live = None
 
     def note(self, text: str) -> None:
-        """A remark, dimmed."""
+        """Print a note, dimmed."""
         self._console.print(text, style="dim", soft_wrap=True)
 
     def _columns(self) -> Any:
@@ -159,5 +164,5 @@ class Terminal:
 
 
 def _harmless(text: str) -> str:
-    """Nothing that a model writes may command the terminal."""
+    """Replace control characters, so that a model's answer cannot control the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -1,4 +1,4 @@
-"""`qlora data`: a few rows as the model sees them, and what became of all of them."""
+"""`qlora data`: the first rows token by token, and counts of all rows."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def data(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows to show.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Number of rows to show.")] = 3,
     json_output: Json = False,
 ) -> None:
-    """Show the first rows that a recipe trains on, token by token, and count all of them.
+    """Show the first training rows of a recipe token by token, and count all rows.
 
-    Tokens are parted by |. What is trained stands in [[ ]] and in green.
+    Tokens are separated by |; trained tokens are in [[ ]] and green.
 
     [bold]qlora data quickstart --rows 1[/bold]
     """
@@ -37,21 +37,21 @@ def data(
     tokenizer = load_tokenizer(loaded.base)
     dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed)
     batches = training_batches(dataset, loaded)
-    seen = list(_first_rows(batches, tokenizer, rows))
+    shown = list(_first_rows(batches, tokenizer, rows))
     if json_output:
-        print(json.dumps({"rows": [asdict(row) for row in seen], "counts": asdict(dataset.counts)}))
+        print(json.dumps({"rows": [asdict(row) for row in shown], "counts": asdict(dataset.counts)}))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    for number, row in enumerate(seen, 1):
-        console.print(_shown(row, f"row {number}"), soft_wrap=True)
+    for number, row in enumerate(shown, 1):
+        console.print(_text(row, f"row {number}"), soft_wrap=True)
     console.print(_summary(dataset.counts, batches, loaded), soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token as a person can read it."""
+    """One token, readable."""
 
     id: int
     text: str
@@ -68,13 +68,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Row:
-    """What stands in one row of a batch."""
+    """One row of a batch; a packed row has several documents."""
 
     documents: list[Document]
 
 
 def _first_rows(batches: "Batches", tokenizer: Any, count: int) -> Iterator[Row]:
-    """The first rows of the first epoch, in the order of the steps."""
+    """Yield the first rows of the first epoch in the order of training."""
     for step in range(batches.steps_per_epoch):
         for micro_batch in batches.step_rows(step):
             for row in micro_batch:
@@ -92,11 +92,11 @@ def _tokens(example: "Example", tokenizer: Any) -> list[Token]:
 
 
 def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token; the token's own name where it is only a part of a character."""
+    """Return the text of each token, or its name in the vocabulary if it is only part of a character."""
     pieces = []
     before: list[int] = []
     for token_id in ids:
-        # decoded after its neighbour, as tokenizers drop the space that begins a text
+        # decoded after its neighbour: tokenizers drop the space at the start of a text
         piece = tokenizer.decode([*before, token_id]).removeprefix(tokenizer.decode(before))
         if not piece or "\ufffd" in piece:
             piece = tokenizer.convert_ids_to_tokens(token_id)
@@ -105,8 +105,8 @@ def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     return pieces
 
 
-def _shown(row: Row, title: str) -> "Text":
-    """A row for the terminal: a mark in the text says all that a colour says."""
+def _text(row: Row, title: str) -> "Text":
+    """Format a row for the terminal. The marks alone carry everything, so it reads without colours too."""
     from rich.text import Text
 
     everything = [token for document in row.documents for token in document.tokens]
@@ -128,7 +128,7 @@ def _shown(row: Row, title: str) -> "Text":
 
 
 def _printable(text: str) -> str:
-    """Line breaks visible and still breaking; nothing that could command the terminal."""
+    """Escape control characters, which could control the terminal. Line breaks are shown as \\n and kept."""
     return "".join(
         "\\n\n" if letter == "\n" else letter if letter.isprintable() else repr(letter)[1:-1]
         for letter in text
@@ -139,24 +139,24 @@ def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
     lengths = sorted(len(example.input_ids) for example in batches.examples)
     lines = [
         f"rows     {counts.read} read: {counts.train} to train on, {counts.held_out} held out, "
-        f"{counts.bad} bad, {counts.dropped} too long and dropped, "
-        f"{counts.unsupervised} with nothing to learn",
-        f"tokens   {counts.tokens} to train on, {counts.supervised} of them trained "
+        f"{counts.bad} bad, {counts.dropped} dropped as too long, "
+        f"{counts.unsupervised} dropped without trained tokens",
+        f"tokens   {counts.tokens} in the training rows, {counts.supervised} of them trained "
         f"({counts.supervised / counts.tokens:.0%})",
-        f"length   {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most, "
-        f"{recipe.data.max_length} allowed; {counts.truncated} were cut",
+        f"length   median {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}, "
+        f"limit {recipe.data.max_length}; {counts.truncated} rows were cut",
     ]
     if counts.packing_efficiency is not None:
         lines.append(
-            f"packing  {len(batches.rows)} rows, {counts.packing_efficiency:.1%} of their tokens real"
+            f"packing  {len(batches.rows)} packed rows, {counts.packing_efficiency:.1%} of their tokens used"
         )
-    lines.append(f"steps    {batches.steps_per_epoch} an epoch")
+    lines.append(f"steps    {batches.steps_per_epoch} per epoch")
     remarks = {
-        "held-out rows are also training rows, word for word": counts.held_out_seen,
-        'rows spell a control token, as "</s>", in their text: it is ordinary text there': (
+        "held-out rows are identical to a training row": counts.held_out_seen,
+        'rows contain the text of a control token, such as "</s>"; it is tokenized as ordinary text': (
             counts.spelled_controls
         ),
-        "answers are not trained: the template renders what is before them in another way later": (
+        "answers are not trained: the template renders the messages before them differently in later turns": (
             counts.untrained_answers
         ),
     }

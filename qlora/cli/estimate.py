@@ -1,4 +1,4 @@
-"""`qlora estimate`: will it fit? From the recipe and the model's config.json, before anything is downloaded."""
+"""`qlora estimate`: forecast a run's memory from its recipe and the model's config.json."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Gpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="SIZE", help="Memory of the GPU in question, as 24GiB; this machine's, if left out."
+        "--gpu", metavar="SIZE", help="Memory of the GPU, such as 24GiB. Default: the GPU of this machine."
     ),
 ]
 
@@ -21,10 +21,11 @@ Gpu = Annotated[
 def estimate(
     recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = None, json_output: Json = False
 ) -> None:
-    """Tell what memory a run will take, part by part, and whether it fits.
+    """Forecast the memory of a run, part by part, and check whether it fits.
 
-    Nothing is downloaded but a config.json, and no GPU is needed. Rows of a local file are read for their length;
-    for data on the hub all rows are taken to be as long as the recipe allows.
+    Needs no GPU and downloads only a config.json.
+    The lengths of rows are read from local data; rows of data on the hub
+    are assumed to be as long as the recipe allows.
 
     [bold]qlora estimate llama-65b --gpu 48GiB[/bold]
     [bold]qlora estimate my.yaml training.micro_batch_size=8[/bold]
@@ -37,23 +38,23 @@ def estimate(
         capacity = None if gpu is None else parse_size(gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
-    from qlora.memory.estimate import estimate as of
+    from qlora.memory.estimate import estimate as forecast
     from qlora.tracking.status import status
 
     with status("reading the recipe", wanted=not json_output) as progress:
-        found = of(loaded, capacity, progress)
+        result = forecast(loaded, capacity, progress)
     if json_output:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(result.as_json()))
     else:
-        _print(found)
+        _print(result)
 
 
-def _print(found: "Estimate") -> None:
+def _print(result: "Estimate") -> None:
     from rich.console import Console
 
     from qlora.report.memory_files import table
 
     console = Console(highlight=False)
-    console.print(table(found.memory))
-    for line in found.lines():
+    console.print(table(result.memory))
+    for line in result.lines():
         console.print(line, soft_wrap=True, markup=False)

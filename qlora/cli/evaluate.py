@@ -1,4 +1,4 @@
-"""`qlora eval`: the held-out loss of a fine-tuned model, and of its base."""
+"""`qlora eval`: held-out loss of a fine-tuned model or of its base."""
 
 import json
 from typing import Annotated
@@ -10,15 +10,21 @@ from qlora.cli.arguments import AnyBase, Json, TrustRemoteCode
 
 def evaluate(
     adapter: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's folder.")
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
     ],
-    base_only: Annotated[bool, typer.Option("--base", help="Judge the base without the adapter.")] = False,
+    base_only: Annotated[bool, typer.Option("--base", help="Evaluate the base without the adapter.")] = False,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     json_output: Json = False,
 ) -> None:
-    """Held-out loss (nats per supervised token) over the held-out rows of the run's recipe."""
+    """Compute the loss on the held-out rows of a run's recipe.
+
+    The loss is the mean in nats per supervised token.
+
+    [bold]qlora eval runs/quickstart[/bold]
+    [bold]qlora eval runs/quickstart --base[/bold]
+    """
     from qlora.inference.load import held_out_loss, load_trained
 
     trained = load_trained(

@@ -1,4 +1,4 @@
-"""`qlora generate`: ask a fine-tuned model."""
+"""`qlora generate`: answer one prompt with a fine-tuned model."""
 
 from typing import Annotated
 
@@ -9,16 +9,19 @@ from qlora.cli.arguments import AnyBase, TrustRemoteCode
 
 def generate(
     adapter: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's folder.")
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
     ],
-    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; `-` reads standard input.")],
-    base_only: Annotated[bool, typer.Option("--base", help="Ask the base without the adapter.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", help="The prompt; `-` reads it from standard input.")],
+    base_only: Annotated[bool, typer.Option("--base", help="Use the base without the adapter.")] = False,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer in tokens.")] = 128,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Answer a prompt with base + adapter.
+    """Answer one prompt with a fine-tuned model.
+
+    The same model and prompt always give the same answer (greedy decoding).
+    `qlora chat` answers more than one question.
 
     [bold]qlora generate runs/quickstart --prompt "Send two red lamps to Anna."[/bold]
     """

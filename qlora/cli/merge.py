@@ -1,4 +1,4 @@
-"""`qlora merge`: base + adapter as one model, with a verdict on what that changed."""
+"""`qlora merge`: write base + adapter as one model, and judge the difference."""
 
 import json
 import sys
@@ -19,42 +19,54 @@ MiB = 2**20
 
 CHOICES = ("auto", "original", "dequantized", "nf4")
 
+ONTO_HELP = (
+    "Add the adapter to the 16-bit weights (original), to the dequantized NF4 weights (dequantized), or to these and "
+    "quantize again (nf4). auto judges each and keeps the best."
+)
+
 
 def merge(
     adapter: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder or an adapter's folder.")
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="DIR", help="The folder to make.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="DIR", help="Folder of the merged model; it must not exist.")
+    ],
     onto: Annotated[
         str,
         typer.Option(
             metavar="|".join(CHOICES),
-            help="What to add the adapter to: the 16-bit weights; the NF4 weights, dequantized; these, quantized "
-            "again. auto judges all of them and keeps the best.",
+            help=ONTO_HELP,
         ),
     ] = "auto",
     data: Annotated[
         str | None,
-        typer.Option(help="Held-out text to judge by, laid out as the recipe's rows; else the recipe's own."),
+        typer.Option(
+            help="File of held-out rows in the recipe's format. Default: the recipe's held-out rows."
+        ),
     ] = None,
     original: Annotated[
         str | None,
-        typer.Option(help="Where the 16-bit weights are, if the recipe's base is in 4 bits already."),
+        typer.Option(
+            help="The 16-bit weights (folder or hub id), if the recipe's base is a 4-bit checkpoint."
+        ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=0, help="Judge by so many supervised tokens at most; 0: no verdict.")
+        int, typer.Option(min=0, help="Maximum number of supervised tokens to judge on; 0 skips the verdict.")
     ] = 20_000,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     json_output: Json = False,
 ) -> None:
-    """Add an adapter into its base and write an ordinary Hugging Face model.
+    """Merge an adapter into its base and write an ordinary Hugging Face model.
+
+    Each way is judged on held-out text, and the best is kept (--onto sets one).
 
     [bold]qlora merge runs/quickstart --to models/tickets[/bold]
     """
     if onto not in CHOICES:
-        raise typer.BadParameter(f"--onto is one of {', '.join(CHOICES)}, not {onto!r}")
+        raise typer.BadParameter(f"--onto must be one of {', '.join(CHOICES)}, not {onto!r}")
     from qlora.merging.merge import merge as run
 
     with _shown_progress() as progress:
@@ -77,7 +89,7 @@ def merge(
 
 
 def _show(merged: "Merged") -> None:
-    """The verdict, why this choice, and what to do with it."""
+    """Print the verdict, the reason for the choice, and how to load the model."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -91,19 +103,19 @@ def _show(merged: "Merged") -> None:
 
 
 def table(merged: "Merged") -> "Table":
-    """The verdict: a row for the live model and each merge that was judged."""
+    """Build the table of the verdict: one row for the live model and one for each judged merge."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = f"judged by {merged.tokens:,} held-out tokens against the live base + adapter"
-    shown = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="")
-    shown.add_column("merged onto")
+    title = f"compared with the live base + adapter on {merged.tokens:,} held-out tokens"
+    rows = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    rows.add_column("merged onto")
     for heading in ("KL, nats", "perplexity", "same top-1", "weights, MiB"):
-        shown.add_column(heading, justify="right")
+        rows.add_column(heading, justify="right")
     for one in [merged.live, *merged.judged]:
         assert one is not None
         live = one is merged.live
-        shown.add_row(
+        rows.add_row(
             "(live)" if live else one.name,
             "" if live else f"{one.kl:.2g}",
             f"{one.perplexity:.4f}",
@@ -111,7 +123,7 @@ def table(merged: "Merged") -> "Table":
             _mebibytes(one.weight_bytes),
             style="bold" if one.name == merged.onto else "",
         )
-    return shown
+    return rows
 
 
 def _mebibytes(size: int) -> str:
@@ -120,7 +132,7 @@ def _mebibytes(size: int) -> str:
 
 @contextmanager
 def _shown_progress() -> Iterator["Progress"]:
-    """A bar on standard error where that is a terminal."""
+    """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""`qlora profile`: what memory a recipe really takes, beside the forecast and the documents' estimates."""
+"""`qlora profile`: measure a recipe's memory and compare it with the forecast and the rule of thumb."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,16 @@ from qlora.cli.arguments import Json, Overrides, RecipeArgument
 def profile(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps to take.")] = 5,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of optimizer steps.")] = 5,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A folder for memory.json, memory.md and memory.png.")
+        Path | None, typer.Option("--out", help="Write memory.json, memory.md and memory.png to this folder.")
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Train for a few steps, count every tensor, and set it beside the forecast. Keeps no run.
+    """Train for a few steps and compare the measured memory with the forecast.
+
+    Every tensor is counted. The run itself is discarded; pass --out to keep
+    the memory report.
 
     [bold]qlora profile quickstart --steps 5[/bold]
     """

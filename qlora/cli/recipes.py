@@ -1,4 +1,4 @@
-"""`qlora recipes`: the recipes that come with the package, and the schema that all recipes follow."""
+"""`qlora recipes`: the recipes shipped with the package, and the schema of a recipe."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,14 @@ app = typer.Typer(
     help="List, show and copy the shipped recipes; print the schema of a recipe.", no_args_is_help=True
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, see `qlora recipes list`.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a shipped recipe (see `qlora recipes list`).")
+]
 
 
 @app.command("list")
 def list_recipes() -> None:
-    """Name every shipped recipe and what it is for."""
+    """List the shipped recipes, with the purpose of each."""
     from qlora.recipe import shipped
 
     names = shipped.names()
@@ -27,9 +29,12 @@ def list_recipes() -> None:
 @app.command("show")
 def show(
     name: Name,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Write every default out.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Include every default value.")] = False,
 ) -> None:
-    """Print a shipped recipe."""
+    """Print a shipped recipe as YAML.
+
+    [bold]qlora recipes show llama-7b --resolved[/bold]
+    """
     from qlora.recipe import Recipe, shipped
 
     print(Recipe.load(name).to_yaml() if resolved else shipped.text(name), end="")
@@ -39,11 +44,15 @@ def show(
 def copy(
     name: Name,
     destination: Annotated[
-        Path | None, typer.Argument(metavar="[DEST]", help="A file or folder; NAME.yaml here if left out.")
+        Path | None,
+        typer.Argument(metavar="[DEST]", help="File or folder. Default: NAME.yaml in this folder."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Copy a shipped recipe, to change it."""
+    """Copy a shipped recipe to a file that you can edit.
+
+    [bold]qlora recipes copy llama-7b my.yaml[/bold]
+    """
     from qlora.recipe import shipped
 
     path = shipped.copy(name, destination or Path(), overwrite=force)
@@ -52,7 +61,7 @@ def copy(
 
 @app.command("schema")
 def schema() -> None:
-    """Print the JSON schema of a recipe; editors complete and check from it."""
+    """Print the JSON schema of a recipe, for completion and checks in an editor."""
     from qlora.recipe import Recipe
 
     print(json.dumps(Recipe.json_schema(), indent=2, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`qlora report`: a run on one page."""
+"""`qlora report`: one page about a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,11 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
 ) -> None:
-    """Write RUN/report.html: one page with the curves, samples, memory and recipe of a run, to open or to send.
+    """Write RUN/report.html, a page with a run's curves, samples, memory and recipe.
+
+    The page is one file and needs no network, so you can send it to others.
 
     [bold]qlora report runs/quickstart[/bold]
     """

@@ -1,4 +1,4 @@
-"""Tables about the layers of an adapter, as a terminal or a log shows them."""
+"""Tables about an adapter's layers, printed to a terminal or a log."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Value]]:
-    """The layers by kind, as q_proj, or each on its own."""
+    """Group the layers by kind (such as q_proj); `per_layer` makes one group per layer."""
     from qlora.adapter.algebra.module_types import places
 
     if per_layer:
@@ -24,7 +24,7 @@ def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Valu
 
 
 def show_deviations(deviations: "Mapping[str, ApproximationError]", per_layer: bool) -> None:
-    """Ranks, and how far the stored updates are from those asked for."""
+    """Print each group's ranks, and the error of the stored updates relative to the exact ones."""
     from qlora.adapter.algebra.compose import relative_error
 
     show(
@@ -37,7 +37,7 @@ def show_deviations(deviations: "Mapping[str, ApproximationError]", per_layer: b
 
 
 def show_spectra(layers: "Mapping[str, Spectrum]", per_layer: bool) -> None:
-    """Norms and ranks: of a layer, or the medians of a kind of layers."""
+    """Print norms and ranks: of each layer, or the medians of each kind of layer."""
     rows = []
     for name, group in grouped(layers, per_layer).items():
         relative = [x.relative_norm for x in group if x.relative_norm is not None]
@@ -59,7 +59,7 @@ def show_spectra(layers: "Mapping[str, Spectrum]", per_layer: bool) -> None:
 
 
 def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left and never cut."""
+    """Print a table with its first column left-aligned; no column is cut."""
     from rich.console import Console
     from rich.table import Table
 
@@ -73,17 +73,17 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def say(text: str) -> None:
-    """Print a paragraph, its lines as wide as the terminal."""
+    """Print a paragraph, wrapped to the width of the terminal."""
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(text)
 
 
 def small(share: float) -> str:
-    """A share as a percentage, or as a power of ten where that would show nothing."""
+    """Format a share as a percentage, or as a power of ten if the percentage would round to zero."""
     return f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}" if share else "0"
 
 
 def span(numbers: Sequence[int]) -> str:
-    """`8`, or `4-16`."""
+    """Format the range of `numbers`: `8` if all are equal, else `4-16`."""
     return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"

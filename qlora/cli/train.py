@@ -18,27 +18,33 @@ GiB = 2**30
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")
+    ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Remove an existing run in the folder first.")
+        bool, typer.Option("--fresh", help="Remove the existing run in the folder and start again.")
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Fine-tune as a recipe says.
+    """Fine-tune a model with a recipe.
+
+    The recipe's output folder gets the trained adapter, checkpoints, metrics
+    and a report. An existing run is never overwritten without --fresh.
+    Ctrl-C saves a checkpoint and stops; --resume continues the run.
 
     [bold]qlora train quickstart[/bold]
     [bold]qlora train my.yaml optimizer.lr=1e-4 training.max_steps=100[/bold]
     """
     if resume and fresh:
-        raise typer.BadParameter("--resume and --fresh exclude each other")
+        raise typer.BadParameter("--resume and --fresh cannot be used together")
     from qlora.recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or [])  # before torch is imported: a wrong recipe is said at once
+    loaded = Recipe.load(recipe, overrides or [])  # before torch is imported: a wrong recipe fails at once
     from qlora.training.train import train as run
 
     outcome = run(loaded, resume=resume, fresh=fresh, terminal=not json_output)
     if int(os.environ.get("RANK", "0")) > 0:
-        pass  # the first of several processes speaks for all
+        pass  # only the main process prints
     elif json_output:
         print(json.dumps(outcome.as_json()))
     else:
@@ -48,7 +54,7 @@ def train(
 
 
 def report(outcome: "TrainResult") -> str:
-    """What a user wants to know at the end: did it learn, what did it take, where is it."""
+    """Summarize a run for the user: losses, memory, time, and where the result is."""
     lines = []
     if outcome.result is not None and outcome.loss_before is not None:
         lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after")
@@ -65,5 +71,5 @@ def report(outcome: "TrainResult") -> str:
         lines.append(f"result         {outcome.result}")
         lines.append(f'\nTry it:  qlora generate {outcome.run} --prompt "..."')
     else:
-        lines.append(f"stopped early; a checkpoint of step {outcome.steps} is saved. Go on with --resume")
+        lines.append(f"stopped early; a checkpoint of step {outcome.steps} is saved. Resume with --resume")
     return "\n".join(lines)

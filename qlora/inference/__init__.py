@@ -1,1 +1,1 @@
-"""A trained model, loaded again and asked."""
+"""Inference: load a trained model, generate answers, evaluate and chat."""

@@ -1,6 +1,6 @@
-"""A conversation with a base and its adapters: who answers, what was said, and the commands that change it.
+"""Chat with a base and its adapters: the active adapter, the conversation so far, and the commands.
 
-It writes nothing itself: pieces of answers and remarks go to a `Screen`.
+The chat prints nothing itself: it passes pieces of answers and notes to a `Screen`.
 """
 
 import inspect
@@ -19,34 +19,37 @@ from qlora.inference.load import find_adapter, find_trained, load_trained, recip
 from qlora.runtime.signals import StopRequest
 
 BASE = "base"
-"""who answers without an adapter"""
+"""speaker name of the model without an adapter"""
 
 
 class Screen(Protocol):
-    """Where a chat shows itself."""
+    """Output of a chat."""
 
     def begin(self, speakers: Sequence[str]) -> None:
-        """Answers of these follow, one after the other."""
+        """Start the answers of these speakers; they follow one after the other."""
 
     def text(self, speaker: str, piece: str) -> None:
-        """The next piece of an answer."""
+        """Show the next piece of an answer."""
 
     def end(self) -> None:
-        """The answers are complete, or were stopped."""
+        """End the answers: they are complete, or were stopped."""
 
     def note(self, text: str) -> None:
-        """A remark that is no answer."""
+        """Show a message that is not an answer."""
 
 
 class Chat:
-    """A model that answers, with adapters to switch between.
+    """Chat with a model, with adapters to switch between.
 
         >>> chat = Chat(model, tokenizer, Prompts(recipe.data, tokenizer), adapters, screen)
         >>> chat.say("Hello")
         >>> chat.say("/base")
 
-    adapters: of `model`, the active one answers first. history: a question follows the ones before it; else each
-        is posed on its own. max_new_tokens: of an answer. temperature: see `answer`.
+    Args:
+        adapters: the adapters of `model`; the active one answers first.
+        history: True asks each question after the conversation so far, False asks it on its own.
+        max_new_tokens: maximum length of an answer in tokens.
+        temperature: see `answer`.
     """
 
     def __init__(
@@ -65,9 +68,9 @@ class Chat:
         self.adapters, self.screen, self.history = adapters, screen, history
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.both = False
-        """the base answers beside the adapter"""
+        """True if the base and the adapter both answer"""
         self.messages: list[Mapping[str, str]] = []
-        """the conversation so far; stays empty without history"""
+        """the conversation so far; always empty without history"""
         self.commands: dict[str, Callable[..., None]] = {
             "adapter": self._adapter,
             "base": self._base,
@@ -78,16 +81,16 @@ class Chat:
 
     @property
     def speakers(self) -> list[str]:
-        """Who answers the next question."""
+        """Names of the models that answer the next question."""
         active = self.adapters.active
         if active is None:
             return [BASE]
         return [BASE, active] if self.both else [active]
 
     def say(self, line: str) -> int | None:
-        """Answer a question, or do what a line that begins with / says.
+        """Answer a question, or run the command in a line that starts with /. Errors are shown as notes.
 
-        Returns the signal that ended the answer early, if one did. What is wrong with a line is a note.
+        Returns the signal that ended the answer early, or None.
         """
         line = line.strip()
         try:
@@ -109,14 +112,14 @@ class Chat:
                 for speaker in speakers:
                     self.adapters.activate(active if speaker == active else None)
                     replies[speaker] = self._answer(speaker, prompt, stop)
-            except KeyboardInterrupt:  # a second Ctrl-C does not wait for the next token
+            except KeyboardInterrupt:  # a second Ctrl-C, before the next token
                 pass
             finally:
                 self.adapters.activate(active)
                 self.screen.end()
-        said = replies.get(speakers[-1])
-        if self.history and said:
-            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        reply = replies.get(speakers[-1])
+        if self.history and reply:
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
         return stop.signal_number
 
     def _answer(self, speaker: str, prompt: list[int], stop: StopRequest) -> str:
@@ -134,33 +137,35 @@ class Chat:
         )
 
     def _prompt(self, text: str) -> list[int]:
-        """The question after the conversation so far, of which the oldest goes if the model's positions run out."""
+        """Encode the question after the conversation so far; drop the oldest questions if it is too long."""
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
         room = getattr(config, "max_position_embeddings", None)
-        forgotten = 0
+        dropped = 0
         ids = self.prompts.encode(text, self.messages)
         while room is not None and len(ids) + self.max_new_tokens > room and self.messages:
             del self.messages[:2]
-            forgotten += 1
+            dropped += 1
             ids = self.prompts.encode(text, self.messages)
-        if forgotten:
-            self.screen.note(f"(the oldest {forgotten} of the questions no longer fit and are forgotten)")
+        if dropped:
+            self.screen.note(f"(the conversation is too long; its oldest questions were dropped: {dropped})")
         if room is not None and len(ids) >= room:
-            raise UsageError(f"the question takes {len(ids)} tokens, and the model has {room} positions")
+            raise UsageError(
+                f"the question has {len(ids)} tokens, but the model has {room} positions; shorten it"
+            )
         return ids
 
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
         command = self.commands.get(name)
         if command is None:
-            raise UsageError(f"there is no command /{name}; /help lists them")
+            raise UsageError(f"there is no command /{name}; /help lists the commands")
         arguments = [rest.strip()] if rest.strip() else []
         if len(arguments) > len(inspect.signature(command).parameters):
             raise UsageError(f"/{name} takes no argument")
         command(*arguments)
 
     def _adapter(self, name: str = "") -> None:
-        """/adapter NAME: let this adapter answer; without NAME, list the adapters."""
+        """/adapter NAME: switch to this adapter; without NAME, list the adapters."""
         if not name:
             self.screen.note(
                 f"adapters: {', '.join(self.adapters.names) or 'none'}; answering: {self._who()}"
@@ -171,14 +176,14 @@ class Chat:
         self.screen.note(f"answering: {self._who()}")
 
     def _base(self) -> None:
-        """/base: let the base answer, without an adapter."""
+        """/base: switch to the base, without an adapter."""
         self._need_adapters()
         self.adapters.deactivate()
         self.both = False
         self.screen.note(f"answering: {self._who()}")
 
     def _both(self) -> None:
-        """/both: let the base and the adapter answer side by side; the adapter's answer is what was said."""
+        """/both: show answers of base and adapter side by side; the conversation keeps the adapter's."""
         self._need_adapters()
         if self.adapters.active is None:
             self.adapters.activate(self.adapters.names[0])
@@ -188,12 +193,12 @@ class Chat:
     def _reset(self) -> None:
         """/reset: forget the conversation."""
         self.messages = []
-        self.screen.note("the conversation begins anew")
+        self.screen.note("the conversation is forgotten")
 
     def _help(self) -> None:
-        """/help: this."""
+        """/help: list the commands."""
         lines = [inspect.getdoc(command) or "" for command in self.commands.values()]
-        self.screen.note("\n".join([*lines, "/quit: end (as Ctrl-D). Ctrl-C stops an answer."]))
+        self.screen.note("\n".join([*lines, "/quit: end the chat, as does Ctrl-D. Ctrl-C stops an answer."]))
 
     def _who(self) -> str:
         return " and ".join(self.speakers)
@@ -201,7 +206,7 @@ class Chat:
     def _need_adapters(self) -> None:
         if not self.adapters.names:
             raise UsageError(
-                "all of this model's weights were trained: there is no base without an adapter to ask"
+                "this model has no adapter: all of its weights were trained, so the base cannot be asked"
             )
 
 
@@ -216,31 +221,44 @@ def open_chat(
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> Chat:
-    """A chat with the model in a run's or an adapter's folder, and with `others`: adapters' folders by name.
+    """Load the model of a run or adapter, and other adapters, into a new chat.
 
-    `history` None is what the rows were that the model learned from: conversations, or single questions. It and
-    `settings` are those of `Chat`. `any_base` lets adapters answer that were trained on another base; of the run's
-    own one, tokenizer and template count too. Raises ModelError if an adapter is missing, does not fit, or was
-    trained on another base, and as `load_trained` if the base would run code of its own.
+    Args:
+        folder: folder of a run or of an adapter.
+        others: folders of other adapters of the same base, by name.
+        screen: output of the chat.
+        history: see `Chat`; None follows the training rows (conversations, or single questions).
+        device: auto, cpu or cuda.
+        any_base: accept adapters that were trained on another base. For the run's own adapter this also covers its
+            tokenizer and template.
+        trust_remote_code: see `load_trained`.
+        settings: further arguments of `Chat`.
+
+    Raises:
+        ModelError: an adapter is missing, does not fit, or was trained on another base; or as `load_trained`.
+        UsageError: a name is taken; or `history` is True, but the rows or the template have single questions only.
     """
     recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
-    places = {recipe.name: folder} if recipe.adapter.facts.frozen_base else {}
-    if not places and others:
-        raise ModelError(f"{folder}: all weights were trained, so adapters of its base do not fit it")
-    if BASE in others or places.keys() & others.keys():
-        raise UsageError(f"--adapter: {BASE!r} and {recipe.name!r} are taken, choose other names")
-    found = {name: find_adapter(Path(place)) for name, place in {**places, **others}.items()}
-    trained = load_trained(
-        folder, device=device, with_adapter=not places, trust_remote_code=trust_remote_code
-    )
+    own = {recipe.name: folder} if recipe.adapter.facts.frozen_base else {}
+    if not own and others:
+        raise ModelError(
+            f"{folder}: all weights were trained, so adapters of its base do not fit it. Leave --adapter out"
+        )
+    if BASE in others or own.keys() & others.keys():
+        raise UsageError(f"--adapter: the names {BASE!r} and {recipe.name!r} are taken; choose another name")
+    adapter_folders = {name: find_adapter(Path(path)) for name, path in {**own, **others}.items()}
+    trained = load_trained(folder, device=device, with_adapter=not own, trust_remote_code=trust_remote_code)
     adapters = Adapters(trained.model)
-    for name, place in found.items():
-        known = trained.identity if name in places else None  # the others are asked in the first one's way
-        adapters.load(name, place, base=known, any_base=any_base)
-    if places:
+    for name, path in adapter_folders.items():
+        # The others answer with the tokenizer and template of the first, so only their base is compared
+        identity = trained.identity if name in own else None
+        adapters.load(name, path, base=identity, any_base=any_base)
+    if own:
         adapters.activate(recipe.name)
     prompts = Prompts(recipe.data, trained.tokenizer)
     if history and not prompts.can_follow:
-        raise UsageError(f"--history: rows of the {recipe.data.format} format are single, or the template is")
+        raise UsageError(
+            f"--history: format {recipe.data.format} or its template has single questions only. Leave --history out"
+        )
     history = prompts.learned_to_follow if history is None else history
     return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)

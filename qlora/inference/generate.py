@@ -1,4 +1,4 @@
-"""Answers: what a base with its adapter says to a prompt, at once or as it comes."""
+"""Generation of an answer to one prompt, returned whole and optionally streamed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,14 +22,17 @@ def answer(
     on_text: Callable[[str], object] | None = None,
     stopped: Callable[[], bool] | None = None,
 ) -> str:
-    """The model's continuation of `prompt` (token ids), as text without special tokens.
+    """Generate the model's continuation of `prompt` and return it as text without special tokens.
 
     Args:
-        stop_ids: tokens that end the answer, besides those that the model and the tokenizer end with.
-        temperature: 0 is greedy and deterministic: the same model and prompt give the same answer. Above, tokens
-            are drawn by torch's random numbers.
-        on_text: called with each piece of the answer as it comes, whole words at a time.
-        stopped: asked after every token whether to leave off.
+        model: a causal language model of transformers, with or without an adapter.
+        tokenizer: the model's tokenizer.
+        prompt: token ids.
+        max_new_tokens: maximum length of the answer in tokens.
+        stop_ids: tokens that end the answer, in addition to the end tokens of the model and the tokenizer.
+        temperature: 0 is greedy and deterministic. Above 0, tokens are sampled with torch's random numbers.
+        on_text: called with each new piece of the answer, whole words at a time.
+        stopped: called after every token; returns True to end the answer.
 
     >>> answer(model, tokenizer, tokenizer("Once upon a time").input_ids, max_new_tokens=32)
     """
@@ -55,13 +58,13 @@ def answer(
 
 
 def _ends(model: nn.Module) -> list[int | None]:
-    """What the model's own generation config ends an answer with."""
+    """Return the end tokens in the model's own generation config."""
     ends: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
     return ends if isinstance(ends, list) else [ends]
 
 
 class _Streamer(TextStreamer):
-    """Hands the answer on in pieces, without the white space that it begins and ends with."""
+    """Passes the answer on in pieces, without leading and trailing white space."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -69,7 +72,7 @@ class _Streamer(TextStreamer):
         self._begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each piece."""
+        """Pass one piece on; transformers calls this."""
         text = self._space + text if self._begun else text.lstrip()
         shown = text.rstrip()
         self._space = text[len(shown) :]

@@ -1,4 +1,4 @@
-"""A fine-tuned model, found again: from a run's or an adapter's folder to base, adapter and tokenizer."""
+"""Loading of a fine-tuned model (base, adapter and tokenizer) from the folder of a run or of an adapter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from qlora.runtime.device import device_named
 
 @dataclass(frozen=True)
 class Trained:
-    """A base with its adapter, and the recipe that made it."""
+    """A fine-tuned model, its tokenizer, and the recipe that it was trained with."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -30,7 +30,7 @@ class Trained:
 
     @property
     def identity(self) -> BaseIdentity:
-        """What an adapter that is put into the model must have been trained on."""
+        """Fingerprint of base, tokenizer and template, which an adapter of this model must match."""
         return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
 
 
@@ -42,11 +42,18 @@ def load_trained(
     any_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Trained:
-    """The model that the run or adapter in `folder` stands for, on `device`, in evaluation mode.
+    """Load the fine-tuned model of the run or adapter in `folder`, in evaluation mode.
 
-    `with_adapter=False` loads its base alone. Raises ModelError if there is no such result; if the base,
-    tokenizer or template that its recipe names is not what it was trained on any more, unless `any_base`; or if
-    the base would run code of its own, unless `trust_remote_code`.
+    Args:
+        folder: folder of a run or of an adapter.
+        device: auto, cpu or cuda.
+        with_adapter: False loads the base alone.
+        any_base: accept a base, tokenizer or template that is not the one from training.
+        trust_remote_code: allow the base to run its own code, if the recipe asks for it.
+
+    Raises:
+        ModelError: the folder has no trained result; the base, tokenizer or template has changed since training; or
+            the base would run its own code.
     """
     adapter = find_trained(Path(folder))
     recipe = recipe_of(adapter, trust_remote_code=trust_remote_code)
@@ -62,48 +69,52 @@ def load_trained(
 
 
 def recipe_of(result: Path, changes: Sequence[str] = (), *, trust_remote_code: bool = False) -> Recipe:
-    """Read the recipe beside a trained adapter or model, with `changes` (`section.key=value`), to load a base by it.
+    """Read the recipe of a trained adapter or model, with `changes` (`section.key=value`), in order to load its base.
 
-    Nothing else reads such a recipe to load by it: the folder may come from a stranger, so its recipe is no consent to
-    run the base's own code.
+    All loading by such a recipe must use this function. The folder can come from a stranger, so its recipe must not
+    decide whether the base's own code runs.
 
     Raises:
-        ModelError: the recipe would run such code, and `trust_remote_code` does not allow it.
+        ModelError: the base would run its own code, and `trust_remote_code` does not allow it.
     """
     file = result / "recipe.yaml"
     recipe = Recipe.recorded(file, changes)
     if recipe.base.trust_remote_code and not trust_remote_code:
         raise ModelError(
-            f"{file}: would run code of {recipe.base.model} (base.trust_remote_code: true), and a recipe that came "
-            "with results is no consent. Read that code; if you trust it, add --trust-remote-code, in Python "
-            "trust_remote_code=True"
+            f"{file}: would run code from {recipe.base.model} (base.trust_remote_code: true), and a recipe stored "
+            "with results cannot allow that. Read the code; if you trust it, add --trust-remote-code (in Python: "
+            "trust_remote_code=True)"
         )
     return recipe
 
 
 def find_trained(folder: Path) -> Path:
-    """The result in a run's folder, or the folder itself if it is one. Raises ModelError if there is none."""
+    """Return the folder of the trained result: in a run's folder, or `folder` itself. Raises ModelError if none."""
     for place in (folder, folder / "adapter", folder / "model"):
         weights = (place / "adapter_config.json", place / "config.json")
         if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
             return place
     if (folder / "recipe.yaml").is_file():
         raise ModelError(f"{folder}: the run is unfinished; resume with `qlora train ... --resume`")
-    raise ModelError(f"{folder}: no trained adapter here. Give a run's folder, or the adapter/ folder in it")
+    raise ModelError(
+        f"{folder}: no trained adapter here. Give the folder of a run, or the folder adapter/ in it"
+    )
 
 
 def find_adapter(folder: Path) -> Path:
-    """The adapter in a run's folder, or the folder itself if it is one, of ours or PEFT's; else ModelError."""
+    """Return the folder of the adapter (ours or PEFT's): in a run, or `folder` itself. Raises ModelError if none."""
     for place in (folder, folder / "adapter"):
         if (place / "adapter_config.json").is_file():
             return place
-    raise ModelError(f"{folder}: no adapter here. Give a run's folder, or one with an adapter_config.json")
+    raise ModelError(
+        f"{folder}: no adapter here. Give the folder of a run, or a folder with an adapter_config.json"
+    )
 
 
 def held_out_loss(trained: Trained) -> tuple[float, int]:
-    """Mean loss (nats) per supervised token over the recipe's held-out rows, and how many tokens those are.
+    """Return the mean loss (nats per supervised token) on the recipe's held-out rows, and the number of these tokens.
 
-    The model gets the layers and the attention of training, so this is the very number that the run printed.
+    The model gets the layers and the attention of training, so the loss equals the one that the run printed.
     """
     read_documents_if_apart(trained.model)
     if trained.recipe.adapter.facts.frozen_base:

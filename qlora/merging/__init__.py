@@ -1,1 +1,1 @@
-"""Base and adapter as one model."""
+"""Merging: write base and adapter as one model."""

@@ -1,8 +1,8 @@
-"""What merging changed: merged models judged on held-out text against the live base + adapter.
+"""Comparison of merged models with the live (unmerged) base + adapter on held-out text.
 
-Per supervised token: KL(live || merged) over the whole vocabulary, the loss, and whether both models put the
-same token first. The live model is not needed for it, only its last hidden states [N, H] and its output head:
-far less than its distributions [N, V].
+Per supervised token: KL(live || merged) over the whole vocabulary, the loss, and whether both models have the same
+most likely token. The live model need not stay in memory: its last hidden states [N, H] and its output head are
+enough, and far smaller than its distributions [N, V].
 """
 
 import math
@@ -21,37 +21,39 @@ from qlora.objective.step import evaluation_mode
 from qlora.quantization import nf4
 
 MATTERS = 0.01
-"""Nats of held-out loss from which a difference counts: 1% of perplexity."""
+"""smallest difference of held-out loss (nats) that counts: 1% of perplexity"""
 
 CHUNK = 1024
-"""tokens whose logits stand in memory at a time"""
+"""tokens whose logits are in memory at a time"""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the live base + adapter says of every batch."""
+    """Outputs of the live base + adapter for every batch."""
 
     batches: Sequence[Batch]
-    states: list[Tensor]  # of each batch, [n, H], on the CPU
-    head: Head  # on the CPU
+    states: list[Tensor]
+    """last hidden states of each batch's supervised tokens, [n, H], on the CPU"""
+    head: Head
+    """output head, on the CPU"""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One model's worth on the held-out text."""
+    """Quality metrics of one model on the held-out text."""
 
     name: str
     kl: float
-    """mean KL(live || this) of a supervised token, nats"""
+    """mean KL(live || this model) per supervised token, nats"""
     perplexity: float
     agreement: float
-    """share of the supervised tokens where this model's first choice is the live one's"""
+    """share of the supervised tokens for which both models have the same most likely token"""
     weight_bytes: int
     losses: Tensor = field(repr=False, compare=False)
-    """of every supervised token, fp32 [N], nats"""
+    """loss of every supervised token, fp32 [N], nats"""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; the losses of single tokens are left out."""
+        """Return plain values, without the losses of single tokens."""
         return {
             "name": self.name,
             "kl": self.kl,
@@ -63,7 +65,7 @@ class Judgement:
 
 @torch.no_grad()
 def reference(model: nn.Module, batches: Sequence[Batch]) -> Reference:
-    """Run the live model over the batches and keep what judging needs."""
+    """Run the live model on the batches and keep the outputs that `judge` needs."""
     with evaluation_mode(model):
         states = [supervised_states(model, batch)[0].cpu() for batch in batches]
     return Reference(batches, states, head_of(model).to("cpu"))
@@ -71,7 +73,7 @@ def reference(model: nn.Module, batches: Sequence[Batch]) -> Reference:
 
 @torch.no_grad()
 def judge(name: str, model: nn.Module, live: Reference, weight_bytes: int) -> Judgement:
-    """Judge `model` by the batches of `live`; the mode it is in does not matter."""
+    """Compare `model` with the live model on its batches. The model can be in training or evaluation mode."""
     head = head_of(model)
     live_head = live.head.to(head.weight.device)
     divergences, losses, agreements = [], [], []
@@ -98,11 +100,11 @@ def judge(name: str, model: nn.Module, live: Reference, weight_bytes: int) -> Ju
 
 
 def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
-    """The merge that is best for what it costs, and the reason in a sentence.
+    """Return the best merge for its size, and the reason in one sentence.
 
-    Of those in 16 bits it is the one closest to the live model (the least KL), unless another's perplexity is
-    lower by what matters. NF4 takes its place if its perplexity is not higher by what matters, for it takes
-    about a quarter of the bytes. "By what matters" is 1%, beyond two standard errors of the difference.
+    Among the 16-bit merges, the one with the lowest KL to the live model is best, unless another one has a clearly
+    lower perplexity. NF4 replaces it if its perplexity is not clearly higher, because NF4 takes about a quarter of the
+    bytes. "Clearly" means by more than 1%, with a margin of two standard errors of the difference.
     """
     nf4s = [one for one in judged if one.name == "nf4"]
     dense = sorted((one for one in judged if one.name != "nf4"), key=lambda one: one.kl)
@@ -130,13 +132,13 @@ def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the model's weights as files hold them: NF4 with its statistics, all other numbers in 16 bits."""
+    """Return the bytes of the model's weights in files: NF4 with its statistics, all other tensors in 16 bits."""
     packed = {module.weight: nf4.weight_bytes(module) for module in model.modules() if nf4.is_nf4(module)}
     return sum(packed.get(parameter, 2 * parameter.numel()) for parameter in model.parameters())
 
 
 def _loss_change(old: Judgement, new: Judgement) -> tuple[float, float]:
-    """How much higher the mean loss of `new` is (nats), and two standard errors of that, token by token."""
+    """Return the mean loss of `new` minus that of `old` (nats), and two standard errors of the paired difference."""
     change = (new.losses - old.losses).double()
     error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else math.inf
     return change.mean().item(), 2 * error

@@ -1,4 +1,4 @@
-"""Merging, top to bottom: check everything, hear the live model, write and judge each choice, keep the best."""
+"""Merging, top to bottom: check the input, run the live model, write and judge each choice, keep the best."""
 
 import gc
 import json
@@ -24,24 +24,24 @@ from qlora.storage.folders import save_errors
 GiB = 2**30
 
 Progress = Callable[[str, int, int], object]
-"""called with what is being done, how far it is, and of how much"""
+"""called with the current action, the amount done and the total amount"""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What came of a merge."""
+    """Result of a merge."""
 
     folder: Path
     onto: Onto
     why: str
     weight_bytes: int
     tokens: int
-    """supervised held-out tokens that it was judged by; 0 without a verdict"""
+    """supervised held-out tokens used for the verdict; 0 without a verdict"""
     live: Judgement | None
     judged: list[Judgement]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, as in the folder's merge.json."""
+        """Return plain values, as stored in the folder's merge.json."""
         return {
             "folder": str(self.folder),
             "onto": self.onto,
@@ -66,25 +66,25 @@ def merge(
     trust_remote_code: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Merged:
-    """Write base + adapter as one model to the new folder `to`, and judge it on held-out text.
+    """Write base + adapter as one model into the new folder `to`, and judge it on held-out text.
 
         >>> merged = merge("runs/mine", "models/mine")
         >>> merged.onto, merged.why
 
     Args:
-        adapter: a run's or an adapter's folder.
-        to: the folder to make. It appears when it is whole.
-        onto: what the adapter is added to, see `qlora.merging.write`; auto judges every choice and keeps the best.
-        data: a file of held-out text, laid out as the recipe's rows; None is the recipe's own held-out rows.
-        original: hub id or folder of the 16-bit weights, where the recipe's base does not have them.
-        max_tokens: supervised tokens to judge by, at most; 0 is no verdict.
-        device: where to compute: auto, cpu or cuda.
-        any_base: merge although the recipe's base or tokenizer is another than in training. What `original`
-            names is taken at its word either way.
-        trust_remote_code: let the base's own code run, where the recipe that came with the adapter asks for it.
+        adapter: folder of a run or of an adapter.
+        to: folder of the merged model; it must not exist, and appears only when it is complete.
+        onto: weights to add the adapter to, see `qlora.merging.write`; auto judges every choice and keeps the best.
+        data: file of held-out rows in the recipe's format; None uses the recipe's held-out rows.
+        original: hub id or folder of the 16-bit weights, if the recipe's base is a 4-bit checkpoint.
+        max_tokens: maximum number of supervised tokens to judge on; 0 skips the verdict.
+        device: device for the computation: auto, cpu or cuda.
+        any_base: merge even if the recipe's base or tokenizer is not the one from training. The weights in
+            `original` are never compared with those from training.
+        trust_remote_code: allow the base to run its own code, if the recipe stored with the adapter asks for it.
 
     Raises:
-        QloraError: something is missing, does not fit, or there is no room. Nothing is left behind.
+        QloraError: something is missing, does not fit, or there is too little disk space or memory. No file remains.
     """
     to = Path(to)
     check_absent(to)
@@ -92,13 +92,13 @@ def merge(
     recipe = recipe_of(folder, trust_remote_code=trust_remote_code)
     plan = _prepare(folder, recipe, to, onto, data, original, max_tokens, device_named(device), any_base)
     with drafting(to) as drafts:
-        live, heard = _hear(plan, progress) if plan.batches else (None, None)
+        live, outputs = _run_live(plan, progress) if plan.batches else (None, None)
         sizes, judged = {}, []
         for name, source in plan.sources.items():
             count = _counting(f"writing {name}", len(source.keys), progress)
             sizes[name] = write_merged(source, name, drafts / name, plan.prompts, count)
-            if heard is not None:
-                judged.append(_judge(plan, name, drafts / name, heard, sizes[name], progress))
+            if outputs is not None:
+                judged.append(_judge(plan, name, drafts / name, outputs, sizes[name], progress))
                 _remove_losers(drafts, judged)
         kept, why = _decide(onto, judged)
         tokens = sum(batch.supervised for batch in plan.batches)
@@ -110,12 +110,12 @@ def merge(
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that a merge needs, found to be there."""
+    """Checked input of a merge."""
 
     adapter: Path
     recipe: Recipe
     sources: dict[Onto, MergeSource]
-    """the choices, in the order in which they are judged, and where each reads its weights"""
+    """the choices, in the order of judging, each with the source of its weights"""
     batches: list[Batch]
     prompts: Prompts
     device: torch.device
@@ -133,7 +133,7 @@ def _prepare(
     device: torch.device,
     any_base: bool,
 ) -> _Plan:
-    """Everything that can go wrong without writing goes wrong here."""
+    """Check all input and make the plan, so that errors appear before anything is written."""
     _check_mergeable(recipe, folder, onto, max_tokens)
     sources = _sources(recipe, folder, onto, original, device, any_base)
     _check_space(sources, to)
@@ -141,64 +141,67 @@ def _prepare(
     batches = _held_out(recipe, tokenizer, data, max_tokens)
     if onto == "auto" and not batches:
         raise UsageError(
-            "there is no held-out text to judge by: give --data FILE, or say what to merge onto with --onto"
+            "there is no held-out text to judge on: give a file with --data, or choose the weights with --onto"
         )
     return _Plan(folder, recipe, sources, batches, Prompts(recipe.data, tokenizer), device, any_base)
 
 
 def _check_mergeable(recipe: Recipe, folder: Path, onto: str, max_tokens: int) -> None:
+    """Raise an error if there is nothing to merge, or auto has no tokens to judge on."""
     if not recipe.adapter.facts.frozen_base:
         raise ModelError(
-            f"{folder}: all weights were trained, so this is a whole model already: nothing to merge"
+            f"{folder}: all weights were trained, so this is a complete model already; use it without a merge"
         )
     if recipe.base.init != "pretrained":
         raise ModelError(
-            f"{folder}: its base was made from a seed (base.init={recipe.base.init}): it has no files to merge onto"
+            f"{folder}: its base was made from a seed (base.init={recipe.base.init}), so it has no files to merge onto"
         )
     if onto == "auto" and max_tokens == 0:
-        raise UsageError("--onto auto judges by held-out tokens, so --tokens must be above 0")
+        raise UsageError("--onto auto judges on held-out tokens, so --tokens must be above 0")
 
 
 def _sources(
     recipe: Recipe, adapter: Path, onto: str, original: str | None, device: torch.device, any_base: bool
 ) -> dict[Onto, MergeSource]:
-    """Where each choice reads its weights; what cannot be had is left out of auto, and an error if asked for."""
+    """Return the source of weights of each choice. An unavailable choice is left out of auto, else an error."""
     base = recipe.base
     sources: dict[Onto, MergeSource] = {}
     if original is not None:
-        elsewhere = base.model_copy(update={"model": original, "revision": None})
-        sources["original"] = MergeSource(elsewhere, adapter, device, any_base=True)
+        unquantized = base.model_copy(update={"model": original, "revision": None})
+        sources["original"] = MergeSource(unquantized, adapter, device, any_base=True)
         if "original" not in sources["original"].choices:
-            raise ModelError(f"--original: {original} is in NF4 itself; the 16-bit weights are wanted")
-    if not (onto == "original" and sources):  # the recipe's own base need not be there then
+            raise ModelError(f"--original: {original} is in NF4 itself; give the 16-bit weights")
+    if not (onto == "original" and sources):  # then the recipe's own base is not needed
         source = MergeSource(base, adapter, device, any_base=any_base)
         sources = {**dict.fromkeys(source.choices, source), **sources}
     if onto == "auto":
         return sources
     if onto == "original" and onto not in sources:
         raise UsageError(
-            f"the base {base.model} is an NF4 checkpoint, so its 16-bit weights are elsewhere: name them with "
-            "--original MODEL, or merge --onto dequantized"
+            f"the base {base.model} is an NF4 checkpoint, which has no 16-bit weights: give them with "
+            "--original MODEL, or use --onto dequantized"
         )
     if onto == "dequantized" and onto not in sources:
-        raise UsageError(f"the base {base.model} was not quantized in training: merge --onto original or nf4")
-    return {name: where for name, where in sources.items() if name == onto}
+        raise UsageError(
+            f"the base {base.model} was not quantized in training: use --onto original or --onto nf4"
+        )
+    return {name: source for name, source in sources.items() if name == onto}
 
 
 def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
-    """Two choices stand on the disk at a time: the best so far and the one to be judged."""
+    """Check the free disk space: two choices are on the disk at a time, the best so far and the next."""
     needed = sum(sorted(source.bytes(name) for name, source in sources.items())[-2:])
     existing = next(parent for parent in (to, *to.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise SaveError(
-            f"{to}: merging takes {needed / GiB:.1f} GiB of disk there, and {free / GiB:.1f} GiB are free. "
-            "A single choice (--onto) takes less than auto"
+            f"{to}: merging needs {needed / GiB:.1f} GiB of disk space there, and {free / GiB:.1f} GiB are free. "
+            "Free some space, or choose one way with --onto, which needs less than auto"
         )
 
 
 def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int) -> list[Batch]:
-    """The recipe's held-out rows, or the rows of `data`, up to `max_tokens` supervised tokens."""
+    """Load the recipe's held-out rows, or the rows of `data`, up to about `max_tokens` supervised tokens."""
     section = recipe.data
     if max_tokens == 0 or (data is None and section.held_out == 0):
         return []
@@ -219,23 +222,23 @@ def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int)
     return chosen
 
 
-def _hear(plan: _Plan, progress: Progress) -> tuple[Judgement, Reference]:
-    """The live base + adapter: how it does itself, and what the merged models are compared with."""
-    progress("hearing base + adapter", 0, 1)
+def _run_live(plan: _Plan, progress: Progress) -> tuple[Judgement, Reference]:
+    """Run the live base + adapter; return its metrics, and its outputs to compare the merged models with."""
+    progress("running base + adapter", 0, 1)
     trained = load_trained(
         plan.adapter,
         device=plan.device.type,
         any_base=plan.any_base,
-        trust_remote_code=plan.recipe.base.trust_remote_code,  # it has been consented to
+        trust_remote_code=plan.recipe.base.trust_remote_code,  # checked by recipe_of
     )
-    heard = reference(trained.model, plan.batches)
-    return judge("live", trained.model, heard, stored_bytes(trained.model)), heard
+    outputs = reference(trained.model, plan.batches)
+    return judge("live", trained.model, outputs, stored_bytes(trained.model)), outputs
 
 
 def _judge(
-    plan: _Plan, name: Onto, folder: Path, heard: Reference, weight_bytes: int, progress: Progress
+    plan: _Plan, name: Onto, folder: Path, outputs: Reference, weight_bytes: int, progress: Progress
 ) -> Judgement:
-    """A merged model read back from its files, on a device that has room for it, and judged."""
+    """Load a merged model from its files and judge it, on the CPU if the GPU has too little memory."""
     progress(f"judging {name}", 0, 1)
     _free_memory()
     device = plan.device
@@ -245,11 +248,11 @@ def _judge(
     changes = {"model": str(folder.absolute()), "revision": None, "quantization": quantization}
     try:
         return judge(
-            name, load_base(plan.recipe.base.model_copy(update=changes), device), heard, weight_bytes
+            name, load_base(plan.recipe.base.model_copy(update=changes), device), outputs, weight_bytes
         )
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"the device has no room to judge {name}: use --device cpu, or --tokens 0 for no verdict"
+            f"the device has too little memory to judge {name}: use --device cpu, or --tokens 0 to skip the verdict"
         ) from error
 
 
@@ -261,7 +264,7 @@ def _decide(onto: Onto | Literal["auto"], judged: Sequence[Judgement]) -> tuple[
 
 
 def _record(plan: _Plan, merged: Merged, folder: Path) -> None:
-    """What this model is and how it was judged, beside its weights."""
+    """Write merge.json, with the verdict and the model's origin, next to the weights."""
     base = plan.recipe.base
     origin = {"adapter": str(plan.adapter), "base": base.model, "revision": base.revision}
     record = json.dumps({**merged.as_json(), **origin}, indent=2) + "\n"
@@ -270,10 +273,11 @@ def _record(plan: _Plan, merged: Merged, folder: Path) -> None:
 
 
 def _remove_losers(drafts: Path, judged: list[Judgement]) -> None:
+    """Remove the drafts of all judged choices except the best."""
     best, _ = choose(judged)
-    for one in judged:
-        if one is not best:
-            shutil.rmtree(drafts / one.name, ignore_errors=True)
+    for judgement in judged:
+        if judgement is not best:
+            shutil.rmtree(drafts / judgement.name, ignore_errors=True)
 
 
 def _free_memory() -> None:
@@ -283,7 +287,7 @@ def _free_memory() -> None:
 
 
 def _counting(what: str, total: int, progress: Progress) -> Callable[[], None]:
-    """Reports one more of `total` done each time it is called."""
+    """Return a function that reports one more of `total` as done each time it is called."""
     done = 0
 
     def count() -> None:

@@ -1,12 +1,13 @@
-"""A fine-tuned model as one ordinary checkpoint: the base's files with an adapter added, tensor by tensor.
+"""Writing of a merged model as one ordinary checkpoint: the base's files with an adapter added, tensor by tensor.
 
     original      the adapter added to the 16-bit weights that the base was quantized from
-    dequantized   added to the NF4 weights, dequantized: what it was trained beside
-    nf4           that, quantized to NF4 again (of a base that was never quantized: `original`, quantized)
+    dequantized   the adapter added to the dequantized NF4 weights, which it was trained with
+    nf4           `dequantized`, quantized to NF4 again (for a base that was never quantized: `original`, quantized)
 
-Sums are fp32 (see `LoRALinear.merged_weight`). What the files hold in their main dtype is stored in bf16, or in NF4
-where the base is in NF4; the few tensors that they hold in another dtype on purpose (a mixture's routing bias in
-fp32, say) stay as they are. One tensor and one shard stand in memory at a time, and only the base's own files are read.
+Sums are computed in fp32 (see `LoRALinear.merged_weight`). Tensors in the main dtype of the base's files are stored in
+bf16, or in NF4 if the base has them in NF4. Tensors in another dtype (such as the fp32 routing bias of a mixture of
+experts) are stored unchanged. Only one tensor and one shard are in memory at a time, and only the base's files are
+read.
 """
 
 import json
@@ -33,7 +34,7 @@ from qlora.storage.safetensors_files import INDEX, ShardReader, ShardWriter
 
 Onto = Literal["original", "dequantized", "nf4"]
 
-# Of the base's folder, what is also true of the merged model. (No README: it describes the base.)
+# Files of the base's folder that also apply to the merged model. (Not the README, which describes the base.)
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "generation_config.json", "LICENSE*", "NOTICE*",
@@ -42,32 +43,34 @@ COMPANIONS = (
 FLOATS = ("BF16", "F16", "F32")
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""of a weight in NF4 with double quantization, the recipe's default"""
+"""bytes of one weight in NF4 with double quantization, the recipe's default"""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """What becomes of one matrix of the checkpoint."""
+    """Merge of one matrix of the checkpoint."""
 
     name: str
-    """of the layer in the model"""
+    """name of the layer in the model"""
     adapted: AdaptedLinear | None
-    """where the adapter changes the weight"""
+    """the layer's adapter, if it changes the weight"""
     quantized: bool
-    """the base holds it in NF4 (or would, were it quantized)"""
+    """True if the base has it in NF4, or would if the base were quantized"""
     transposed: bool
-    """stored as [in, out], as GPT-2's Conv1D is"""
+    """True if stored as [in, out], like GPT-2's Conv1D"""
 
 
 class MergeSource:
-    """A base's files and the adapter that is to be added.
+    """Files of a base, and the adapter to add to them.
 
         >>> source = MergeSource(recipe.base, "runs/mine/adapter")
         >>> for tensors in source.tensors("dequantized"): ...
 
-    Opening it reads headers and the adapter, so whatever does not fit is told before anything is written.
-    Raises ModelError if the files are missing, are not the model's, or the adapter does not fit it or was
-    trained on other weights (unless `any_base`).
+    The constructor reads the files' headers and the adapter, so that errors appear before anything is written.
+
+    Raises:
+        ModelError: files are missing or do not belong to the model; or the adapter does not fit it or was trained on
+            other weights (accepted with `any_base`).
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class MergeSource:
             key for key in self.reader if key.rpartition(".weight.")[0] + ".weight" in self.matrices
         }
         self.keys = [key for key in self.reader if key not in statistics]
-        """names in the files, without the statistics of 4-bit weights"""
+        """names of the tensors in the files, without the statistics of 4-bit weights"""
         self._statistics = statistics
         sizes: Counter[str] = Counter()
         for key in self.keys:
@@ -95,13 +98,13 @@ class MergeSource:
 
     @property
     def choices(self) -> tuple[Onto, ...]:
-        """What the adapter can be added to with these files."""
+        """Choices of weights that these files allow the adapter to be added to."""
         if self.prequantized:
             return ("dequantized", "nf4")
         return ("original", "dequantized", "nf4") if self.base.quantization == "nf4" else ("original", "nf4")
 
     def bytes(self, onto: Onto) -> int:
-        """About what the merged model's files will take."""
+        """Estimate the size of the merged model's files in bytes."""
         total = 0.0
         for key in self.keys:
             elements = self.reader.stored[key].elements
@@ -113,7 +116,7 @@ class MergeSource:
         return int(total)
 
     def tensors(self, onto: Onto) -> Iterator[dict[str, Tensor]]:
-        """For each of `keys`, what is stored in its place: one tensor, or a weight in 4 bits and its statistics."""
+        """Yield the stored tensors for each of `keys`: one tensor, or a 4-bit weight and its statistics."""
         for key in self.keys:
             matrix = self.matrices.get(key)
             if matrix is not None and (matrix.adapted is not None or matrix.quantized):
@@ -133,11 +136,11 @@ class MergeSource:
             return {key: (weight.T if matrix.transposed else weight).bfloat16()}
         if packed is None or matrix.adapted is not None:
             packed = self._quantize(weight, like=packed)
-        packed.quant_state.dtype = torch.bfloat16  # what others dequantize it to
+        packed.quant_state.dtype = torch.bfloat16  # dtype to which other programs dequantize it
         return {key + suffix: tensor for suffix, tensor in nf4.to_tensors(packed).items()}
 
     def _read(self, key: str, matrix: _Matrix, *, as_trained: bool) -> tuple[Tensor, nf4.Params4bit | None]:
-        """A weight [out, in], and its NF4 form if it has one that the base was trained with."""
+        """Read a weight [out, in] in fp32, and its NF4 form if the adapter was trained with that (else None)."""
         if self.prequantized and matrix.quantized:
             names = [name for name in self._statistics if name.startswith(f"{key}.")]
             parts = {name[len(key) :]: self.reader[name] for name in names}
@@ -152,48 +155,48 @@ class MergeSource:
         return nf4.dequantize(packed, packed.quant_state, torch.float32), packed
 
     def _quantize(self, weight: Tensor, like: nf4.Params4bit | None = None) -> nf4.Params4bit:
-        """`weight` in NF4 as the recipe says, or, where the files are in NF4 already, as they say."""
+        """Quantize a weight to NF4 with the recipe's settings, or with those of `like`, the NF4 form in the files."""
         if like is not None:
             return nf4.quantize(weight, like.quant_state.blocksize, like.quant_state.nested)
         return nf4.quantize(weight, self.base.block_size, self.base.double_quant)
 
     def _locate(self, meta_base: bases.MetaBase) -> dict[str, _Matrix]:
-        """The matrices by their names in the files."""
+        """Find the matrices in the files, by their names there."""
         modules = dict(meta_base.model.named_modules())
         quantized, prequantized = meta_base.quantized, meta_base.prequantized
-        found = {}
+        matrices = {}
         for key in self.reader:
             if (name := _module_with(key, ".weight", meta_base.model, modules)) is None:
                 continue
             module = modules[name]
             adapted = module if isinstance(module, AdaptedLinear) and module.changes_weight else None
             transposed = name in meta_base.transposed and not prequantized
-            found[key] = _Matrix(name, adapted, name in quantized, transposed)
-        reached = {matrix.name for matrix in found.values()}
+            matrices[key] = _Matrix(name, adapted, name in quantized, transposed)
+        located = {matrix.name for matrix in matrices.values()}
         wanted = quantized | AdaptedLinear.of(meta_base.model).keys()
-        if missing := sorted(wanted - reached):
+        if missing := sorted(wanted - located):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the model's layers, such as {missing[0]}, have no weight of "
-                "their own in these files (it is tied, or stored under another name), so nothing can be added to it"
+                "their own in these files (it is tied, or stored under another name), so the adapter cannot be added"
             )
-        return found
+        return matrices
 
     def _locate_biases(self, model: nn.Module) -> dict[str, AdaptedLinear]:
-        """The layers whose bias the adapter changes, by the names of their biases in the files."""
+        """Find the layers whose bias the adapter changes, by the names of the biases in the files."""
         modules = dict(model.named_modules())
         wanted = {name: layer for name, layer in AdaptedLinear.of(model).items() if layer.changes_bias}
         names = {key: _module_with(key, ".bias", model, modules) for key in self.reader} if wanted else {}
-        found = {key: wanted[name] for key, name in names.items() if name in wanted}
+        biases = {key: wanted[name] for key, name in names.items() if name in wanted}
         if missing := sorted(wanted.keys() - set(names.values())):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the adapted layers, such as {missing[0]}, have no bias in these "
-                "files, and a merged model has the base's architecture. Use the adapter as it is"
+                "files, and a merged model has the base's architecture. Use base and adapter without merging"
             )
-        return found
+        return biases
 
 
 def _module_with(key: str, suffix: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    """The module whose tensor `key` names in the files, which may lack, or have, the decoder's prefix."""
+    """Return the module of the tensor `key`, with or without the decoder's prefix; None if there is none."""
     if not key.endswith(suffix):
         return None
     stem, prefix = key.removesuffix(suffix), f"{model.base_model_prefix}."
@@ -209,10 +212,16 @@ def write_merged(
 ) -> int:
     """Write the merged model into `folder`, with config, tokenizer, chat template and generation config.
 
-    prompts: of the data that the adapter was trained on: its template becomes the model's chat template, and
-        what ends its answers ends generation. progress: called once for each of `source.keys`.
+    Args:
+        prompts: prompts of the training data. Their template becomes the model's chat template, and the tokens that
+            end their answers also end generation.
+        progress: called once for each of `source.keys`.
 
-    Returns the bytes of the weights. Raises SaveError if the disk refuses.
+    Returns:
+        The bytes of the weights.
+
+    Raises:
+        SaveError: a file cannot be written.
     """
     with save_errors(folder):
         folder.mkdir(parents=True)
@@ -233,7 +242,7 @@ def write_merged(
 
 
 def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
-    """The base's config.json with the dtype and quantization of the merged files."""
+    """Return the base's config.json with the dtype and quantization of the merged files."""
     config = _read_json(source.folder / "config.json")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)  # the older name of dtype
@@ -244,7 +253,7 @@ def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
 
 
 def _end_answers(path: Path, prompts: Prompts, config: Path) -> None:
-    """Let generation stop at what the model learned to end its answers with, and where it did before."""
+    """Add the tokens that ended the training answers to the tokens that end generation."""
     settings = _read_json(path) if path.is_file() else {}
     before = settings.get("eos_token_id", _read_json(config).get("eos_token_id"))
     ends = {before} if isinstance(before, int) else set(before or ())
@@ -253,6 +262,7 @@ def _end_answers(path: Path, prompts: Prompts, config: Path) -> None:
 
 
 def _replace_template(folder: Path, template: str) -> None:
+    """Write the chat template, and remove an older one from the tokenizer's config."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if path.is_file():

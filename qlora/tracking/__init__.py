@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the record, the terminal, and the trackers that its recipe asks for."""
+"""Tracking of a run: the record metrics.jsonl, the terminal, and the trackers enabled in the recipe."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,22 @@ from qlora.tracking.sink import Metrics, Sample, Sink
 __all__ = ["BACKENDS", "Sample", "Tracker"]
 
 BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in (wandb, tensorboard)}
-"""Trackers by their section of a recipe's `tracking`."""
+"""trackers by the name of their section in a recipe's `tracking`"""
 
 
 class Tracker:
-    """Hands what happens in a run to all that want to know: the record first, then those who show it.
+    """Passes a run's metrics, samples and notes to every sink: first to the record, then to terminal and trackers.
 
     Args:
-        run: the run's folder; the record is its metrics.jsonl.
-        config: the resolved recipe, for trackers that show it beside the numbers.
-        sections: the recipe's sections of `tracking` by name; a tracker without one is off.
-        total_steps: steps of the whole run.
-        resume_step: the step a resumed run goes on from, 0 for a new one.
-        terminal: show progress on standard error; without it, notes go to the log `qlora`.
-        main: False in all processes of a distributed run but the first: those record and show nothing.
+        run: the run's folder; the record is metrics.jsonl in it.
+        config: the resolved recipe, for trackers that show it with the metrics.
+        sections: the recipe's sections of `tracking` by name; a tracker without a section is off.
+        total_steps: optimizer steps of the whole run.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
+        terminal: show progress on standard error; otherwise only notes are shown, in the log `qlora`.
+        main: False in all processes of a distributed run except the first; these record and show nothing.
 
-    As a context manager it also ends well when an exception ends the run.
+    As a context manager it also closes the sinks when an exception ends the run.
 
     >>> with Tracker(run, config=recipe.to_dict(), sections=dict(recipe.tracking), total_steps=9) as tracker:
     ...     tracker.step({"step": 1, "loss": 2.5, "lr": 2e-4, "tokens_per_second": 900.0})  # doctest: +SKIP
@@ -65,42 +65,42 @@ class Tracker:
         self._close({}, failed=error is not None)
 
     def step(self, record: Metrics) -> None:
-        """One optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
+        """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
         for sink in self._sinks:
             sink.step(record)
 
     def evaluation(self, record: Metrics) -> None:
-        """One evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
+        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
         for sink in self._sinks:
             sink.evaluation(record)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """What the model answers to held-out prompts after `step` steps."""
+        """Record the model's answers to held-out prompts after `step` steps."""
         for sink in self._sinks:
             sink.samples(samples, step)
 
     def memory(self, content: Metrics, picture: Path) -> None:
-        """What the run took: memory.json's content, and memory.png."""
+        """Record the run's memory: the content of memory.json, and the file memory.png."""
         for sink in self._sinks:
             sink.memory(content, picture)
 
     def note(self, text: str) -> None:
-        """A line the user should see."""
+        """Show a line to the user."""
         for sink in self._sinks:
             sink.note(text)
 
     def finish(self, summary: Metrics) -> None:
-        """The end of a run that came to its end. Raises SaveError when the record is incomplete."""
+        """Record the run's summary and close all sinks. Raises SaveError if the record is incomplete."""
         self._close(summary, failed=False)
 
     def _close(self, summary: Metrics, *, failed: bool) -> None:
-        """Ends the sinks once, the record last; those still open hear what the others have to say."""
+        """Close every sink once, the record last; sinks that are still open receive the notes of those being closed."""
         while self._sinks:
             self._sinks.pop().finish(summary, failed=failed)
 
 
 class _Log(Sink):
-    """Without a terminal, only notes are worth a word."""
+    """Writes notes to the log, and nothing else."""
 
     def note(self, text: str) -> None:
         logging.getLogger("qlora").warning(text)

@@ -1,4 +1,4 @@
-"""A tracker that a recipe can ask for: its section, its folder in a run, and its sink, which may fail."""
+"""Tracker that a recipe can enable: its section, its folder in a run, and its sink, whose errors never end a run."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from qlora.tracking.sink import Metrics, Sample, Sink
 
 @dataclass(frozen=True)
 class Run:
-    """The run that is tracked."""
+    """The tracked run."""
 
     path: Path
     config: Mapping[str, Any]
     """the resolved recipe"""
     resume_step: int
-    """the step that a resumed run goes on from, 0 for a new one"""
+    """step of the checkpoint that the run resumes from; 0 for a new run"""
     note: Callable[[str], object]
     """shows a line to the user"""
 
@@ -28,15 +28,15 @@ class Backend:
     """Name, files and sink of a tracker."""
 
     name: str
-    """of its section in `tracking` and of its folder in a run, which --fresh removes"""
+    """name of its section in `tracking` and of its folder in a run, which --fresh removes"""
     files: re.Pattern[str]
-    """names of what it writes into its folder"""
+    """pattern of the names that it writes into its folder"""
     open: Callable[[Any, Run], Sink | None]
-    """(section, run) -> its sink; None where the section turns it off. May raise, see Guarded."""
+    """(section, run) -> its sink, or None if the section turns it off; exceptions are handled by `Guarded`"""
 
 
 class Guarded(Sink):
-    """Passes everything to a backend's sink, until that raises: it is off then, with one note, and the run goes on."""
+    """Passes everything to a backend's sink. The first exception turns the sink off, with a note; the run continues."""
 
     def __init__(self, backend: Backend, section: Any, run: Run) -> None:
         self._name, self._note = backend.name, run.note
@@ -45,27 +45,27 @@ class Guarded(Sink):
             self._sink = backend.open(section, run) or Sink()
 
     def step(self, record: Metrics) -> None:
-        """As Sink."""
+        """See `Sink`."""
         with self._guard():
             self._sink.step(record)
 
     def evaluation(self, record: Metrics) -> None:
-        """As Sink."""
+        """See `Sink`."""
         with self._guard():
             self._sink.evaluation(record)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """As Sink."""
+        """See `Sink`."""
         with self._guard():
             self._sink.samples(samples, step)
 
     def memory(self, content: Metrics, picture: Path) -> None:
-        """As Sink."""
+        """See `Sink`."""
         with self._guard():
             self._sink.memory(content, picture)
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
-        """As Sink."""
+        """See `Sink`."""
         with self._guard():
             self._sink.finish(summary, failed=failed)
 
@@ -73,7 +73,7 @@ class Guarded(Sink):
     def _guard(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training
+        except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
             self._sink = Sink()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._note(f"tracking.{self._name} is off for this run: {reason}")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the record of a run, one JSON object a line. Whatever else is shown is a copy of it."""
+"""metrics.jsonl: the record of a run, one JSON object per line. All trackers show copies of it."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from qlora.tracking.sink import Metrics, Sample, Sink
 
 
 class Record(Sink):
-    """Appends to `path` line by line; every line is in the file, whole, before the call returns.
+    """Appends lines to `path`. Each line is completely written before the call returns.
 
-    `resume_step` is the step a resumed run goes on from: lines of later steps, and what a kill left of a last
-    line, are removed first, so that every step stands in the file once. 0 begins an empty file.
+    `resume_step` is the step of the checkpoint that a run resumes from. Lines of later steps, and a last line that a
+    kill cut off, are removed first, so that every step is in the file once. 0 starts an empty file.
 
-    A line that cannot be written (a full disk) is kept and tried again with the next one; training goes on.
-    `finish` raises SaveError if lines are still missing then.
+    A line that cannot be written (a full disk) is kept and written with the next one; training continues.
+    `finish` raises SaveError if lines are still missing.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -35,11 +35,11 @@ class Record(Sink):
         self._problem: OSError | None = None
 
     def step(self, record: Metrics) -> None:
-        """Appends the record."""
+        """Append the record."""
         self._append(record)
 
     def evaluation(self, record: Metrics) -> None:
-        """Appends the record and makes the file survive a power cut."""
+        """Append the record and fsync the file."""
         self._append(record)
         try:
             os.fsync(self._file.fileno())
@@ -47,12 +47,12 @@ class Record(Sink):
             self._problem = error
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Appends one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`."""
+        """Append one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`."""
         if samples:
             self._append({"step": step, "samples": [asdict(sample) for sample in samples]})
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
-        """Closes the file. Raises SaveError when lines could not be written."""
+        """Close the file. Raises SaveError if lines could not be written."""
         self._flush()
         self._file.close()
         if self._problem is not None and not failed:
@@ -64,7 +64,7 @@ class Record(Sink):
         self._flush()
 
     def _flush(self) -> None:
-        """Writes what is pending, all or nothing."""
+        """Write all pending lines, or none of them."""
         data = b"".join(self._pending)
         size = self._file.seek(0, os.SEEK_END)
         try:
@@ -79,19 +79,19 @@ class Record(Sink):
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as "nan" and "inf", which float() reads."""
+    """Replace NaN and infinity, which JSON does not have, with "nan" and "inf", which float() reads."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines_until(path: Path, last_step: int) -> list[bytes]:
-    """The whole lines of steps up to `last_step`."""
+    """Return the complete lines of steps up to `last_step`."""
     if not path.exists():
         return []
     return [line for line in path.read_bytes().splitlines(keepends=True) if 0 <= _step(line) <= last_step]
 
 
 def _step(line: bytes) -> int:
-    """The step a line is about; -1 when it is no whole record."""
+    """Return the step of a line; -1 if the line is not a complete record."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""What a sink of the tracker does, and the sink that does nothing."""
+"""Base class of the tracker's sinks, and the types that sinks receive."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, Any]
-"""numbers by name; `step` is always among them"""
+"""metrics by name; those of a step or an evaluation include `step`"""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt, the answer it should get and the answer the model gave."""
+    """A held-out prompt, the expected answer (`reference`) and the model's answer."""
 
     prompt: str
     reference: str
@@ -19,7 +19,7 @@ class Sample:
 
 
 def memory_totals(content: Metrics) -> dict[str, float]:
-    """memory.json's totals in GiB, by the names that trackers show them under."""
+    """Return the totals of memory.json in GiB, by the names that trackers show."""
     return {
         f"memory/{name}_gib": content[name]["total_bytes"] / 2**30
         for name in ("documents", "forecast", "measured")
@@ -28,22 +28,22 @@ def memory_totals(content: Metrics) -> dict[str, float]:
 
 
 class Sink:
-    """Takes everything and keeps nothing; sinks override what they care about."""
+    """Sink that ignores everything; subclasses override the methods they need."""
 
     def step(self, record: Metrics) -> None:
-        """One optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
+        """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
 
     def evaluation(self, record: Metrics) -> None:
-        """One evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
+        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """What the model answers to held-out prompts after `step` steps."""
+        """Record the model's answers to held-out prompts after `step` steps."""
 
     def memory(self, content: Metrics, picture: Path) -> None:
-        """What the run took: memory.json's content, and memory.png."""
+        """Record the run's memory: the content of memory.json, and the file memory.png."""
 
     def note(self, text: str) -> None:
-        """A line the user should see."""
+        """Show a line to the user."""
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
-        """The end: release files, threads and the terminal. `failed` when an exception ended the run."""
+        """Release files, threads and the terminal. `failed` is True if an exception ended the run."""

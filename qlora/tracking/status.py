@@ -1,4 +1,4 @@
-"""One line on the terminal while something takes time."""
+"""Status line on the terminal during a long operation."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def status(first: str, *, wanted: bool = True) -> Iterator[Callable[[str], object]]:
-    """Show on standard error what is being done, if that is a terminal; yield what changes the line."""
+    """Show a status line if standard error is a terminal; yield a function that replaces its text."""
     if not (wanted and sys.stderr.isatty()):
         yield lambda text: None
         return

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress line on a terminal, a plain line now and then in a log file."""
+"""Progress of a run on standard error: a bar on a terminal, plain lines in a log file."""
 
 import sys
 import time
@@ -15,21 +15,21 @@ from qlora.runtime.streams import Unbreakable
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 LINE_SECONDS = 5.0
-"""a log file gets a line of progress at most this often"""
+"""shortest time between two progress lines in a log file"""
 
 MAX_TEXT = 240
-"""characters shown of a prompt or an answer"""
+"""maximum length of a shown prompt or answer, in characters"""
 
 
 def open_terminal(total_steps: int, first_step: int = 0) -> Sink:
-    """Progress on standard error: a bar on a terminal, else lines. Standard output stays free for results."""
+    """Open the progress display on standard error: a bar on a terminal, else lines."""
     console = Console(file=cast(IO[str], Unbreakable(sys.stderr)), highlight=False)
     kind = Bar if console.is_terminal else Lines
     return kind(console, Pace(total_steps, first_step))
 
 
 class Pace:
-    """How far a run is, and how long the rest takes at the pace so far, evaluations and saves included."""
+    """Estimate of the time left, from the pace so far including evaluations and saves."""
 
     def __init__(
         self, total_steps: int, first_step: int = 0, clock: Callable[[], float] = time.monotonic
@@ -38,7 +38,7 @@ class Pace:
         self._first: tuple[int, float] | None = None
 
     def time_left(self, step: int) -> str:
-        """As `4:05 left`; empty at the first step, which says nothing yet about the others."""
+        """Return a text such as `4:05 left`; empty at the first step, before there is a pace."""
         now = self.clock()
         if self._first is None:
             self._first = step, now
@@ -48,14 +48,14 @@ class Pace:
 
 
 class _Printing(Sink):
-    """What bar and lines share: evaluations, samples and notes as printed text."""
+    """Printing of evaluations, samples and notes, shared by `Bar` and `Lines`."""
 
     def __init__(self, console: Console, pace: Pace) -> None:
         self.console, self.pace = console, pace
         self._first_loss: tuple[int, float] | None = None
 
     def evaluation(self, record: Metrics) -> None:
-        """The held-out loss beside the first one."""
+        """Print the held-out loss, and the first one for comparison."""
         step, loss = record["step"], record["eval_loss"]
         text = Text.assemble((f"step {step}", "bold"), f"  held-out loss {loss:.4f}")
         if self._first_loss is None:
@@ -65,7 +65,7 @@ class _Printing(Sink):
         self._print(text)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Prompt, expected answer and answer, one below the other; a tick where the two are the same."""
+        """Print prompt, expected answer and answer below each other, with a tick if the two answers are equal."""
         for sample in samples:
             same = sample.answer.strip() == sample.reference.strip()
             rows = Table.grid(padding=(0, 2))
@@ -78,21 +78,21 @@ class _Printing(Sink):
             self._print(Padding(rows, (0, 0, 1, 2), expand=False))
 
     def note(self, text: str) -> None:
-        """One line, set apart by its first word."""
+        """Print a line that starts with the word `note`."""
         self._print(Text.assemble(("note", "yellow"), f"  {text}"))
 
     def _print(self, what: RenderableType) -> None:
-        """Prints; lines of a log stay lines, whatever their width."""
+        """Print; in a log, a line of text is never wrapped."""
         self.console.print(what, soft_wrap=isinstance(what, Text) and not self.console.is_terminal)
 
 
 class Lines(_Printing):
-    """For a file or a pipe: a line at most every LINE_SECONDS, and at the last step."""
+    """Progress for a file or a pipe: a line at most every LINE_SECONDS, and one at the last step."""
 
     _printed = float("-inf")
 
     def step(self, record: Metrics) -> None:
-        """Prints a line when it is time for one."""
+        """Print a line if LINE_SECONDS have passed or this is the last step."""
         step, now, left = record["step"], self.pace.clock(), self.pace.time_left(record["step"])
         if now - self._printed < LINE_SECONDS and step < self.pace.total_steps:
             return
@@ -102,7 +102,7 @@ class Lines(_Printing):
 
 
 class Bar(_Printing):
-    """For a terminal: one line that moves, everything else above it."""
+    """Progress for a terminal: a bar on the last line, everything else above it."""
 
     def __init__(self, console: Console, pace: Pace) -> None:
         super().__init__(console, pace)
@@ -121,18 +121,18 @@ class Bar(_Printing):
         self.progress.start()
 
     def step(self, record: Metrics) -> None:
-        """Moves the bar; it is drawn ten times a second at most, whatever the speed of the steps."""
+        """Advance the bar, which is redrawn at most ten times a second."""
         left = self.pace.time_left(record["step"])
         self.progress.update(self.task, completed=record["step"], numbers=_numbers(record), left=left)
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
-        """Leaves the line as it is and gives the terminal back."""
+        """Stop the bar and leave its last state on the screen."""
         self.progress.update(self.task, left="")
         self.progress.stop()
 
 
 def one_line(text: str) -> Text:
-    """Text from data or a model, safe to print: no markup, no control codes or line breaks, not too long."""
+    """Make text from data or a model safe to print: one line, no markup or control codes, at most MAX_TEXT long."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     half = MAX_TEXT // 2
     return Text(line if len(line) <= MAX_TEXT else f"{line[:half]} … {line[-half:]}")
@@ -143,7 +143,7 @@ def _numbers(record: Metrics) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """4:05 or 1:02:03."""
+    """Format as 4:05 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,11 +1,11 @@
-"""Weights & Biases: a copy of the record in the browser, which never holds up or breaks a run.
+"""Weights & Biases: a copy of the record on a server, which never delays or breaks a run.
 
-All of W&B's work is done in a thread of its own, fed by a queue: neither a slow start, nor an unreachable
-server, nor an error of the library reaches the training loop. Whatever goes wrong is said in one note, and
-metrics.jsonl is complete without it.
+A separate thread makes all calls to W&B and receives them through a queue. A slow start, an unreachable server or an
+error of the library therefore never reaches the training loop. An error is shown as one note, and metrics.jsonl is
+complete without W&B.
 
-Whether to go online is decided once, before `wandb.init`: an offline start after a failed online one in the
-same process hangs (wandb/wandb issue 9865). Runs kept offline lie in `<run>/wandb`; `wandb sync` sends them.
+Online or offline is decided once, before `wandb.init`: after a failed online start, an offline start in the same
+process hangs (wandb/wandb issue 9865). Runs kept offline are in `<run>/wandb`; `wandb sync` uploads them.
 """
 
 import netrc
@@ -24,20 +24,20 @@ from qlora.tracking.backend import Backend, Run
 from qlora.tracking.sink import Metrics, Sample, Sink, memory_totals
 
 PROBE_SECONDS = 3.0
-"""wait for a server to accept a connection before a run is kept offline"""
+"""time for the server to accept a connection; after that, the run is kept offline"""
 
 INIT_SECONDS = 10.0
-"""wait for `wandb.init`; wandb's own default is 90"""
+"""time limit of `wandb.init`; wandb's default is 90"""
 
 FINISH_SECONDS = 10.0
-"""wait for uploads at the end of a run; wandb's own default is to wait for ever"""
+"""time limit of uploads at the end of a run; wandb's default is no limit"""
 
 PATIENCE_SECONDS = INIT_SECONDS + FINISH_SECONDS + 10.0
-"""wait for the thread at the end of a run: more than wandb needs if it keeps the limits above"""
+"""time limit of the thread at the end of a run, longer than the two limits above together"""
 
 
 class Section(Protocol):
-    """What is read of a recipe's `tracking.wandb`."""
+    """Settings read from a recipe's `tracking.wandb`."""
 
     @property
     def mode(self) -> str: ...
@@ -52,9 +52,9 @@ class Section(Protocol):
 
 
 class Wandb(Sink):
-    """A run of W&B beside the run in the folder `run`; `note` is called with anything the user should know.
+    """Copy of the run in folder `run` at W&B. `note` is called with messages for the user.
 
-    A folder keeps its W&B id, so a resumed run goes on in the same place online.
+    The folder stores the W&B id, so a resumed run continues the same run at W&B.
     """
 
     def __init__(
@@ -66,55 +66,55 @@ class Wandb(Sink):
         self._thread.start()
 
     def step(self, record: Metrics) -> None:
-        """The record under its own names, at its step."""
+        """Log each number of the record under its name, at the record's step."""
         self._send(lambda run: run.log(dict(record), step=record["step"]))
 
     evaluation = step
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """A table `samples` with prompt, expected answer and answer."""
+        """Log a table `samples` with prompt, expected answer and answer."""
         rows = [[step, sample.prompt, sample.reference, sample.answer] for sample in samples]
         if rows:
             self._send(lambda run: run.log({"samples": _table(rows)}, step=step))
 
     def memory(self, content: Metrics, picture: Path) -> None:
-        """Totals in the run's summary, and the picture."""
+        """Add the memory totals to the run's summary, and log the picture."""
         totals = memory_totals(content)
         self._send(lambda run: run.summary.update(totals))
         self._send(lambda run: run.log({"memory": _image(picture)}))
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
-        """Sends what is left, for a bounded time."""
+        """Upload the rest within PATIENCE_SECONDS, and show a note if that fails."""
         self._send(lambda run: run.summary.update(dict(summary)))
         self._send(lambda run: run.finish(exit_code=int(failed)))
         self._send(None)
         self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive():
             self._note(
-                f"Weights & Biases has not taken everything: `wandb sync {self._run}/wandb/run-*` sends it"
+                f"the upload to Weights & Biases is incomplete; run `wandb sync {self._run}/wandb/run-*` to finish it"
             )
 
     def _send(self, call: Callable[[Any], object] | None) -> None:
-        """Queues a call for the thread; None ends it. Nothing is kept for a thread that has given up."""
+        """Queue a call for the thread; None ends the thread. After the thread has ended, calls are dropped."""
         if self._thread.is_alive():
             self._queue.put(call)
 
     def _work(self) -> None:
-        """The thread: start, then one queued call after the other; after an error, nothing more."""
+        """Start W&B, then run the queued calls in order. An error ends the thread."""
         try:
             run = _start(self._run, self._config, self._section, self._note)
             while run is not None and (call := self._queue.get()) is not None:
                 call(run)
         except ImportError:
-            self._note("wandb is not installed: no Weights & Biases (pip install wandb)")
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the training
+            self._note("wandb is not installed, so nothing goes to Weights & Biases; run `pip install wandb`")
+        except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._note(f"Weights & Biases is off for this run: {reason}")
 
 
 def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callable[[str], object]) -> Any:
-    """The started W&B run; None where it is disabled."""
-    # Reports of wandb's own errors hold up the end of the process for 10 s where the server does not answer.
+    """Start the run at W&B and return it; None if W&B is disabled."""
+    # wandb's error reporting delays the end of the process by 10 s if its server does not answer.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -122,11 +122,11 @@ def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callabl
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
         silent=True,
-        console="off",  # the terminal belongs to the progress bar
+        console="off",  # the progress bar uses the terminal
         save_code=False,
         disable_git=True,
     )
-    # Given to setup as well: the library speaks before it reads what `init` is given.
+    # Also passed to setup: the library prints before it reads the settings passed to `init`.
     url = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
     mode = choose_mode(section.mode, url, note)
     if mode == "disabled":
@@ -141,7 +141,7 @@ def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callabl
         mode=mode,
         dir=run,
         config=dict(config),
-        reinit="create_new",  # a run that the caller has open stays what wandb.log writes to
+        reinit="create_new",  # wandb.log keeps writing to a run that the caller has open
         settings=settings,
     )
 
@@ -149,10 +149,10 @@ def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callabl
 def choose_mode(
     mode: str, url: str, note: Callable[[str], object]
 ) -> Literal["online", "offline", "disabled"]:
-    """online, offline or disabled: what the recipe's mode comes to here, for the server at `url`.
+    """Return the mode to use with the server at `url`: online, offline or disabled.
 
-    `auto` follows WANDB_MODE, else is online where a key is configured. Online without a key (wandb would ask
-    for one and wait) or without a reachable server becomes offline, with a note.
+    `auto` follows WANDB_MODE; without it, `auto` is online if an API key is configured, else offline. `online` becomes
+    offline, with a note, if the server cannot be reached or there is no key (wandb would prompt for one and wait).
     """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(url) else "offline")
@@ -161,16 +161,16 @@ def choose_mode(
     if mode != "online":
         return "offline"
     if not _has_key(url):
-        note("Weights & Biases has no API key (`wandb login` stores one): the run is kept offline")
+        note("Weights & Biases: no API key, so the run is kept offline; run `wandb login` to store a key")
         return "offline"
     if problem := _unreachable(url):
-        note(f"Weights & Biases: {problem}: the run is kept offline; `wandb sync` sends it later")
+        note(f"Weights & Biases: {problem}, so the run is kept offline; upload it later with `wandb sync`")
         return "offline"
     return "online"
 
 
 def _has_key(url: str) -> bool:
-    """Whether a key is configured, as `wandb login` or the environment does it."""
+    """Return True if an API key is configured, by `wandb login` or by the environment."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -181,7 +181,7 @@ def _has_key(url: str) -> bool:
 
 
 def _unreachable(url: str) -> str | None:
-    """Why no connection to the server (or the proxy before it) can be opened; None when it can."""
+    """Return the reason why the server (or the proxy in front of it) accepts no connection; None if it does."""
     target = urlsplit(url)
     proxy = urllib.request.getproxies().get(target.scheme)
     if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
@@ -195,7 +195,7 @@ def _unreachable(url: str) -> str | None:
 
 
 def run_id(run: Path) -> str:
-    """The id at W&B of the run in a folder, made at the first call and kept in `wandb/id`."""
+    """Return the W&B id of the run in a folder. The first call makes the id and stores it in `wandb/id`."""
     file = run / "wandb" / "id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""A run from its recipe to its result."""
+"""Training: a run from its recipe to its result, with checkpoints and exact resume."""

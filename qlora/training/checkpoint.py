@@ -1,13 +1,13 @@
-"""Checkpoints that are there whole or not at all, and that prove it when they are read.
+"""Atomic checkpoints, verified by their manifest when they are read.
 
-    runs/<name>/checkpoints/step-000100/   any files, then manifest.json: run, step, sizes and SHA-256 of them
+    runs/<name>/checkpoints/step-000100/   any files, then manifest.json: run, step, sizes and SHA-256 of the files
 
-Written beside its place under a `.tmp-` name: files, fsync, manifest, fsync, rename, fsync of the parent. The
-rename is the commit; what a kill or a power cut leaves behind has no manifest that fits and is never loaded.
-safetensors knows neither checksum nor fsync; the manifest and this order supply both. Nothing is pickled:
-tensors are safetensors, the rest is JSON.
+A checkpoint is written under a `.tmp-` name next to its final place: files, fsync, manifest, fsync, rename, fsync of
+the parent. The rename is the commit. A kill or a power cut leaves a folder without a matching manifest, which is never
+loaded. safetensors has no checksum and does not fsync; the manifest and this order provide both. Nothing is pickled:
+tensors are safetensors, everything else is JSON.
 
-One process writes a run's folder at a time; `folders.lock` makes sure of it.
+Only one process at a time writes a run's folder; `folders.lock` ensures that.
 """
 
 import json
@@ -32,16 +32,16 @@ _warn = logging.getLogger("qlora").warning
 
 @contextmanager
 def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
-    """Commit whatever the body writes into the folder it is given, as the checkpoint of `step`.
+    """Yield a new folder; commit what the body writes into it as the checkpoint of `step`.
 
         with writing(run, 100, run_id) as folder:
             save_tensors(folder / "optimizer.safetensors", optimizer.state())
 
-    The body may make subfolders. When it raises, nothing of it remains. A whole checkpoint of the same step
-    and run is kept as it is; a damaged one is replaced.
+    The body can make subfolders. If it raises, nothing remains. A whole checkpoint of the same step and run is kept; a
+    damaged one is replaced.
 
     Raises:
-        SaveError: a file cannot be written; names the path and the system's reason.
+        SaveError: a file cannot be written. The message gives the path and the system's reason.
     """
     checkpoints = run / "checkpoints"
     final = checkpoints / f"step-{step:06d}"
@@ -64,23 +64,23 @@ def newest(
     checksums: bool = True,
     report: Callable[[str], object] = _warn,
 ) -> Path | None:
-    """The newest checkpoint whose manifest fits its files; None where there are none.
+    """Return the newest checkpoint whose manifest matches its files, or None if there is no checkpoint.
 
     Args:
         run: the run's folder.
-        run_id: only checkpoints of this run count, when given.
+        run_id: if given, checkpoints of other runs count as damaged.
         checksums: see `verify`.
-        report: called with a line for every newer checkpoint that had to be passed over.
+        report: called with one line for every newer checkpoint that is skipped.
 
     Raises:
-        ModelError: there are checkpoints, but none is whole. Never a silent start from step 0.
+        ModelError: all checkpoints are damaged. (A run must not silently start again from step 0.)
     """
     rejected: list[str] = []
     for folder in reversed(_folders(run)):
         problems = verify(folder, run_id=run_id, checksums=checksums)
         if not problems:
             for line in rejected:
-                report(f"checkpoint passed over: {line}; going on from {folder.name}")
+                report(f"checkpoint skipped: {line}; resuming from {folder.name}")
             return folder
         rejected.append(f"{folder}: {'; '.join(problems)}")
     if rejected:
@@ -92,10 +92,10 @@ def newest(
 
 
 def verify(folder: Path, *, run_id: str | None = None, checksums: bool = True) -> list[str]:
-    """What is wrong with a checkpoint; an empty list when it is exactly as it was written.
+    """Return the problems of a checkpoint; an empty list if it is exactly as written.
 
-    `checksums=False` compares sizes only, which finds everything but changed bytes without reading the files.
-    Files the manifest does not name are no problem: nothing reads them.
+    `checksums=False` compares sizes only: it does not read the files, and finds every problem except changed bytes.
+    Files that are not in the manifest are ignored, because nothing reads them.
     """
     try:
         written = manifest.read(folder)
@@ -110,9 +110,9 @@ def verify(folder: Path, *, run_id: str | None = None, checksums: bool = True) -
 
 
 def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
-    """Remove the oldest checkpoints of this run so that `keep` whole ones remain; returns the removed.
+    """Remove the oldest checkpoints of this run so that `keep` whole ones remain; return the removed folders.
 
-    Call it after a commit only. Folders of other runs and damaged ones are neither removed nor counted.
+    Call it only after a commit. Damaged checkpoints and those of other runs are neither removed nor counted.
 
     Raises:
         SaveError: a folder cannot be removed.
@@ -126,7 +126,7 @@ def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
-    """Write named tensors of any device to a safetensors file."""
+    """Write named tensors, on any device, to a safetensors file."""
     from safetensors.torch import save_file
 
     with save_errors(path):
@@ -134,10 +134,10 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, "Tensor"]:
-    """The named tensors of a safetensors file, on the CPU.
+    """Read the named tensors of a safetensors file to the CPU.
 
     Raises:
-        ModelError: missing or not a safetensors file.
+        ModelError: the file is missing or is not a safetensors file.
     """
     from safetensors.torch import load_file
 
@@ -154,10 +154,10 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote.
+    """Read the values that `write_state` wrote.
 
     Raises:
-        ModelError: missing or not a JSON object.
+        ModelError: the file is missing or is not a JSON object.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -169,13 +169,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _folders(run: Path) -> list[Path]:
-    """Committed checkpoints, whole or not, oldest first."""
+    """Return the committed checkpoints, whole or damaged, oldest first."""
     return sorted(
         (f for f in (run / "checkpoints").glob("step-*") if f.is_dir() and _step(f) >= 0), key=_step
     )
 
 
 def _step(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 for a name that is none of ours."""
+    """Return the step in a checkpoint's name; -1 if the name is not a checkpoint's."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1

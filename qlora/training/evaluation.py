@@ -1,4 +1,4 @@
-"""What a run looks at on the way: the loss of held-out rows, and answers to their prompts."""
+"""Evaluation during a run: the loss on held-out rows, and sample answers to their prompts."""
 
 from qlora.data import held_out_batches
 from qlora.inference.generate import answer
@@ -9,24 +9,27 @@ from qlora.training.session import Session
 
 
 def held_out_loss(session: Session, tracker: Tracker, step: int) -> float | None:
-    """Mean held-out loss after `step` steps, recorded with sample answers. None without held-out rows."""
+    """Compute and record the mean held-out loss (nats per supervised token) and sample answers after `step` steps.
+
+    Returns None without held-out rows.
+    """
     processes = session.processes
     if not session.dataset.held_out:
         return None
     with session.memory.over(step, evaluation=True):
-        found, weight = evaluate(
+        sums, weight = evaluate(
             session.model,
             held_out_batches(session.dataset, session.recipe),
             session.objective,
             rank=processes.rank,
             processes=processes.count,
         )
-    processes.reduce([found.sum, *found.metrics.values()])
-    loss = found.sum.item() / weight
+    processes.reduce([sums.sum, *sums.metrics.values()])
+    loss = sums.sum.item() / weight
     if processes.is_main:
         peak = measure.peak(processes.device)
         peak_bytes = peak.resident_bytes if peak.allocated_bytes is None else peak.allocated_bytes
-        metrics = {f"eval_{name}": metric.item() / weight for name, metric in found.metrics.items()}
+        metrics = {f"eval_{name}": metric.item() / weight for name, metric in sums.metrics.items()}
         tracker.evaluation(
             {
                 "step": step,
@@ -41,7 +44,7 @@ def held_out_loss(session: Session, tracker: Tracker, step: int) -> float | None
 
 
 def answers(session: Session) -> list[Sample]:
-    """The first few held-out prompts, answered by the model as it is now."""
+    """Answer the first few held-out prompts with the current model."""
     training = session.recipe.training
     return [
         Sample(

@@ -1,4 +1,4 @@
-"""A few steps of a recipe with every tensor counted: the forecast put to the test."""
+"""Memory of a few real steps, tensor by tensor, compared with the forecast."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,13 @@ from qlora.training.train import fit, prepare
 
 
 def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, Any]:
-    """Train for `steps` steps, evaluations included, and return what memory.json holds.
+    """Train for `steps` steps, evaluations included, and return the content of memory.json.
 
-    Nothing is left behind: the run's folder is a temporary one, and no tracker hears of it.
+    The run's folder is temporary, and no tracker records the run.
 
     Raises:
-        ModelError: the architecture cannot be forecast. QloraError: as `train`.
+        ModelError: the memory of this architecture cannot be forecast.
+        QloraError: as `train`.
     """
     with TemporaryDirectory(prefix="qlora-profile-") as folder:
         trial = _trial(recipe, steps, Path(folder) / "run")
@@ -32,7 +33,7 @@ def profile(recipe: Recipe, steps: int, *, terminal: bool = True) -> dict[str, A
 
 
 def _trial(recipe: Recipe, steps: int, folder: Path) -> Recipe:
-    """The recipe for a few steps, with nothing beside them."""
+    """Limit the recipe to a few steps, without checkpoints, samples and evaluations in between."""
     recipe = changed(recipe, max_steps=steps, eval_every=None, save_every=None, samples=0)
     warmup = min(recipe.optimizer.warmup_steps, steps - 1)
     optimizer = recipe.optimizer.model_copy(update={"warmup_steps": warmup})

@@ -1,4 +1,4 @@
-"""How a run ended."""
+"""Outcome of a run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
@@ -11,11 +11,11 @@ from qlora.training.run_folder import damaged_result
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The end of a run. Losses are nats per supervised held-out token; None without held-out rows."""
+    """Outcome of a run. Losses are nats per supervised held-out token, None without held-out rows."""
 
     run: Path
     result: Path | None
-    """the trained adapter (or model) folder; None when the run was stopped before its end"""
+    """folder of the trained adapter (or model); None if the run was stopped early"""
     steps: int
     total_steps: int
     loss_before: float | None
@@ -26,7 +26,7 @@ class TrainResult:
     """the signal that stopped the run early"""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, as in a run's result.json."""
+        """Return plain values, as stored in a run's result.json."""
         return {
             **asdict(self),
             "run": str(self.run),
@@ -35,16 +35,16 @@ class TrainResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], file: Path) -> Self:
-        """Read what `as_json` gave back from the content of `file`. Raises ModelError if that cannot be right."""
-        about = {name: value for name, value in values.items() if name != "run_id"}
+        """Rebuild an outcome from `as_json` values read from `file`. Raises ModelError if the values are invalid."""
+        fields = {name: value for name, value in values.items() if name != "run_id"}
         try:
-            places = {"run": Path(about["run"]), "result": Path(about["result"])}
-            found = cls(**{**about, **places, "memory": Peak(**about["memory"])})
+            paths = {"run": Path(fields["run"]), "result": Path(fields["result"])}
+            outcome = cls(**{**fields, **paths, "memory": Peak(**fields["memory"])})
         except (KeyError, TypeError) as error:
-            raise damaged_result(file, f"it states no outcome: {error}") from error
-        numbers = [found.steps, found.total_steps, found.seconds, found.memory.resident_bytes]
-        optional = [found.loss_before, found.loss_after, found.stopped_by, *astuple(found.memory)]
+            raise damaged_result(file, f"it does not hold an outcome: {error}") from error
+        numbers = [outcome.steps, outcome.total_steps, outcome.seconds, outcome.memory.resident_bytes]
+        optional = [outcome.loss_before, outcome.loss_after, outcome.stopped_by, *astuple(outcome.memory)]
         numbers += [number for number in optional if number is not None]
         if not all(isinstance(number, int | float) for number in numbers):
-            raise damaged_result(file, "where a number belongs there is none")
-        return found
+            raise damaged_result(file, "a value that must be a number is not one")
+        return outcome

@@ -1,10 +1,10 @@
-"""A run's folder: claimed once, never overwritten in silence, and never lost halfway.
+"""A run's folder: claimed by one run, never overwritten without --fresh, and consistent after a kill.
 
     runs/<name>/run.json recipe.yaml metrics.jsonl checkpoints/ adapter/ (or model/) result.json
 
-run.json names the run, and is written first. While it holds the mark `starting`, the folder belongs to a new run,
-and whatever else lies there does not count. So replacing run.json is the one instant in which --fresh gives up the
-old run: killed before it, the old run is all there; killed after it, the next start clears the rest away.
+run.json holds the run's id and is written first. While it contains `starting`, the folder belongs to a new run and all
+other files in it are ignored. --fresh therefore discards the old run in one instant, when it replaces run.json. A kill
+before that instant leaves the old run complete. After a later kill, the next start removes what is left of the old run.
 """
 
 import json
@@ -24,7 +24,7 @@ from qlora.storage import atomic, folders, manifest
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
 
-# What a run writes, and therefore all that --fresh may remove.
+# Everything that a run writes, and the only names that --fresh removes.
 CONTENTS = (
     "run.json", "recipe.yaml", "metrics.jsonl", "result.json", "checkpoints", "adapter", "model", *BACKENDS,
     "report.html", "memory.json", "memory.md", "memory.png",
@@ -32,19 +32,19 @@ CONTENTS = (
 
 RESULTS = ("adapter", "model")
 
-# Of these, files that nobody else writes: where one lies, the folders beside it are a run's too.
+# Those of CONTENTS that only qlora writes: next to one of them, folders named like a run's are a run's.
 TELLTALES = {"metrics.jsonl", "result.json", "memory.json", "report.html"}
 
-# How a run's folders name what is in them.
+# Names inside the folders of a run.
 INSIDE = {
     "checkpoints": re.compile(r"(\.tmp-|\.trash-)?step-\d+"),
     **{name: backend.files for name, backend in BACKENDS.items()},
 }
 
-# What a process at work, or one that was killed, leaves beside it.
+# The lock, and what an unfinished write leaves next to the contents.
 TRACES = {".lock", *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders.TRASH) for name in CONTENTS)}
 
-# Keys that a resumed run may change: they do not touch the mathematics of the steps already taken.
+# Keys that can change when a run is resumed: they do not affect the steps already taken.
 MAY_CHANGE = {
     "output", "tracking", "training.max_steps", "training.epochs", "training.eval_every", "training.save_every",
     "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.activation_offloading",
@@ -56,12 +56,12 @@ _warn = logging.getLogger("qlora").warning
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A claimed folder and the id that marks everything in it as this run's."""
+    """A claimed folder, and the run id that its files carry."""
 
     path: Path
     run_id: str
     plan: dict[str, Any] | None = None
-    """what a memory budget came to at the run's beginning; a resumed run keeps to it"""
+    """settings that the memory budget chose when the run began; a resumed run keeps them"""
 
     def write_result(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -71,21 +71,21 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """The run that a folder holds already."""
+    """The run that a folder already holds."""
 
     run_id: str
     plan: dict[str, Any] | None
     source: Path
-    """the file that names it: run.json or, where that is missing or damaged, a checkpoint's manifest or result.json"""
+    """file with the run's id: run.json or, if it is missing or damaged, a checkpoint's manifest or result.json"""
     starting: bool = False
-    """nothing but run.json is this run's yet"""
+    """True if only run.json belongs to this run yet"""
 
 
 def finished(path: Path) -> dict[str, Any] | None:
-    """The summary of the finished run in `path`, or None.
+    """Return the summary of the run in `path` if it is finished, else None.
 
     Raises:
-        ModelError: result.json or run.json is damaged, and nothing else in the folder can stand in for it.
+        ModelError: result.json or run.json is damaged, and no other file in the folder can replace it.
     """
     file = path / "result.json"
     if not file.is_file():
@@ -97,48 +97,48 @@ def finished(path: Path) -> dict[str, Any] | None:
         summary = _object(file)
     except ValueError as error:
         raise damaged_result(file, str(error)) from error
-    # Runs of earlier versions have no id in their result.
+    # Earlier versions wrote no run id into the result.
     return summary if earlier is None or summary.get("run_id", earlier.run_id) == earlier.run_id else None
 
 
 def damaged_result(file: Path, why: str) -> ModelError:
-    """Build the error for a result.json that cannot be right."""
+    """Return the error for a damaged result.json."""
     return ModelError(
-        f"{file}: damaged ({why}). Put it back from a copy, or remove it and go on from the newest checkpoint with "
+        f"{file}: damaged ({why}). Restore it from a copy, or remove it and resume from the newest checkpoint with "
         "--resume"
     )
 
 
 def earlier_plan(path: Path) -> dict[str, Any] | None:
-    """The plan that the run in `path` was begun with; None if there was none, or no run.
+    """Return the plan of the run in `path`; None if it has no plan, or there is no run.
 
     Raises:
-        ModelError: as `finished`, of run.json.
+        ModelError: run.json is damaged, and no other file in the folder can replace it.
     """
     earlier = _earlier(path)
     return None if earlier is None else earlier.plan
 
 
 def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bool:
-    """Whether `path` holds a run already. Writes nothing.
+    """Check that a run can use `path`, and return True if the folder already holds a run. Writes nothing.
 
     Raises:
-        RecipeError: it holds a run and neither `resume` nor `fresh` was asked for; it holds something else; or the run
-            to resume was made by a recipe that computes something else.
+        RecipeError: the folder holds a run, and neither `resume` nor `fresh` is set; it holds files of something else;
+            or the run to resume has a different recipe.
         ModelError: the run to resume is damaged.
     """
     if path.exists() and not path.is_dir():
-        raise RecipeError(f"output: {path} is a file, not a folder")
+        raise RecipeError(f"output: {path} is a file, not a folder. Choose another with output=...")
     names = {child.name for child in path.iterdir()} if path.is_dir() else set()
     existing = not names.isdisjoint(CONTENTS)
     if not _is_ours(path, names):
         raise RecipeError(
-            f"output: {path} exists and is not a run of qlora's. Choose another with output=..."
+            f"output: {path} exists and is not a run of qlora. Choose another folder with output=..."
         )
     if existing and not (resume or fresh):
         raise RecipeError(
-            f"output: {path} already holds a run. Go on with it (--resume), replace it (--fresh), or choose "
-            "another folder with output=..."
+            f"output: {path} already holds a run. Resume it (--resume), replace it (--fresh), or choose another "
+            "folder with output=..."
         )
     if existing and resume:
         _check_same(recipe, path)
@@ -148,14 +148,14 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
 def claim(
     recipe: Recipe, path: Path, *, resume: bool, fresh: bool, plan: dict[str, Any] | None = None
 ) -> RunFolder:
-    """Take `path` for this run; the caller holds its lock.
+    """Claim `path` for this run. The caller must hold the folder's lock.
 
-    A new folder is made; an existing run needs `resume` (go on with it) or `fresh` (remove it and start again).
-    A new run that was killed while it was starting is started again by either.
+    A new folder is made. An existing run needs `resume` (continue it) or `fresh` (remove it and start again).
+    Both start a run again that was killed while it was starting.
 
     Raises:
         QloraError: as `check_output`.
-        SaveError: the folder cannot be written. The run in it is the old one, or the new one at its beginning.
+        SaveError: the folder cannot be written. It then holds the old run, or the beginning of the new one.
     """
     existing = check_output(recipe, path, resume=resume, fresh=fresh)
     earlier = _earlier(path) if existing and resume else None
@@ -167,44 +167,44 @@ def claim(
         for name in RESULTS:
             folders.recover(path, name)
         folders.recover(path / "checkpoints", "step-*")
-        _go_on(run, recipe, earlier.source)
+        _continue(run, recipe, earlier.source)
     return run
 
 
 def _start(run: RunFolder, recipe: Recipe) -> None:
-    """Make the folder that of a new run, so that a kill at any instant leaves the old run or the beginning of this."""
+    """Start a new run in the folder. A kill at any instant leaves the old run or the beginning of the new one."""
     with folders.save_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         atomic.sync(run.path.parent)
-    # The old run, if there is one, ends with this file.
+    # This write discards the old run, if there is one.
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "starting": True}))
-    kept = {"run.json", "recipe.yaml"}  # together they mark the folder as a run's, whatever else lies in it
-    if (run.path / "recipe.yaml").is_dir():  # nothing can take its place
+    kept = {"run.json", "recipe.yaml"}  # these two mark the folder as a run, whatever else is in it
+    if (run.path / "recipe.yaml").is_dir():  # a file cannot replace a folder
         kept.remove("recipe.yaml")
     folders.clear(run.path, [name for name in CONTENTS if name not in kept])
     atomic.write(run.path / "recipe.yaml", recipe.to_yaml().encode())
     atomic.write(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
 
 
-def _go_on(run: RunFolder, recipe: Recipe, source: Path) -> None:
-    """Write what has changed since the run began, or was damaged; a file that is right is not touched."""
+def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
+    """Rewrite run.json and recipe.yaml if they are damaged or have changed; leave correct files untouched."""
     if source != run.path / "run.json":
-        _warn(f"{run.path / 'run.json'} was missing or damaged; it is written again, with the id in {source}")
+        _warn(f"{run.path / 'run.json'} was missing or damaged; rewritten with the run id from {source}")
     if _recorded(run.path / "recipe.yaml") is None:
-        _warn(f"{run.path / 'recipe.yaml'} was missing or damaged; it is written again")
+        _warn(f"{run.path / 'recipe.yaml'} was missing or damaged; rewritten from the given recipe")
     elif recipe.adapter.dropout and not (run.path / "recipe.yaml").read_text().startswith("version:"):
         _warn(
-            "an earlier version of qlora began this run and drew dropout by micro-batch; from here on it is drawn by "
-            "row, so the adapter is not the one that the earlier version would have ended with"
+            "this run was begun by an earlier version of qlora, which drew dropout by micro-batch; from here on it is "
+            "drawn by row, so the adapter will differ from the one that the earlier version would have trained"
         )
     _replace(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
     _replace(run.path / "recipe.yaml", recipe.to_yaml().encode())
 
 
 def _is_ours(path: Path, names: set[str]) -> bool:
-    """Whether a run may work in a folder of these names: it holds a run, or nothing but what runs leave."""
+    """Return True if a run can use a folder with these names: it holds a run, or only what runs leave behind."""
     if {"run.json", "recipe.yaml"} <= names or any(path.glob("checkpoints/step-*/manifest.json")):
-        return True  # whatever else the user keeps there
+        return True  # even if the user keeps other files in it
     left = names - TRACES
     if not left <= set(CONTENTS):
         return False
@@ -212,7 +212,7 @@ def _is_ours(path: Path, names: set[str]) -> bool:
 
 
 def _written_by_a_run(path: Path) -> bool:
-    """Whether a file or folder of a run's name is a run's, and not somebody's own that has the same name."""
+    """Return True if a run wrote this file or folder; False if the user made it under a name that runs use."""
     if not path.is_dir():
         return path.name not in (*RESULTS, *INSIDE)
     pattern = INSIDE.get(path.name)
@@ -224,13 +224,13 @@ def _earlier(path: Path) -> _Earlier | None:
     """Find the run in a folder: by run.json, else by its newest checkpoint, else by result.json.
 
     Raises:
-        ModelError: there is something to lose, and nothing tells which run it belongs to.
+        ModelError: the folder holds trained weights or a damaged run.json, and no file gives the run's id.
     """
     file = path / "run.json"
     problem = "missing"
     if os.path.lexists(file):
         try:
-            return _named(_object(file), file)
+            return _from_json(_object(file), file)
         except ValueError as error:
             problem = f"damaged ({error})"
     if (folder := checkpoint.newest(path, checksums=False)) is not None:
@@ -238,7 +238,7 @@ def _earlier(path: Path) -> _Earlier | None:
         return _Earlier(manifest.read(folder)["run_id"], plan, folder / manifest.MANIFEST)
     result = path / "result.json"
     try:
-        return _named(_object(result), result)
+        return _from_json(_object(result), result)
     except ValueError:
         pass
     if problem == "missing" and not any(
@@ -246,29 +246,29 @@ def _earlier(path: Path) -> _Earlier | None:
     ):
         return None  # nothing has been trained
     raise ModelError(
-        f"{file}: {problem}, and there is no checkpoint that tells which run this is. Put the file back from a copy, "
-        "or start again with --fresh"
+        f"{file}: {problem}, and there is no checkpoint to take the run's id from. Restore the file from a copy, or "
+        "start again with --fresh"
     )
 
 
-def _named(content: Mapping[str, Any], source: Path) -> _Earlier:
-    """What run.json (or result.json) says of its run. Raises ValueError if it cannot be right."""
+def _from_json(content: Mapping[str, Any], source: Path) -> _Earlier:
+    """Read the run's id and plan from the content of run.json or result.json. Raises ValueError if invalid."""
     run_id, plan, starting = content.get("run_id"), _plan(content), content.get("starting", False)
     if not (isinstance(run_id, str) and run_id and isinstance(starting, bool)):
-        raise ValueError("it names no run")
+        raise ValueError("it has no valid run id")
     if plan is not None and not _is_plan(plan):
-        raise ValueError("its plan holds settings that training does not take")
+        raise ValueError("its plan has invalid settings")
     return _Earlier(run_id, plan, source, starting)
 
 
 def _plan(content: Mapping[str, Any]) -> Any:
-    """The plan in run.json or in a checkpoint's state, which an earlier version may have written."""
+    """Return the plan in run.json or in a checkpoint's state, with the keys of earlier versions translated."""
     plan = content.get("plan")
     return translated("training", plan) if isinstance(plan, dict) else plan
 
 
 def _is_plan(plan: Any) -> bool:
-    """Whether these are settings of `training` that its section takes."""
+    """Return True if the plan holds only valid settings of the section `training`."""
     if not (isinstance(plan, dict) and plan.keys() <= Training.model_fields.keys()):
         return False
     try:
@@ -279,6 +279,7 @@ def _is_plan(plan: Any) -> bool:
 
 
 def _check_same(recipe: Recipe, path: Path) -> None:
+    """Raise RecipeError if the recipe differs from that of the run in `path` in a key that must not change."""
     earlier = _earlier(path)
     if earlier is None or earlier.starting:
         return
@@ -287,15 +288,15 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     if changed:
         lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, old, new in changed)
         raise RecipeError(
-            f"{path}: the recipe has changed since the run began, so it cannot go on as the same run:\n{lines}\n"
-            "Put the old values back, or start again with --fresh or another output"
+            f"{path}: the recipe has changed since the run began, so the run cannot be resumed:\n{lines}\n"
+            "Restore the old values, or start again with --fresh or another output"
         )
 
 
 def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None, set[str]]:
-    """Find the settings that the run was begun with, and the keys that may differ now; None if no step was taken.
+    """Return the settings that the run began with (None if no step was taken) and the keys that can differ now.
 
-    Where recipe.yaml is missing or damaged, the newest checkpoint has a copy, in which the plan is carried out.
+    If recipe.yaml is missing or damaged, use the copy in the newest checkpoint, which already contains the plan.
     """
     file = path / "recipe.yaml"
     if (recipe := _recorded(file)) is not None:
@@ -306,14 +307,14 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
     copy = folder / ("adapter" if (folder / "adapter").is_dir() else "model") / "recipe.yaml"
     if not copy.is_file():
         raise ModelError(
-            f"{file}: missing or damaged, and {folder} has no copy of it. Put it back, or start again with --fresh"
+            f"{file}: missing or damaged, and {folder} has no copy of it. Restore it, or start again with --fresh"
         )
     planned = {"training.memory", *(f"training.{key}" for key in earlier.plan or {})}
     return Recipe.recorded(copy).to_dict(), MAY_CHANGE | planned
 
 
 def _recorded(file: Path) -> Recipe | None:
-    """The recipe in a file; None if it is missing or damaged."""
+    """Read the recipe in a file; return None if it is missing or damaged."""
     try:
         return Recipe.recorded(file)
     except NewerRecipe:
@@ -325,6 +326,7 @@ def _recorded(file: Path) -> Recipe | None:
 def _differences(
     old: dict[str, Any], new: dict[str, Any], may_change: set[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, old value, new value) of every changed key that is not in `may_change`."""
     for key in {**old, **new}:
         name = f"{prefix}{key}"
         if name in may_change:
@@ -336,7 +338,7 @@ def _differences(
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, whatever is wrong with it."""
+    """Read the JSON object in a file. Raises ValueError for any problem, also if the file is missing."""
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
@@ -349,7 +351,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Write a file, unless it holds just that."""
+    """Write a file unless it already has this content."""
     if not (file.is_file() and file.read_bytes() == content):
         atomic.write(file, content)
 

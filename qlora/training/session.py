@@ -1,4 +1,4 @@
-"""Everything a run works with, ready for its first step."""
+"""Everything that a run needs for its first step."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,10 +19,10 @@ from qlora.tracking import Tracker
 
 @dataclass
 class Session:
-    """What `prepare` has made of a recipe."""
+    """Model, data and settings of a run, as `train.prepare` made them from a recipe."""
 
     recipe: Recipe
-    """with the settings that a memory budget came to"""
+    """with the settings that the memory budget chose"""
     processes: DataParallel
     tokenizer: Any
     dataset: Dataset
@@ -32,9 +32,9 @@ class Session:
     objective: Objective
     memory: RunMemory
     plan: dict[str, Any] | None
-    """what a memory budget came to: settings of `training`"""
+    """settings of `training` that the memory budget chose; None without a budget"""
     notes: list[str]
-    """what the user should know before the first step"""
+    """messages for the user before the first step"""
 
     @property
     def total_steps(self) -> int:
@@ -43,16 +43,16 @@ class Session:
 
     @property
     def result_name(self) -> str:
-        """`adapter` or `model`: the folder's name in a run and in a checkpoint."""
+        """Name of the folder of trained weights in a run and in a checkpoint: `adapter` or `model`."""
         return "adapter" if self.recipe.adapter.facts.frozen_base else "model"
 
     @cached_property
     def base_identity(self) -> BaseIdentity:
-        """What an adapter is trained on, for it to remember."""
+        """Fingerprint of the base, the tokenizer and the template, stored with the adapter."""
         return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
 
     def tracker(self, run: Path, first_step: int, *, terminal: bool, trackers: bool) -> Tracker:
-        """Where the numbers of the run in the folder `run` go; `trackers`: to those of the recipe too."""
+        """Open the tracker of the run in folder `run`. `trackers=False` leaves out the trackers of the recipe."""
         return Tracker(
             run,
             config=self.recipe.to_dict(),

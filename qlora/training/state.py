@@ -1,4 +1,4 @@
-"""What a run saves and goes on from: the trained weights, the optimizer, and where it is."""
+"""Save, restore and write out a run's state: trained weights, optimizer state and step."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from qlora.training.session import Session
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
     """optimizer steps taken"""
@@ -26,7 +26,7 @@ class Progress:
 
 
 def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> None:
-    """Commit a checkpoint. A full disk is noted, not fatal: the next may fit."""
+    """Commit a checkpoint. If it cannot be written (a full disk), show a note and continue the run."""
     state = session.processes.gather(session.optimizer.state())
     if not session.processes.is_main:
         return
@@ -40,7 +40,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "step": progress.step,
                     "loss_before": progress.loss_before,
                     "data": session.dataset.fingerprint,
-                    "plan": session.plan,  # the run goes on by it even if run.json is lost
+                    "plan": session.plan,  # for a resume after run.json was lost
                 },
             )
         checkpoint.rotate(run.path, session.recipe.training.keep_checkpoints, run.run_id)
@@ -49,10 +49,11 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
 
 
 def restore(session: Session, run: RunFolder) -> Progress:
-    """Put the newest whole checkpoint of the run, if there is one, into model and optimizer.
+    """Load the newest whole checkpoint of the run, if there is one, into model and optimizer.
 
     Raises:
-        DataError, ModelError: data or base have changed since, so that the run cannot go on exactly.
+        DataError: the data set has changed since the checkpoint, so the run cannot be resumed exactly.
+        ModelError: the base has changed since the checkpoint, or every checkpoint is damaged.
     """
     folder = checkpoint.newest(run.path, run_id=run.run_id)
     if folder is None:
@@ -61,7 +62,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
     if state["data"] != session.dataset.fingerprint:
         raise DataError(
             f"{folder}: the data set has changed since this checkpoint (its rows, tokenizer or template), so the "
-            "run cannot go on exactly. Put it back, or start again with --fresh"
+            "run cannot be resumed exactly. Restore the data, or start again with --fresh"
         )
     read_weights(session, folder / session.result_name)
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
@@ -69,17 +70,18 @@ def restore(session: Session, run: RunFolder) -> Progress:
 
 
 def write_weights(session: Session, folder: Path) -> None:
-    """Write the adapter (or the whole model, if all of it trains) into `folder`."""
+    """Write the adapter (or the whole model, if all weights are trained) and the recipe into `folder`."""
     if session.recipe.adapter.facts.frozen_base:
         save_adapter(session.model, folder, base=session.base_identity)
     else:
         session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
         session.tokenizer.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(session.recipe.to_yaml())  # what it was trained on travels with it
+    # So that the folder can be used without the run
+    (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
 
 
 def read_weights(session: Session, folder: Path) -> None:
-    """Put what `write_weights` wrote into the model. Raises ModelError if the base is another one now."""
+    """Load what `write_weights` wrote into the model. Raises ModelError if the base has changed."""
     if not session.recipe.adapter.facts.frozen_base:
         for file in folder.glob("*.safetensors"):  # tied weights are saved once
             session.model.load_state_dict(checkpoint.load_tensors(file), strict=False)
@@ -87,14 +89,14 @@ def read_weights(session: Session, folder: Path) -> None:
     recorded = BaseIdentity.read(folder) or session.base_identity
     if (difference := recorded.difference(session.base_identity)) is not None:
         raise ModelError(
-            f"{folder.parent}: the base has changed since this checkpoint ({difference}), so the run cannot go on "
-            "exactly. Put it back, or start again with --fresh"
+            f"{folder.parent}: the base has changed since this checkpoint ({difference}), so the run cannot be "
+            "resumed exactly. Restore the base, or start again with --fresh"
         )
     load_adapter(session.model, folder, any_base=True)
 
 
 def write_result(session: Session, run: RunFolder) -> Path:
-    """Write what was trained where users look for it: <run>/adapter or <run>/model."""
+    """Write the trained weights to <run>/adapter or <run>/model, and return that folder."""
     if session.processes.is_main:
         with folders.replacing(run.path, session.result_name) as folder:
             write_weights(session, folder)
@@ -102,20 +104,20 @@ def write_result(session: Session, run: RunFolder) -> Path:
 
 
 def write_memory(session: Session, run: RunFolder, tracker: Tracker) -> None:
-    """Leave forecast, measurement and the documents' estimate in the run's folder."""
+    """Write the memory report (rule of thumb, forecast, measurement) into the run's folder."""
     content = session.memory.content(run.path) if session.processes.is_main else None
     if content is None:
         return
     try:
         memory_files.write(run.path, content)
     except SaveError as error:
-        tracker.note(f"no memory report: {error}")
+        tracker.note(f"memory report not written: {error}")
     else:
         tracker.memory(content, run.path / "memory.png")
 
 
 def write_page(session: Session, run: RunFolder) -> None:
-    """Write report.html. The run is whole without it, and `qlora report` makes it again."""
+    """Write report.html. A failure is ignored, because `qlora report` can write the page later."""
     if session.processes.is_main:
         with suppress(SaveError):
             page.write_page(run.path)

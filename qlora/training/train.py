@@ -1,8 +1,8 @@
 """Fine-tuning, top to bottom: recipe, data, memory, base, adapter, optimizer, steps, result.
 
-The order of the rows is a function of (seed, epoch) and LoRA's dropout of a row one of (seed, step, number of the row
-in the step), so a checkpoint holds tensors and counters only, and a run that was killed and resumed takes the very
-steps of one that was not.
+The order of the rows depends only on (seed, epoch), and LoRA's dropout of a row only on (seed, step, number of the row
+in the step). A checkpoint therefore holds only tensors and counters, and a run that was killed and resumed takes
+exactly the steps of a run that was not.
 """
 
 import math
@@ -42,16 +42,16 @@ from qlora.training.state import restore, save, write_memory, write_page, write_
 
 
 def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> TrainResult:
-    """Run a recipe to its end and return what came of it.
+    """Fine-tune with a recipe, until the last step or a signal, and return the outcome.
 
     Args:
-        recipe: what to do; `Recipe.load("quickstart")`.
-        resume: go on from the newest checkpoint of an existing run (or start, if there is none yet).
+        recipe: the settings, for example `Recipe.load("quickstart")`.
+        resume: continue an existing run from its newest checkpoint, or start it if it has none.
         fresh: remove an existing run first.
-        terminal: show progress.
+        terminal: show progress on standard error.
 
     Raises:
-        QloraError: with the exit code and a message for the user; see `qlora.errors`.
+        QloraError: contains a message for the user and the exit code; see `qlora.errors`.
 
     Example:
         >>> outcome = train(Recipe.load("quickstart", ["training.max_steps=20"]))
@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
             return TrainResult.from_json(summary, path / "result.json")
         with out_of_memory_explained(recipe):
             session = prepare(recipe, processes, earlier_plan(path) if resume else None, terminal=terminal)
-            # Only now, when all input has proved good, is an older run replaced
+            # An older run is replaced only now, after all input has been checked
             run = processes.from_main(
                 lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
             )
@@ -80,9 +80,9 @@ def prepare(
     terminal: bool = True,
     watch_all: bool = False,
 ) -> Session:
-    """Data, memory, base, adapter, optimizer. Writes nothing.
+    """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
 
-    plan: of the run that is resumed. watch_all: measure the memory of every step, not of the largest alone.
+    plan: memory settings of the run that is resumed. watch_all: measure memory in every step, not only in the largest.
     """
     device = processes.device
     tokenizer = load_tokenizer(recipe.base)
@@ -91,8 +91,8 @@ def prepare(
     if recipe.training.memory is not None:
         if plan is None:
             with status("planning", wanted=terminal and processes.is_main) as progress:
-                found = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
-            notes, plan = [found.why], found.settings
+                choice = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
+            notes, plan = [choice.why], choice.settings
         recipe = changed(recipe, memory=None, **plan)
     batches = training_batches(dataset, recipe)
     steps = recipe.training.total_steps(batches.steps_per_epoch)
@@ -103,7 +103,7 @@ def prepare(
     model = processes.shard(model)
     check_model(model, tokenizer, recipe)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what making the model left over, in pieces that a step cannot use
+        torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
     notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
     memory = memory.watched(model, optimizer, every_step=watch_all)
     return Session(
@@ -112,21 +112,21 @@ def prepare(
 
 
 def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bool = True) -> TrainResult:
-    """The loop: steps, evaluations, checkpoints, until the end or a signal."""
+    """Take steps, with evaluations and checkpoints on the way, until the last step or a signal."""
     training, total, began = session.recipe.training, session.total_steps, time.monotonic()
     progress = restore(session, run)
     tracker = session.tracker(run.path, progress.step, terminal=terminal, trackers=trackers)
     with StopRequest() as stop, tracker:
         for note in session.notes if terminal else ():
             tracker.note(note)
-        loss = progress.loss_before
+        latest_loss = progress.loss_before
         if progress.step == 0:
-            loss = progress.loss_before = held_out_loss(session, tracker, 0)
+            latest_loss = progress.loss_before = held_out_loss(session, tracker, 0)
         while progress.step < total and stop.signal_number is None:
             progress.step = take_step(session, progress.step, tracker)
             last = progress.step == total
             if last or (training.eval_every and progress.step % training.eval_every == 0):
-                loss = held_out_loss(session, tracker, progress.step)
+                latest_loss = held_out_loss(session, tracker, progress.step)
             if not last and training.save_every and progress.step % training.save_every == 0:
                 save(session, run, progress, tracker)
         if progress.step < total:
@@ -140,7 +140,7 @@ def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bo
             steps=progress.step,
             total_steps=total,
             loss_before=progress.loss_before,
-            loss_after=loss,
+            loss_after=latest_loss,
             memory=measure.peak(session.processes.device),
             seconds=time.monotonic() - began,
             stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
@@ -153,16 +153,16 @@ def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bo
 
 
 def take_step(session: Session, step: int, tracker: Tracker) -> int:
-    """Optimizer step `step` (0-based): its rows, its learning rate, the update, its record. Returns step + 1."""
+    """Take optimizer step `step` (counted from 0) and record its metrics. Returns the number of steps taken."""
     settings, started = session.recipe.optimizer, time.perf_counter()
     batches = session.batches.step(step)
     lr = learning_rate(settings.schedule, settings.lr, step, session.total_steps, settings.warmup_steps)
     with session.memory.over(step):
-        found = update(session, batches, step, lr)
+        metrics = update(session, batches, step, lr)
     seconds = time.perf_counter() - started
     tokens = sum(batch.tokens for batch in batches)
     record = {
-        "step": step + 1, "loss": found.pop("loss"), "lr": lr, **found, "tokens_per_second": tokens / seconds,
+        "step": step + 1, "loss": metrics.pop("loss"), "lr": lr, **metrics, "tokens_per_second": tokens / seconds,
         "tokens": tokens, "supervised_tokens": sum(batch.supervised for batch in batches),
     }  # fmt: skip
     tracker.step(record)
@@ -170,10 +170,10 @@ def take_step(session: Session, step: int, tracker: Tracker) -> int:
 
 
 def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict[str, float]:
-    """Gradients, their norm, and the optimizer's step. Returns loss, grad_norm (before clipping) and metrics.
+    """Compute the gradients, clip them and update the weights. Returns loss, grad_norm (before clipping) and metrics.
 
     Raises:
-        DivergedError: loss or norm is not finite; nothing has been updated then.
+        DivergedError: the loss or the norm is not finite. The weights are unchanged.
     """
     optimizer, processes, training = session.optimizer, session.processes, session.recipe.training
     optimizer.zero_grad()
@@ -184,16 +184,16 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
     processes.reduce([*optimizer.gradients(), sums.sum, *sums.metrics.values()])
     with announce(Phase.UPDATE):
         norm = optimizer.clip(training.max_grad_norm)
-    numbers = {"loss": sums.sum, "grad_norm": norm, **sums.metrics}
-    # one wait for the device a step
-    values = torch.stack([number.to(sums.sum) for number in numbers.values()]).tolist()
-    found = dict(zip(numbers, values, strict=True))
-    if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
+    scalars = {"loss": sums.sum, "grad_norm": norm, **sums.metrics}
+    # one transfer for all of them, so that a step waits for the device only once
+    values = torch.stack([number.to(sums.sum) for number in scalars.values()]).tolist()
+    metrics = dict(zip(scalars, values, strict=True))
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise DivergedError(
-            f"step {step + 1}: the loss is {found['loss']}, the gradient norm {found['grad_norm']}. Nothing was "
-            f"updated; the newest checkpoint in {Path(session.recipe.output) / 'checkpoints'} is intact. Try a lower "
-            "optimizer.lr, or look at the rows of this step with `qlora data`"
+            f"step {step + 1}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}. No weight "
+            f"was updated; the newest checkpoint in {Path(session.recipe.output) / 'checkpoints'} is intact. Lower "
+            "optimizer.lr, or check the rows of this step with `qlora data`"
         )
     with announce(Phase.UPDATE):
         optimizer.step(lr)
-    return found
+    return metrics
