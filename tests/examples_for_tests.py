@@ -96,7 +96,9 @@ class Command:
         """The arguments with which a test runs it."""
         arguments = self.arguments
         if arguments and arguments[0] in ("train", "profile"):
-            return [*arguments, *(SHORT_QUICKSTART if "quickstart" in arguments else SHORT)]
+            again = arguments[0] == "train" and not {"--resume", "--fresh"} & set(arguments)
+            short = SHORT_QUICKSTART if "quickstart" in arguments else SHORT
+            return [*arguments, *short, *(["--fresh"] if again else [])]
         return arguments
 
 

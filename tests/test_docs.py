@@ -4,7 +4,7 @@ import ast
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from examples_for_tests import PAGES, ROOT, SHORT_QUICKSTART, Block, Command, bl
 
 from qlora.cli import app
 from qlora.recipe import Recipe
+from qlora.recipe.loading import load
 
 # Programs that examples name and no test of this file runs: CI installs, tests and builds by these very commands.
 OTHER_PROGRAMS = {
-    "pip", "git", "cd", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
+    ".", "pip", "git", "cd", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
 }  # fmt: skip
 LANGUAGES = {"console", "python", "yaml", "json", "diff", "text", ""}
 
@@ -74,9 +75,17 @@ def run_all(found: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
             check_fragment(block)
         elif block.language == "python" and not block.remark.startswith("not run"):
             code = compile(block.text, block.place, "exec")
-            exec(code, namespace)
+            with monkeypatch.context() as patch:
+                patch.setattr(Recipe, "load", classmethod(load_shortened))
+                exec(code, namespace)
         for command in block.commands if block.language == "console" else ():
             run(command, monkeypatch)
+
+
+def load_shortened(_: type[Recipe], name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe as `Recipe.load` does, in the short form unless the example sets its own number of steps."""
+    own = any(override.startswith("training.max_steps=") for override in overrides)
+    return load(name, [*overrides, *([] if own else SHORT_QUICKSTART)])
 
 
 def run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
