@@ -30,7 +30,7 @@ def account(
         capacity_bytes: memory of the GPU, if known.
         measured: the result of `Watch.measured`, if the run was measured.
     """
-    foreseen = as_json(forecast)
+    expected = as_json(forecast)
     frozen_base = recipe.adapter.facts.frozen_base
     return {
         "version": 1,
@@ -54,10 +54,10 @@ def account(
             "lora" if frozen_base else "full",
             forecast.parameters,
             forecast.trained_parameters if frozen_base else 0,
-            foreseen,
+            expected,
             measured,
         ),
-        "forecast": foreseen,
+        "forecast": expected,
         "measured": None if measured is None else dict(measured),
     }
 

@@ -40,7 +40,7 @@ class History:
 
 
 def read(path: Path) -> History:
-    """Read a metrics.jsonl. Incomplete lines are skipped: the run may be in progress or killed."""
+    """Read a metrics.jsonl. Incomplete lines are skipped: a run can be in progress or killed."""
     records = list(_records(path)) if path.is_file() else []
     return History(
         steps=[record for record in records if "loss" in record],

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A page replaces these colours by its own, so that the pictures follow its light and dark modes. No other colour in a
-# picture may equal one of them. Blue and orange stay distinct for colour-blind eyes.
+# A page replaces these colours by its own, so that the pictures follow its light and dark modes. All other colours
+# of a picture must differ from these. Blue and orange stay distinct for colour-blind eyes.
 INK, MUTED, PAPER, LINE, ACCENT, SECOND = "#1f2329", "#68707a", "#fffffe", "#e1e5ea", "#2b5a8d", "#b8500f"
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", PAPER: "--paper", LINE: "--line", ACCENT: "--accent", SECOND: "--second",
