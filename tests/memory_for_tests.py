@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qlora.memory import documents
-from qlora.memory.documents import Method
+from qlora.memory import rule_of_thumb
+from qlora.memory.rule_of_thumb import Method
 
 M, G = 10**6, 10**9
 PHASES = {"forward": 0.35, "loss": 0.08, "backward": 0.45, "update": 0.05, "evaluation": 0.07}
@@ -83,7 +83,7 @@ def memory_of(
             "micro_batch_size": 4, "row_tokens": 512, "packing": True, "supervised": 1490, "checkpointed_layers": 32,
             "layers": 32, "loss_chunk": 1024, "basis": "the longest rows of the data", **workload,
         },
-        "documents": documents.as_json(method, parameters, adapter_parameters, forecast, measured),
+        "documents": rule_of_thumb.as_json(method, parameters, adapter_parameters, forecast, measured),
         "forecast": forecast,
         "measured": measured,
     }  # fmt: skip

@@ -174,7 +174,9 @@ def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) -> None:
-    with pytest.raises(OutOfMemoryError, match=r"training\.memory: one row .* [12]\.\d+ MiB of 0\.500 MiB"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"training\.memory: one row .* [12]\.\d+ MiB, the budget is 0\.500 MiB"
+    ):
         planned(made, MIB // 2)
 
 

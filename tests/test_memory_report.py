@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from memory_for_tests import llama_7b, run_of, tiny, whole_model
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from qlora.errors import SaveError
 from qlora.memory.parts import PARTS
 from qlora.recipe.sizes import unit_for
 from qlora.report import memory_files, memory_picture, pictures
-from qlora.report.memory_comparison import Comparison
+from qlora.report.memory_comparison import RULE_OF_THUMB, RULE_OF_THUMB_IN_SHORT, Comparison
 from qlora.storage import atomic
 
 Memory = dict[str, Any]
@@ -55,7 +56,12 @@ def test_the_numbers_of_memory_md_are_those_of_memory_json(make: Callable[[], Me
     ]
     unit = unit_for((memory["measured"] or memory["forecast"])["total_bytes"])
     (header, *rows, total), phases, *_ = tables(memory_files.markdown(memory))
-    assert header == [unit.name, "documents: full", "documents: LoRA", "forecast", "measured", "error"]
+    assert header == [
+        unit.name,
+        "rule of thumb: full",
+        "rule of thumb: LoRA",
+        *("forecast", "measured", "error"),
+    ]
     assert {row[0] for row in rows} == {
         label
         for part, label in PARTS.items()
@@ -78,7 +84,7 @@ def test_the_numbers_of_memory_md_are_those_of_memory_json(make: Callable[[], Me
         assert size(forecast_cell) == pytest.approx(expected / unit.unit_bytes, abs=0.00501)
 
 
-def test_memory_md_says_what_was_found_and_what_the_documents_are_worth() -> None:
+def test_memory_md_shows_the_peak_and_judges_the_rule_of_thumb() -> None:
     memory = llama_7b()
     text = memory_files.markdown(memory)
     assert "Peak 7.87 GiB in backward (forecast 7.81, -0.8%): 39% base, NF4; 23% optimizer state." in text
@@ -108,7 +114,7 @@ def test_what_the_driver_and_the_system_report_stands_beside_the_parts() -> None
     memory["forecast"]["reserved_bytes"], memory["measured"]["driver_bytes"] = 2**33, 2**34
     labels = [row[0] for row in tables(memory_files.markdown(memory))[2]]
     assert labels[1:] == [
-        "allocated by tensors", "reserved by the allocator", "the process, says the driver", "resident on the host"
+        "allocated by tensors", "reserved by the allocator", "used by the process (driver)", "resident on the host"
     ]  # fmt: skip
 
 
@@ -140,7 +146,31 @@ def test_on_a_narrow_terminal_labels_wrap_and_numbers_stay() -> None:
     assert any(
         line.split() == ["total", "50.21", "13.74", "7.81", "7.87", "-0.8%"] for line in text.splitlines()
     )
-    assert "documents documents" in text
+    assert "rule of rule of" in " ".join(text.split())
+
+
+@EVERY
+def test_every_report_explains_the_rule_of_thumb_once(
+    make: Callable[[], Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = make()
+    assert memory_files.markdown(memory).count(RULE_OF_THUMB) == 1
+    *_, first, second = shown(memory, 80).splitlines()
+    assert f"{first.strip()}\n{second.strip()}" == RULE_OF_THUMB_IN_SHORT
+    for text in (RULE_OF_THUMB, RULE_OF_THUMB_IN_SHORT):
+        for fact in (
+            "Hu et al. 2021",
+            "2 bytes a weight, 2 a gradient, 4 for Adam",
+            "activations, logits, fp32 copies",
+        ):
+            assert fact in text.replace("\n", " ")
+    drawn: list[str] = []
+    text_of_figure = Figure.text
+    monkeypatch.setattr(
+        Figure, "text", lambda self, x, y, s, **how: (drawn.append(s), text_of_figure(self, x, y, s, **how))
+    )
+    memory_picture.png(memory)
+    assert [" ".join(text.split()) for text in drawn].count(RULE_OF_THUMB) == 1
 
 
 # Pictures
@@ -162,8 +192,7 @@ def test_the_pictures_are_drawn(make: Callable[[], Memory]) -> None:
     assert png_size(memory_picture.png(memory)) == (1950, 960)
     comparison = Comparison(memory)
     bars = words(memory_picture.bars_svg(memory))
-    for row in comparison.rows:
-        assert any(word.startswith(f"{row.label}  ") for word in bars), row.label
+    assert {row.label for row in comparison.rows} <= {label for label, _ in memory_picture.legend(memory)}
     for total in comparison.total.sizes:
         assert total is None or comparison.unit.number(total) in bars
     timeline = words(memory_picture.timeline_svg(memory))

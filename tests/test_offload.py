@@ -24,7 +24,7 @@ from qlora.memory.forecast import Forecast, forecast
 from qlora.memory.live import LiveBytes
 from qlora.memory.parts import PARTS
 from qlora.memory.plan import changed
-from qlora.memory.run_memory import _told
+from qlora.memory.run_memory import _summary
 from qlora.memory.workload import assumed
 from qlora.model import offload
 from qlora.model.checkpointing import checkpoint_layers
@@ -229,10 +229,10 @@ def test_forecasts_know_what_lies_on_the_host(tmp_path: Path) -> None:
 def test_a_host_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = with_base(recipe(tmp_path, "llama"), embedding="host")
     cpu = torch.device("cpu")
-    assert "of the host" in _told(foreseen(made), cpu)
-    assert "which has" not in _told(foreseen(made), cpu)
+    assert "of host memory" in _summary(foreseen(made), cpu)
+    assert "is free" not in _summary(foreseen(made), cpu)
     monkeypatch.setattr(measure, "free_bytes", lambda device: 2**16)
-    assert "of the host, which has 0.0625 MiB free: leave" in _told(foreseen(made), cpu)
+    assert "of host memory, but only 0.0625 MiB is free: remove" in _summary(foreseen(made), cpu)
 
 
 def test_both_are_among_the_advice(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 
 from qlora.cli import app
 from qlora.errors import ModelError, RecipeError
+from qlora.memory.parts import PARTS
 from qlora.recipe import Recipe
-from qlora.report import curves, history
+from qlora.report import curves, history, memory_picture
 from qlora.report.headlines import duration
+from qlora.report.memory_comparison import RULE_OF_THUMB, Comparison
 from qlora.report.page import render, write_page
 from qlora.report.samples import EVALUATIONS, prompts
 from qlora.tracking import Sample
@@ -163,7 +165,7 @@ def test_the_headlines_of_a_finished_run(tmp_path: Path) -> None:
         "Held-out loss": ["4.000 → 2.000", "perplexity 54.6 before, 7.389 after"],
         "Steps": ["40 of 40", "8 rows each"],
         "Time": ["1 min 40 s", "14 s of it in steps"],
-        "Tokens a second": ["1,020", "14,000 in all, 40% of them trained"],
+        "Tokens a second": ["1,020", "14,000 in total, 40% of them trained"],
         "Peak memory": ["1.00 GiB", "resident on the host"],
     }
     assert "finished" in page_of(tmp_path).texts["span"]
@@ -191,19 +193,51 @@ def test_memory_is_shown_with_its_table_and_pictures(tmp_path: Path) -> None:
     cells = page.texts["td"]
     assert cells[-6:] == ["total", "50.21", "13.74", "7.81", "7.87", "-0.8%"]
     remarks = [text for text in page.texts["li"] if "too high" in text]
-    assert remarks == [
-        "The documents' estimate for LoRA is 13.7 GiB, the measured peak 7.87 GiB: 75% too high."
-    ]
+    assert page.texts["small"] == [RULE_OF_THUMB]
+    assert page.texts["th"][1:3] == ["rule of thumb: full", "rule of thumb: LoRA"]
+    assert remarks == ["The rule of thumb for LoRA gives 13.7 GiB, the measured peak 7.87 GiB: 75% too high."]
     page = page_of(run_in(tmp_path, memory=tiny()))
     assert headlines(page)["Peak memory, forecast"] == ["155 MiB", "in loss"]
     assert page.texts["td"][-4:] == ["total", "28.23", "9.65", "154.73"]
+
+
+def rules(style: str, selector: str) -> str:
+    """The declarations of every rule of exactly this selector."""
+    return " ".join(re.findall(rf"(?m)^ *{re.escape(selector)} {{([^}}]*)}}", style))
+
+
+def test_a_narrow_window_shows_tables_and_pictures_whole(tmp_path: Path) -> None:
+    page = page_of(run_in(tmp_path, memory=llama_7b()))
+    (style,) = page.texts["style"]
+    assert "width: 100%" in rules(style, ".pictures svg")
+    assert "min-width" not in rules(style, ".pictures svg"), "a picture shrinks with the window"
+    assert "overflow-x: auto" in rules(style, ".scroll"), "a table with long numbers scrolls in its own box"
+    narrow = style[style.index("@media (max-width: 40rem)") : style.rindex("@media print")]
+    assert "font-size" in rules(narrow, "table")
+    assert "white-space: normal" in rules(narrow, "td:first-child")
+    for width, _ in (curves.INCHES, memory_picture.SVG_INCHES):
+        assert width < 5, "text of 8 points has about 8 pixels in a window of 400"
+    tags = [(tag, attributes.get("class")) for tag, attributes in page.elements]
+    assert tags[tags.index(("table", None)) - 1] == ("div", "scroll")
+
+
+def test_the_legend_names_every_part_of_the_pictures(tmp_path: Path) -> None:
+    memory = llama_7b()
+    page = page_of(run_in(tmp_path, memory=memory))
+    swatches = [mark["style"].removeprefix("background: ") for mark in page.all("i") if "style" in mark]
+    labels = [row.label for row in Comparison(memory).rows]
+    shown = page.texts["li"][: len(swatches)]
+    assert set(labels) < set(shown), "a part that is not alive at the peak is in the course of the step"
+    assert [memory_picture.COLOURS[part] for part in PARTS if PARTS[part] in shown] == swatches
+    drawn = memory_picture.bars_svg(memory) + memory_picture.timeline_svg(memory)
+    assert all(colour in drawn for colour in swatches)
 
 
 def test_every_point_is_in_the_page_for_the_script(tmp_path: Path) -> None:
     page = page_of(run_in(tmp_path))
     loss, rate, norm, speed = [json.loads(f["data-chart"]) for f in page.all("figure") if "data-chart" in f]
     assert loss["last"] == 40
-    assert [series["name"] for series in loss["series"]] == ["loss", "held-out loss"]
+    assert [series["name"] for series in loss["series"]] == ["training loss", "held-out loss"]
     assert loss["series"][0]["points"] == [[step, 7 / step] for step in range(1, 41)]
     assert loss["series"][1]["points"] == [[0, 4.0], [10, 3.5], [20, 3.0], [30, 2.5], [40, 2.0]]
     assert [chart["style"] for chart in (rate, norm, speed)] == ["power", "number", "count"]
@@ -257,7 +291,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path: Path) -> None:
 def test_the_command_ends_with_4_where_there_is_no_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora", "report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    message = f"qlora: {tmp_path}: no run here. Give the folder of a run, as in runs/quickstart\n"
+    message = f"qlora: {tmp_path}: no run here. Pass the folder of a run, for example runs/quickstart\n"
     assert (done.returncode, done.stdout, done.stderr) == (4, "", message)
 
 
@@ -311,9 +345,33 @@ def test_any_curve_can_be_drawn_and_lies_in_its_plot(values: list[float]) -> Non
 
 def test_the_scale_is_round_and_begins_at_zero_unless_the_values_are_far_from_it() -> None:
     assert heights(chart_of(1.2, 7.3)) == ["0", "2", "4", "6", "8"]
-    assert heights(chart_of(3, 3)) == ["0", "1", "2", "3"]
-    assert heights(chart_of(0.00002, 0.0002)) == ["0.00000", "0.00005", "0.00010", "0.00015", "0.00020"]
-    assert heights(chart_of(2150, 2800, style="count")) == ["2,000", "2,200", "2,400", "2,600", "2,800"]
+    assert heights(chart_of(3, 3)) == ["0", "2", "4", "6"]
+    assert heights(chart_of(0.00002, 0.00019)) == ["0.00000", "0.00005", "0.00010", "0.00015", "0.00020"]
+    assert heights(chart_of(2150, 2800, style="count")) == [
+        "2,000",
+        "2,200",
+        "2,400",
+        "2,600",
+        "2,800",
+        "3,000",
+    ]
+
+
+@pytest.mark.parametrize("value", [2e-4, 1.0, 3.7, 0.0])
+def test_a_constant_line_is_in_the_middle_of_its_chart(value: float) -> None:
+    (line,) = paths(chart_of(value, value).svg, "--accent")
+    top, bottom = (72 * curves.INCHES[1] * (1 - edge) for edge in (curves.TOP, curves.BOTTOM))
+    for height in re.findall(r"[ML] \S+ (\S+)", line):
+        assert 0.3 < (float(height) - top) / (bottom - top) < 0.7
+
+
+@pytest.mark.parametrize("values", [(0.0, 2e-3, 2e-3), (2000.0, 2800.0, 2800.0, 2000.0, 2000.0)])
+def test_a_line_that_becomes_constant_is_off_the_edges(values: tuple[float, ...]) -> None:
+    (line,) = paths(chart_of(*values).svg, "--accent")
+    top, bottom = (72 * curves.INCHES[1] * (1 - edge) for edge in (curves.TOP, curves.BOTTOM))
+    drawn = [(float(height) - top) / (bottom - top) for height in re.findall(r"[ML] \S+ (\S+)", line)]
+    assert min(drawn) > 0.04
+    assert max(drawn) < 0.96 or min(values) == 0
 
 
 def test_the_script_points_where_the_curve_is_drawn(tmp_path: Path) -> None:
@@ -335,7 +393,7 @@ def test_a_chart_follows_the_page_and_is_told_in_words(tmp_path: Path) -> None:
     for chart in curves.charts(history.read(run / "metrics.jsonl")):
         assert not re.findall(r"(?<!, )#[0-9a-f]{6}", chart.svg), "a colour that is none of the page's"
     labels = [div["aria-label"] for div in page_of(run).all("div") if div.get("role") == "img"]
-    assert labels[0] == "Loss by step: loss from 7 to 0.175, held-out loss from 4 to 2"
+    assert labels[0] == "Loss by step: training loss from 7 to 0.175, held-out loss from 4 to 2"
     assert len(labels) == 4
 
 

@@ -1,1 +1,1 @@
-"""Memory: what a run takes."""
+"""Memory of a run: forecasts, measurements, plans for a budget and advice."""

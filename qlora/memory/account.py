@@ -1,11 +1,11 @@
-"""memory.json: the documents' estimate, the forecast and the measurement of one run, side by side."""
+"""Content of memory.json: rule of thumb, forecast and measurement of one run."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from qlora.memory import documents
+from qlora.memory import rule_of_thumb
 from qlora.memory.forecast import Forecast
 from qlora.memory.workload import Workload
 from qlora.recipe import Recipe
@@ -20,13 +20,17 @@ def account(
     capacity_bytes: int | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything about a run's memory as plain values, all sizes in bytes.
+    """Return the content of memory.json as plain values, all sizes in bytes.
 
     Args:
-        capacity_bytes: of the GPU, where one is known.
-        measured: what `Watch.measured` gave.
+        recipe: the run's recipe.
+        workload: the largest batches of the run.
+        forecast: their forecast.
+        cuda: True for a GPU, False for the CPU.
+        capacity_bytes: memory of the GPU, if known.
+        measured: the result of `Watch.measured`, if the run was measured.
     """
-    foreseen = as_json(forecast)
+    expected = as_json(forecast)
     frozen_base = recipe.adapter.facts.frozen_base
     return {
         "version": 1,
@@ -46,22 +50,22 @@ def account(
             "loss_chunk": forecast.loss_chunk,
             "basis": workload.basis,
         },
-        "documents": documents.as_json(
+        "documents": rule_of_thumb.as_json(
             "lora" if frozen_base else "full",
             forecast.parameters,
             forecast.trained_parameters if frozen_base else 0,
-            foreseen,
+            expected,
             measured,
         ),
-        "forecast": foreseen,
+        "forecast": expected,
         "measured": None if measured is None else dict(measured),
     }
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:
-    """The object `forecast` of memory.json."""
+    """Return the object `forecast` of memory.json."""
     phase, parts = forecast.trace.peak()
-    beside = parts["allocator_slack"] + parts["device_context"] + parts["optimizer_state_paged"]
+    not_allocated = parts["allocator_slack"] + parts["device_context"] + parts["optimizer_state_paged"]
     total = sum(parts.values())
     return {
         "total_bytes": total,
@@ -69,8 +73,8 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "peak": phase,
         "phases": forecast.trace.phases(),
         "timeline": forecast.trace.timeline(),
-        "allocated_bytes": total - beside,
-        "reserved_bytes": total - beside + parts["allocator_slack"],
+        "allocated_bytes": total - not_allocated,
+        "reserved_bytes": total - not_allocated + parts["allocator_slack"],
         "host_bytes": forecast.host_bytes,
     }
 

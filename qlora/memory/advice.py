@@ -1,4 +1,4 @@
-"""Will it fit? If it does, how much more would; if not, the smallest changes that make it fit."""
+"""Advice on a recipe and a GPU: the largest batches that fit, or the smallest changes that make the run fit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,30 +19,30 @@ LARGEST_ROWS, LARGEST_TOKENS = 1024, 131_072
 
 @dataclass(frozen=True)
 class Change:
-    """Another value for keys of the recipe, as one would write them on the command line."""
+    """Command-line overrides of a recipe, and the memory that the run then needs."""
 
     settings: tuple[str, ...]
     needed_bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the change as plain values."""
         return {"settings": list(self.settings), "needed_bytes": self.needed_bytes}
 
 
 @dataclass(frozen=True)
 class Advisor:
-    """Answers about one recipe on a device with `capacity_bytes`."""
+    """Advice on one recipe and a device with `capacity_bytes`."""
 
     recipe: Recipe
     workload: Workload
     forecaster: Forecaster
-    """of the recipe's architecture"""
+    """for the recipe's architecture"""
     capacity_bytes: int
 
     def changes(self) -> list[Change]:
-        """Single changes that make the run fit, the cheapest first; where none does at the cost of time, several.
+        """Return the changes that make the run fit, each sufficient alone, the cheapest first.
 
-        Empty when nothing of what can be asked for is enough.
+        If no single change that only costs time is enough, several are combined into one. Empty if nothing is enough.
         """
         cheap, dear = (self._alone(steps) for steps in (_COST_TIME, _CHANGE_WHAT_IS_LEARNED))
         if cheap:
@@ -50,17 +50,17 @@ class Advisor:
         return self._together(_COST_TIME if dear else _COST_TIME + _CHANGE_WHAT_IS_LEARNED) + dear
 
     def _alone(self, steps: Sequence["Step"]) -> list[Change]:
-        """Of every step the mildest change that makes the run fit by itself."""
-        found = []
+        """Return, for each step, its smallest change that alone makes the run fit."""
+        changes = []
         for step in steps:
             for recipe, setting in step(self.recipe, self.forecaster.arch):
                 if (size := self._needed(recipe)) <= self.capacity_bytes:
-                    found.append(Change((setting,), size))
+                    changes.append(Change((setting,), size))
                     break
-        return found
+        return changes
 
     def _together(self, steps: Sequence["Step"]) -> list[Change]:
-        """As many of the steps, each as far as it goes, as make the run fit."""
+        """Combine steps in order, each with its largest change, until the run fits; return one change or none."""
         together, settings = self.recipe, tuple[str, ...]()
         for step in steps:
             for recipe, setting in list(step(together, self.forecaster.arch))[-1:]:
@@ -70,12 +70,12 @@ class Advisor:
         return []
 
     def largest_micro_batch(self) -> int:
-        """Rows of one micro-batch that fit, at the length of the rows."""
+        """Return the most rows of a micro-batch that fit, at the current row length."""
         rows, tokens = self.workload.train.input_ids.shape
         return self._most(lambda rows: resized(self.workload, rows=rows, tokens=tokens), rows, LARGEST_ROWS)
 
     def longest_rows(self) -> int:
-        """Tokens of a row that fit, with the micro-batch of the recipe; a multiple of 64."""
+        """Return the longest row that fits, in tokens, with the recipe's micro-batch size; a multiple of 64."""
         rows, tokens = self.workload.train.input_ids.shape
         config = self.forecaster.arch.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or LARGEST_TOKENS
@@ -86,9 +86,10 @@ class Advisor:
         )
 
     def _most(self, load: Callable[[int], Workload], fits: int, limit: int) -> int:
-        """About the largest number up to `limit` whose load fits, proved to fit; `fits` is known to.
+        """Return a number close to the largest up to `limit` whose load fits. Its own load is forecast to fit.
 
-        Memory grows about linearly with it, so a secant finds it in a few forecasts.
+        `fits` is a number whose load is known to fit. Memory grows almost linearly, so the secant method needs only
+        a few forecasts.
         """
 
         def size(number: int) -> int:
@@ -164,7 +165,7 @@ def _optimizer(recipe: Recipe, _: Architecture) -> Steps:
 def _rank(recipe: Recipe, _: Architecture) -> Steps:
     rank = recipe.adapter.rank
     while "rank" not in recipe.adapter.facts.unused and (rank := rank // 2) >= SMALLEST_RANK:
-        # the scaling stays, so that the learning rate still fits
+        # keep the scaling, so that the learning rate stays right
         alpha = None if recipe.adapter.alpha is None else recipe.adapter.alpha * rank / recipe.adapter.rank
         adapter = recipe.adapter.model_copy(update={"rank": rank, "alpha": alpha})
         setting = f"adapter.rank={rank}" + ("" if alpha is None else f" adapter.alpha={alpha:g}")

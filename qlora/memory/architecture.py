@@ -1,4 +1,4 @@
-"""A model's names, shapes and counts, read from its configuration: what forecasts are made of."""
+"""Names, shapes and counts of a model, read from its configuration: the input of forecasts."""
 
 import copy
 from dataclasses import dataclass
@@ -23,35 +23,35 @@ from qlora.recipe import Recipe
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's names, shapes and counts: read once, for as many forecasts as are wanted."""
+    """Names, shapes and counts of a model. Read once, used for many forecasts."""
 
     config: Any
     model: PreTrainedModel
-    """on the meta device, adapted, with our passes"""
+    """on the meta device, with its adapter and our decoder layers"""
     alike: bool
-    """all decoder layers have the same parameters and the same attention"""
+    """True if all decoder layers have the same parameters and the same attention"""
     padded: bool
-    """the model reads the padding of a batch too, and not its documents end to end"""
+    """True if the model also computes the padding of a batch, False if it reads the documents end to end"""
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(decoder_layers(self.model))
 
     def loss_chunk(self, recipe: Recipe) -> int:
-        """Trained tokens that go through the head at a time."""
+        """Return how many trained tokens the head processes at a time."""
         return recipe.training.loss_chunk or tokens_at_once(len(head_of(self.model).weight))
 
     @property
     def embedding_apart(self) -> bool:
-        """Whether the input embedding is a plain one whose weights the output head does not share."""
+        """True if the input embedding is a plain embedding and shares no weights with the output head."""
         return embedding_apart(self.model)
 
     @property
     def recomputed(self) -> tuple[float, float | None]:
-        """Products that a recomputed layer repeats, as a share of its forward pass, and those of its MLP alone.
+        """Share of a layer's forward products that recomputation repeats: of the whole layer, and of its MLP alone.
 
-        The latter is None where the MLP cannot be recomputed alone.
+        The second is None if the MLP cannot be recomputed alone.
         """
         layer = next(iter(decoder_layers(self.model)), None)
         if not isinstance(layer, FusedLayer):
@@ -60,11 +60,20 @@ class Architecture:
 
 
 def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
-    """Read the architecture of a recipe's base. Raises QloraError if there is none, or no layer to adapt."""
+    """Read the architecture of a recipe's base.
+
+    Args:
+        recipe: the recipe.
+        cuda: True for a GPU, False for the CPU; decides the compute dtype.
+        config: the base's configuration, if it is already loaded.
+
+    Raises:
+        QloraError: the base has no usable architecture, or no layer to adapt.
+    """
     config = load_config(recipe.base) if config is None else config
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # a quantized checkpoint has the shapes of ours
+        del config.quantization_config  # a checkpoint quantized elsewhere has the same shapes
     try:
         model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
@@ -76,7 +85,7 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
 
 
 def shortened(config: Any, layers: int) -> Any:
-    """The configuration with its first `layers` layers only."""
+    """Return a copy of the configuration with only its first `layers` layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if layers < getattr(text, "num_hidden_layers", 0):
@@ -87,12 +96,12 @@ def shortened(config: Any, layers: int) -> Any:
 
 
 def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
-    """What the recipe computes in, on a GPU or on this machine's CPU."""
+    """Return the recipe's compute dtype on a GPU, or on this machine's CPU."""
     return compute_dtype(recipe.base, torch.device("cuda" if cuda else "cpu"))
 
 
 def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
-    """Whether a run will give the model our attention over documents: the model asks its attention for nothing more."""
+    """Return True if a run will use our attention over documents: the model needs no other kind of attention."""
     if not reads_documents(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
@@ -102,13 +111,13 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
     except ModelError:
         return False
-    except Exception:  # noqa: BLE001 - without values a model may fail in its own way: that tells nothing
+    except Exception:  # noqa: BLE001 - a model can fail for other reasons: it has no values
         pass
     return True
 
 
 def _alike(model: nn.Module, config: Any) -> bool:
-    """Whether every decoder layer is like the others, its adapters too."""
+    """Return True if all decoder layers are alike, adapters included."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     layers = decoder_layers(model)
     looks = {

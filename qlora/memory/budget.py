@@ -1,4 +1,4 @@
-"""How much memory a plan may spend: one rule for `qlora train` and `qlora estimate`."""
+"""Memory budget of a plan: one rule for `qlora train` and `qlora estimate`."""
 
 import torch
 
@@ -7,16 +7,16 @@ from qlora.memory.forecast import DEVICE_CONTEXT_BYTES
 from qlora.recipe.sizes import parse_size
 
 AUTO_SHARE = 0.95
-"""of the available memory that `auto` takes: the rest is for what nobody forecast"""
+"""share of the available memory that `auto` takes; the rest is a reserve for memory that the forecast misses"""
 
 
 def resolve_budget(memory: str, device: torch.device, capacity_bytes: int | None = None) -> int:
-    """Bytes that a run may take under `training.memory`.
+    """Return the bytes that a run can use under `training.memory`.
 
     Args:
-        memory: a size, which holds as it is written, or auto.
-        device: where the run is to be: auto is most of what it has available now.
-        capacity_bytes: of an empty GPU that is not here: auto is most of that.
+        memory: a size, which is used unchanged, or auto.
+        device: the device of the run; auto is AUTO_SHARE of its available memory.
+        capacity_bytes: memory of an empty GPU on another machine; if given, auto is AUTO_SHARE of it.
     """
     if memory != "auto":
         return parse_size(memory)
@@ -24,9 +24,9 @@ def resolve_budget(memory: str, device: torch.device, capacity_bytes: int | None
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that this process could take of `device`: all of an empty GPU.
+    """Return the bytes of `device` that this process can use: the whole memory of an empty GPU.
 
-    The context that the process has on a GPU is no longer free, but a forecast counts it.
+    The process's own CUDA context is added to the free memory, because a forecast counts it.
     """
     free, capacity = measure.free_bytes(device), measure.capacity_bytes(device)
     return free if capacity is None else min(capacity, free + DEVICE_CONTEXT_BYTES)

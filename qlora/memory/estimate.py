@@ -1,4 +1,4 @@
-"""`qlora estimate`: the forecast of a recipe beside the documents' estimates, and what would fit."""
+"""`qlora estimate`: the forecast of a recipe next to the rule of thumb, and advice on how to make it fit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from qlora.recipe.sizes import unit_for
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recipe will take. The rest is None or empty where no capacity is known."""
+    """Forecast memory of a recipe, and advice. Without a known capacity the advice is None or empty."""
 
     memory: dict[str, Any]
-    """as memory.json"""
+    """content of memory.json"""
     needed_bytes: int
-    """without paged optimizer state, which may move to the host"""
+    """without paged optimizer state, which can move to the host"""
     capacity_bytes: int | None
     largest_micro_batch: int | None
     longest_rows: int | None
@@ -39,11 +39,11 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """None where no capacity is known."""
+        """True if the run fits; None if the capacity is unknown."""
         return None if self.capacity_bytes is None else self.needed_bytes <= self.capacity_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the estimate as plain values."""
         return {
             **self.memory,
             "needed_bytes": self.needed_bytes,
@@ -55,13 +55,13 @@ class Estimate:
         }
 
     def lines(self) -> Iterator[str]:
-        """The verdict, for people."""
+        """Yield the verdict and the advice as lines of text."""
         if self.plan is not None:
             yield self.plan.why
         if (host_bytes := self.memory["forecast"]["host_bytes"]) > 0:
-            yield f"Besides, it takes {unit_for(host_bytes).text(host_bytes)} of the host's memory, to spare the GPU."
+            yield f"It also uses {unit_for(host_bytes).text(host_bytes)} of host memory, to save GPU memory."
         if self.capacity_bytes is None:
-            yield "Pass --gpu 24GiB, or the size of yours, to check whether it fits."
+            yield "Pass --gpu 24GiB, or the memory of your GPU, to check whether it fits."
             return
         unit = unit_for(self.capacity_bytes)
         room = self.capacity_bytes - self.needed_bytes
@@ -80,7 +80,7 @@ class Estimate:
             return
         yield f"Does not fit into {unit.text(self.capacity_bytes)}: {unit.text(-room)} too much."
         if not self.changes:
-            yield "No micro-batch, checkpointing, optimizer, rank or row length makes it fit: take a smaller model."
+            yield "No micro-batch, checkpointing, optimizer, rank or row length makes it fit. Use a smaller model."
             return
         yield (
             "Any one of these makes it fit, the cheapest first:"
@@ -93,13 +93,17 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progress | None = None) -> Estimate:
-    """Forecast a recipe on a GPU of `capacity_bytes`, or on the one here; on the CPU if the recipe says so.
+    """Forecast the memory of a recipe, and whether it fits.
 
-    `progress` hears what is being forecast.
+    Args:
+        recipe: the recipe.
+        capacity_bytes: memory of the GPU. If None: this machine's GPU, or the CPU if the recipe asks for it.
+        progress: called with a line of text before each forecast.
 
     Raises:
-        ModelError: there is no such architecture. DataError: a local data file cannot be used.
-        UsageError: the budget is that of a GPU, and none is here.
+        ModelError: the base has no usable architecture.
+        DataError: a local data file cannot be used.
+        UsageError: the memory budget is auto, but this machine has no GPU and `capacity_bytes` is None.
 
     >>> estimate(Recipe.load("llama-65b"), 48 * 2**30).fits
     """
@@ -108,8 +112,8 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     budget = recipe.training.memory
     if cuda and here.type == "cpu" and budget == "auto" and capacity_bytes is None:
         raise UsageError(
-            "training.memory: auto is what is free on the GPU, and there is none here. Pass --gpu 24GiB, or what your "
-            "GPU has"
+            "training.memory: auto uses the free memory of the GPU, and this machine has no GPU. Pass --gpu 24GiB, "
+            "or the memory of your GPU"
         )
     budget_bytes = None if budget is None else resolve_budget(budget, here, capacity_bytes)
     if capacity_bytes is None:
@@ -119,30 +123,30 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     dataset = _local_dataset(recipe)
     forecaster = Forecaster(arch, cuda=cuda)
     workload = assumed(recipe)
-    found: Plan | None = None
+    chosen: Plan | None = None
     if budget_bytes is not None:
-        found = plan(recipe, _for_plans(workload, dataset, arch), budget_bytes, forecaster, progress)
-        recipe = found.apply(recipe)
+        chosen = plan(recipe, _for_plans(workload, dataset, arch), budget_bytes, forecaster, progress)
+        recipe = chosen.apply(recipe)
         workload = sized(recipe, workload)
     if dataset is not None:
         workload = _of_run(recipe, dataset, arch)
-    foreseen = forecaster.forecast(recipe, workload)
+    expected = forecaster.forecast(recipe, workload)
     rows = tokens = None
     changes: list[Change] = []
     if capacity_bytes is not None:
         advisor = Advisor(recipe, workload, forecaster, capacity_bytes)
         if progress is not None:
-            progress("looking for what would fit")
-        if needed(foreseen) <= capacity_bytes:
+            progress("searching for settings that fit")
+        if needed(expected) <= capacity_bytes:
             rows, tokens = advisor.largest_micro_batch(), advisor.longest_rows()
         else:
             changes = advisor.changes()
-    memory = account(recipe, workload, foreseen, cuda=cuda, capacity_bytes=capacity_bytes)
-    return Estimate(memory, needed(foreseen), capacity_bytes, rows, tokens, changes, found)
+    memory = account(recipe, workload, expected, cuda=cuda, capacity_bytes=capacity_bytes)
+    return Estimate(memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen)
 
 
 def _from_config_alone(recipe: Recipe) -> Recipe:
-    """The recipe with an architecture that comes with the package in the place of the hub's, if it is one."""
+    """Return the recipe with the bundled architecture in place of the hub's, if the package has one for its model."""
     known = KNOWN_ARCHITECTURES.get(recipe.base.model)
     if known is None:
         return recipe
@@ -153,7 +157,7 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
 
 
 def _local_dataset(recipe: Recipe) -> Dataset | None:
-    """The recipe's data if it is here, and a tokenizer to read it with; other rows are taken to be full."""
+    """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
     source = recipe.data.source
     held_out = recipe.data.held_out
     local = LOCAL_FILE.fullmatch(source) and not (
@@ -162,7 +166,7 @@ def _local_dataset(recipe: Recipe) -> Dataset | None:
     if not local:
         return None
     base = recipe.base
-    if base.model.endswith(".json"):  # a config alone has no tokenizer
+    if base.model.endswith(".json"):  # a config file has no tokenizer
         base = base.model_copy(update={"init": "synthetic"})
     if (tokenizer := _tokenizer(base)) is None:
         return None
@@ -172,7 +176,7 @@ def _local_dataset(recipe: Recipe) -> Dataset | None:
 def _for_plans(
     full_rows: Workload, dataset: Dataset | None, arch: Architecture
 ) -> Callable[[Recipe], Workload]:
-    """The largest batches that a plan is made for, as the run itself would make it."""
+    """Return a function from a recipe to the largest batches, the same that a run plans for."""
     if dataset is None:
         return lambda changed: sized(changed, full_rows)
     return lambda changed: of_epoch(changed, dataset, arch)

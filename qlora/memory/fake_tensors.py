@@ -1,4 +1,4 @@
-"""What fake tensors cannot tell, said in their stead: values that transformers asks for, shapes of some operations."""
+"""Substitutes for what fake tensors lack: values that transformers reads, and shapes of some operations."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from qlora.runtime.patches import rows_packed
 
 
 def faked(batch: Batch, fake: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with each tensor made fake."""
+    """Return the batch with fake tensors."""
     positions = batch.position_ids
     return replace(
         batch,
@@ -26,9 +26,9 @@ def faked(batch: Batch, fake: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def as_packed(batch: Batch) -> AbstractContextManager[None]:
-    """Tell transformers whether rows hold several documents: it reads that from values, which fake tensors lack.
+    """Tell transformers whether rows contain several documents; it would read values, which fake tensors lack.
 
-    Where none does it needs no attention mask, and takes another way through attention.
+    If no row contains several, transformers makes no attention mask and uses another attention function.
     """
     positions = batch.position_ids
     with real_values():
@@ -36,10 +36,10 @@ def as_packed(batch: Batch) -> AbstractContextManager[None]:
 
 
 def keep_all_layers(model: nn.Module) -> None:
-    """No layer is dropped at random: some OPTs of transformers draw a number for each, and ask it."""
+    """Switch off LayerDrop: transformers' OPT draws a random number for each layer and reads its value."""
 
     def keep(module: nn.Module, _: Any) -> None:
-        module.training = False  # of this module alone: its layers go on training
+        module.training = False  # only this module: its layers keep their training mode
 
     for module in model.modules():
         if hasattr(module, "layerdrop"):
@@ -47,11 +47,11 @@ def keep_all_layers(model: nn.Module) -> None:
 
 
 class MetaKernels(TorchDispatchMode):
-    """Shapes of operations for which torch can tell them of some dtypes only."""
+    """Output shapes of operations whose meta kernels support only some dtypes."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard costs more than the mode
+        return False  # nothing is compiled here, and the check costs more than the mode
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -62,7 +62,7 @@ class MetaKernels(TorchDispatchMode):
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *_: Any) -> Tensor:
-    """The products of a mixture's experts: rows [N, K] by [E, K, M], or, for the weights, [K, N] by [N, M]."""
+    """Return an empty result of a grouped product: [N, K] by [E, K, M], or, for weight gradients, [K, N] by [N, M]."""
     if b.ndim == 3:
         return a.new_empty(a.shape[0], b.shape[2])
     return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])

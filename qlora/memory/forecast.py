@@ -1,9 +1,8 @@
-"""What memory a run will take, part by part, from its recipe and its model's config.json alone.
+"""Memory forecast of a run, part by part, from its recipe and its model's config.json.
 
-The very step of training (`objective.step`) is run under FakeTensorMode: no storage, no weights, no GPU.
-What it would allocate is counted as in a measurement (`live.py`). Of alike layers only a few are run, and the
-trace is stretched (`repeat.py`). What no tensor shows, a GPU's context and the allocator's slack, is added as
-constants.
+The training step itself (`objective.step`) runs under FakeTensorMode: no storage, no weights, no GPU. Its allocations
+are counted as in a measurement (`live.py`). Of equal layers only a few run, and their part of the trace is repeated
+(`repeat.py`). Constants are added for memory that is not in tensors: the CUDA context and the allocator's slack.
 """
 
 import itertools
@@ -39,25 +38,28 @@ from qlora.runtime.fake import FakeTensors
 from qlora.runtime.phases import Phase, announce
 
 KEPT_LAYERS = 3
-"""of a run of alike layers: the first and the last have neighbours of another kind, the middle one is the rule"""
+"""layers that run of a group of equal layers: first and last have other neighbours, the middle one is typical"""
 
 KEPT_OFFLOADED = 5
-"""the same where their inputs go to the host, each as the next layer begins: the first's, the embeddings, stays too"""
+"""the same with offloaded inputs: an input goes to the host as the next layer begins, and the first input, the
+embeddings, also stays on the GPU"""
 
 FEW_CHUNKS = 3
+"""chunks of an optimizer update that run; all others are equal"""
 
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
-"""torch gives cuBLAS 32 MiB on Hopper (8 MiB before it), once for each thread that multiplies: forward, backward"""
+"""torch gives cuBLAS 32 MiB on Hopper (8 MiB on older GPUs) for each of the two threads that multiply: forward and
+backward"""
 
 DEVICE_CONTEXT_BYTES = 550 * 10**6
-"""CUDA context with torch's and bitsandbytes' kernels; assumed, not measured yet"""
+"""CUDA context with the kernels of torch and bitsandbytes; assumed, not measured yet"""
 
 FRAGMENTATION_STATIC, FRAGMENTATION_TRANSIENT = 0.006, 0.09
-"""what torch's allocator reserves beyond what lives: gaps that the making of the model left, as a share of it, and
-those between the tensors of a layer in flight, as a share of these (`benchmarks/null_gpu`). What is saved for the
-backward lies close together"""
+"""memory that torch's allocator reserves beyond live tensors (`benchmarks/null_gpu`): gaps left by loading the model,
+as a share of the model; gaps between the tensors of the layer in flight, as a share of these tensors. Saved activations
+leave almost no gaps"""
 
-_STANDING = (
+_PERMANENT = (
     "base_nf4",
     "quantization_statistics",
     "base_unquantized",
@@ -65,10 +67,10 @@ _STANDING = (
     "gradients",
     "optimizer_state",
 )
-_PASSING = ("working_set", "logits_and_loss", "dequantization")
+_TEMPORARY = ("working_set", "logits_and_loss", "dequantization")
 
 Fake = Callable[[Tensor], Tensor]
-"""a real tensor -> a fake one"""
+"""real tensor -> fake tensor"""
 
 Row = NDArray[np.int64]
 """[parts]"""
@@ -80,36 +82,36 @@ _COLUMN = {part: index for index, part in enumerate(PARTS)}
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take."""
+    """Forecast memory of a run."""
 
     trace: Trace
     batch: Batch
-    """the micro-batch that takes the most"""
+    """the micro-batch with the highest peak"""
     layers: int
     checkpointed_layers: int
     checkpointed_mlps: int
-    """layers beside those of which the MLP alone is recomputed"""
+    """further layers, of which only the MLP is recomputed"""
     loss_chunk: int
     host_bytes: int
-    """of host memory, for what a GPU is spared; paged optimizer state, which may come, is not counted"""
+    """host memory used by CPU offload; paged optimizer state, which can move to the host, is not counted"""
     parameters: int
-    """of the whole model, adapters not counted"""
+    """parameters of the whole model, adapters not counted"""
     trained_parameters: int
 
     @property
     def total_bytes(self) -> int:
-        """At the peak."""
+        """Live bytes at the peak."""
         return int(self.trace.totals.max())
 
 
 def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bool) -> Forecast:
-    """Live bytes of an optimizer step and an evaluation on the largest batches of a run.
+    """Forecast the live bytes of an optimizer step and an evaluation on the largest batches of a run.
 
     Args:
-        recipe: what is run.
-        workload: its largest batches; their tensors are read for their shapes only.
-        arch: of the recipe's base.
-        cuda: on a GPU, else on this machine's CPU.
+        recipe: the recipe.
+        workload: the largest batches of the run; only the shapes of their tensors are used.
+        arch: architecture of the recipe's base.
+        cuda: True for a GPU, False for this machine's CPU.
 
     >>> forecast(recipe, assumed(recipe), architecture(recipe, cuda=True), cuda=True).total_bytes
     """
@@ -117,10 +119,10 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
 
 
 class Forecaster:
-    """Makes forecasts with one architecture, and keeps the models and traces that several of them share.
+    """Makes forecasts for one architecture; caches the models and traces that forecasts share.
 
-    Two plans that differ in how many layers are recomputed, not in whether any are, share their traces: a search
-    through all of them traces a few.
+    Plans share their traces if they differ in how many layers are recomputed, but not in whether any are. So a search
+    over all plans makes only a few traces.
 
     >>> forecaster = Forecaster(architecture(recipe, cuda=True), cuda=True)
     >>> [forecaster.forecast(recipe, resized(workload, rows=rows)).total_bytes for rows in (1, 2, 4)]
@@ -134,7 +136,7 @@ class Forecaster:
         self._updates: dict[Hashable, tuple[Row, Rows]] = {}
 
     def forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
-        """As the function `forecast`; `recipe` is one whose base and adapter make this architecture."""
+        """Forecast like the function `forecast`. The recipe's base and adapter must be those of the architecture."""
         arch, cuda = self.arch, self.cuda
         whole, mlps = checkpointed(recipe, arch.layers)
         few = KEPT_OFFLOADED if cuda and recipe.training.activation_offloading else KEPT_LAYERS
@@ -143,12 +145,12 @@ class Forecaster:
         with self._fakes.made() as fake, torch.random.fork_rng([]):
             model, optimizer = self._few_layers(small, sum(kept))
             batch, step, evaluation = self._passes(model, optimizer, workload, fake, small, copies)
-            standing = _standing(model, copies)
+            frozen = _frozen(model, copies)
             optimizer_state, update = self._update(recipe)
         trace = _joined(step, update, evaluation)
-        rows = trace.parts + standing + optimizer_state
+        rows = trace.parts + frozen + optimizer_state
         if cuda:
-            rows = rows + _beside_the_tensors(rows, offload=recipe.training.activation_offloading)
+            rows = rows + _not_in_tensors(rows, offload=recipe.training.activation_offloading)
         trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
         total = sum(parameter.numel() for parameter in arch.model.parameters())
         return Forecast(
@@ -164,7 +166,7 @@ class Forecaster:
         )
 
     def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:
-        """A model of so many layers that recomputes what the recipe says, and its optimizer."""
+        """Return a model of `layers` layers with the recipe's checkpointing, and its optimizer."""
         key = layers, *(part.model_dump_json() for part in (recipe.base, recipe.adapter, recipe.optimizer))
         if key not in self._models:
             dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
@@ -186,10 +188,9 @@ class Forecaster:
         recipe: Recipe,
         copies: list[tuple[int, int]],
     ) -> tuple[Batch, Trace, Trace | None]:
-        """The micro-batch that takes the most, its passes, and an evaluation.
+        """Return the micro-batch with the highest peak, the trace of its step and the trace of an evaluation.
 
-        Passes are those of the whole model, see `repeat_all` about the `copies` of its layers; what stands in memory
-        all through the run is left out.
+        The traces cover all layers (see `repeat_all` for `copies`), without the memory that is permanent in a run.
         """
         objective = objective_of(recipe)
         layers = len(decoder_layers(model))
@@ -215,7 +216,8 @@ class Forecaster:
             return repeat_all(trace, copies)
 
         batch, most = workload.train, whole(trace(workload.train, step))
-        # With fewer tokens than the largest, the densest can only take more in the loss: half a step tells
+        # The densest micro-batch has fewer tokens than the largest, so only its loss can need more memory: first trace
+        # no more than the forward pass and the loss
         dense = workload.densest
         if dense is not None and whole(trace(dense, to_loss)).totals.max() > most.totals.max():
             batch, most = dense, whole(trace(dense, step))
@@ -223,7 +225,7 @@ class Forecaster:
         return batch, most, None if evaluated is None else trace(evaluated, evaluation)
 
     def _update(self, recipe: Recipe) -> tuple[Row, Rows]:
-        """`_trace_of_update`, made once for each optimizer."""
+        """Return `_trace_of_update`, cached for each optimizer."""
         key = recipe.optimizer.model_dump_json(), recipe.training.max_grad_norm
         if key not in self._updates:
             self._updates[key] = _trace_of_update(self.arch, recipe)
@@ -231,7 +233,7 @@ class Forecaster:
 
 
 def _shapes(batch: Batch) -> Hashable:
-    """All that a trace reads of a batch; its positions follow from its documents."""
+    """Return the properties of a batch that decide its trace. Positions follow from the documents."""
     packed = batch.position_ids is not None
     return tuple(batch.input_ids.shape), packed, batch.documents, batch.tokens, batch.supervised
 
@@ -239,7 +241,7 @@ def _shapes(batch: Batch) -> Hashable:
 def _trace(
     model: nn.Module, optimizer: Optimizer, batch: Batch, run: Callable[[Batch], object], fake: Fake
 ) -> Trace:
-    """What comes and goes while `run` works on a fake of the batch, less what stands in memory before."""
+    """Trace `run` on a fake of the batch, without the memory that is live before."""
     known = inventory.inventory(model, optimizer)
     experts = any("experts" in name for name, _ in model.named_modules())
     kernels = MetaKernels() if experts else nullcontext()
@@ -249,7 +251,7 @@ def _trace(
 
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
-    """The passes, the update after them, then the evaluation."""
+    """Join the traces of the passes, the update and the evaluation."""
     rows, marks = [step.parts, update], [*step.marks, Mark(len(step.parts), Phase.UPDATE)]
     if evaluation is not None:
         marks.append(Mark(len(step.parts) + len(update), Phase.EVALUATION))
@@ -258,27 +260,27 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
 
 
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
-    """What the optimizer over all that is trained holds, and the rows of an update.
+    """Return the permanent bytes of the optimizer over all trained parameters, and the trace rows of an update.
 
-    One parameter stands for all of a kind: the optimizer lays them end to end in any case, and updates them
-    chunk by chunk, of which a few show what all do.
+    One parameter replaces all parameters of the same dtype and weight decay, because the optimizer lays them end to end
+    anyway. It updates them in equal chunks, so a few chunks are enough.
     """
     sizes: dict[tuple[torch.dtype, bool], int] = {}
     for parameter in trainable_parameters(arch.model).values():
-        kind = parameter.dtype, parameter.ndim >= 2  # weight decay is for matrices
+        kind = parameter.dtype, parameter.ndim >= 2  # only matrices have weight decay
         sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
-    standing = _row(inventory.of_optimizer(_optimizer_over(sizes, recipe)))
+    permanent = _row(inventory.of_optimizer(_optimizer_over(sizes, recipe)))
     few = {kind: min(blocks, FEW_CHUNKS * CHUNK_SIZE // BLOCK_SIZE) for kind, blocks in sizes.items()}
     optimizer = _optimizer_over(few, recipe)
     known = list(inventory.of_optimizer(optimizer))
     with LiveBytes(known) as live:
         optimizer.clip(recipe.training.max_grad_norm)
         optimizer.step(recipe.optimizer.lr)
-    return standing, live.trace().parts - _row(known)
+    return permanent, live.trace().parts - _row(known)
 
 
 def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer over so many blocks of each (dtype, is a matrix)."""
+    """Build the recipe's optimizer over the given number of blocks of each (dtype, is a matrix)."""
     whole = nn.Module()
     for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
         shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
@@ -286,8 +288,8 @@ def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recip
     return build_optimizer(whole, recipe)
 
 
-def _standing(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
-    """[parts]: the frozen model, with the layers that were left out."""
+def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
+    """Return the bytes [parts] of the frozen model, including the layers that do not run."""
     layers = decoder_layers(model)
     row = _row(inventory.of_model(model))
     for layer, count in copies:
@@ -296,7 +298,7 @@ def _standing(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
 
 
 def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
-    """[parts]: bytes of the tensors' storages, each counted once."""
+    """Return the bytes [parts] of the tensors' storages, each counted once."""
     row = np.zeros(len(PARTS), dtype=np.int64)
     seen = set()
     for tensor, part in tensors:
@@ -307,35 +309,38 @@ def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
     return row
 
 
-def _beside_the_tensors(rows: Rows, *, offload: bool) -> Row:
-    """[parts]: what a process takes of a GPU beside its tensors. `offload`: what is saved comes and goes as well."""
+def _not_in_tensors(rows: Rows, *, offload: bool) -> Row:
+    """Return the GPU bytes [parts] that are not in tensors. With `offload`, saved activations are temporary too."""
     row = np.zeros(len(PARTS), dtype=np.int64)
-    standing, passing = (
+    permanent, temporary = (
         rows[:, [_COLUMN[part] for part in parts]].sum(axis=1).max()
-        for parts in (_STANDING, (*_PASSING, "saved_activations") if offload else _PASSING)
+        for parts in (_PERMANENT, (*_TEMPORARY, "saved_activations") if offload else _TEMPORARY)
     )
     row[_COLUMN["working_set"]] = CUBLAS_WORKSPACE_BYTES
-    row[_COLUMN["allocator_slack"]] = int(FRAGMENTATION_STATIC * standing + FRAGMENTATION_TRANSIENT * passing)
+    row[_COLUMN["allocator_slack"]] = int(
+        FRAGMENTATION_STATIC * permanent + FRAGMENTATION_TRANSIENT * temporary
+    )
     row[_COLUMN["device_context"]] = DEVICE_CONTEXT_BYTES
     return row
 
 
 def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -> int:
-    """What `qlora.model.offload` takes: the embedding, and inputs of so many layers, each in a block of a power of two.
+    """Return the host bytes of `qlora.model.offload`: the embedding, and the inputs of `layers` layers.
 
-    Up to twice as much where micro-batches are of many sizes: torch keeps pinned blocks of each.
+    Each input takes a pinned block, rounded up to a power of two. With micro-batches of many sizes the host can need
+    twice as much, because torch keeps blocks of each size.
     """
     embedding = arch.model.get_input_embeddings().weight
-    found = embedding.nbytes if recipe.base.embedding == "host" else 0
+    size = embedding.nbytes if recipe.base.embedding == "host" else 0
     if recipe.training.activation_offloading and layers:
         tokens = batch.input_ids.numel() if arch.padded else batch.tokens
         hidden = arch.config.get_text_config().hidden_size
-        found += layers * (1 << (tokens * hidden * embedding.itemsize - 1).bit_length())
-    return found
+        size += layers * (1 << (tokens * hidden * embedding.itemsize - 1).bit_length())
+    return size
 
 
 def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """How many layers are run of each kind, of which there are `counts`, and which stand for how many more."""
+    """Return how many layers of each kind run, of `counts`, and (layer, number of further layers it represents)."""
     if not arch.alike:
         return list(counts), []
     kept = [min(count, few) for count in counts]
@@ -354,18 +359,17 @@ def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
 
 @contextmanager
 def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """Note in the trace when the passes enter and leave each decoder layer."""
+    """Mark in the trace where the passes enter and leave each decoder layer."""
 
     def enter(number: int, module: nn.Module, args: Any) -> None:
-        if live.clock.phase != Phase.BACKWARD:  # there, a checkpointed layer runs forward again
+        if live.clock.phase != Phase.BACKWARD:  # in the backward pass a checkpointed layer runs forward again
             live.clock.mark(number)
 
     def leave(number: int, module: nn.Module, args: Any, output: Any) -> None:
         if live.clock.phase == Phase.BACKWARD:
             return
-        if (
-            number == last
-        ):  # else what the layer's frame holds is let go only after this, before the next enters
+        # A layer frees its local tensors only after this hook, so the layer's segment ends where the next layer begins
+        if number == last:
             live.clock.mark()
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:

@@ -1,4 +1,4 @@
-"""The tensors that stand in memory all through a run, and the part each belongs to."""
+"""Tensors that stay in memory during the whole run, each with its memory category."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ _KINDS = {
 
 
 def of_model(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
-    """(tensor, part) for everything frozen in a model, a linear's codes and statistics apart."""
+    """Yield (tensor, part) for all frozen tensors of a model; NF4 codes and their statistics are separate parts."""
     for module in model.modules():
         if isinstance(module, nn.Linear) or is_nf4(module):
             if quant_state(module) is not None:
@@ -29,11 +29,11 @@ def of_model(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
 
 
 def of_optimizer(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
-    """(tensor, part) for what is trained, its gradients and the optimizer's state."""
+    """Yield (tensor, part) for the trained parameters, their gradients and the optimizer state."""
     for kind, tensor in optimizer.tensors():
         yield tensor, "optimizer_state_paged" if is_paged(tensor) else _KINDS[kind]
 
 
 def inventory(model: nn.Module, optimizer: Optimizer) -> list[tuple[Tensor, str]]:
-    """All of them. A storage that several tensors share counts once, by the first."""
+    """Return (tensor, part) for both. A storage that several tensors share belongs to the first of them."""
     return [*of_optimizer(optimizer), *of_model(model)]

@@ -1,10 +1,10 @@
-"""Live tensor bytes, counted as they come and go: with real tensors a measurement, with fake ones a forecast.
+"""Live tensor bytes, counted at each allocation and release. Real tensors give a measurement, fake tensors a forecast.
 
-A dispatch mode sees every tensor that an operation returns. The first sight of its storage is a birth, and a
-weak reference tells of its death. (The `MemTracker` of torch.distributed does this too, but refuses frozen
-parameters.) What an operation takes and returns to the allocator inside itself is not seen.
+A dispatch mode sees every tensor that an operation returns. A new storage is counted as born; a weak reference
+reports its death. (`MemTracker` of torch.distributed works alike, but refuses frozen parameters.) Memory that an
+operation allocates and frees internally is not seen.
 
-The phases are those that `objective` and `training` announce, see `qlora.runtime.phases`.
+`objective` and `training` announce the phases, see `qlora.runtime.phases`.
 """
 
 import itertools
@@ -23,9 +23,10 @@ from qlora.memory.parts import PARTS
 from qlora.runtime.phases import Allocation, Phase
 
 PARTS_BY_NAME: dict[str, str] = {Phase.LOSS: "logits_and_loss", Allocation.DEQUANTIZATION: "dequantization"}
-"""what is announced by these names belongs to a part of its own"""
+"""announced name -> part of the storages born under it"""
+
 ROUNDING = 512
-"""bytes; torch's CUDA allocator hands out multiples of this"""
+"""bytes; torch's CUDA allocator allocates multiples of this"""
 
 _COLUMN = {part: index for index, part in enumerate(PARTS)}
 _PHASES: tuple[str, ...] = tuple(Phase)
@@ -33,19 +34,19 @@ _PHASES: tuple[str, ...] = tuple(Phase)
 
 @dataclass(slots=True)
 class _Block:
-    """One storage. `died` is None while it lives."""
+    """One storage. `born` and `died` are numbers of events; `died` is None while it lives."""
 
     size_bytes: int
     born: int
     phase: str
     part: str | None
-    """known at birth, or None: to be told from what becomes of it"""
+    """the part, if known at birth; otherwise the lifetime decides"""
     died: int | None = None
 
 
 @dataclass(frozen=True)
 class Mark:
-    """From event `index` on, the process was in `phase`, and in decoder layer `layer` if that is known."""
+    """Phase, and decoder layer if known, from event `index` until the next mark."""
 
     index: int
     phase: str
@@ -54,43 +55,43 @@ class Mark:
 
 @dataclass(frozen=True)
 class Trace:
-    """Live bytes over time: row i of `parts` [events, len(PARTS)] is what lives after event i, by part."""
+    """Live bytes over time: row i of `parts` [events, len(PARTS)] has the live bytes after event i."""
 
     parts: NDArray[np.int64]
     marks: Sequence[Mark]
 
     @property
     def totals(self) -> NDArray[np.int64]:
-        """[events]"""
+        """Live bytes over all parts [events]."""
         return self.parts.sum(axis=1)
 
     def announced(self) -> "Trace":
-        """From the first phase on: before it, only what was known is entered."""
+        """Return the trace from the first phase on. Earlier events only enter the tensors that were live before."""
         start = self.marks[0].index if self.marks else 0
         return Trace(self.parts[start:], [replace(mark, index=mark.index - start) for mark in self.marks])
 
     def without(self, row: NDArray[np.int64]) -> "Trace":
-        """Less `row` [parts] at every moment."""
+        """Return the trace with `row` [parts] subtracted from every event."""
         return Trace(self.parts - row, self.marks)
 
     def peak(self) -> tuple[str, dict[str, int]]:
-        """The phase with the most live bytes, and what lived then by part."""
+        """Return the phase of the peak and the live bytes by part at the peak."""
         index = int(self.totals.argmax())
         parts = {part: int(self.parts[index, column]) for part, column in _COLUMN.items()}
         return self.phase_at(index), parts
 
     def phase_at(self, index: int) -> str:
-        """The phase of event `index`."""
+        """Return the phase of event `index`."""
         place = bisect_left(self.marks, index + 1, key=lambda mark: mark.index) - 1
         return self.marks[place].phase if place >= 0 else ""
 
     def segments(self) -> Iterator[tuple[Mark, int]]:
-        """Every mark with the event at which the next one takes over."""
+        """Yield every mark with the event of the next mark."""
         ends = [mark.index for mark in self.marks[1:]] + [len(self.parts)]
         yield from zip(self.marks, ends, strict=True)
 
     def phases(self) -> dict[str, int]:
-        """The most live bytes in each phase that occurred."""
+        """Return the peak of each phase that occurred."""
         totals = self.totals
         highest: dict[str, int] = {}
         for mark, end in self.segments():
@@ -100,7 +101,7 @@ class Trace:
         return highest
 
     def timeline(self, samples: int = 600) -> dict[str, Any]:
-        """A step at `samples` points at most, each the highest moment of its stretch, for a picture."""
+        """Return one step for a picture, at most `samples` events: the peak of each of as many intervals."""
         totals = self.totals
         start = self.marks[0].index if self.marks else 0
         later = (mark.index for mark in self.marks if mark.phase == Phase.EVALUATION and mark.index > start)
@@ -119,7 +120,7 @@ class Trace:
 
 @dataclass
 class _Clock:
-    """Events so far, and what is going on."""
+    """Number of events so far, stack of announced names and marks."""
 
     now: int = 0
     stack: list[str | None] = field(default_factory=list)
@@ -127,12 +128,12 @@ class _Clock:
 
     @property
     def phase(self) -> str:
-        """An evaluation is one phase, whatever goes on within it."""
+        """The current phase. An evaluation is one phase; phases announced inside it do not count."""
         known = [name for name in self.stack if name in _PHASES]
         return Phase.EVALUATION if Phase.EVALUATION in known else known[-1] if known else ""
 
     def mark(self, layer: int | None = None) -> None:
-        """Note the phase and layer from here on."""
+        """Mark the phase and layer from the next event on."""
         mark = Mark(self.now + 1, self.phase, layer)
         if self.marks and self.marks[-1].index == mark.index:
             self.marks.pop()
@@ -140,9 +141,11 @@ class _Clock:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages on one kind of device that live while the mode is on.
+    """Dispatch mode that counts the live storages on one kind of device.
 
-    known: tensors that live already, with the part they belong to. device: "cpu" or "cuda".
+    Args:
+        known: tensors that are live already, each with its part.
+        device: "cpu" or "cuda".
 
     >>> with LiveBytes(inventory(model, optimizer), "cpu") as live:
     ...     accumulate(model, batches, seed=0, step=0)
@@ -156,26 +159,26 @@ class LiveBytes(TorchDispatchMode):
         self._blocks: list[_Block] = []
         self._alive: dict[int, tuple[weakref.ref[Any], _Block]] = {}
         for tensor, part in known:
-            self._see(tensor, part)
+            self._add(tensor, part)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard costs more than the counting
+        return False  # nothing is compiled here, and the check costs more than the counting
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name: str = func._schema.name
         if name.startswith("profiler::"):
-            self._hear(name, args)
+            self._update_stack(name, args)
         out = func(*args, **(kwargs or {}))
         part = "dequantization" if name.startswith("bitsandbytes::dequantize") else None
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
-                self._see(tensor, part)
+                self._add(tensor, part)
         return out
 
-    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+    def _update_stack(self, event: str, args: tuple[Any, ...]) -> None:
         if event.startswith("profiler::_record_function_enter"):
             name = args[0] if args[0] in (*Phase, *Allocation) else None
             self.clock.stack.append(name)
@@ -186,8 +189,8 @@ class LiveBytes(TorchDispatchMode):
         if name in _PHASES:
             self.clock.mark()
 
-    def _see(self, tensor: Tensor, part: str | None) -> None:
-        """Note the tensor's storage, if it is new."""
+    def _add(self, tensor: Tensor, part: str | None) -> None:
+        """Count the tensor's storage, unless it is known."""
         if tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
@@ -198,23 +201,23 @@ class LiveBytes(TorchDispatchMode):
         if size == 0:
             return
         if Allocation.HOST in self.clock.stack:
-            size = 0  # from here on, wherever it is seen again
+            size = 0  # host memory: never counted, also when it is seen later
         announced = [PARTS_BY_NAME[name] for name in self.clock.stack if name in PARTS_BY_NAME]
         if part is None and announced:
             part = announced[-1]
         self.clock.now += 1
         block = _Block(size, self.clock.now, self.clock.phase, part)
         self._blocks.append(block)
-        self._alive[key] = weakref.ref(storage, lambda _: self._bury(key, block)), block
+        self._alive[key] = weakref.ref(storage, lambda _: self._remove(key, block)), block
 
-    def _bury(self, key: int, block: _Block) -> None:
+    def _remove(self, key: int, block: _Block) -> None:
         if self._alive.get(key, (None, None))[1] is block:
             del self._alive[key]
         self.clock.now += 1
         block.died = self.clock.now
 
     def trace(self) -> Trace:
-        """What has happened so far."""
+        """Return the trace so far."""
         changes = np.zeros((self.clock.now + 1, len(PARTS)), dtype=np.int64)
         backwards = [mark.index for mark in self.clock.marks if mark.phase == Phase.BACKWARD]
         for block in self._blocks:
@@ -226,7 +229,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _part(block: _Block, backwards: Sequence[int]) -> str:
-    """What a forward pass leaves for the backward pass is saved; everything else is in flight."""
+    """Return the part of a block: saved activations live from forward to backward, all else is the working set."""
     if block.phase == Phase.FORWARD:
         place = bisect_left(backwards, block.born)
         if place < len(backwards) and (block.died is None or block.died >= backwards[place]):

@@ -1,7 +1,7 @@
-"""What memory a run really takes.
+"""Measured memory of a run.
 
-The process's own peaks cost nothing and are always there. What they consist of is told by `LiveBytes`, which
-slows a step down, so a run has one step watched: the one with its largest micro-batch.
+The peaks of the process cost nothing and are always known. `LiveBytes` measures their parts, but slows a step down, so
+a run watches only the steps with its largest micro-batches.
 """
 
 import gc
@@ -24,18 +24,18 @@ from qlora.optim import Optimizer
 
 @dataclass(frozen=True)
 class Peak:
-    """Highest memory since the process began. None where there is no such number."""
+    """Peak memory since the process began. None if the device has no such counter."""
 
     resident_bytes: int
-    """the process's resident set on the host (getrusage)"""
+    """resident set of the process on the host (getrusage)"""
     allocated_bytes: int | None = None
-    """live tensors on the device (torch's caching allocator)"""
+    """live tensors on the device, counted by torch's caching allocator"""
     reserved_bytes: int | None = None
-    """what the allocator took from the device for them"""
+    """device memory that the allocator reserved for them"""
 
 
 def peak(device: torch.device) -> Peak:
-    """The peaks so far."""
+    """Return the peaks so far."""
     # Linux counts ru_maxrss in KiB, macOS in bytes
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -45,23 +45,23 @@ def peak(device: torch.device) -> Peak:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a run which starts now may take."""
+    """Return the bytes that a run can use if it starts now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("Linux says MemAvailable since 2014")
+    raise AssertionError("/proc/meminfo has no MemAvailable; Linux has it since 2014")
 
 
 def capacity_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU; None for a CPU, which shares its own with everything else."""
+    """Return the memory of a GPU in bytes; None for a CPU, which shares its memory with other processes."""
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Switch garbage collection off meanwhile: it comes at a chance moment, and would free memory within a step."""
+    """Switch garbage collection off: at a random moment it would free memory in the middle of a step."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -72,7 +72,13 @@ def _uncollected() -> Iterator[None]:
 
 
 class Watch:
-    """Watches those steps and evaluations of a run that `wanted` names by their number.
+    """Measures the live bytes of selected steps and evaluations of a run.
+
+    Args:
+        model: the model of the run.
+        optimizer: its optimizer.
+        device: the device whose tensors are counted.
+        wanted: returns True for the number of a step to measure.
 
     >>> watch = Watch(model, optimizer, device, wanted={0}.__contains__)
     >>> with watch.over(step):
@@ -91,7 +97,7 @@ class Watch:
 
     @contextmanager
     def over(self, step: int, *, evaluation: bool = False) -> Iterator[None]:
-        """Count what lives while step number `step`, or the evaluation before it, is done."""
+        """Measure step number `step`, or the evaluation before it, if it is wanted."""
         if not self._wanted(step):
             yield
             return
@@ -111,7 +117,7 @@ class Watch:
             self._highest = trace
 
     def measured(self) -> dict[str, Any] | None:
-        """The object `measured` of memory.json; None when no step has been watched."""
+        """Return the object `measured` of memory.json; None if no step was measured."""
         if self._highest is None or not self._steps:
             return None
         phase, parts = self._highest.peak()
@@ -119,7 +125,7 @@ class Watch:
         if process.allocated_bytes is not None and process.reserved_bytes is not None:
             parts = self._of_gpu(parts, process.allocated_bytes, process.reserved_bytes)
         steps = "one step" if self._steps == 1 else f"{self._steps} steps"
-        what = "what the driver reports" if self._driver_bytes else "live tensor bytes"
+        what = "bytes reported by the driver" if self._driver_bytes else "live tensor bytes"
         return {
             "what": f"{what}, over {steps}",
             "total_bytes": sum(parts.values()),
@@ -134,7 +140,7 @@ class Watch:
         }
 
     def _of_gpu(self, parts: dict[str, int], allocated: int, reserved: int) -> dict[str, int]:
-        """The parts of live tensors, with what only the allocator and the driver see."""
+        """Return the parts of live tensors, with the memory that only the allocator and the driver see."""
         paged = parts["optimizer_state_paged"]
         seen = sum(parts.values()) - paged
         own = {

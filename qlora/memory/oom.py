@@ -1,4 +1,4 @@
-"""Out of memory, said in a way that helps."""
+"""Out-of-memory errors with advice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from qlora.recipe import Recipe, Training
 
 @contextmanager
 def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
-    """Turn torch's out-of-memory error into an OutOfMemoryError that names the settings to change."""
+    """Turn torch's out-of-memory error into an OutOfMemoryError with settings that use less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:

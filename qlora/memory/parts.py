@@ -1,4 +1,4 @@
-"""What memory goes to: the parts by which every estimate, forecast and measurement is told."""
+"""Memory categories of every estimate, forecast and measurement."""
 
 PARTS: dict[str, str] = {
     "base_nf4": "base, NF4",
@@ -15,4 +15,4 @@ PARTS: dict[str, str] = {
     "allocator_slack": "allocator slack",
     "device_context": "CUDA context",
 }
-"""key in memory.json -> label, in the order in which they are shown"""
+"""key in memory.json -> label, in display order"""

@@ -1,12 +1,11 @@
-"""A budget instead of knobs: the fastest way to run a recipe that is forecast to fit into so much memory.
+"""Plan for a memory budget: the fastest settings of a recipe that are forecast to fit.
 
-With a frozen base an optimizer step is two passes of matrix products over the tokens, forward and input
-gradients, and most of a third for every layer that is recomputed. What free memory can hold is therefore not
-recomputed: checkpointing all layers costs up to half as much again. Where memory falls short, layers first give up
-what their MLPs keep, and only when all have done so the rest. A byte costs about as much either way: at the shapes of
-Llama 3.1 8B whole layers cost a tenth less of products, and attention besides, which is as much again from documents
-of 4,096 tokens on. Each pass also dequantizes every weight once, however few the tokens, which speaks for large
-micro-batches.
+With a frozen base an optimizer step takes two passes of matrix products over the tokens (forward and input gradients),
+and most of a third pass for every recomputed layer. Checkpointing all layers therefore costs up to half as much again,
+so a plan recomputes no more than memory requires. It first recomputes MLPs alone, and whole layers only once all MLPs
+are recomputed. Both cost about the same for each byte saved: at the shapes of Llama 3.1 8B, whole layers repeat a tenth
+fewer products, but also the attention, which costs that tenth with documents of about 4,096 tokens. Each pass also
+dequantizes every weight once, for any number of tokens, so large micro-batches are faster.
 """
 
 from bisect import bisect_left
@@ -22,14 +21,14 @@ from qlora.recipe import Recipe, Training
 from qlora.recipe.sizes import unit_for
 
 DEQUANTIZATION_TOKENS = 300
-"""tokens whose products cost as much as dequantizing the weights once: on an H100 2.5 bytes a weight at 3 TB/s
-against 2 FLOP at 790 TFLOP/s; a CPU is not far from it"""
+"""tokens whose products take as long as dequantizing the weights once: on an H100 2.5 bytes a weight at 3 TB/s
+compared with 2 FLOP at 790 TFLOP/s; similar on a CPU"""
 
 SMALL_LOSS_CHUNK = 256
-
+"""loss chunk that plans and advice try if the recipe's own does not fit"""
 
 Progress = Callable[[str], object]
-"""hears what is being tried"""
+"""called with a line of text before each forecast"""
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Policy:
     micro_batch_size: int
     checkpointed_layers: int
     checkpointed_mlps: int
-    """of the layers beside those"""
+    """further layers, of which only the MLP is recomputed"""
     offload: bool
-    """the inputs of those that are recomputed are kept on the host"""
+    """True if the inputs of recomputed layers are kept on the host"""
     loss_chunk: int
 
     @property
@@ -55,13 +54,13 @@ class Policy:
         }
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """The recipe with these settings, and without a budget."""
+        """Return the recipe with these settings and without a budget."""
         return changed(recipe, memory=None, **self.settings)
 
 
 @dataclass(frozen=True)
 class Plan(Policy):
-    """A policy that fits, and what it is forecast to take."""
+    """A policy that fits, and its forecast memory."""
 
     layers: int
     needed_bytes: int
@@ -91,18 +90,18 @@ def plan(
     forecaster: Forecaster,
     progress: Progress | None = None,
 ) -> Plan:
-    """The settings with the least work a step among those forecast to fit.
+    """Find the settings with the least work a step among those that are forecast to fit.
 
     Args:
-        recipe: its global batch stays; micro-batch, checkpointing and loss chunk are chosen. Inputs of layers go to
-            the host if it says so, or if nothing fits else.
-        workload_of: the largest batches of a recipe's run, for its micro-batch size.
-        budget_bytes: of a GPU, paged optimizer state not counted, for it may leave.
-        forecaster: of the recipe's architecture.
-        progress: hears of each forecast before it is made.
+        recipe: the recipe. Its global batch stays; micro-batch size, checkpointing and loss chunk are chosen. Layer
+            inputs are offloaded to the host if the recipe asks for it, or if nothing else fits.
+        workload_of: returns the largest batches of a recipe's run, which depend on its micro-batch size.
+        budget_bytes: device memory. Paged optimizer state does not count, because it can move to the host.
+        forecaster: forecaster for the recipe's architecture.
+        progress: called with a line of text before each forecast.
 
     Raises:
-        OutOfMemoryError: one row at a time with everything recomputed does not fit; says how much it takes.
+        OutOfMemoryError: one row at a time with everything recomputed does not fit; the message states its size.
     """
     search = _Search(recipe, workload_of, budget_bytes, forecaster, progress)
     arch, offload = forecaster.arch, recipe.training.activation_offloading
@@ -114,9 +113,9 @@ def plan(
         least = Policy(1, arch.layers, 0, offload and arch.layers > 0, search.loss_chunks[-1])
         unit = unit_for(budget_bytes)
         raise OutOfMemoryError(
-            f"training.memory: one row at a time, every layer recomputed, is forecast to take "
-            f"{unit.text(search.need(least).all_bytes)} of {unit.text(budget_bytes)}. `qlora estimate` with "
-            "--gpu tells what else could be changed"
+            f"training.memory: one row at a time with every layer recomputed is forecast to need "
+            f"{unit.text(search.need(least).all_bytes)}, the budget is {unit.text(budget_bytes)}. Run `qlora estimate` "
+            "with --gpu to see what else can be changed"
         )
     return Plan(
         **vars(best), layers=arch.layers, needed_bytes=search.need(best).all_bytes, budget_bytes=budget_bytes
@@ -124,14 +123,14 @@ def plan(
 
 
 class _Need(NamedTuple):
-    """What a policy takes, as `needed`, and at least how much of it with any other loss chunk."""
+    """Memory of a policy: `needed`, and a lower bound for any other loss chunk."""
 
     all_bytes: int
     without_logits: int
 
 
 class _Search:
-    """Looks for the policy with the least work that fits; each is forecast once."""
+    """Search for the policy with the least work that fits. Each policy is forecast once."""
 
     def __init__(
         self,
@@ -154,10 +153,10 @@ class _Search:
         self.need = cache(self._need)
 
     def best(self, offload: bool) -> Policy | None:
-        """The policy with the least work among those that fit, None if none does.
+        """Return the policy with the least work among those that fit; None if none fits.
 
-        With the same rows, a policy of more work takes less memory: where the last of those with less work than the
-        best so far fits, bisection finds the first that does.
+        With the same number of rows, a policy with more work takes less memory. So bisection finds the policy with the
+        least work that fits, among those with less work than the best so far.
         """
 
         def fits(policy: Policy) -> bool:
@@ -176,7 +175,7 @@ class _Search:
         return best
 
     def policies(self, rows: int, offload: bool) -> list[Policy]:
-        """All ways to recompute, by work, from nothing to everything: MLPs first, then whole layers."""
+        """Return all policies in order of work, from no recomputation to all: MLPs first, then whole layers."""
         layers = self.forecaster.arch.layers
         _, mlp = self.recomputed
         counts = [(whole, 0 if mlp is None else layers - whole) for whole in range(layers + 1)]
@@ -187,7 +186,7 @@ class _Search:
         ]
 
     def fitting(self, policy: Policy) -> Policy | None:
-        """The policy with the largest loss chunk that fits, None if none does."""
+        """Return the policy with the largest loss chunk that fits; None if none fits."""
         for chunk in self.loss_chunks:
             policy = replace(policy, loss_chunk=chunk)
             need = self.need(policy)
@@ -204,13 +203,13 @@ class _Search:
                 f"{policy.checkpointed_mlps} MLPs recomputed, logits of {policy.loss_chunk} tokens"
             )
         workload = self.workload(policy.micro_batch_size, policy.loss_chunk)
-        found = self.forecaster.forecast(policy.apply(self.recipe), workload)
-        _, parts = found.trace.peak()
-        size = needed(found)
+        forecast = self.forecaster.forecast(policy.apply(self.recipe), workload)
+        _, parts = forecast.trace.peak()
+        size = needed(forecast)
         return _Need(size, size - parts["logits_and_loss"] - parts["allocator_slack"])
 
     def work(self, policy: Policy) -> float:
-        """Work of a step in tokens through all weights."""
+        """Return the work of a step, in tokens that pass through all weights."""
         whole, mlp = self.recomputed
         recomputed = whole * policy.checkpointed_layers + (mlp or 0) * policy.checkpointed_mlps
         passes = 2 + recomputed / max(1, self.forecaster.arch.layers)
@@ -220,20 +219,20 @@ class _Search:
         return passes * (tokens + DEQUANTIZATION_TOKENS * micro_batches)
 
 
-def needed(found: Forecast) -> int:
-    """Bytes of the device that a run cannot do without: paged optimizer state may move to the host."""
-    _, parts = found.trace.peak()
+def needed(forecast: Forecast) -> int:
+    """Return the device bytes that a run requires. Paged optimizer state does not count: it can move to the host."""
+    _, parts = forecast.trace.peak()
     return sum(parts.values()) - parts["optimizer_state_paged"]
 
 
 def changed(recipe: Recipe, **training: object) -> Recipe:
-    """The recipe with other `training` settings, each as a recipe states it."""
+    """Return the recipe with other `training` settings, given in the form of a recipe."""
     checked = Training.model_validate(training)
     update = {name: getattr(checked, name) for name in training}
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=update)})
 
 
 def sized(recipe: Recipe, workload: Workload) -> Workload:
-    """`workload` with the recipe's micro-batch size, and rows no longer than it allows."""
+    """Return `workload` with the recipe's micro-batch size, its rows cut to the recipe's maximum length."""
     tokens = min(workload.train.input_ids.shape[1], recipe.data.max_length)
     return resized(workload, rows=recipe.training.micro_batch_size, tokens=tokens)

@@ -1,8 +1,8 @@
-"""A trace of a few layers, stretched to many.
+"""Extends a trace of a few decoder layers to many.
 
-The layers of a decoder are alike. A step through three of them tells what the one in the middle does, and a step
-through eighty is the same with its part repeated: in the forward pass each copy starts where the one before it
-left off, in the backward pass they come in reverse. Exact for layers of equal shapes; a test holds it.
+The layers of a decoder are equal. In a step through three layers the middle one is typical, and a step through eighty
+repeats its part of the trace. In the forward pass each copy starts at the memory level where the previous one ended; in
+the backward pass the order is reversed. The result is exact for layers of equal shapes, as a test checks.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from qlora.runtime.phases import Phase
 
 
 def repeat(trace: Trace, layer: int, copies: int) -> Trace:
-    """The trace of a model in which `copies` more layers like `layer` follow it.
+    """Return the trace of a model with `copies` more layers like `layer` after it.
 
-    In the phases forward and evaluation the segments of `layer` are repeated after it, in the phase backward
-    before it. Numbers of later layers are raised.
+    The segments of `layer` are repeated after it in the phases forward and evaluation, before it in the phase
+    backward. Later layers get higher numbers.
     """
     if copies == 0:
         return trace
@@ -25,7 +25,7 @@ def repeat(trace: Trace, layer: int, copies: int) -> Trace:
     pieces = []
     marks: list[Mark] = []
     length = 0
-    lifted = 0  # copies whose saved activations live at this moment
+    lifted = 0  # number of copies whose saved activations are live
 
     def add(start: int, end: int, mark: Mark, number: int | None) -> None:
         nonlocal length
@@ -53,7 +53,7 @@ def repeat(trace: Trace, layer: int, copies: int) -> Trace:
 
 
 def _growth(trace: Trace, layer: int) -> np.ndarray:
-    """[parts]: what the forward pass through `layer` leaves alive."""
+    """Return the bytes [parts] that stay live after the forward pass through `layer`."""
     (segment,) = [
         (mark.index, end)
         for mark, end in trace.segments()
@@ -63,7 +63,7 @@ def _growth(trace: Trace, layer: int) -> np.ndarray:
 
 
 def repeat_all(trace: Trace, copies: Sequence[tuple[int, int]]) -> Trace:
-    """`repeat` for several (layer, copies), the numbers being those of `trace`."""
+    """Apply `repeat` for several (layer, copies); layer numbers are those of `trace`."""
     for layer, count in sorted(copies, reverse=True):
         trace = repeat(trace, layer, count)
     return trace

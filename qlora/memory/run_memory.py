@@ -1,4 +1,4 @@
-"""The memory of one run: forecast before it starts, watched while it goes, written into its folder."""
+"""Memory of one run: forecast before it starts, measured during the run, written into its folder."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,10 @@ from qlora.recipe.sizes import unit_for
 
 @dataclass(frozen=True)
 class RunMemory:
-    """What a run is forecast to take. `forecast` is None where the architecture defies one; `note` says why."""
+    """Forecast and measurement of a run.
+
+    If the architecture cannot be forecast, `forecast` is None and `note` has the reason.
+    """
 
     recipe: Recipe
     workload: Workload
@@ -37,23 +40,27 @@ class RunMemory:
 
     @classmethod
     def of(cls, recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, device: torch.device) -> Self:
-        """Forecast a run of `steps` steps. Never fails: a run does not depend on being forecast."""
+        """Forecast a run of `steps` steps. A failed forecast does not stop the run.
+
+        Raises:
+            QloraError: the recipe has an error that would also stop the run.
+        """
         cuda = device.type == "cuda"
         workload = None
         try:
             arch = architecture(recipe, cuda=cuda)
             workload = of_run(recipe, dataset, batches, steps, arch)
-            found = forecast(recipe, workload, arch, cuda=cuda)
+            made = forecast(recipe, workload, arch, cuda=cuda)
         except QloraError:
-            raise  # a recipe's mistake, which the run would find too
-        except Exception as error:  # noqa: BLE001 - architectures of others fail in their own ways
+            raise  # an error in the recipe, which would also stop the run
+        except Exception as error:  # noqa: BLE001 - unknown architectures can fail in any way
             workload = workload or of_run(recipe, dataset, batches, steps, None)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
-        return cls(recipe, workload, device, found, _told(found, device))
+        return cls(recipe, workload, device, made, _summary(made, device))
 
     def watched(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
-        """With a watch over the steps that have the run's largest micro-batches, or over all."""
+        """Return a copy that measures the steps with the run's largest micro-batches, or every step."""
         largest = {self.workload.step, self.workload.densest_step}
 
         def wanted(step: int) -> bool:
@@ -62,11 +69,11 @@ class RunMemory:
         return replace(self, watch=measure.Watch(model, optimizer, self.device, wanted))
 
     def over(self, step: int, *, evaluation: bool = False) -> AbstractContextManager[None]:
-        """Around step number `step`, or around the evaluation before it."""
+        """Return a context for step number `step`, or for the evaluation before it, that measures it if wanted."""
         return nullcontext() if self.watch is None else self.watch.over(step, evaluation=evaluation)
 
     def account(self) -> dict[str, Any] | None:
-        """memory.json's content; None without a forecast."""
+        """Return the content of memory.json; None without a forecast."""
         if self.forecast is None:
             return None
         return account(
@@ -79,9 +86,9 @@ class RunMemory:
         )
 
     def content(self, folder: Path) -> Mapping[str, Any] | None:
-        """The account for the memory.json of the run in `folder`; None without a forecast.
+        """Return the content of memory.json for the run in `folder`; None without a forecast.
 
-        A resumed run that no longer comes by the watched step keeps what was measured before.
+        If this session measured no step, as after a resume, the earlier measurement in the folder is kept.
         """
         content = self.account()
         if content is None:
@@ -94,10 +101,16 @@ class RunMemory:
 def budgeted(
     recipe: Recipe, dataset: Dataset, device: torch.device, progress: Progress | None = None
 ) -> Plan:
-    """How to run the recipe within its budget, `training.memory`; `progress` hears what is tried.
+    """Plan the recipe for its budget, `training.memory`.
+
+    Args:
+        recipe: a recipe with `training.memory`.
+        dataset: its data.
+        device: the device of the run.
+        progress: called with a line of text before each forecast.
 
     Raises:
-        OutOfMemoryError: nothing fits.
+        OutOfMemoryError: no settings fit.
     """
     assert recipe.training.memory is not None
     cuda = device.type == "cuda"
@@ -112,29 +125,29 @@ def budgeted(
     )
 
 
-def _told(found: Forecast, device: torch.device) -> str:
-    """The forecast in one line."""
-    phase, parts = found.trace.peak()
+def _summary(forecast: Forecast, device: torch.device) -> str:
+    """Return the forecast in one line."""
+    phase, parts = forecast.trace.peak()
     total, paged = sum(parts.values()), parts["optimizer_state_paged"]
     unit = unit_for(total)
-    line = f"memory forecast {unit.text(total)}, the most in {phase}"
+    line = f"memory forecast {unit.text(total)}, peak in {phase}"
     if paged:
-        line += f"; {unit.text(paged)} of it may move to the host"
-    if found.host_bytes:
-        line += f"; and {unit.text(found.host_bytes)} of the host"
+        line += f"; {unit.text(paged)} of it can move to the host"
+    if forecast.host_bytes:
+        line += f"; also {unit.text(forecast.host_bytes)} of host memory"
         free = measure.free_bytes(torch.device("cpu"))
-        if found.host_bytes > free:
-            line += f", which has {unit.text(free)} free: leave out training.activation_offloading or base.embedding"
+        if forecast.host_bytes > free:
+            line += f", but only {unit.text(free)} is free: remove training.activation_offloading or base.embedding"
     capacity = measure.capacity_bytes(device)
-    if capacity is not None and needed(found) > capacity:
+    if capacity is not None and needed(forecast) > capacity:
         line += (
-            f". This GPU has {unit.text(capacity)}: it will not fit. "
-            "`qlora estimate` names changes that would, training.memory=auto makes some of them"
+            f". This GPU has {unit.text(capacity)}: the run will not fit. Run `qlora estimate` for changes "
+            "that make it fit, or set training.memory=auto"
         )
     return line
 
 
 def _measured_before(folder: Path) -> dict[str, Any] | None:
-    """What an earlier part of the same run measured."""
+    """Return the measurement of an earlier session of the same run."""
     file = folder / "memory.json"
     return json.loads(file.read_text())["measured"] if file.is_file() else None

@@ -1,4 +1,4 @@
-"""The batches that decide what memory a run takes: its largest."""
+"""The largest batches of a run, which decide its peak memory."""
 
 from dataclasses import dataclass, replace
 
@@ -11,16 +11,16 @@ from qlora.recipe import Recipe
 
 @dataclass(frozen=True)
 class Workload:
-    """What a forecast runs."""
+    """The batches of a forecast."""
 
     train: Batch
     evaluation: Batch | None
     basis: str
-    """where the shapes come from, in words"""
+    """source of the shapes, as text"""
     step: int = 0
     """the optimizer step (0-based) that has `train`"""
     densest: Batch | None = None
-    """the micro-batch that trains the most tokens, if those are more than in `train`: its logits may take more"""
+    """the micro-batch with the most trained tokens, if it has more than `train`: its logits can take more memory"""
     densest_step: int = 0
     """the optimizer step (0-based) that has `densest`"""
 
@@ -30,7 +30,12 @@ def of_run(
 ) -> Workload:
     """Find the largest micro-batches of a run's steps and of its evaluations.
 
-    Without an architecture, padding counts, and the densest micro-batch is not looked for.
+    Args:
+        recipe: the recipe.
+        dataset: its data.
+        batches: the training batches of the run.
+        steps: number of optimizer steps.
+        arch: architecture of the base. If None, padding counts and the densest micro-batch is not determined.
     """
     padded = arch is None or arch.padded
     loss_chunk = 0 if arch is None else arch.loss_chunk(recipe)
@@ -53,20 +58,20 @@ def of_run(
 
 
 def of_epoch(recipe: Recipe, dataset: Dataset, arch: Architecture) -> Workload:
-    """The largest micro-batches of a whole epoch: a plan for them holds when a resumed run takes more steps."""
+    """Find the largest micro-batches of a whole epoch, so that a plan also fits if a resumed run takes more steps."""
     batches = training_batches(dataset, recipe)
     return of_run(recipe, dataset, batches, batches.steps_per_epoch, arch)
 
 
 def assumed(recipe: Recipe) -> Workload:
-    """Full rows, every token of them trained: the most that the recipe allows, whatever the data."""
+    """Return full rows with every token trained: the upper limit of the recipe for any data."""
     shape = (recipe.training.micro_batch_size, recipe.data.max_length)
     input_ids = torch.zeros(shape, dtype=torch.int64)  # [B, T]
     labels = torch.zeros(shape, dtype=torch.int64)
     labels[:, 0] = IGNORE_INDEX
     positions, documents = None, None
     if recipe.data.packing:
-        halves = -(shape[1] // -2), shape[1] // 2  # several documents a row, as packing is for
+        halves = -(shape[1] // -2), shape[1] // 2  # packing puts several documents into a row
         positions = torch.cat([torch.arange(half) for half in halves]).repeat(shape[0], 1)
         documents = (halves,) * shape[0]
     supervised = shape[0] * (shape[1] - 1)
@@ -79,9 +84,9 @@ def assumed(recipe: Recipe) -> Workload:
 
 
 def resized(workload: Workload, *, rows: int | None = None, tokens: int | None = None) -> Workload:
-    """The same load with other micro-batches: `rows` rows of `tokens` tokens, the same share of them trained.
+    """Return the workload with micro-batches of `rows` rows of `tokens` tokens, the same share of them trained.
 
-    An evaluation on batches no larger than those trained on never takes the most, and is left out.
+    An evaluation whose batches are not larger than the training batches is dropped: it never has the peak.
     """
 
     def batch(old: Batch) -> Batch:
@@ -105,8 +110,8 @@ def resized(workload: Workload, *, rows: int | None = None, tokens: int | None =
 
 
 def _repeated(lengths: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """The documents of one row, over and over, until there are `tokens`."""
-    found: list[int] = []
-    while (left := tokens - sum(found)) > 0:
-        found.append(min(lengths[len(found) % len(lengths)], left))
-    return tuple(found)
+    """Repeat the document lengths of one row until they sum to `tokens`."""
+    repeated: list[int] = []
+    while (left := tokens - sum(repeated)) > 0:
+        repeated.append(min(lengths[len(repeated) % len(lengths)], left))
+    return tuple(repeated)

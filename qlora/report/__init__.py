@@ -1,1 +1,1 @@
-"""The report of a run: one page that anyone can open."""
+"""Reports of a run: report.html, memory tables and pictures, pictures of adapter spectra."""

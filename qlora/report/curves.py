@@ -1,4 +1,4 @@
-"""The curves of a run: drawn by matplotlib for the page, and as data for the script that names a point."""
+"""Curves of a run: drawn by matplotlib for the page, and as data for the script that reads out a point."""
 
 import math
 from dataclasses import dataclass
@@ -9,20 +9,23 @@ from qlora.report.history import History
 from qlora.report.pictures import ACCENT, SECOND
 
 INCHES = (4.6, 2.7)
-"""of a chart: narrow enough for its text to be read on a phone"""
+"""size of a chart: narrow enough for text that is readable on a phone"""
 
 LEFT, BOTTOM, RIGHT, TOP = 0.115, 0.11, 0.955, 0.88
-"""edges of the plot within its chart, in fractions from the lower left; the page lays the cursor over it"""
+"""edges of the plot in its chart, as fractions from the lower left; the page lays the cursor over the plot"""
 
 POINTS = 400
-"""at most so many a curve; of more, the lowest and the highest of each stretch are kept"""
+"""most points of a curve; a longer curve keeps the lowest and the highest point of each stretch"""
+
+HEADROOM = 0.05
+"""least distance of a curve from the edges of its plot, as a share of the values' range"""
 
 MARKS: dict[str, dict[str, Any]] = {
     "line": {"color": ACCENT, "linewidth": 1.3},
     "faint": {"color": ACCENT, "linewidth": 0.6, "alpha": 0.45},
     "dots": {"color": SECOND, "linewidth": 1.3, "marker": "o", "markersize": 4},
 }
-"""a line, a noisy line behind another, and joined dots"""
+"""a line, a noisy line behind another line, and joined dots"""
 
 Point = tuple[int, float]
 """(step, value)"""
@@ -30,11 +33,12 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve, drawn as its mark says."""
+    """One curve."""
 
     name: str
     points: list[Point]
     mark: str = "line"
+    """key of MARKS"""
 
     @property
     def finite(self) -> list[Point]:
@@ -44,20 +48,20 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the same steps and with the same unit."""
+    """Curves over the same steps, with the same unit."""
 
     title: str
     unit: str
     series: list[Series]
     last_step: int
     style: str = "number"
-    """of the numbers: number, count (1,234) or power (1.00e-4)"""
+    """format of the numbers: number, count (1,234) or power (1.00e-4)"""
 
     @property
     def svg(self) -> str:
-        """The chart as an SVG element, its curves interrupted where a value is not finite.
+        """The chart as an SVG element. A value that is not finite interrupts its curve.
 
-        The scale begins at zero, unless the values differ and are far from it.
+        The scale begins at zero, unless the values differ little. A constant curve is in the middle of the plot.
         """
         with pictures.figure(*INCHES) as figure:
             axes = figure.add_axes((LEFT, BOTTOM, RIGHT - LEFT, TOP - BOTTOM))
@@ -71,8 +75,12 @@ class Chart:
                 axes.plot(*zip(*series.points, strict=True), label=series.name, clip_on=False, **mark)
             values = [value for series in self.series for _, value in series.finite]
             low, high = min(values, default=0.0), max(values, default=1.0)
-            if low >= 0 and (low <= 0.6 * high or low == high):
-                axes.update_datalim([(0, 0), (0, high or 1.0)])
+            if low == high:
+                axes.update_datalim([(0, 0), (0, 2 * high)] if high else [(0, -1), (0, 1)])
+            else:
+                zero_based = 0 <= low <= 0.6 * high
+                room = HEADROOM * (high - (0 if zero_based else low))
+                axes.update_datalim([(0, 0 if zero_based else low - room), (0, high + room)])
             axes.set_xlim(0, self.last_step)
             axes.grid(axis="y")
             if len(self.series) > 1:
@@ -81,7 +89,7 @@ class Chart:
 
     @property
     def description(self) -> str:
-        """The chart in words, for those who do not see it."""
+        """The chart in words, for screen readers."""
         ends = [
             f"{series.name} from {series.finite[0][1]:.4g} to {series.finite[-1][1]:.4g}"
             for series in self.series
@@ -91,7 +99,7 @@ class Chart:
 
     @property
     def data(self) -> dict[str, Any]:
-        """For the page's script. JSON has no NaN: null is not finite."""
+        """The chart as JSON for the page's script. Values that are not finite are null: JSON has no NaN."""
         return {
             "last": self.last_step,
             "style": self.style,
@@ -106,7 +114,7 @@ class Chart:
 
 
 def charts(history: History) -> list[Chart]:
-    """Loss with held-out loss, learning rate, gradient norm and speed; none before the first step."""
+    """Return the charts of loss, learning rate, gradient norm and speed; none before the first step."""
     steps, last = history.steps, history.last_step
     if not steps:
         return []
@@ -114,7 +122,7 @@ def charts(history: History) -> list[Chart]:
     def curve(key: str) -> list[Point]:
         return [(step["step"], float(step[key])) for step in steps]
 
-    losses = _with_mean("loss", curve("loss"))
+    losses = _with_mean("training loss", curve("loss"))
     if history.held_out_losses:
         losses.append(Series("held-out loss", thinned(history.held_out_losses), "dots"))
     return [
@@ -132,7 +140,7 @@ def charts(history: History) -> list[Chart]:
 
 
 def _with_mean(name: str, points: list[Point]) -> list[Series]:
-    """A curve; of a longer run also its mean over a hundredth of the run, as single steps are noisy."""
+    """Return a curve and, for a long run, its trailing mean over 1% of the run, because single steps are noisy."""
     kept, window = thinned(points), len(points) // 100
     if window < 2:
         return [Series(name, kept)]
@@ -140,7 +148,7 @@ def _with_mean(name: str, points: list[Point]) -> list[Series]:
 
 
 def trailing_means(points: list[Point], at: list[Point], window: int) -> list[Point]:
-    """The mean of the finite values of `window` points up to each of those in `at`."""
+    """Return a point for each of `at`: the mean of the finite values of the last `window` points up to it."""
     position = {step: i for i, (step, _) in enumerate(points)}
     means = []
     for step, _ in at:
@@ -151,7 +159,7 @@ def trailing_means(points: list[Point], at: list[Point], window: int) -> list[Po
 
 
 def thinned(points: list[Point]) -> list[Point]:
-    """At most POINTS points, among them the extremes of every stretch, what is not finite, and the last."""
+    """Reduce to at most POINTS points; keep the last, those that are not finite and the extremes of each stretch."""
     if len(points) <= POINTS:
         return points
     stretch = math.ceil(2 * len(points) / (POINTS - 1))
@@ -163,5 +171,5 @@ def thinned(points: list[Point]) -> list[Point]:
 
 
 def _value(point: Point) -> float:
-    """What is not finite is the lowest, so that it is kept."""
+    """Return the value for a comparison; one that is not finite is the lowest, so that it is kept."""
     return point[1] if math.isfinite(point[1]) else -math.inf

@@ -1,4 +1,4 @@
-"""The few numbers by which a run is judged."""
+"""Key figures of a run, at the top of the page."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Headline:
-    """A number, what it is of, and what puts it into proportion."""
+    """A key figure: its label, its value and a note that puts the value into context."""
 
     label: str
     value: str
@@ -23,15 +23,22 @@ class Headline:
 
 
 def headlines(recipe: Recipe, history: History, result: Json | None, memory: Json | None) -> list[Headline]:
-    """Loss, steps, time, speed and memory, as far as they are known; `result` and `memory` are the run's files."""
-    found = [
+    """Return the known ones of loss, steps, time, speed and memory.
+
+    Args:
+        recipe: the run's recipe.
+        history: the run's metrics.jsonl.
+        result: content of result.json; None while the run is unfinished.
+        memory: content of memory.json, if the run was forecast.
+    """
+    figures = [
         *_loss(history),
         _steps(recipe, history, result),
         *_time(history, result),
         *_speed(history),
         *_memory(history, result, memory),
     ]
-    return [headline for headline in found if headline.value]
+    return [headline for headline in figures if headline.value]
 
 
 def _loss(history: History) -> Iterator[Headline]:
@@ -50,7 +57,7 @@ def _loss(history: History) -> Iterator[Headline]:
 
 
 def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.4g}" if loss < 100 else "beyond measure"
+    return f"{math.exp(loss):,.4g}" if loss < 100 else "out of range"
 
 
 def _steps(recipe: Recipe, history: History, result: Json | None) -> Headline:
@@ -63,7 +70,10 @@ def _steps(recipe: Recipe, history: History, result: Json | None) -> Headline:
 
 
 def _time(history: History, result: Json | None) -> Iterator[Headline]:
-    """Of a resumed run the result knows the last session only; then the steps alone take longer than that."""
+    """Yield the run's time.
+
+    The result of a resumed run covers only its last session. If the steps took longer, their time is shown.
+    """
     if result and result["seconds"] >= history.seconds:
         yield Headline("Time", duration(result["seconds"]), f"{duration(history.seconds)} of it in steps")
     elif history.steps:
@@ -71,7 +81,7 @@ def _time(history: History, result: Json | None) -> Iterator[Headline]:
 
 
 def duration(seconds: float) -> str:
-    """`54 s`, `12 min 5 s`, `3 h 20 min`."""
+    """Return a duration as text: `54 s`, `12 min 5 s`, `3 h 20 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -85,22 +95,22 @@ def _speed(history: History) -> Iterator[Headline]:
         supervised = sum(step["supervised_tokens"] for step in history.steps)
         yield Headline(
             "Tokens a second", f"{history.tokens_per_second:,.0f}",
-            f"{tokens:,} in all, {supervised / tokens:.0%} of them trained",
+            f"{tokens:,} in total, {supervised / tokens:.0%} of them trained",
         )  # fmt: skip
 
 
 def _memory(history: History, result: Json | None, memory: Json | None) -> Iterator[Headline]:
     if memory is not None:
         comparison = Comparison(memory)
-        found, forecast = comparison.found["total_bytes"], comparison.forecast["total_bytes"]
+        peak, forecast = comparison.best["total_bytes"], comparison.forecast["total_bytes"]
         unit = comparison.unit
         if comparison.measured:
             note = (
-                f"in {comparison.found['peak']}; forecast {unit.number(forecast)} ({comparison.total.error})"
+                f"in {comparison.best['peak']}; forecast {unit.number(forecast)} ({comparison.total.error})"
             )
-            yield Headline("Peak memory", unit.text(found), note)
+            yield Headline("Peak memory", unit.text(peak), note)
         else:
-            yield Headline("Peak memory, forecast", unit.text(found), f"in {comparison.found['peak']}")
+            yield Headline("Peak memory, forecast", unit.text(peak), f"in {comparison.best['peak']}")
     elif result:
         allocated, resident = result["memory"]["allocated_bytes"], result["memory"]["resident_bytes"]
         size, note = (

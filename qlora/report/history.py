@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl tells: its steps, its evaluations, its sample answers."""
+"""Contents of a run's metrics.jsonl: steps, evaluations and sample answers."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class History:
-    """The records of a run in their order, by kind; see `qlora.tracking` for what stands in them."""
+    """The records of a run in order, by kind; `qlora.tracking` describes their fields."""
 
     steps: list[Record]
     evaluations: list[Record]
@@ -20,27 +20,27 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """Steps taken so far."""
+        """Number of steps taken so far."""
         return self.steps[-1]["step"] if self.steps else 0
 
     @property
     def seconds(self) -> float:
-        """Time of the steps alone, without loading, evaluations and checkpoints."""
+        """Duration of the steps in seconds, without loading, evaluations and checkpoints."""
         return sum(step["tokens"] / step["tokens_per_second"] for step in self.steps)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the step in the middle; None before the first."""
+        """Median over the steps; None before the first step."""
         return median(step["tokens_per_second"] for step in self.steps) if self.steps else None
 
     @property
     def held_out_losses(self) -> list[tuple[int, float]]:
-        """(step, nats a supervised token) of every evaluation."""
+        """(step, loss in nats a supervised token) of every evaluation."""
         return [(record["step"], float(record["eval_loss"])) for record in self.evaluations]
 
 
 def read(path: Path) -> History:
-    """The history in a metrics.jsonl; of a run that is being written, or was killed, all whole lines."""
+    """Read a metrics.jsonl. Incomplete lines are skipped: a run can be in progress or killed."""
     records = list(_records(path)) if path.is_file() else []
     return History(
         steps=[record for record in records if "loss" in record],

@@ -1,4 +1,4 @@
-"""memory.json in the order and the words in which every report tells it."""
+"""The contents of memory.json, in the order and the words that all memory reports share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,28 +7,41 @@ from typing import Any
 from qlora.memory.parts import PARTS
 from qlora.recipe.sizes import Unit, unit_for
 
-COLUMNS = ("documents: full", "documents: LoRA", "forecast", "measured")
+COLUMNS = ("rule of thumb: full", "rule of thumb: LoRA", "forecast", "measured")
 
-BESIDE = {
+RULE_OF_THUMB = (
+    "The rule of thumb is the arithmetic of the LoRA documents (Hu et al. 2021 and its summaries): 2 bytes a weight, "
+    "2 a gradient, 4 for Adam's two moments of each trained parameter; activations, logits, fp32 copies, dequantized "
+    "weights and the allocator are left out."
+)
+"""footnote of every report with these columns"""
+
+RULE_OF_THUMB_IN_SHORT = (
+    "Rule of thumb (Hu et al. 2021): 2 bytes a weight, 2 a gradient, 4 for Adam;\n"
+    "left out: activations, logits, fp32 copies, dequantized weights, allocator."
+)
+"""the footnote in two lines of at most 80 columns"""
+
+COUNTERS = {
     "allocated_bytes": "allocated by tensors",
     "reserved_bytes": "reserved by the allocator",
-    "driver_bytes": "the process, says the driver",
+    "driver_bytes": "used by the process (driver)",
     "resident_bytes": "resident on the host",
 }
-"""numbers that are no sum of parts, as the allocator, the driver and the operating system report them"""
+"""key in memory.json -> label: readings of the allocator, the driver and the operating system, not sums of parts"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a label and bytes, None where there is no such number."""
+    """One line of a table: a label and its sizes."""
 
     label: str
     sizes: tuple[int | None, ...]
-    """of COLUMNS, or of its last two"""
+    """bytes for each of COLUMNS, or for the last two; None if unknown"""
 
     @property
     def error(self) -> str:
-        """How far the forecast is from the measurement, in percent of it; empty where one is missing."""
+        """Forecast minus measurement, in percent of the measurement; empty if one of them is missing."""
         forecast, measured = self.sizes[-2:]
         if forecast is None or not measured:
             return ""
@@ -36,110 +49,110 @@ class Row:
         return f"{percent:+.1f}%" if percent else "0.0%"
 
     def cells(self, unit: Unit) -> list[str]:
-        """The sizes as text; a dash for nothing, empty for unknown."""
+        """Return the sizes as text: a dash for zero, empty for unknown."""
         return ["" if size is None else unit.number(size) if size else "–" for size in self.sizes]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The documents' estimates, the forecast and the measurement side by side."""
+    """The rule of thumb, the forecast and the measurement of one run."""
 
     memory: Mapping[str, Any]
-    """memory.json"""
+    """content of memory.json"""
 
     @property
     def forecast(self) -> Mapping[str, Any]:
-        """What was forecast."""
+        """The forecast."""
         return self.memory["forecast"]
 
     @property
     def measured(self) -> Mapping[str, Any] | None:
-        """What was measured, if anything was."""
+        """The measurement; None if nothing was measured."""
         return self.memory.get("measured")
 
     @property
-    def found(self) -> Mapping[str, Any]:
-        """What is known best: the measurement, or else the forecast."""
+    def best(self) -> Mapping[str, Any]:
+        """The measurement, or else the forecast."""
         return self.measured or self.forecast
 
     @property
     def columns(self) -> dict[str, Mapping[str, Any] | None]:
         """`total_bytes` and `parts` of each column."""
-        documents = self.memory["documents"]
-        columns = (documents["full"], documents["lora"], self.forecast, self.measured)
+        rule = self.memory["documents"]
+        columns = (rule["full"], rule["lora"], self.forecast, self.measured)
         return dict(zip(COLUMNS, columns, strict=True))
 
     @property
     def capacity_bytes(self) -> int | None:
-        """The device's memory, where it is known."""
+        """Memory of the device; None if unknown."""
         return self.memory["device"]["capacity_bytes"]
 
     @property
     def unit(self) -> Unit:
         """The unit of all numbers."""
-        return unit_for(self.found["total_bytes"])
+        return unit_for(self.best["total_bytes"])
 
     @property
     def rows(self) -> list[Row]:
-        """A row for every part of which some column has anything."""
-        found = {
+        """A row for every part that is not zero in all columns."""
+        sizes = {
             label: tuple(_size(column, part) for column in self.columns.values())
             for part, label in PARTS.items()
         }
-        return [Row(label, sizes) for label, sizes in found.items() if any(sizes)]
+        return [Row(label, row) for label, row in sizes.items() if any(row)]
 
     @property
     def total(self) -> Row:
-        """The totals."""
+        """The totals of the columns."""
         return Row("total", tuple(_size(column) for column in self.columns.values()))
 
     @property
     def phases(self) -> list[Row]:
-        """The highest total in each phase of a step, forecast and measured."""
+        """The peak in each phase of a step, forecast and measured."""
         measured = self.measured["phases"] if self.measured else {}
         return [Row(name, (size, measured.get(name))) for name, size in self.forecast["phases"].items()]
 
     @property
-    def beside(self) -> list[Row]:
-        """The numbers of BESIDE that are known, forecast and measured."""
+    def counters(self) -> list[Row]:
+        """The known readings of COUNTERS, forecast and measured."""
         rows = [
             Row(label, (self.forecast.get(key), (self.measured or {}).get(key)))
-            for key, label in BESIDE.items()
+            for key, label in COUNTERS.items()
         ]
         return [row for row in rows if any(row.sizes)]
 
     @property
     def peak(self) -> str:
-        """How high memory stands at its highest, and when: `Peak 7.12 GiB in backward (forecast 7.19, +1.0%)`."""
-        peak = f"Peak {self.unit.number(self.found['total_bytes'])} {self.unit.name} in {self.found['peak']}"
+        """The peak and its phase: `Peak 7.12 GiB in backward (forecast 7.19, +1.0%)`."""
+        peak = f"Peak {self.unit.number(self.best['total_bytes'])} {self.unit.name} in {self.best['peak']}"
         if self.measured is None:
             return f"{peak} (forecast)"
         return f"{peak} (forecast {self.unit.number(self.forecast['total_bytes'])}, {self.total.error})"
 
     @property
-    def finding(self) -> str:
-        """The peak and the one or two parts that make most of it."""
-        total = self.found["total_bytes"]
-        largest = sorted(self.found["parts"].items(), key=lambda item: -item[1])[:2]
+    def summary(self) -> str:
+        """The peak and its one or two largest parts."""
+        total = self.best["total_bytes"]
+        largest = sorted(self.best["parts"].items(), key=lambda item: -item[1])[:2]
         shares = [f"{size / total:.0%} {PARTS[part]}" for part, size in largest if size >= 0.1 * total]
         return ": ".join(filter(None, [self.peak, "; ".join(shares)]))
 
     @property
     def fit(self) -> str:
-        """The device, and what is left of its memory."""
+        """The device, and the memory that the run leaves free on it."""
         name, capacity = self.memory["device"]["name"], self.capacity_bytes
         if capacity is None:
             return name
-        left = capacity - self.found["total_bytes"]
-        paged = self.found["parts"].get("optimizer_state_paged", 0)
+        left = capacity - self.best["total_bytes"]
+        paged = self.best["parts"].get("optimizer_state_paged", 0)
         verdict = f"{self.unit.text(left)} left" if left >= 0 else f"{self.unit.text(-left)} too little"
         if left < 0 <= left + paged:
-            verdict = f"{self.unit.text(-left)} of the optimizer's state on the host"
+            verdict = f"{self.unit.text(-left)} of the optimizer state on the host"
         return f"{name}, {self.unit.text(capacity)}: {verdict}"
 
     @property
     def workload(self) -> str:
-        """What was computed: the batch, and how."""
+        """The micro-batch, recomputation and loss chunk of the run."""
         work = self.memory["workload"]
         mlps = work.get("checkpointed_mlps")  # older records have none
         return (
@@ -152,7 +165,7 @@ class Comparison:
 
 
 def _size(column: Mapping[str, Any] | None, part: str | None = None) -> int | None:
-    """The total of a column, or one part of it; None where there is no column."""
+    """Return the total of a column, or one part of it; None if there is no such column."""
     if column is None:
         return None
     return column["total_bytes"] if part is None else column["parts"].get(part, 0)

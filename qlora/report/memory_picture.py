@@ -1,6 +1,7 @@
-"""memory.png, and the same two drawings as SVG: bars of estimate, forecast and measurement, and a step by part."""
+"""Memory pictures: bars of rule of thumb, forecast and measurement, and memory in the course of a step by part."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,15 @@ import numpy as np
 
 from qlora.memory.parts import PARTS
 from qlora.report import pictures
-from qlora.report.memory_comparison import Comparison
+from qlora.report.memory_comparison import RULE_OF_THUMB, Comparison
 from qlora.report.pictures import INK, MUTED, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# From the bottom up: what stays first, what comes and goes above it. One hue a family (base, trained, overhead,
-# activations, products) and steps of lightness within it, so they are told apart by all eyes, and in grey.
+# From the bottom up: first the parts that stay all through a step, above them the parts that come and go. Each family
+# (base, trained, overhead, activations, products) has one hue in steps of lightness, distinct for colour-blind eyes and
+# in grey.
 COLOURS = {
     "base_nf4": "#2b5a8c", "quantization_statistics": "#6596c4", "base_unquantized": "#a9c9e6",
     "adapters": "#a8480f", "gradients": "#df8033", "optimizer_state": "#f3b56b", "optimizer_state_paged": "#fadfb8",
@@ -25,74 +27,112 @@ COLOURS = {
 }  # fmt: skip
 
 ON_DARK, ON_LIGHT = "#ffffff", "#101418"
-"""text on a colour of COLOURS, in light and in dark pages alike"""
+"""text on a colour of COLOURS; the same in light and dark pages"""
 
-SVG_INCHES = (5.9, 4.5)
+SVG_INCHES = (4.6, 4.2)
+"""as wide as a chart of the page: text stays readable on a phone"""
+
 LABEL_INCHES = 2.2
-"""of the longest part's name and size, at the font size of the labels"""
+"""width of the longest part's name and size, at the font size of the labels"""
+
+NAME_INCHES, PHASE_INCHES = 0.06, 0.105
+"""width of a character at the same font size: of a part's name in its area, and of a phase's name with its margin"""
+
+TITLE_INCHES = 5
+"""in narrower drawings the notes of a title have a line of their own"""
+
+NOTE_COLUMNS = 165
+"""characters in a line of the footnote"""
 
 BREAK_AT = 1.6
 """a bar this many times as high as all others is broken"""
 
 
 def png(memory: Mapping[str, Any]) -> bytes:
-    """memory.png: bars to the left, a step to the right, the finding above."""
+    """Return memory.png: bars to the left, a step to the right, the peak above, the footnote below."""
     comparison = Comparison(memory)
     with pictures.figure(13, 6.4) as figure:
-        finding = comparison.finding
-        figure.text(0.03, 0.94, finding, fontsize=min(15, 1350 / len(finding)), fontweight="bold")
+        summary = comparison.summary
+        figure.text(0.03, 0.94, summary, fontsize=min(15, 1350 / len(summary)), fontweight="bold")
         details, small = f"{comparison.fit}\n{comparison.workload}", min(9, 1500 / len(comparison.workload))
         figure.text(0.03, 0.865, details, fontsize=small, color=MUTED, linespacing=1.5)
-        left, right = figure.add_axes((0.045, 0.09, 0.44, 0.7)), figure.add_axes((0.55, 0.09, 0.4, 0.7))
-        _bars(left, comparison)
+        footnote = textwrap.fill(RULE_OF_THUMB, NOTE_COLUMNS)
+        figure.text(0.03, 0.02, footnote, color=MUTED, linespacing=1.4)
+        left, right = figure.add_axes((0.045, 0.14, 0.44, 0.66)), figure.add_axes((0.55, 0.14, 0.4, 0.66))
+        _bars(left, comparison, labels=True)
         _timeline(right, comparison)
         return pictures.png(figure)
 
 
 def bars_svg(memory: Mapping[str, Any]) -> str:
-    """The bars as an SVG element whose ink and paper are the page's variables --ink, --muted and --paper."""
+    """Return the bars as an SVG element that takes its ink and paper from the page's variables.
+
+    The page names the parts next to it, see `legend`.
+    """
     with pictures.figure(*SVG_INCHES) as figure:
-        _bars(figure.add_axes((0.06, 0.1, 0.92, 0.82)), Comparison(memory))
+        _bars(figure.add_axes((0.085, 0.1, 0.9, 0.79)), Comparison(memory), labels=False)
         return pictures.svg_element(figure, "bars")
 
 
 def timeline_svg(memory: Mapping[str, Any]) -> str:
-    """The step by part as an SVG element, like `bars_svg`."""
+    """Return memory in the course of a step by part, as an SVG element like `bars_svg`."""
     with pictures.figure(*SVG_INCHES) as figure:
-        _timeline(figure.add_axes((0.06, 0.1, 0.86, 0.82)), Comparison(memory))
+        _timeline(figure.add_axes((0.085, 0.1, 0.815, 0.79)), Comparison(memory))
         return pictures.svg_element(figure, "timeline")
 
 
-def _bars(axes: "Axes", comparison: Comparison) -> None:
+def legend(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (label, colour) of every part in the pictures, in the order of the table."""
+    comparison = Comparison(memory)
+    columns = [column["parts"] for column in comparison.columns.values() if column]
+    in_course = comparison.forecast["timeline"]["parts"]
+    return [
+        (label, COLOURS[part])
+        for part, label in PARTS.items()
+        if any(in_course.get(part, ())) or any(column.get(part) for column in columns)
+    ]
+
+
+def _bars(axes: "Axes", comparison: Comparison, *, labels: bool) -> None:
+    """Draw a bar for each column; with `labels`, the names of the parts are to the right of the last bar."""
     columns = {name: column for name, column in comparison.columns.items() if column is not None}
     top = _top(comparison)
     for x, column in enumerate(columns.values()):
         _bar(axes, x, column, top, comparison)
-    _labels(axes, len(columns) - 1, comparison, top)
     _style(axes, "at the peak", [], len(columns) - 0.6, top, comparison)
-    inches = axes.bbox.width / axes.figure.dpi
-    room = LABEL_INCHES / (inches - LABEL_INCHES)  # for the labels, beside the bars
-    axes.set_xlim(-0.5, (1 + room) * (len(columns) + 0.18) - 0.5)
-    axes.set_xticks(range(len(columns)), [name.replace(": ", ":\n") for name in columns], color=INK)
+    end = len(columns) - 0.5
+    if labels:
+        _labels(axes, len(columns) - 1, comparison, top)
+        room = LABEL_INCHES / (_inches(axes) - LABEL_INCHES)
+        end = (1 + room) * (len(columns) + 0.18) - 0.5
+    axes.set_xlim(-0.5, end)
+    axes.set_xticks(
+        range(len(columns)), [name.replace("rule of ", "rule of\n") for name in columns], color=INK
+    )
+
+
+def _inches(axes: "Axes") -> float:
+    """Return the width of the drawing in inches."""
+    return axes.bbox.width / axes.figure.dpi
 
 
 def _top(comparison: Comparison) -> int:
-    """Where the scale ends: above all bars, unless full fine-tuning would dwarf the others."""
+    """Return the end of the scale: above all bars, unless full fine-tuning would dwarf the others."""
     totals = [size for size in comparison.total.sizes if size is not None]
     whole, others = totals[0], max(totals[1:])
     return _with_capacity(comparison, others if whole > BREAK_AT * others else max(totals))
 
 
 def _with_capacity(comparison: Comparison, top: int) -> int:
-    """The device's memory is shown where the scale need not grow much for it."""
+    """Return `top`, or the device's memory if the scale need not grow much to show it."""
     capacity = comparison.capacity_bytes
     return max(top, capacity) if capacity is not None and capacity < 1.5 * top else top
 
 
 def _bar(axes: "Axes", x: int, column: Mapping[str, Any], top: int, comparison: Comparison) -> None:
-    """One column, its larger parts with their size in them, its total above.
+    """Draw one column, with the sizes of its larger parts inside and its total above.
 
-    A bar beyond the scale is broken: below the break it is to scale, above it stands its last part.
+    A bar that exceeds the scale is broken: to scale below the break, its last part above the break.
     """
     parts = {part: size for part in COLOURS if (size := column["parts"].get(part, 0))}
     total, bottom = column["total_bytes"], 0
@@ -118,8 +158,8 @@ def _bar(axes: "Axes", x: int, column: Mapping[str, Any], top: int, comparison: 
 
 
 def _labels(axes: "Axes", x: int, comparison: Comparison, top: int) -> None:
-    """The parts by name beside the last bar, each at its height or as near as there is room."""
-    parts, bottom, places = comparison.found["parts"], 0.0, {}
+    """Write the names of the parts next to the last bar, each at its height or as near as there is room."""
+    parts, bottom, places = comparison.best["parts"], 0.0, {}
     for part in COLOURS:
         size = parts.get(part, 0)
         if any(column and column["parts"].get(part) for column in comparison.columns.values()):
@@ -136,8 +176,8 @@ def _labels(axes: "Axes", x: int, comparison: Comparison, top: int) -> None:
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The same heights in the same order, moved as little as it takes (least squares) to be `gap` apart."""
-    # Less i * gap, they only have to be in order: neighbours that are not take their common mean.
+    """Move sorted heights as little as possible (least squares) until neighbours are at least `gap` apart."""
+    # After subtracting i * gap, the heights only have to be in order: neighbours out of order take their common mean.
     groups: list[tuple[float, int]] = []
     for i, height in enumerate(heights):
         mean, count = height - i * gap, 1
@@ -150,7 +190,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _timeline(axes: "Axes", comparison: Comparison) -> None:
-    """A step from left to right: the forecast as areas, the measurement as a line."""
+    """Draw a step from left to right: the forecast as areas, the measurement as a line."""
     timeline = comparison.forecast["timeline"]
     parts = {
         part: np.array(timeline["parts"][part]) for part in COLOURS if any(timeline["parts"].get(part, ()))
@@ -162,7 +202,7 @@ def _timeline(axes: "Axes", comparison: Comparison) -> None:
     lower = np.zeros(samples)
     for part, upper in zip(parts, layers, strict=True):
         axes.fill_between(range(samples), lower, upper, color=COLOURS[part], linewidth=0)
-        if not np.ptp(upper):  # between parts that come and go, a line would be a thicket
+        if not np.ptp(upper):  # lines between parts that come and go would hide the areas
             axes.plot(upper, color=PAPER, linewidth=0.4)
         _name(axes, part, lower, upper, top)
         lower = upper
@@ -177,12 +217,12 @@ def _timeline(axes: "Axes", comparison: Comparison) -> None:
 
 
 def _totals(timeline: Mapping[str, Any] | None) -> list[int]:
-    """The height of each sample."""
+    """Return the bytes of each sample over all parts."""
     return [sum(sizes) for sizes in zip(*timeline["parts"].values(), strict=True)] if timeline else []
 
 
 def _measured_line(axes: "Axes", measured: Mapping[str, Any], forecast: Mapping[str, Any]) -> None:
-    """The measured totals, each phase drawn where the forecast has it; phases it has not are left out."""
+    """Draw the measured totals, each phase at its place in the forecast; phases that were not forecast are left out."""
     totals, places = _totals(measured), _spans(forecast)
     for phase, (begin, end) in _spans(measured).items():
         if phase in places:
@@ -191,7 +231,7 @@ def _measured_line(axes: "Axes", measured: Mapping[str, Any], forecast: Mapping[
 
 
 def _spans(timeline: Mapping[str, Any]) -> dict[tuple[str, int], tuple[int, int]]:
-    """(phase, how many of that name were before) -> the samples at which it begins and ends."""
+    """Map (phase, number of earlier phases of that name) to its first and last sample."""
     samples = len(next(iter(timeline["parts"].values())))
     begins = [(0, ""), *timeline["phases"]]
     spans: dict[tuple[str, int], tuple[int, int]] = {}
@@ -202,9 +242,9 @@ def _spans(timeline: Mapping[str, Any]) -> dict[tuple[str, int], tuple[int, int]
 
 
 def _name(axes: "Axes", part: str, lower: np.ndarray, upper: np.ndarray, top: int) -> None:
-    """A part's name inside its area, at the place with the most room, if there is enough."""
+    """Write a part's name into its area where it is highest, if there is room."""
     label = PARTS[part]
-    width = round((0.02 + 0.0115 * len(label)) * len(lower))  # samples, at the font size below
+    width = round((0.1 + NAME_INCHES * len(label)) / _inches(axes) * len(lower))  # [samples]
     if width >= len(lower):
         return
     windows = np.lib.stride_tricks.sliding_window_view
@@ -216,11 +256,11 @@ def _name(axes: "Axes", part: str, lower: np.ndarray, upper: np.ndarray, top: in
 
 
 def _phases(axes: "Axes", timeline: Mapping[str, Any], samples: int, top: int) -> None:
-    """The longer phases by name, on two levels; those without room are left out."""
+    """Write the names of the longer phases on two levels; phases without room are left out."""
     levels: list[list[tuple[float, float]]] = [[], []]
     spans = sorted(_spans(timeline).items(), key=lambda span: span[1][0] - span[1][1])
     for (name, _), (begin, _) in spans:
-        end = begin + 0.02 * len(name) * samples
+        end = begin + PHASE_INCHES / _inches(axes) * len(name) * samples
         free = [n for n, taken in enumerate(levels) if all(end <= a or begin >= b for a, b in taken)]
         if not (name and free):
             continue
@@ -234,7 +274,7 @@ def _phases(axes: "Axes", timeline: Mapping[str, Any], samples: int, top: int) -
 
 
 def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
-    """The forecast's highest point."""
+    """Mark the peak of the forecast."""
     at = int(totals.argmax())
     name = "forecast" if comparison.measured else "peak"
     axes.plot([at], [totals[at]], "o", markersize=5, color=PAPER, markeredgecolor=INK)
@@ -246,9 +286,9 @@ def _peak(axes: "Axes", totals: np.ndarray, comparison: Comparison) -> None:
 
 
 def _style(axes: "Axes", title: str, notes: list[str], end: float, top: int, comparison: Comparison) -> None:
-    """What both drawings share: ticks in the unit, the title where a label would be.
+    """Set the ticks and the title, which both drawings share.
 
-    The device's memory is a line as far as `end`, where the scale reaches it.
+    If the scale reaches the device's memory, a dashed line marks it, up to `end`.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -264,11 +304,13 @@ def _style(axes: "Axes", title: str, notes: list[str], end: float, top: int, com
     axes.set_yticks(shown)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:.4g}"))
     axes.axhline(0, color=MUTED, linewidth=0.8)
-    title = f"{comparison.unit.name} {title}" + (f" ({'; '.join(notes)})" if notes else "")
+    title = f"{comparison.unit.name} {title}"
+    if notes:
+        title += f"{' ' if _inches(axes) > TITLE_INCHES else chr(10)}({'; '.join(notes)})"
     axes.set_title(title, loc="left", fontsize=9, color=MUTED, pad=4)
 
 
 def _on(colour: str) -> str:
-    """Text that can be read on `colour` (relative luminance of sRGB, roughly)."""
+    """Return a text colour that contrasts with `colour` (approximate relative luminance of sRGB)."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return ON_LIGHT if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.22 else ON_DARK

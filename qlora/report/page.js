@@ -1,4 +1,4 @@
-// Names the point under the pointer; the arrow keys move it. Without a script the page lacks nothing else.
+// Reads out the point under the pointer; the arrow keys move it. Everything else works without scripts.
 const number = {
   number: value => String(Number(value.toPrecision(4))),
   count: value => Math.round(value).toLocaleString("en"),

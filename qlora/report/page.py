@@ -1,4 +1,4 @@
-"""report.html: a run on one page, from its folder alone. It asks for nothing else, and runs no script but its own."""
+"""report.html: a run on one page, made from its folder. It loads nothing and runs no script but its own."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from qlora.recipe import Recipe
 from qlora.report import history
 from qlora.report.curves import BOTTOM, LEFT, RIGHT, TOP, charts
 from qlora.report.headlines import headlines
-from qlora.report.memory_comparison import COLUMNS, Comparison
+from qlora.report.memory_comparison import COLUMNS, RULE_OF_THUMB, Comparison
 from qlora.report.samples import prompts
 from qlora.storage import atomic
 
@@ -20,30 +20,33 @@ HERE = Path(__file__).parent
 
 
 def write_page(run: Path) -> Path:
-    """Write `<run>/report.html` from recipe.yaml, metrics.jsonl, result.json and memory.json, as far as they are there.
+    """Write `<run>/report.html` from those of recipe.yaml, metrics.jsonl, result.json and memory.json that exist.
 
-    The run need not be finished. Returns the page's path.
+    The run can be unfinished.
+
+    Returns:
+        Path of the page.
 
     Raises:
-        ModelError: there is no run in the folder, or a file of it cannot be read.
+        ModelError: the folder has no run, or a file of the run cannot be read.
         SaveError: the page cannot be written.
 
     >>> write_page(Path("runs/quickstart"))
     PosixPath('runs/quickstart/report.html')
     """
     page = run / "report.html"
-    # Text from data may hold half a surrogate pair, which no file can: shown as a question mark.
+    # Text from data can contain half a surrogate pair, which UTF-8 cannot encode: write a question mark.
     atomic.write(page, render(run).encode(errors="replace"))
     return page
 
 
 def render(run: Path) -> str:
-    """The page as text; see `write_page`."""
+    """Return the page as text; see `write_page`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     if not ((run / "recipe.yaml").is_file() and (run / "run.json").is_file()):
-        raise ModelError(f"{run}: no run here. Give the folder of a run, as in runs/quickstart")
+        raise ModelError(f"{run}: no run here. Pass the folder of a run, for example runs/quickstart")
     recipe = Recipe.recorded(run / "recipe.yaml")
     records, result = history.read(run / "metrics.jsonl"), _json(run / "result.json")
     memory = _json(run / "memory.json")
@@ -72,7 +75,7 @@ def render(run: Path) -> str:
 
 
 def _lead(recipe: Recipe) -> str:
-    """The recipe in a line: what was trained, how, and on what."""
+    """Return the base, the adapter and the data of the recipe in one line."""
     base, adapter, data = recipe.base, recipe.adapter, recipe.data
     return (
         f"{base.model}{' in NF4' if base.quantization == 'nf4' else ''} · {adapter.summary} · {data.source}"
@@ -80,7 +83,7 @@ def _lead(recipe: Recipe) -> str:
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template shows of memory.json."""
+    """Return the template's variables for memory.json."""
     from markupsafe import Markup
 
     from qlora.report import memory_picture
@@ -89,17 +92,21 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "comparison": comparison,
         "columns": [*COLUMNS, "error"] if comparison.measured else COLUMNS[:-1],
+        "footnote": RULE_OF_THUMB,
         "remarks": memory["documents"]["remarks"],
-        "bars": Markup(memory_picture.bars_svg(memory)),  # from matplotlib, which escapes what it is given
+        "legend": memory_picture.legend(memory),
+        "bars": Markup(memory_picture.bars_svg(memory)),  # matplotlib escapes text
         "timeline": Markup(memory_picture.timeline_svg(memory)),
     }
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file."""
+    """Return the object in a file; None if there is no file."""
     if not file.is_file():
         return None
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
-        raise ModelError(f"{file}: cannot be read: {error}. Remove it, or put it back from a copy") from error
+        raise ModelError(
+            f"{file}: cannot be read: {error}. Remove the file or restore it from a copy"
+        ) from error

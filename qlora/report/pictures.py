@@ -1,4 +1,4 @@
-"""The look that all pictures of a report share: colours, type and grid; figures without a display; SVG for a page."""
+"""Shared look of the report's pictures: colours, type and grid; figures without a display; SVG for a page."""
 
 import io
 import re
@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A page replaces these by its own colours, so that the pictures follow light and dark. No other colour may equal one of
-# them. Blue and orange are told apart by all eyes.
+# A page replaces these colours by its own, so that the pictures follow its light and dark modes. All other colours
+# of a picture must differ from these. Blue and orange stay distinct for colour-blind eyes.
 INK, MUTED, PAPER, LINE, ACCENT, SECOND = "#1f2329", "#68707a", "#fffffe", "#e1e5ea", "#2b5a8d", "#b8500f"
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", PAPER: "--paper", LINE: "--line", ACCENT: "--accent", SECOND: "--second",
 }  # fmt: skip
 
-# No frame, quiet ticks, and plain text: `$` in a device's name is no formula.
+# No frame, no tick marks, and plain text: `$` in a device's name must not start a formula.
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "text.color": INK,
     "font.size": 8,
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # nearly as wide, where a page has no DejaVu
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # Verdana is nearly as wide, for readers without DejaVu
     "axes.facecolor": "none",
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     **{f"{axis}tick.major.size": 0 for axis in "xy"},
@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator["Figure"]:
-    """A figure in inches that needs no display, to be drawn on and saved while STYLE holds."""
+    """Yield a figure of this size in inches that needs no display. Draw and save it inside the context, under STYLE."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -49,19 +49,19 @@ def figure(width: float, height: float) -> Iterator["Figure"]:
 
 
 def png(figure: "Figure") -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as a PNG file."""
     return _saved(figure, "png", dpi=150)
 
 
 def svg_element(figure: "Figure", name: str) -> str:
-    """The figure as an element for a page: its ids begin with `name`, its colours are the page's variables."""
+    """Return the figure as an element for a page. Its ids begin with `name`; its colours are the page's variables."""
     text = _saved(figure, "svg").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     viewbox = re.search(r'viewBox="[^"]*"', text)
     assert viewbox is not None
     text = re.sub(r"<svg[^>]*>", f'<svg {viewbox[0]} style="stroke-linejoin: round">', text, count=1)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # only paths are referred to
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # only paths are referenced
     text = text.replace("xlink:href", "href")
     text = re.sub(r' id="|href="#|url\(#', rf"\g<0>{name}-", text)
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)

@@ -1,20 +1,22 @@
-"""The sample answers of a run, prompt by prompt: how they changed from evaluation to evaluation."""
+"""Sample answers of a run by prompt, from evaluation to evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 PROMPTS = 12
+"""most prompts that are shown"""
+
 EVALUATIONS = 8
-"""at most so many are shown"""
+"""most evaluations that are shown"""
 
 MAX_LENGTH = 4000
-"""characters shown of a text"""
+"""most characters of a text that are shown"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said from step `first` to step `last`."""
+    """The answer of the model from step `first` to step `last`."""
 
     first: int
     last: int
@@ -24,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt, the answer it should get (may be empty), and the answers it got."""
+    """A held-out prompt, its expected answer (can be empty) and the answers of the model."""
 
     text: str
     expected: str
@@ -32,15 +34,18 @@ class Prompt:
 
 
 def prompts(records: Sequence[dict[str, Any]]) -> list[Prompt]:
-    """The first prompts, each with its answers at the first, the last and evenly chosen evaluations between.
+    """Return the first prompts with their answers at up to EVALUATIONS evaluations, evenly spaced from first to last.
 
-    Neighbouring answers that are the same are one.
+    Equal answers at neighbouring evaluations are joined.
+
+    Args:
+        records: the records of metrics.jsonl with `samples`, in order.
     """
     if not records:
         return []
     last = len(records) - 1
     chosen = sorted({round(i * last / (EVALUATIONS - 1)) for i in range(EVALUATIONS)})
-    found = []
+    shown = []
     for number, sample in enumerate(records[-1]["samples"][:PROMPTS]):
         given: list[Answer] = []
         for record in (records[i] for i in chosen):
@@ -51,8 +56,8 @@ def prompts(records: Sequence[dict[str, Any]]) -> list[Prompt]:
                 given[-1] = replace(given[-1], last=step)
             else:
                 given.append(Answer(step, step, _cut(text), text.strip() == sample["reference"].strip()))
-        found.append(Prompt(_cut(sample["prompt"]), _cut(sample["reference"]), given))
-    return found
+        shown.append(Prompt(_cut(sample["prompt"]), _cut(sample["reference"]), given))
+    return shown
 
 
 def _cut(text: str) -> str:

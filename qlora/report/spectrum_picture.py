@@ -1,4 +1,4 @@
-"""What an adapter learned as a picture: effective rank by block and kind of layer, and the fall of the spectra."""
+"""Picture of an adapter's spectra: effective rank by block and kind of layer, and the decay of the singular values."""
 
 import math
 from collections.abc import Mapping
@@ -18,23 +18,29 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 WRITTEN_OUT = 16
-"""Up to so many blocks the numbers stand in the cells."""
-
+"""most blocks for which the cells show their numbers"""
 
 MOST_NAMED = 10
-"""Kinds in the legend; there are no more colours."""
+"""most kinds in the legend; there are no more colours"""
 
 
 def require_format(path: Path) -> None:
-    """Raises UsageError if `path` does not end as a picture's name does."""
+    """Raise UsageError unless the suffix of `path` is one of FORMATS."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
 
 
 def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:
-    """Write the picture of an adapter's spectra to `path`, in place of an older one.
+    """Write the picture of an adapter's spectra to `path`; replace an older file.
 
-    Raises UsageError for a name that is no picture's, SaveError if the disk refuses.
+    Args:
+        layers: spectrum of each adapted layer, by name.
+        path: the file; its suffix is one of FORMATS.
+        title: title, written before the medians.
+
+    Raises:
+        UsageError: unknown suffix.
+        SaveError: the file cannot be written.
     """
     require_format(path)
     from matplotlib.figure import Figure
@@ -56,7 +62,7 @@ def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:
 
 
 def _heat_map(axes: "Axes", kinds: Mapping[str, Mapping[int, list[Spectrum]]], rank: int) -> None:
-    """Kinds down, blocks across; the colours run from 0 to the rank, so that dark means unused."""
+    """Draw the effective ranks, kinds down and blocks across. Colours run from 0 to the rank: dark means unused."""
     blocks = sorted({block for row in kinds.values() for block in row})
     values = [
         [mean(x.effective_rank for x in row[block]) if block in row else float("nan") for block in blocks]
@@ -79,7 +85,7 @@ def _heat_map(axes: "Axes", kinds: Mapping[str, Mapping[int, list[Spectrum]]], r
 
 
 def _falls(axes: "Axes", kinds: Mapping[str, Mapping[int, list[Spectrum]]]) -> None:
-    """The energy lost by keeping i directions only: thin, of every layer; thick, the median of a kind."""
+    """Draw the energy lost if only i directions are kept: thin for each layer, thick for the median of a kind."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -90,7 +96,7 @@ def _falls(axes: "Axes", kinds: Mapping[str, Mapping[int, list[Spectrum]]]) -> N
         lines = [spectrum.energy_left[:-1] for block in row.values() for spectrum in block if spectrum.norm]
         for line in lines:
             axes.plot(range(len(line)), line, color=colour, lw=0.6, alpha=0.35)
-        steps = zip_longest(*lines, fillvalue=0.0)  # beyond the rank nothing is left
+        steps = zip_longest(*lines, fillvalue=0.0)  # no energy is left beyond the rank
         middle = [median(shares) or math.nan for shares in steps]
         axes.plot(range(len(middle)), middle, color=colour, lw=2, label=kind if number < MOST_NAMED else None)
         longest = max(longest, len(middle))
@@ -107,7 +113,7 @@ def _falls(axes: "Axes", kinds: Mapping[str, Mapping[int, list[Spectrum]]]) -> N
 
 
 def headline(layers: Mapping[str, Spectrum]) -> str:
-    """The medians over all layers, in a line."""
+    """Return the medians over all layers in one line."""
     spectra = [layer for layer in layers.values() if layer.norm]
     if not spectra:
         return "every update is zero"

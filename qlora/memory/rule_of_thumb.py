@@ -1,10 +1,10 @@
-"""The memory estimates of the LoRA documents, as written, and how far they are from what a run takes.
+"""Memory by the rule of thumb of the LoRA documents (Hu et al. 2021 and its summaries), and remarks on its errors.
 
-Their arithmetic counts 2 bytes a weight, 2 a gradient and 4 for Adam's two moments of every trained parameter,
-and 2 bytes a frozen weight. For 175B parameters and rank 8: full fine-tuning 350 + 350 + 700 GB, about 1.4 TB;
-LoRA 350 GB and next to nothing beside it, "4 times smaller". (Their 0.035 GB for the adapter are 17.5M
-parameters of 2 bytes, not the 10M printed beside it.) Activations, logits, the working set of a layer,
-dequantization, fp32 copies, allocator slack and the CUDA context are not counted; `remarks` says what that comes to.
+The rule counts 2 bytes for a weight, and for each trained parameter 2 bytes of gradient and 4 for Adam's two
+moments. With 175B parameters and rank 8, full fine-tuning takes 350 + 350 + 700 GB, about 1.4 TB. LoRA takes
+350 GB and little more, "4 times smaller". (The 0.035 GB that the documents give for the adapter are 17.5M parameters
+of 2 bytes, not the 10M printed next to it.) The rule leaves out activations, logits, a layer's working set,
+dequantized weights, fp32 copies, the allocator's slack and the CUDA context. `remarks` puts sizes to all of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ Method = Literal["lora", "full"]
 WEIGHT_BYTES = 2
 GRADIENT_BYTES = 2
 MOMENTS_BYTES = 4
-"""of Adam's two moments together, a trained parameter"""
+"""Adam's two moments together, for each trained parameter"""
 
 BASE = ("base_nf4", "quantization_statistics", "base_unquantized")
 OPTIMIZER = ("optimizer_state", "optimizer_state_paged")
@@ -29,7 +29,7 @@ NOT_COUNTED = (
 
 
 def full(parameters: int) -> dict[str, int]:
-    """Bytes by part of full fine-tuning: every weight is trained.
+    """Return the bytes of full fine-tuning by part: every weight is trained.
 
     >>> sum(full(175 * 10**9).values()) / 1e12
     1.4
@@ -42,7 +42,7 @@ def full(parameters: int) -> dict[str, int]:
 
 
 def lora(parameters: int, adapter_parameters: int) -> dict[str, int]:
-    """Bytes by part of LoRA: a frozen base of `parameters` weights in 16 bits and a trained adapter.
+    """Return the bytes of LoRA by part: a frozen base of `parameters` 16-bit weights and a trained adapter.
 
     >>> sum(lora(175 * 10**9, 17_500_000).values()) / 1e9
     350.14
@@ -57,14 +57,14 @@ def as_json(
     forecast: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `documents` object of memory.json, judged against the measurement, or else against the forecast.
+    """Return the `documents` object of memory.json, with remarks against the measurement, or else the forecast.
 
     Args:
-        method: what the recipe trains.
-        parameters: weights of the base.
-        adapter_parameters: parameters of the adapter; 0 where there is none.
+        method: the recipe's method: LoRA or full fine-tuning.
+        parameters: number of weights of the base.
+        adapter_parameters: number of parameters of the adapter; 0 if there is none.
         forecast: memory.json's `forecast`: `total_bytes` and `parts`.
-        measured: memory.json's `measured`.
+        measured: memory.json's `measured`, if the run was measured.
     """
     both = {
         "full": _estimate(full(parameters)),
@@ -81,62 +81,63 @@ def remarks(
     forecast: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Sentences that judge the estimate for `method`; only those that hold for the numbers at hand.
+    """Return sentences that compare the rule for `method` with this run; sentences with nothing to report are left out.
 
     The arguments are those of `as_json`.
     """
-    found, name = (forecast, "forecast") if measured is None else (measured, "measured peak")
+    actual, name = (forecast, "forecast") if measured is None else (measured, "measured peak")
     if method == "full":
-        return list(_Judgement(full(parameters), found, name, parameters).of_full())
-    estimate = lora(parameters, adapter_parameters)
-    judgement = _Judgement(estimate, found, name, adapter_parameters)
-    return [*judgement.of_lora(), *judgement.of_ratios(parameters)]
+        return list(_Remarks(full(parameters), actual, name, parameters).on_full())
+    on = _Remarks(lora(parameters, adapter_parameters), actual, name, adapter_parameters)
+    return [*on.on_lora(), *on.on_ratios(parameters)]
 
 
 @dataclass(frozen=True)
-class _Judgement:
-    """An estimate's parts beside what was found: `total_bytes` and `parts` of a forecast or a measurement."""
+class _Remarks:
+    """Sentences about an estimate, compared with a forecast or a measurement."""
 
     estimate: Mapping[str, int]
-    found: Mapping[str, Any]
+    """bytes by part"""
+    actual: Mapping[str, Any]
+    """`total_bytes` and `parts` of the forecast or measurement"""
     name: str
-    """of what was found"""
+    """name of `actual` in the sentences"""
     trained_parameters: int
 
-    def of_full(self) -> Iterator[str]:
+    def on_full(self) -> Iterator[str]:
         yield self._total("full fine-tuning")
         yield from self._left_out()
         yield from self._trained()
 
-    def of_lora(self) -> Iterator[str]:
+    def on_lora(self) -> Iterator[str]:
         yield self._total("LoRA")
         yield from self._left_out()
         yield from self._base()
         yield from self._trained()
 
-    def of_ratios(self, parameters: int) -> Iterator[str]:
-        """What becomes of "4 times less memory" and "10,000 times fewer parameters" here."""
-        whole, frozen, actual = sum(full(parameters).values()), self._estimated, self.found["total_bytes"]
+    def on_ratios(self, parameters: int) -> Iterator[str]:
+        """Compare "4 times less memory" and "10,000 times fewer parameters" with this run."""
+        whole, frozen, actual = sum(full(parameters).values()), self._estimated, self.actual["total_bytes"]
         factor, side = (whole / actual, "below") if whole >= actual else (actual / whole, "above")
         yield (
-            f"By the documents' arithmetic LoRA takes {whole / frozen:.1f} times less than full fine-tuning "
-            f"(they say 4, and 3 elsewhere); the {self.name} is {factor:.1f} times {side} their full fine-tuning."
+            f"By the rule of thumb LoRA takes {whole / frozen:.1f} times less than full fine-tuning (the documents on "
+            f"LoRA state 4, elsewhere 3); the {self.name} is {factor:.1f} times {side} the rule for full fine-tuning."
         )
         if 0 < self.trained_parameters < parameters:
             share = self.trained_parameters / parameters
             yield (
                 f"The adapter has {1 / share:,.0f} times fewer parameters than the base, {three_digits(100 * share)}% "
-                "of it (their examples: 10,000 times at 175B, 0.094% at 7B)."
+                "of it (examples of the LoRA documents: 10,000 times at 175B, 0.094% at 7B)."
             )
 
-    def _total(self, kind: str) -> str:
-        actual = self.found["total_bytes"]
+    def _total(self, method: str) -> str:
+        actual = self.actual["total_bytes"]
         percent = 100 * (self._estimated - actual) / actual
         verdict = f"{abs(percent):,.0f}% too {'high' if percent > 0 else 'low'}"
         if abs(percent) < 1:
             verdict = "right to within 1%"
         return (
-            f"The documents' estimate for {kind} is {self._text(self._estimated)}, the {self.name} "
+            f"The rule of thumb for {method} gives {self._text(self._estimated)}, the {self.name} "
             f"{self._text(actual)}: {verdict}."
         )
 
@@ -148,10 +149,10 @@ class _Judgement:
             yield f"It leaves out {self._text(sum(missing.values()))} of the {self.name}: {listed}."
 
     def _base(self) -> Iterator[str]:
-        """The frozen weights: 16 bits by the documents, fewer in NF4."""
+        """Compare the frozen weights: 16 bits by the rule, fewer in NF4."""
         counted, held = self.estimate["base_unquantized"], self._held(*BASE)
         if _differ(counted, held):
-            in_nf4 = "NF4 with its statistics and what is not quantized take"
+            in_nf4 = "NF4 with its statistics and the weights that are not quantized take"
             change = f"{abs(1 - held / counted):.0%} {'less' if held < counted else 'more'}"
             yield (
                 f"It counts 2 bytes for every frozen weight, {self._text(counted)}; "
@@ -159,12 +160,12 @@ class _Judgement:
             )
 
     def _trained(self) -> Iterator[str]:
-        """The trained parameters, their gradients and the optimizer's state: 2, 2 and 4 bytes by the documents."""
-        for part, what in {"adapters": "of a trained parameter", "gradients": "of its gradient"}.items():
+        """Compare the trained parameters, their gradients and the optimizer state: 2, 2 and 4 bytes by the rule."""
+        for part, subject in {"adapters": "for a trained parameter", "gradients": "for its gradient"}.items():
             counted, held = self.estimate[part], self._held(part)
             if _differ(counted, held):
                 yield (
-                    f"It counts 2 bytes {what}, {self._text(counted)}; the {self.name} holds "
+                    f"It counts 2 bytes {subject}, {self._text(counted)}; the {self.name} holds "
                     f"{held / self.trained_parameters:.1f} bytes each, {self._text(held)}."
                 )
         counted, held = self.estimate["optimizer_state"], self._held(*OPTIMIZER)
@@ -172,9 +173,9 @@ class _Judgement:
         some = self._text(paged) if paged < held else "all"
         if _differ(counted, held):
             yield (
-                "It counts 4 bytes a trained parameter for Adam's two moments, in 16 bits and with no fp32 master "
+                "It counts 4 bytes a trained parameter for Adam's two moments, in 16 bits and without an fp32 master "
                 f"copy, {self._text(counted)}; here the optimizer keeps {held / self.trained_parameters:.1f} bytes "
-                f"each, {self._text(held)}" + (f", of which {some} may be paged out." if paged else ".")
+                f"each, {self._text(held)}" + (f", of which {some} can be paged out." if paged else ".")
             )
 
     @property
@@ -182,14 +183,14 @@ class _Judgement:
         return sum(self.estimate.values())
 
     def _held(self, *parts: str) -> int:
-        return sum(self.found["parts"].get(part, 0) for part in parts)
+        return sum(self.actual["parts"].get(part, 0) for part in parts)
 
     def _text(self, size_bytes: int) -> str:
-        return unit_for(self.found["total_bytes"]).text(size_bytes)
+        return unit_for(self.actual["total_bytes"]).text(size_bytes)
 
 
 def _differ(estimate: int, actual: int) -> bool:
-    """By more than 1%, below which a sentence would say nothing."""
+    """Return True if the sizes differ by more than 1%; below that, a sentence would have nothing to report."""
     return estimate > 0 and abs(estimate - actual) > 0.01 * max(estimate, actual)
 
 
