@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora.adapter import lora_layers, save_adapter
 from qlora.adapter.identity import BaseIdentity
-from qlora.data import prompting
+from qlora.data import prompt_digests
 from qlora.model.load import load_base, load_tokenizer
 from qlora.model.prepare import apply_adapter
 from qlora.recipe import Recipe
@@ -30,7 +30,7 @@ def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter:
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
     model = update(apply_adapter(load_base(recipe.base), recipe), size, seed)
     folder = Path(recipe.output) / "adapter"
-    prompts = prompting(recipe.data, load_tokenizer(recipe.base))
+    prompts = prompt_digests(recipe.data, load_tokenizer(recipe.base))
     save_adapter(model, folder, base=replace(BaseIdentity.of(model), **prompts))
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     return folder.parent

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
 from qlora.cli import app
-from qlora.data import prompting
+from qlora.data import prompt_digests
 from qlora.errors import ModelError
 from qlora.inference.load import load_trained
 from qlora.model.load import load_base, load_tokenizer
@@ -218,16 +218,17 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
 def test_prompting_is_the_vocabulary_and_the_template(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(section(tiny_llama))
     data = Data(source="x", format="messages")
-    first = prompting(data, tokenizer)
-    assert prompting(data, load_tokenizer(section(tiny_llama))) == first
-    other = prompting(data.model_copy(update={"template": "plain"}), tokenizer)
+    first = prompt_digests(data, tokenizer)
+    assert prompt_digests(data, load_tokenizer(section(tiny_llama))) == first
+    other = prompt_digests(data.model_copy(update={"template": "plain"}), tokenizer)
     assert (other["tokenizer"], other["template"] != first["template"]) == (first["tokenizer"], True)
     raw = [
-        prompting(Data(source="x", format=kind), tokenizer) for kind in ("completion", "prompt-completion")
+        prompt_digests(Data(source="x", format=kind), tokenizer)
+        for kind in ("completion", "prompt-completion")
     ]
     assert raw[0] == raw[1] != first
     tokenizer.add_tokens(["<new>"])
-    assert prompting(data, tokenizer)["tokenizer"] != first["tokenizer"]
+    assert prompt_digests(data, tokenizer)["tokenizer"] != first["tokenizer"]
 
 
 # Whole runs

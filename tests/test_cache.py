@@ -62,9 +62,9 @@ def test_a_value_is_made_once_for_each_key(get: Maker) -> None:
 
 def test_what_has_no_name_or_is_small_is_not_kept(get: Maker) -> None:
     assert [get(None), get(None)] == [b"0", b"1"]
-    assert [get(worth_bytes=2), get(worth_bytes=2)] == [b"2", b"3"]
+    assert [get(min_bytes=2), get(min_bytes=2)] == [b"2", b"3"]
     assert kept() == []
-    assert [get(worth_bytes=1), get(worth_bytes=1)] == [b"4", b"4"]
+    assert [get(min_bytes=1), get(min_bytes=1)] == [b"4", b"4"]
 
 
 def test_it_can_be_turned_off(get: Maker, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +329,7 @@ def test_a_key_names_code_and_libraries(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cache, "PACKAGE", tmp_path)
 
     def key() -> str:
-        return cache.digest(made_by=cache.made_by("data", libraries=("tokenizers",)))
+        return cache.digest(code_version=cache.code_version("data", libraries=("tokenizers",)))
 
     first = key()
     (tmp_path / "data" / "__pycache__").mkdir()
@@ -340,7 +340,7 @@ def test_a_key_names_code_and_libraries(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cache, "version", lambda library: "0")
     assert len({first, changed, key()}) == 3
     with pytest.raises(AssertionError, match="gone"):
-        cache.made_by("gone", libraries=())
+        cache.code_version("gone", libraries=())
 
 
 def test_a_note_reaches_the_user_without_any_set_up(tmp_path: Path) -> None:

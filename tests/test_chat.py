@@ -268,11 +268,11 @@ def test_prompts_know_how_answers_end_and_whether_questions_follow(tmp_path: Pat
     prompts = Prompts(conversations, chatml)
     eos, closing = chatml.convert_tokens_to_ids(["</s>", "<|im_end|>"])
     assert prompts.stop_ids == {eos, closing}
-    assert prompts.can_follow
+    assert prompts.accepts_history
     alpaca = Prompts(Data(source="-", format="alpaca"), sentencepiece())
     assert alpaca.stop_ids == {sentencepiece().eos_token_id}
-    assert not alpaca.can_follow
-    assert not Prompts(Data(source="-", format="completion"), chatml).can_follow
+    assert not alpaca.accepts_history
+    assert not Prompts(Data(source="-", format="completion"), chatml).accepts_history
     before = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
     assert chatml.decode(prompts.encode("C?", before)) == (
         "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
@@ -284,7 +284,7 @@ def test_prompts_know_how_answers_end_and_whether_questions_follow(tmp_path: Pat
         "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     )
     once = Prompts(Data(source="-", format="messages", template=str(single)), chatml)
-    assert not once.can_follow
+    assert not once.accepts_history
     with pytest.raises(DataError, match="refused by the chat template: one at a time"):
         once.encode("C?", before)
 
@@ -298,6 +298,6 @@ def test_rows_show_whether_questions_follow(tmp_path: Path, turns: int, expected
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     data = Data(source=str(file), format="messages", template="chatml")
-    assert Prompts(data, byte_level(chatml=True)).learned_to_follow is expected
+    assert Prompts(data, byte_level(chatml=True)).trained_on_history is expected
     elsewhere = data.model_copy(update={"source": "someone/rows"})
-    assert Prompts(elsewhere, byte_level(chatml=True)).learned_to_follow
+    assert Prompts(elsewhere, byte_level(chatml=True)).trained_on_history

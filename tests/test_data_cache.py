@@ -146,7 +146,7 @@ def test_what_has_changed_is_made_again(tmp_path: Path, made: list[str], change:
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("changed", ["made_by", "version"])
+@pytest.mark.parametrize("changed", ["code_version", "version"])
 def test_other_code_or_libraries_make_it_again(
     rows: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
@@ -158,7 +158,7 @@ def test_other_code_or_libraries_make_it_again(
 
 def test_the_key_names_the_code_that_parses_and_encodes(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code: list[str] = []
-    monkeypatch.setattr(cache, "made_by", lambda *names, **_: code.extend(names))
+    monkeypatch.setattr(cache, "code_version", lambda *names, **_: code.extend(names))
     load_dataset(section(rows), TOKENIZERS["bytes"], 0)
     assert set(code) == {"formats", "data"}
 

@@ -74,7 +74,7 @@ def test_masks_differ_from_row_to_row_and_have_the_rate() -> None:
 
 def test_a_mask_is_the_same_twice_where_no_rows_are_known() -> None:
     x = torch.empty(30, HIDDEN)
-    with dropout.drawn_by_row(1, 0):
+    with dropout.masks_by_row(1, 0):
         drawn = dropout.draw(0.5, 3)
         assert drawn is not None
         for part, length in ((drawn, 30), (drawn.of_piece(0, 30), 16), (drawn.of_piece(1, 30), 14)):

@@ -72,7 +72,7 @@ def gradients(y: Tensor, hidden: Tensor, updates: list[Update]) -> tuple[Tensor,
 NORMS = ["none", "before", "after", "before and after"]
 
 
-@pytest.mark.parametrize("mode", [Forward.KEEPING, Forward.SPARING])
+@pytest.mark.parametrize("mode", [Forward.SAVE, Forward.RECOMPUTE_WIDE])
 @pytest.mark.parametrize("activation", REFERENCES, ids=["silu", "gelu_tanh"])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 @pytest.mark.parametrize("norms", NORMS)
@@ -97,7 +97,7 @@ def test_pieces_and_recomputes_have_the_same_gradients(
     hidden, block, updates = case(norms, rate=rate)
     kept, *others = (
         gated_mlp(hidden, block, updates, mode)
-        for mode in (Forward.KEEPING, Forward.SPARING, Forward.RECOMPUTE)
+        for mode in (Forward.SAVE, Forward.RECOMPUTE_WIDE, Forward.RECOMPUTE)
     )
     torch.testing.assert_close(others[0], kept)
     expected = gradients(kept, hidden, updates)
@@ -109,7 +109,7 @@ def test_the_last_product_is_computed_again_only_for_a_norm_after_it() -> None:
     def again(norms: str) -> int:
         """Operations of a backward that computes gate and up again, beyond one that does not."""
         operations = []
-        for mode in (Forward.SPARING, Forward.KEEPING):
+        for mode in (Forward.RECOMPUTE_WIDE, Forward.SAVE):
             hidden, block, updates = case(norms)
             y = gated_mlp(hidden, block, updates, mode)
             with FlopCounterMode(display=False) as counted:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from qlora.kernels import cross_entropy, dispatch, gate, norm, rotary, triton_kernels
 from qlora.kernels.dispatch import FusedOp
 from qlora.quantization import nf4
-from qlora.runtime.fake import standing_for_cuda
+from qlora.runtime.fake import representing_cuda
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
@@ -41,7 +41,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def as_on_a_gpu() -> Iterator[None]:
     """Tensors here take the GPU's way."""
-    with standing_for_cuda():
+    with representing_cuda():
         yield
 
 
@@ -216,13 +216,13 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "off")
     x = random(torch.float32, 2)
     out = torch.empty_like(x)
-    with standing_for_cuda():
+    with representing_cuda():
         FusedOp(plus, "no_such_kernel", gate.SILU_PRODUCT.example)(x, x, out)
     assert torch.equal(out, x + x)
 
 
 def test_a_forecast_for_a_gpu_counts_no_temporaries_of_a_pass() -> None:
-    with FakeTensorMode(), standing_for_cuda():
+    with FakeTensorMode(), representing_cuda():
         x = torch.empty(8, 64)
         y = norm.normalize(x, torch.empty(64), 1e-5)
         assert y.shape == x.shape

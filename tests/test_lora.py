@@ -68,7 +68,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_step_0_the_output_equals_the_base_exactly(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    nf4.protect(base.to(dtype))
+    nf4.use_nf4_linears(base.to(dtype))
     expected = base(input_ids=ids()).logits
     for name, tensor in base.named_parameters():
         assert tensor.dtype in (dtype, torch.uint8), name

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qlora.adapter import LoraSpec, adapt
 from qlora.data import IGNORE_INDEX, Batch
-from qlora.merging.compare import MATTERS, Judgement, choose, judge, reference
+from qlora.merging.compare import SIGNIFICANT_LOSS, Judgement, choose, judge, reference
 from qlora.model.load import load_base
 from qlora.recipe import Base
 
@@ -73,7 +73,7 @@ def judgement(
     return Judgement(name, kl, math.exp(losses.mean().item()), 1.0, size, losses)
 
 
-SMALL, LARGE = 0.5 * MATTERS, 3 * MATTERS
+SMALL, LARGE = 0.5 * SIGNIFICANT_LOSS, 3 * SIGNIFICANT_LOSS
 
 
 @pytest.mark.parametrize(

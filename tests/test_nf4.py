@@ -231,13 +231,13 @@ def test_protect_replaces_every_linear_once_shared_ones_too() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared, "c": nn.Linear(64, 64)}).to(
         "cpu"
     )
-    nf4.protect(model)
+    nf4.use_nf4_linears(model)
     assert isinstance(model["b"], nf4.NF4Linear)
     assert model["a"][0] is model["b"]
     assert type(model["c"]) is nn.Linear
     adopted = model["b"]
-    assert nf4.protect(model)["b"] is adopted
-    assert isinstance(nf4.protect(shared), nf4.NF4Linear)
+    assert nf4.use_nf4_linears(model)["b"] is adopted
+    assert isinstance(nf4.use_nf4_linears(shared), nf4.NF4Linear)
 
 
 def test_wrong_arguments_are_named() -> None:

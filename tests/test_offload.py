@@ -35,7 +35,7 @@ from qlora.objective.causal_lm import loss_sum
 from qlora.objective.checks import check_head
 from qlora.objective.step import accumulate
 from qlora.recipe import Recipe
-from qlora.runtime.fake import standing_for_cuda
+from qlora.runtime.fake import representing_cuda
 from qlora.training.run_folder import check_output, claim
 
 LAYERS, ROWS, TOKENS, HIDDEN = 5, 4, 32, 64
@@ -170,7 +170,7 @@ def with_base(made: Recipe, **changes: Any) -> Recipe:
 def test_a_base_keeps_its_embedding_on_the_host(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama")
     plain = load_base(made.base)
-    with standing_for_cuda():
+    with representing_cuda():
         model = load_base(with_base(made, embedding="host").base)
     assert isinstance(model.get_input_embeddings(), HostEmbedding)
     assert torch.equal(loss_sum(model, batch_of(1)), loss_sum(plain, batch_of(1)))
@@ -181,7 +181,7 @@ def test_a_base_keeps_its_embedding_on_the_host(tmp_path: Path) -> None:
 
 def test_a_shared_embedding_stays(tmp_path: Path) -> None:
     made = with_base(recipe(tmp_path, "qwen2"), embedding="host")
-    with standing_for_cuda(), pytest.raises(RecipeError, match=r"base\.embedding: .* Qwen2.* shares it"):
+    with representing_cuda(), pytest.raises(RecipeError, match=r"base\.embedding: .* Qwen2.* shares it"):
         load_base(made.base)
 
 

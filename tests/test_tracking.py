@@ -22,7 +22,7 @@ from qlora.tracking.backend import Backend, Run
 from qlora.tracking.record import Record
 from qlora.tracking.sink import Metrics, Sink
 from qlora.tracking.terminal import Bar, Lines, Pace, one_line
-from qlora.training.run_folder import CONTENTS, INSIDE
+from qlora.training.run_folder import CONTENTS, NAME_PATTERNS
 
 SAMPLE = Sample(prompt="Send two red lamps.", reference="lamp 2 red", answer="lamp 2 red\n")
 
@@ -276,7 +276,7 @@ def refuse(section: Any, run: Run) -> Sink:
 
 def test_a_tracker_is_a_section_of_recipes_and_a_folder_of_runs() -> None:
     assert set(Tracking.model_fields) == set(BACKENDS)
-    assert set(BACKENDS) <= set(CONTENTS) & set(INSIDE)
+    assert set(BACKENDS) <= set(CONTENTS) & set(NAME_PATTERNS)
 
 
 @pytest.mark.parametrize(

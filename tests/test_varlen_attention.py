@@ -28,8 +28,8 @@ from qlora.errors import ModelError
 from qlora.model.varlen_attention import NAME, arguments, attend, reads_documents
 from qlora.objective.causal_lm import loss_sum, supervised_states
 from qlora.objective.checks import read_documents_if_apart
-from qlora.runtime.device import tokens_together
-from qlora.runtime.fake import standing_for_cuda
+from qlora.runtime.device import token_multiple
+from qlora.runtime.fake import representing_cuda
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 CONFIGS = {
@@ -153,7 +153,7 @@ def test_tokens_that_fill_a_pass_up_change_nothing(
         return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
 
     expected, gradients = learned()
-    monkeypatch.setattr("qlora.objective.causal_lm.tokens_together", lambda device, dtype: 8)
+    monkeypatch.setattr("qlora.objective.causal_lm.token_multiple", lambda device, dtype: 8)
     loss, filled = learned()
     assert computed == [batch.tokens, -(-batch.tokens // 8) * 8]
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -167,10 +167,10 @@ def test_passes_are_filled_up_where_products_are_compiled(monkeypatch: pytest.Mo
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for compiles, together in ((True, 128), (False, 1)):
         monkeypatch.setattr("qlora.runtime.device.multiplies_bfloat16", lambda compiles=compiles: compiles)
-        assert tokens_together(cpu, torch.bfloat16) == together
-        assert tokens_together(cpu, torch.float32) == tokens_together(gpu, torch.bfloat16) == 1
-        with standing_for_cuda():
-            assert tokens_together(cpu, torch.bfloat16) == 1
+        assert token_multiple(cpu, torch.bfloat16) == together
+        assert token_multiple(cpu, torch.float32) == token_multiple(gpu, torch.bfloat16) == 1
+        with representing_cuda():
+            assert token_multiple(cpu, torch.bfloat16) == 1
 
 
 def test_rows_without_padding_stay_as_they_are() -> None:
@@ -240,7 +240,7 @@ def test_a_model_that_cannot_go_without_a_mask_keeps_its_own() -> None:
 
 
 def test_on_a_gpu_all_documents_are_one_kernel() -> None:
-    with FakeTensorMode(), standing_for_cuda():
+    with FakeTensorMode(), representing_cuda():
         query = torch.empty(1, 4, 10, 8, dtype=torch.bfloat16, requires_grad=True)
         key, value = (torch.empty(1, 2, 10, 8, dtype=torch.bfloat16) for _ in range(2))
         more = arguments((7, 3), torch.device("cpu"))

@@ -57,7 +57,7 @@ class AdaptedLinear(nn.Module):
         """Return the trained parameters by the suffix of their names in the adapter file."""
         return {suffix: getattr(self, attribute) for suffix, attribute in self.SAVED.items()}
 
-    def misfit(self, spec: Any) -> str | None:
+    def why_incompatible(self, spec: Any) -> str | None:
         """Return why the layer cannot load tensors with the settings `spec`; None if it can."""
         return None
 

@@ -16,7 +16,7 @@ from torch import nn
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import SCALINGS, LoraSpec
 from qlora.adapter.patterns import exactly, pattern_value
-from qlora.adapter.targets import linear_names, offer
+from qlora.adapter.targets import linear_names, list_linears
 from qlora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
@@ -217,7 +217,7 @@ def targets_in(
     if not names:
         raise ModelError(
             f"{path}: the adapter does not fit this model: its target_modules, {json.dumps(targets)}, match no "
-            f"layer of {type(model).__name__}. {offer(linears)}"
+            f"layer of {type(model).__name__}. {list_linears(linears)}"
         )
     return names
 

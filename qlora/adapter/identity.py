@@ -158,10 +158,12 @@ def _parts(tensor: StoredTensor) -> Iterator[bytes]:
     yield json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode()
     size = tensor.stop - tensor.start
     if size <= WHOLE_BYTES:
-        yield from tensor.stretches([0], size)
+        yield from tensor.byte_ranges([0], size)
     else:
         last = size - SAMPLE_BYTES
-        yield from tensor.stretches((last * index // (SAMPLES - 1) for index in range(SAMPLES)), SAMPLE_BYTES)
+        yield from tensor.byte_ranges(
+            (last * index // (SAMPLES - 1) for index in range(SAMPLES)), SAMPLE_BYTES
+        )
 
 
 def _weights_of(name: str | None, commit: str | None) -> str | None:

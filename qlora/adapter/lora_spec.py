@@ -70,7 +70,7 @@ class LoraSpec:
         """Factor of the update B A x."""
         return float(SCALINGS[self.scaling](self.resolved_alpha, self.rank))
 
-    def of_layer(self, name: str) -> "LoraSpec":
+    def for_layer(self, name: str) -> "LoraSpec":
         """Return the settings of the layer `name`, with its own rank and alpha."""
         return replace(
             self,

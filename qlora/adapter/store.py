@@ -27,7 +27,7 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_bas
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, named_tensors, read_layers
 from qlora.errors import ModelError, SaveError
-from qlora.quantization.nf4 import protect
+from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic
 
 
@@ -128,7 +128,7 @@ def load_adapter(
     for name, spec in specs.items():
         _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
     if not layers:
-        protect(model.requires_grad_(False))
+        use_nf4_linears(model.requires_grad_(False))
         dtype = next(iter(stored[names[0]].values())).dtype
         specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
         wrap(model, {n: method.layer(model.get_submodule(n), spec) for n, spec in specs.items()})
@@ -167,7 +167,7 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
 def _check_shapes(
     name: str, module: nn.Module, stored: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
 ) -> None:
-    if isinstance(module, AdaptedLinear) and (reason := module.misfit(spec)) is not None:
+    if isinstance(module, AdaptedLinear) and (reason := module.why_incompatible(spec)) is not None:
         raise ModelError(f"{path}: {name} {reason}")
     for suffix, shape in method.layer.shapes(module, spec).items():
         if tuple(stored[suffix].shape) != shape:

@@ -63,7 +63,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             chosen |= _match(model, linears, entry)
     if not chosen:
         kind = type(model).__name__
-        raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {offer(linears)}')
+        raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {list_linears(linears)}')
     return [name for name in linears if name in chosen]
 
 
@@ -132,11 +132,11 @@ def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no linear layer" if others else "matches nothing"
-        raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {offer(linears)}')
+        raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {list_linears(linears)}')
     return matches
 
 
-def offer(linears: Sequence[str]) -> str:
+def list_linears(linears: Sequence[str]) -> str:
     """Return a sentence that lists the linear layers by the last part of their names, with counts."""
     if not linears:
         return "It has no linear layers."

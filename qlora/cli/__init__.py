@@ -19,7 +19,7 @@ from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
 from qlora.errors import QloraError
-from qlora.runtime.signals import heeded
+from qlora.runtime.signals import not_ignored
 from qlora.runtime.streams import unbreakable_output
 
 DISTRIBUTION = "qlora-train"
@@ -49,7 +49,7 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code."""
-    for number in heeded([signal.SIGTERM, signal.SIGHUP]):
+    for number in not_ignored([signal.SIGTERM, signal.SIGHUP]):
         signal.signal(number, _terminate)
     with unbreakable_output():
         try:

@@ -3,7 +3,7 @@
 from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
 from qlora.data.cache import load_dataset
 from qlora.data.dataset import Counts, Dataset, Prompt, held_out_batches, training_batches
-from qlora.data.prompting import prompting
+from qlora.data.prompt_digests import prompt_digests
 from qlora.data.prompts import Prompts, encode_prompt
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "encode_prompt",
     "held_out_batches",
     "load_dataset",
-    "prompting",
+    "prompt_digests",
     "training_batches",
 ]

@@ -64,7 +64,9 @@ def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | 
         vocabulary=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         chat_template=tokenizer.chat_template,
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        made_by=cache.made_by("formats", "data", libraries=("tokenizers", "transformers", "jinja2")),
+        code_version=cache.code_version(
+            "formats", "data", libraries=("tokenizers", "transformers", "jinja2")
+        ),
     )
 
 

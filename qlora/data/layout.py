@@ -77,7 +77,7 @@ class Layout:
             return self._raw.prompt(text)
         return self._renderer.prompt([*before, {"role": "user", "content": text}])
 
-    def specimen(self) -> Document:
+    def shortest_row(self) -> Document:
         """Render the shortest possible row."""
         if self._renderer is None:
             return self.document(Completion("?", "!"))

@@ -61,7 +61,7 @@ class Prompts:
         return [int(token) for token in encoded.input_ids]
 
     @cached_property
-    def can_follow(self) -> bool:
+    def accepts_history(self) -> bool:
         """True if rows are conversations and the template renders earlier messages, so a question can follow others."""
         if FORMATS[self._section.format].kind != "chat":
             return False
@@ -73,11 +73,11 @@ class Prompts:
         return all(part in text for part in (_FIRST, _ANSWER, _SECOND))
 
     @cached_property
-    def learned_to_follow(self) -> bool:
-        """True if `can_follow`, and one of the first rows has several questions or the rows cannot be read here."""
+    def trained_on_history(self) -> bool:
+        """True if `accepts_history`, and a row near the start has several questions or no row can be read here."""
         source = self._section.source
-        if not (self.can_follow and (source.startswith("bundled/") or Path(source).exists())):
-            return self.can_follow
+        if not (self.accepts_history and (source.startswith("bundled/") or Path(source).exists())):
+            return self.accepts_history
         parse = FORMATS[self._section.format].parser(self._section.columns)
         with suppress(DataError):
             for record in read(source, limit=_ROWS):
@@ -103,7 +103,7 @@ def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) 
 
 def answer_ends(layout: Layout, encoder: Encoder) -> frozenset[int]:
     """Return the tokens that end an answer: eos and, if different, the template's closing token (<|im_end|>)."""
-    (row,) = encoder.encode([layout.specimen()])
+    (row,) = encoder.encode([layout.shortest_row()])
     return frozenset({encoder.eos_id, int(row.input_ids[row.labels != IGNORE_INDEX][-1])})
 
 

@@ -256,9 +256,9 @@ def open_chat(
     if own:
         adapters.activate(recipe.name)
     prompts = Prompts(recipe.data, trained.tokenizer)
-    if history and not prompts.can_follow:
+    if history and not prompts.accepts_history:
         raise UsageError(
             f"--history: format {recipe.data.format} or its template has single questions only. Leave --history out"
         )
-    history = prompts.learned_to_follow if history is None else history
+    history = prompts.trained_on_history if history is None else history
     return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)

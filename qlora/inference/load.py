@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
-from qlora.data import held_out_batches, load_dataset, prompting
+from qlora.data import held_out_batches, load_dataset, prompt_digests
 from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base, load_tokenizer
@@ -31,7 +31,7 @@ class Trained:
     @property
     def identity(self) -> BaseIdentity:
         """Fingerprint of base, tokenizer and template, which an adapter of this model must match."""
-        return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
+        return replace(BaseIdentity.of(self.model), **prompt_digests(self.recipe.data, self.tokenizer))
 
 
 def load_trained(

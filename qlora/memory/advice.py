@@ -144,7 +144,7 @@ def _offload(recipe: Recipe, arch: Architecture) -> Steps:
 
 
 def _embedding(recipe: Recipe, arch: Architecture) -> Steps:
-    if recipe.base.embedding == "device" and recipe.adapter.facts.frozen_base and arch.embedding_apart:
+    if recipe.base.embedding == "device" and recipe.adapter.facts.frozen_base and arch.embedding_is_untied:
         base = recipe.base.model_copy(update={"embedding": "host"})
         yield recipe.model_copy(update={"base": base}), "base.embedding=host"
 

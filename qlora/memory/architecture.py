@@ -13,7 +13,7 @@ from qlora.errors import ModelError
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.head import head_of
-from qlora.model.load import compute_dtype, embedding_apart, load_config, meta_model
+from qlora.model.load import compute_dtype, embedding_is_untied, load_config, meta_model
 from qlora.model.prepare import apply_adapter
 from qlora.model.varlen_attention import read_documents, reads_documents
 from qlora.objective.causal_lm import hidden_states
@@ -28,7 +28,7 @@ class Architecture:
     config: Any
     model: PreTrainedModel
     """on the meta device, with its adapter and our decoder layers"""
-    alike: bool
+    layers_equal: bool
     """True if all decoder layers have the same parameters and the same attention"""
     padded: bool
     """True if the model also computes the padding of a batch, False if it reads the documents end to end"""
@@ -43,9 +43,9 @@ class Architecture:
         return recipe.training.loss_chunk or tokens_at_once(len(head_of(self.model).weight))
 
     @property
-    def embedding_apart(self) -> bool:
+    def embedding_is_untied(self) -> bool:
         """True if the input embedding is a plain embedding and shares no weights with the output head."""
-        return embedding_apart(self.model)
+        return embedding_is_untied(self.model)
 
     @property
     def recomputed(self) -> tuple[float, float | None]:

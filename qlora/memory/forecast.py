@@ -247,7 +247,7 @@ def _trace(
     kernels = MetaKernels() if experts else nullcontext()
     with LiveBytes(known) as live, _layers_marked(model, live), kernels, as_packed(batch):
         run(faked(batch, fake))
-    return live.trace().announced().without(_row(known))
+    return live.trace().from_first_phase().without(_row(known))
 
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
@@ -341,7 +341,7 @@ def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -
 
 def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Return how many layers of each kind run, of `counts`, and (layer, number of further layers it represents)."""
-    if not arch.alike:
+    if not arch.layers_equal:
         return list(counts), []
     kept = [min(count, few) for count in counts]
     firsts = [0, *itertools.accumulate(kept)]

@@ -65,7 +65,7 @@ class Trace:
         """Live bytes over all parts [events]."""
         return self.parts.sum(axis=1)
 
-    def announced(self) -> "Trace":
+    def from_first_phase(self) -> "Trace":
         """Return the trace from the first phase on. Earlier events only enter the tensors that were live before."""
         start = self.marks[0].index if self.marks else 0
         return Trace(self.parts[start:], [replace(mark, index=mark.index - start) for mark in self.marks])

@@ -81,7 +81,7 @@ class Watch:
         wanted: returns True for the number of a step to measure.
 
     >>> watch = Watch(model, optimizer, device, wanted={0}.__contains__)
-    >>> with watch.over(step):
+    >>> with watch.measuring(step):
     ...     update()
     >>> watch.measured()
     """
@@ -96,7 +96,7 @@ class Watch:
         self._driver_bytes: int | None = None
 
     @contextmanager
-    def over(self, step: int, *, evaluation: bool = False) -> Iterator[None]:
+    def measuring(self, step: int, *, evaluation: bool = False) -> Iterator[None]:
         """Measure step number `step`, or the evaluation before it, if it is wanted."""
         if not self._wanted(step):
             yield

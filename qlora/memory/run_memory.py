@@ -59,7 +59,7 @@ class RunMemory:
             return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
         return cls(recipe, workload, device, made, _summary(made, device))
 
-    def watched(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
+    def with_watch(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
         """Return a copy that measures the steps with the run's largest micro-batches, or every step."""
         largest = {self.workload.step, self.workload.densest_step}
 
@@ -68,9 +68,9 @@ class RunMemory:
 
         return replace(self, watch=measure.Watch(model, optimizer, self.device, wanted))
 
-    def over(self, step: int, *, evaluation: bool = False) -> AbstractContextManager[None]:
+    def measuring(self, step: int, *, evaluation: bool = False) -> AbstractContextManager[None]:
         """Return a context for step number `step`, or for the evaluation before it, that measures it if wanted."""
-        return nullcontext() if self.watch is None else self.watch.over(step, evaluation=evaluation)
+        return nullcontext() if self.watch is None else self.watch.measuring(step, evaluation=evaluation)
 
     def account(self) -> dict[str, Any] | None:
         """Return the content of memory.json; None without a forecast."""

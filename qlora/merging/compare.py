@@ -20,7 +20,7 @@ from qlora.objective.causal_lm import supervised_states
 from qlora.objective.step import evaluation_mode
 from qlora.quantization import nf4
 
-MATTERS = 0.01
+SIGNIFICANT_LOSS = 0.01
 """smallest difference of held-out loss (nats) that counts: 1% of perplexity"""
 
 CHUNK = 1024
@@ -114,19 +114,19 @@ def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
     why = f"closest to base + adapter (KL {best.kl:.4f} nats a token)"
     for other in dense[1:]:
         change, error = _loss_change(best, other)
-        if change + error < -MATTERS:
+        if change + error < -SIGNIFICANT_LOSS:
             why = f"its perplexity is {-_percent(change):.1f}% below that of {best.name}, which is closer to live"
             best = other
     for small in nf4s:
         change, error = _loss_change(best, small)
         ratio = small.weight_bytes / best.weight_bytes
-        if change + error < MATTERS:
+        if change + error < SIGNIFICANT_LOSS:
             return small, (
                 f"{ratio:.0%} of the bytes of {best.name}, and a perplexity that differs by "
                 f"{_percent(change):+.2f}% (less than 1%, with two standard errors to spare)"
             )
         why += f"; nf4, in {ratio:.0%} of the bytes, changes the perplexity by {_percent(change):+.2f}%"
-        if change < MATTERS:
+        if change < SIGNIFICANT_LOSS:
             why += ", but this text is too short to be sure that it is less than 1%"
     return best, why
 

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora.errors import RecipeError
 from qlora.model.decoder_layer import FusedLayer, Recompute
 from qlora.model.offload import ActivationOffloader
-from qlora.ops.dropout import with_these_rows
+from qlora.ops.dropout import keep_row_positions
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedLayer]:
@@ -47,7 +47,7 @@ def checkpoint_layers(
     plain = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
 
     def checkpointed(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return plain(with_these_rows(layer), *args, **kwargs)
+        return plain(keep_row_positions(layer), *args, **kwargs)
 
     for index, layer in enumerate(decoder):
         mlp_only = count <= index < count + mlps

@@ -25,7 +25,7 @@ from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.methods.lora import LoRALinear
 from qlora.model.layer_spec import LayerSpec
 from qlora.model.layer_specs import LAYER_SPECS
-from qlora.model.varlen_attention import asked
+from qlora.model.varlen_attention import nondefault_keywords
 from qlora.ops.lora_linear import lora_linears
 from qlora.ops.mlp import Forward, GatedMLP, gated_mlp
 from qlora.ops.products import Linear, Update
@@ -86,11 +86,11 @@ class FusedLayer(nn.Module):
             return self.original(hidden_states, **call)
         known: dict[str, Any] = {name: call.get(name) for name in COMPUTED_WITH}
         if not (self.training and torch.is_grad_enabled()) or self.recompute is Recompute.NOTHING:
-            return self._run(hidden_states, Forward.KEEPING, **known)
+            return self._run(hidden_states, Forward.SAVE, **known)
         if self.recompute is Recompute.MLP:
-            return self._run(hidden_states, Forward.SPARING, **known)
+            return self._run(hidden_states, Forward.RECOMPUTE_WIDE, **known)
         # The first call is the forward pass; each later call is a recomputation
-        modes = chain([Forward.SPARING], repeat(Forward.RECOMPUTE))
+        modes = chain([Forward.RECOMPUTE_WIDE], repeat(Forward.RECOMPUTE))
         return cast(
             Tensor, self.checkpoint(lambda hidden: self._run(hidden, next(modes), **known), hidden_states)
         )
@@ -166,7 +166,7 @@ def use_fused_layers(model: nn.Module) -> nn.Module:
 
 def _computes(call: dict[str, Any]) -> bool:
     """Return True if our passes support every keyword of a layer's call."""
-    return {"position_embeddings"} <= asked(call) <= COMPUTED_WITH
+    return {"position_embeddings"} <= nondefault_keywords(call) <= COMPUTED_WITH
 
 
 def _spec_of(layer: Any) -> LayerSpec | None:

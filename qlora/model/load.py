@@ -30,7 +30,7 @@ from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
-from qlora.quantization.transformers_loader import block_size_heeded, cast_dense, nf4_config, require_nf4
+from qlora.quantization.transformers_loader import block_size_applied, cast_dense, nf4_config, require_nf4
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
 from qlora.storage.safetensors_files import find_checkpoint
@@ -158,20 +158,20 @@ def load_base(
         model = build(base, config, device, compute_dtype(base, device))
     if base.embedding == "host" and on_cuda(next(model.parameters())):
         _embedding_to_host(model, device)
-    nf4.protect(model)
+    nf4.use_nf4_linears(model)
     model.base_identity = _identity(base, model, seed)
     model.config.use_cache = False
     return model.train()
 
 
-def embedding_apart(model: PreTrainedModel) -> bool:
+def embedding_is_untied(model: PreTrainedModel) -> bool:
     """Return True if the input embedding can be in host memory: it is plain, and the output head does not share it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
 
 
 def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
-    if not embedding_apart(model):
+    if not embedding_is_untied(model):
         raise RecipeError(
             f"base.embedding: the input embedding of {type(model).__name__} cannot be in host memory: the output head "
             "shares it, or it does more than look up rows. Remove this key"
@@ -219,7 +219,7 @@ def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: boo
     """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     try:
-        with block_size_heeded():
+        with block_size_applied():
             return AutoModelForCausalLM.from_pretrained(
                 locate(base),
                 revision=_revision(base),

@@ -56,7 +56,7 @@ def quantized(
             double_quant=double_quant,
             dtype=str(dtype),
             device=device.type,
-            made_by=cache.made_by(
+            code_version=cache.code_version(
                 *("model/load.py", "model/nf4_cache.py", "quantization"),
                 libraries=("transformers", "bitsandbytes", "torch"),
             ),
@@ -70,7 +70,7 @@ def quantized(
         load=lambda folder: _load(folder, location, dtype, device),
         size=_bytes,
         about=f"{location}, blocks of {block_size}{', double quantization' * double_quant}, for {device.type}",
-        worth_bytes=WORTH_BYTES,
+        min_bytes=WORTH_BYTES,
     )
 
 

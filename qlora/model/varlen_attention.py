@@ -28,15 +28,13 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).paramet
 """flag for fewer heads in keys and values: torch 2.11 supports them without it, later versions require it"""
 
 
-NOTHING_ASKED = (("use_cache", False), ("output_attentions", False), ("is_causal", True))
+DEFAULTS = (("use_cache", False), ("output_attentions", False), ("is_causal", True))
 """keyword values that ask for the default behaviour"""
 
 
-def asked(keywords: Mapping[str, Any]) -> set[str]:
+def nondefault_keywords(keywords: Mapping[str, Any]) -> set[str]:
     """Return the keywords by which transformers asks a layer or its attention for more than the default behaviour."""
-    return {
-        name for name, value in keywords.items() if value is not None and (name, value) not in NOTHING_ASKED
-    }
+    return {name for name, value in keywords.items() if value is not None and (name, value) not in DEFAULTS}
 
 
 def reads_documents(model: Any) -> bool:
@@ -62,7 +60,7 @@ def _no_mask(device: torch.device) -> Tensor:
     return torch.empty(1, 1, 0, 0, device=device)
 
 
-def of_whole_rows(length: int, device: torch.device) -> dict[str, Any]:
+def whole_row_arguments(length: int, device: torch.device) -> dict[str, Any]:
     """Return the extra arguments of a forward pass in which every row is a single document."""
     positions = torch.arange(length, device=device)[None]
     return {"attention_mask": _no_mask(device), "position_ids": positions, "document_lengths": ()}
@@ -143,7 +141,9 @@ def attend(
 
 def _check_supported(module: nn.Module, others: dict[str, Any]) -> None:
     """Raise ModelError if a model asks its attention for something that we do not compute, such as sinks."""
-    if unsupported := asked(others) - {"position_ids"}:  # document_lengths replaces the positions
+    if unsupported := nondefault_keywords(others) - {
+        "position_ids"
+    }:  # document_lengths replaces the positions
         raise ModelError(
             f"attention over documents does not support {', '.join(sorted(unsupported))}, which "
             f"{type(module).__name__} uses"

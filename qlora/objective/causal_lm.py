@@ -12,8 +12,8 @@ from qlora.model import varlen_attention
 from qlora.model.head import head_of
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import linear_cross_entropy
-from qlora.ops.dropout import rows_lie
-from qlora.runtime.device import tokens_together
+from qlora.ops.dropout import set_row_positions
+from qlora.runtime.device import token_multiple
 from qlora.runtime.phases import Phase, announce
 
 
@@ -37,7 +37,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the decoder's last hidden states [B, T, H] and the token to predict at each position [B, T].
 
     A model with attention over documents gets them concatenated in one row, B = 1, unless the rows have no padding. On
-    some devices an extra document pads this row to a multiple (`tokens_together`).
+    some devices an extra document pads this row to a multiple (`token_multiple`).
 
     Other models get no attention mask. Padding is on the right, where a causal model does not attend, and position ids
     that restart at 0 make transformers separate the documents of a packed row.
@@ -48,16 +48,16 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     lengths = batch.row_lengths
     starts: Sequence[int] = range(0, batch.input_ids.numel(), batch.input_ids.shape[1])
     if model.config._attn_implementation == varlen_attention.NAME:  # type: ignore[union-attr]
-        multiple = tokens_together(device, embedding.weight.dtype)
+        multiple = token_multiple(device, embedding.weight.dtype)
         if batch.plain and batch.input_ids.numel() % multiple == 0:
-            more = varlen_attention.of_whole_rows(batch.input_ids.shape[1], device)
+            more = varlen_attention.whole_row_arguments(batch.input_ids.shape[1], device)
         else:
             batch, documents = batch.end_to_end(multiple)
             more = varlen_attention.arguments(documents, device)
             starts = [0, *itertools.accumulate(lengths[:-1])]
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
-    rows_lie(starts, lengths, batch.input_ids.numel())
+    set_row_positions(starts, lengths, batch.input_ids.numel())
     ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # type: ignore[operator]
     labels = batch.labels.to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from torch import nn
 from qlora.data import Batch
 from qlora.objective.causal_lm import CausalLM
 from qlora.objective.objective import Loss, Objective
-from qlora.ops.dropout import drawn_by_row
+from qlora.ops.dropout import masks_by_row
 from qlora.runtime.phases import Phase, announce
 from qlora.runtime.seeds import fold_seed
 
@@ -61,7 +61,7 @@ def accumulate(
     first_rows = itertools.accumulate((len(batch.input_ids) for batch in batches), initial=0)
     for batch, first in list(zip(batches, first_rows, strict=False))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, first))  # for dropout of the model itself
-        with drawn_by_row(fold_seed(seed, step), first):
+        with masks_by_row(fold_seed(seed, step), first):
             with announce(Phase.FORWARD):
                 loss = _divided(objective.loss(model, batch), weight)
             with announce(Phase.BACKWARD):

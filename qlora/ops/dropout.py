@@ -114,7 +114,7 @@ _now: _Training | None = None  # not thread-local, because a GPU's backward runs
 
 
 @contextmanager
-def drawn_by_row(seed: int, first: int) -> Iterator[None]:
+def masks_by_row(seed: int, first: int) -> Iterator[None]:
     """Within the context, draw the masks of a micro-batch by row; its rows are numbered from `first`."""
     global _now
     assert _now is None
@@ -125,13 +125,13 @@ def drawn_by_row(seed: int, first: int) -> Iterator[None]:
         _now = None
 
 
-def rows_lie(starts: Sequence[int], lengths: Sequence[int], total: int) -> None:
+def set_row_positions(starts: Sequence[int], lengths: Sequence[int], total: int) -> None:
     """Set the start and length of each row of the micro-batch among the `total` tokens of a layer's input."""
     if _now is not None:
         _now.rows = Rows(_now.first, tuple(starts), tuple(lengths), total)
 
 
-def with_these_rows(layer: Callable[..., Result]) -> Callable[..., Result]:
+def keep_row_positions(layer: Callable[..., Result]) -> Callable[..., Result]:
     """Wrap `layer` to use the current row positions also in a recompute, after another forward has set others."""
     if _now is None:
         return layer

@@ -38,17 +38,17 @@ class Forward(Enum):
     """Mode of a forward pass: its output, and the tensors that it keeps."""
 
     INFERENCE = "the output; no backward follows"
-    KEEPING = "the output; gate and up are kept for the backward"
-    SPARING = "the output; the backward computes gate and up again"
+    SAVE = "the output; gate and up are kept for the backward"
+    RECOMPUTE_WIDE = "the output; the backward computes gate and up again"
     RECOMPUTE = "no output, because it is not read again; the backward computes gate and up again"
 
 
 def gated_mlp(
-    hidden: Tensor, block: GatedMLP, updates: Sequence[Update], mode: Forward = Forward.KEEPING
+    hidden: Tensor, block: GatedMLP, updates: Sequence[Update], mode: Forward = Forward.SAVE
 ) -> Tensor:
     """Apply the block to the residual stream `hidden` [..., H]; return the residual stream after the block.
 
-    Without gradients the mode is always INFERENCE. Except in KEEPING mode, PIECE tokens are processed at a time. In
+    Without gradients the mode is always INFERENCE. Except in SAVE mode, PIECE tokens are processed at a time. In
     RECOMPUTE mode, which serves to recompute the layer before this block, the output is uninitialised memory.
     """
     for linear in block.linears:
@@ -68,7 +68,7 @@ class _GatedMLP(torch.autograd.Function):
         kept: list[Tensor | None] = []
         if mode is Forward.RECOMPUTE:
             y = torch.empty_like(rows)
-        elif mode is Forward.KEEPING or len(rows) <= PIECE:
+        elif mode is Forward.SAVE or len(rows) <= PIECE:
             y, kept = _block(rows, block, updates, mode)
         else:
             y = torch.empty_like(rows)
@@ -122,7 +122,7 @@ def _block(
     """Return the output [N, H] and the tensors kept: gate, up, products with A, output of W_down if normalised."""
     fold = mode is not Forward.INFERENCE
     gate, up, product, lows = _widen(rows, block, updates, fold=fold)
-    kept = [gate, up, *lows] if mode is Forward.KEEPING else []
+    kept = [gate, up, *lows] if mode is Forward.SAVE else []
     del gate, up
     y = _narrow(product, block, updates, lows, fold=fold)
     del product

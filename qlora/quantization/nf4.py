@@ -36,12 +36,12 @@ __all__ = [
     "from_tensors",
     "frozen_linear",
     "is_nf4",
-    "protect",
     "quant_state",
     "quantize",
     "statistics",
     "synthetic_weight",
     "to_tensors",
+    "use_nf4_linears",
     "weight_bytes",
 ]
 
@@ -247,7 +247,7 @@ class NF4Linear(Linear4bit):
         return frozen_linear(x, self.weight, quant_state(self), self.bias)
 
 
-def protect(model: nn.Module) -> nn.Module:
+def use_nf4_linears(model: nn.Module) -> nn.Module:
     """Replace every plain Linear4bit of `model` in place by an NF4Linear that shares its weight."""
     if is_nf4(model) and not isinstance(model, NF4Linear):
         return NF4Linear.adopt(model)

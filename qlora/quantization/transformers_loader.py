@@ -17,7 +17,7 @@ from qlora.runtime.patches import quantizer_replaced
 def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return bitsandbytes' configuration for the recipe's NF4 base, with compute dtype `dtype`.
 
-    `from_pretrained` uses its block size only within `block_size_heeded`.
+    `from_pretrained` uses its block size only within `block_size_applied`.
     """
     return _BlockSizedNF4Config(
         block_size=base.block_size,
@@ -28,7 +28,7 @@ def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def block_size_heeded() -> AbstractContextManager[None]:
+def block_size_applied() -> AbstractContextManager[None]:
     """Return a context in which `from_pretrained` quantizes with the block size of an `nf4_config`."""
     return quantizer_replaced("bitsandbytes_4bit", _BlockSizedNF4Quantizer)
 

@@ -10,7 +10,7 @@ from qlora.errors import RecipeError
 from qlora.recipe.messages import explain
 from qlora.recipe.overrides import COMMAND_LINE
 from qlora.recipe.problems import UNUSABLE, Document, Problem, dotted
-from qlora.recipe.rules import conflicts, flatten, idle
+from qlora.recipe.rules import conflicts, flatten, keys_without_effect
 from qlora.recipe.schema import Recipe, Section
 
 
@@ -70,7 +70,7 @@ def _overruled(
 
     return [
         tuple(key.split("."))
-        for key, cause in idle(settings).items()
+        for key, cause in keys_without_effect(settings).items()
         if key in given and overridden(cause) and not overridden(key)
     ]
 

@@ -69,7 +69,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
 """(keys without effect, the setting that disables them, the test of its value)"""
 
 
-def idle(settings: Settings) -> dict[str, str]:
+def keys_without_effect(settings: Settings) -> dict[str, str]:
     """Return the keys without effect in these settings, each with the setting that disables it."""
     return {
         key: cause
@@ -99,7 +99,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
 
 
 def _idle(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
-    for key, cause in idle(settings).items():
+    for key, cause in keys_without_effect(settings).items():
         if key in given:
             value = "null" if settings[cause] is None else shorten(str(settings[cause]))
             yield key, f"has no effect with {cause}: {value}; leave it out"

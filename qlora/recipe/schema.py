@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts
-from qlora.recipe.rules import conflicts, flatten, idle
+from qlora.recipe.rules import conflicts, flatten, keys_without_effect
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -317,7 +317,7 @@ class Recipe(Section):
         """
         from qlora.recipe.writing import to_yaml
 
-        return to_yaml(self.to_dict(), idle(flatten(self.model_dump())))
+        return to_yaml(self.to_dict(), keys_without_effect(flatten(self.model_dump())))
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import UsageError
-from qlora.runtime.fake import stood_for
+from qlora.runtime.fake import represented_device
 
 TOKENS_TOGETHER = 128
 """multiple of tokens for bfloat16 on a CPU. 150 steps of the quickstart took 19.5 s and 0.86 GiB with multiples of 128,
@@ -16,7 +16,7 @@ nothing is compiled, 128 costs 7%"""
 
 def on_cuda(tensor: Tensor) -> bool:
     """Return True if `tensor` is on a GPU, or is a fake tensor in a forecast for a GPU."""
-    return stood_for(tensor.device).type == "cuda"
+    return represented_device(tensor.device).type == "cuda"
 
 
 def device_named(name: str) -> torch.device:
@@ -36,7 +36,7 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def tokens_together(device: torch.device, dtype: torch.dtype) -> int:
+def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """Return the multiple to which the number of tokens in a pass over documents is padded; 1 means no padding.
 
     For bfloat16 on a CPU that supports it, oneDNN compiles a kernel for each new number of tokens, and this number
@@ -45,5 +45,5 @@ def tokens_together(device: torch.device, dtype: torch.dtype) -> int:
     The padding does not change LoRA's dropout mask of the real tokens. The dropout of the model itself (OPT, for
     example) draws other numbers with padding.
     """
-    compiled = stood_for(device).type == "cpu" and dtype == torch.bfloat16
+    compiled = represented_device(device).type == "cpu" and dtype == torch.bfloat16
     return TOKENS_TOGETHER if compiled and multiplies_bfloat16() else 1

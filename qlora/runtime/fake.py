@@ -29,7 +29,7 @@ class FakeTensors:
     @contextmanager
     def made(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Make all new tensors fake within the context; yield a function that makes a fake of a real tensor."""
-        with self._mode, standing_for_cuda(self._cuda):
+        with self._mode, representing_cuda(self._cuda):
             yield self._mode.from_tensor
 
 
@@ -44,7 +44,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def standing_for_cuda(wanted: bool = True) -> Iterator[None]:
+def representing_cuda(wanted: bool = True) -> Iterator[None]:
     """Let fake CPU tensors represent GPU tensors within the context. Real tensors would use the wrong operations."""
     global _standing_for_cuda
     before, _standing_for_cuda = _standing_for_cuda, wanted
@@ -54,6 +54,6 @@ def standing_for_cuda(wanted: bool = True) -> Iterator[None]:
         _standing_for_cuda = before
 
 
-def stood_for(device: torch.device) -> torch.device:
+def represented_device(device: torch.device) -> torch.device:
     """Return the device that tensors on `device` represent: the GPU in a forecast for a GPU, else `device`."""
     return torch.device("cuda") if _standing_for_cuda else device

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Return the signals to handle: without SIGHUP if the process was started to ignore it, as nohup does."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangup)]
@@ -29,7 +29,7 @@ class StopRequest:
         self.signal_number: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in heeded(SIGNALS)}
+        self._previous = {number: signal.signal(number, self._note) for number in not_ignored(SIGNALS)}
         return self
 
     def __exit__(

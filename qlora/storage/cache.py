@@ -73,7 +73,7 @@ def digest(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def made_by(*code: str, libraries: tuple[str, ...]) -> dict[str, str]:
+def code_version(*code: str, libraries: tuple[str, ...]) -> dict[str, str]:
     """Return the part of a key that identifies the code: a hash of our source, and the versions of libraries.
 
     A change of the code thus changes the key, without a version number to maintain.
@@ -101,7 +101,7 @@ def cached(
     load: Callable[[Path], Value],
     size: Callable[[Value], int],
     about: str,
-    worth_bytes: int = 0,
+    min_bytes: int = 0,
 ) -> Value:
     """Return a value from the cache, or else make it and cache it.
 
@@ -115,7 +115,7 @@ def cached(
             again.
         size: returns the approximate number of bytes that `save` writes.
         about: description of the value for messages.
-        worth_bytes: minimum size to cache; smaller values are made about as fast as they are loaded.
+        min_bytes: minimum size to cache; smaller values are made about as fast as they are loaded.
     """
     root = folder()
     wanted = None if root is None else key()
@@ -133,7 +133,7 @@ def cached(
     value = make()
     try:
         needed = size(value)
-        if needed >= worth_bytes and key() == wanted:
+        if needed >= min_bytes and key() == wanted:
             _keep(root, entry, needed, about, lambda place: save(value, place))
     except Exception as error:  # noqa: BLE001 - the value is made, so the run can continue
         _warn(f"cache: {about} is not cached, so the next start takes as long: {error}")

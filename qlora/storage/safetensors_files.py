@@ -112,7 +112,7 @@ class StoredTensor(NamedTuple):
         with _reading(self.file), safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(self.name)
 
-    def stretches(self, offsets: Iterable[int], size: int) -> Iterator[bytes]:
+    def byte_ranges(self, offsets: Iterable[int], size: int) -> Iterator[bytes]:
         """Yield `size` bytes of the tensor from each offset.
 
         Raises:
@@ -187,7 +187,7 @@ class ShardReader(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.stored  # Mapping would read the tensor
 
-    def of_layer(self, layer: str) -> StoredTensor | None:
+    def layer_weight(self, layer: str) -> StoredTensor | None:
         """Return the weight of a linear layer; None if there is none.
 
         Files of a model without its head lack the first part of the name.

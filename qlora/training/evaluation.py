@@ -16,7 +16,7 @@ def held_out_loss(session: Session, tracker: Tracker, step: int) -> float | None
     processes = session.processes
     if not session.dataset.held_out:
         return None
-    with session.memory.over(step, evaluation=True):
+    with session.memory.measuring(step, evaluation=True):
         sums, weight = evaluate(
             session.model,
             held_out_batches(session.dataset, session.recipe),

@@ -33,19 +33,22 @@ CONTENTS = (
 RESULTS = ("adapter", "model")
 
 # Those of CONTENTS that only qlora writes: next to one of them, folders named like a run's are a run's.
-TELLTALES = {"metrics.jsonl", "result.json", "memory.json", "report.html"}
+RUN_ONLY_FILES = {"metrics.jsonl", "result.json", "memory.json", "report.html"}
 
 # Names inside the folders of a run.
-INSIDE = {
+NAME_PATTERNS = {
     "checkpoints": re.compile(r"(\.tmp-|\.trash-)?step-\d+"),
     **{name: backend.files for name, backend in BACKENDS.items()},
 }
 
 # The lock, and what an unfinished write leaves next to the contents.
-TRACES = {".lock", *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders.TRASH) for name in CONTENTS)}
+LEFTOVERS = {
+    ".lock",
+    *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders.TRASH) for name in CONTENTS),
+}
 
 # Keys that can change when a run is resumed: they do not affect the steps already taken.
-MAY_CHANGE = {
+RESUMABLE_KEYS = {
     "output", "tracking", "training.max_steps", "training.epochs", "training.eval_every", "training.save_every",
     "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.activation_offloading",
     "base.embedding",
@@ -205,17 +208,17 @@ def _is_ours(path: Path, names: set[str]) -> bool:
     """Return True if a run can use a folder with these names: it holds a run, or only what runs leave behind."""
     if {"run.json", "recipe.yaml"} <= names or any(path.glob("checkpoints/step-*/manifest.json")):
         return True  # even if the user keeps other files in it
-    left = names - TRACES
+    left = names - LEFTOVERS
     if not left <= set(CONTENTS):
         return False
-    return not left.isdisjoint(TELLTALES) or all(_written_by_a_run(path / name) for name in left)
+    return not left.isdisjoint(RUN_ONLY_FILES) or all(_written_by_a_run(path / name) for name in left)
 
 
 def _written_by_a_run(path: Path) -> bool:
     """Return True if a run wrote this file or folder; False if the user made it under a name that runs use."""
     if not path.is_dir():
-        return path.name not in (*RESULTS, *INSIDE)
-    pattern = INSIDE.get(path.name)
+        return path.name not in (*RESULTS, *NAME_PATTERNS)
+    pattern = NAME_PATTERNS.get(path.name)
     inside = [child.name for child in path.iterdir()]
     return not inside or (pattern is not None and all(map(pattern.fullmatch, inside)))
 
@@ -300,17 +303,17 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
     """
     file = path / "recipe.yaml"
     if (recipe := _recorded(file)) is not None:
-        return recipe.to_dict(), MAY_CHANGE
+        return recipe.to_dict(), RESUMABLE_KEYS
     folder = checkpoint.newest(path, run_id=earlier.run_id, checksums=False)
     if folder is None:
-        return None, MAY_CHANGE
+        return None, RESUMABLE_KEYS
     copy = folder / ("adapter" if (folder / "adapter").is_dir() else "model") / "recipe.yaml"
     if not copy.is_file():
         raise ModelError(
             f"{file}: missing or damaged, and {folder} has no copy of it. Restore it, or start again with --fresh"
         )
     planned = {"training.memory", *(f"training.{key}" for key in earlier.plan or {})}
-    return Recipe.recorded(copy).to_dict(), MAY_CHANGE | planned
+    return Recipe.recorded(copy).to_dict(), RESUMABLE_KEYS | planned
 
 
 def _recorded(file: Path) -> Recipe | None:

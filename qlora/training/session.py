@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from qlora.adapter.identity import BaseIdentity
-from qlora.data import Batches, Dataset, prompting
+from qlora.data import Batches, Dataset, prompt_digests
 from qlora.memory.run_memory import RunMemory
 from qlora.objective import Objective
 from qlora.optim import Optimizer
@@ -49,7 +49,7 @@ class Session:
     @cached_property
     def base_identity(self) -> BaseIdentity:
         """Fingerprint of the base, the tokenizer and the template, stored with the adapter."""
-        return replace(BaseIdentity.of(self.model), **prompting(self.recipe.data, self.tokenizer))
+        return replace(BaseIdentity.of(self.model), **prompt_digests(self.recipe.data, self.tokenizer))
 
     def tracker(self, run: Path, first_step: int, *, terminal: bool, trackers: bool) -> Tracker:
         """Open the tracker of the run in folder `run`. `trackers=False` leaves out the trackers of the recipe."""

@@ -105,7 +105,7 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
     notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
-    memory = memory.watched(model, optimizer, every_step=watch_all)
+    memory = memory.with_watch(model, optimizer, every_step=watch_all)
     return Session(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory, plan, notes,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def take_step(session: Session, step: int, tracker: Tracker) -> int:
     settings, started = session.recipe.optimizer, time.perf_counter()
     batches = session.batches.step(step)
     lr = learning_rate(settings.schedule, settings.lr, step, session.total_steps, settings.warmup_steps)
-    with session.memory.over(step):
+    with session.memory.measuring(step):
         metrics = update(session, batches, step, lr)
     seconds = time.perf_counter() - started
     tokens = sum(batch.tokens for batch in batches)

@@ -113,7 +113,7 @@ def _keys(layer: str, model: nn.Module, tuned: ShardReader, base: ShardReader) -
     shape = module.out_features, module.in_features
     names = []
     for weights in (tuned, base):
-        stored = weights.of_layer(layer)
+        stored = weights.layer_weight(layer)
         if stored is None:
             raise ModelError(
                 f"{weights.folder}: {layer}.weight is missing; the architecture of {tuned.folder} needs it"

@@ -96,7 +96,7 @@ def spectra(adapter: Adapter, base: ShardReader | None = None) -> dict[str, Spec
 
 
 def _base_norm(base: ShardReader, layer: str) -> float | None:
-    stored = base.of_layer(layer)
+    stored = base.layer_weight(layer)
     if stored is None or stored.is_quantized:
         return None
     return torch.linalg.vector_norm(stored.read(), dtype=torch.float64).item()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.method import AdapterMethod
-from qlora.adapter.targets import features, linear_names, offer, select
+from qlora.adapter.targets import features, linear_names, list_linears, select
 from qlora.errors import ModelError
-from qlora.quantization.nf4 import frozen_linear, protect
+from qlora.quantization.nf4 import frozen_linear, use_nf4_linears
 from qlora.recipe import Adapter
 
 
@@ -68,7 +68,7 @@ class BitFit(AdapterMethod):
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and add a trainable bias update to each target."""
         names = select(model, settings.targets)
-        protect(model.requires_grad_(False))
+        use_nf4_linears(model.requires_grad_(False))
         return wrap(model, {name: BiasLinear(model.get_submodule(name)) for name in names})
 
     def notes(self, model: nn.Module) -> list[str]:
@@ -106,7 +106,11 @@ class BitFit(AdapterMethod):
         names, linears = config["target_modules"], linear_names(model)
         missing = [name for name in names if name not in linears]
         if missing or not names:
-            reason = f"no linear layer {missing[0]}. {offer(linears)}" if names else "target_modules is empty"
+            reason = (
+                f"no linear layer {missing[0]}. {list_linears(linears)}"
+                if names
+                else "target_modules is empty"
+            )
             raise ModelError(f"{file}: the adapter does not fit this model: {reason}")
         return list(names)
 

@@ -25,7 +25,7 @@ from qlora.errors import ModelError, UsageError
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
-from qlora.quantization.nf4 import dense, protect
+from qlora.quantization.nf4 import dense, use_nf4_linears
 from qlora.recipe import Adapter
 
 
@@ -96,7 +96,7 @@ class LoRALinear(AdaptedLinear):
         in_features, out_features = features(linear)
         return {SUFFIX_A: (spec.rank, in_features), SUFFIX_B: (out_features, spec.rank)}
 
-    def misfit(self, spec: LoraSpec) -> str | None:
+    def why_incompatible(self, spec: LoraSpec) -> str | None:
         """Return why the layer cannot load tensors of another rank; None if the rank is the same."""
         if spec.rank == self.rank:
             return None
@@ -203,9 +203,9 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
             raise UsageError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
-    protect(model.requires_grad_(False))
+    use_nf4_linears(model.requires_grad_(False))
     layers = {
-        name: LoRALinear(model.get_submodule(name), spec.of_layer(name), layer_generator(seed, name))
+        name: LoRALinear(model.get_submodule(name), spec.for_layer(name), layer_generator(seed, name))
         for name in names
     }
     return wrap(model, layers)

@@ -9,7 +9,7 @@ from qlora.data.layout import template_of
 from qlora.recipe import Data
 
 
-def prompting(section: Data, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def prompt_digests(section: Data, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Return BLAKE2b-128 digests of the tokenizer's vocabulary and of the template that `section` uses.
 
     Raises DataError if the template is missing or cannot be read.
