@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qlora.data import load_dataset, training_batches
 from qlora.errors import OutOfMemoryError, RecipeError
+from qlora.memory.advice import MOST_FORECASTS, about_largest
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import estimate
 from qlora.memory.forecast import Forecaster, forecast
@@ -350,3 +351,27 @@ def test_of_long_rows_and_rows_that_are_trained_much_the_dearer_is_foreseen(
     assert (found["workload"]["supervised"] > 10) == (told > 50)
     trained = train(Recipe.load(file), terminal=False).run / "memory.json"
     assert json.loads(trained.read_text())["measured"]["total_bytes"] == found["measured"]["total_bytes"]
+
+
+@given(
+    kink=st.integers(1, 2000),
+    slopes=st.tuples(st.integers(1, 10_000), st.integers(1, 10_000)),
+    fits=st.integers(1, 16),
+    limit=st.integers(16, 2048),
+    room=st.floats(0, 1.5),
+)
+def test_the_largest_that_fits_is_found_though_memory_does_not_grow_evenly(
+    kink: int, slopes: tuple[int, int], fits: int, limit: int, room: float
+) -> None:
+    asked: list[int] = []
+
+    def size(number: int) -> int:
+        asked.append(number)
+        return 10**6 + slopes[0] * min(number, kink) + slopes[1] * max(0, number - kink)
+
+    bound = size(fits) + int(room * (size(limit) - size(fits)))
+    asked.clear()
+    largest = about_largest(size, bound, fits, limit)
+    assert len(asked) <= 1 + MOST_FORECASTS
+    assert size(largest) <= bound
+    assert largest == limit or size(largest + max(1, largest // 40) + 1) > bound

@@ -13,7 +13,8 @@ from qlora.recipe import Recipe
 
 SMALLEST_RANK = 8
 SHORTEST_ROW = 128
-SECANT_STEPS = 4
+MOST_FORECASTS = 12
+"""in one search"""
 LARGEST_ROWS, LARGEST_TOKENS = 1024, 131_072
 
 
@@ -86,32 +87,44 @@ class Advisor:
         )
 
     def _most(self, load: Callable[[int], Workload], fits: int, limit: int) -> int:
-        """Return a number close to the largest up to `limit` whose load fits. Its own load is forecast to fit.
-
-        `fits` is a number whose load is known to fit. Memory grows almost linearly, so the secant method needs only
-        a few forecasts.
-        """
-
-        def size(number: int) -> int:
-            return needed(self.forecaster.forecast(self.recipe, load(number)))
-
-        low, low_size = fits, size(fits)
-        high, high_size = min(2 * fits, limit), 0
-        for _ in range(SECANT_STEPS):
-            if high <= low:
-                break
-            high_size = size(high)
-            slope = max(1.0, (high_size - low_size) / (high - low))
-            if high_size <= self.capacity_bytes:
-                low, low_size = high, high_size
-            high = min(limit, low + int((self.capacity_bytes - low_size) / slope))
-        return low
+        """Return about the largest number up to `limit` whose load fits; `fits` is a number whose load does."""
+        return about_largest(
+            lambda number: needed(self.forecaster.forecast(self.recipe, load(number))),
+            self.capacity_bytes, fits, limit,
+        )  # fmt: skip
 
     def _needed(self, recipe: Recipe) -> int:
         forecaster, cuda = self.forecaster, self.forecaster.cuda
         if recipe.adapter != self.recipe.adapter:
             forecaster = Forecaster(architecture(recipe, cuda=cuda, config=forecaster.arch.config), cuda=cuda)
         return needed(forecaster.forecast(recipe, sized(recipe, self.workload)))
+
+
+def about_largest(size: Callable[[int], int], bound: int, fits: int, limit: int) -> int:
+    """Return a number from `fits` to `limit` with `size(number) <= bound`, at most 2% below the largest such number.
+
+    `size` grows with its argument, but not evenly: beyond some length a step computes in pieces. So a straight line
+    through two points proposes the next number, and a number is never more than four times the last one that fits.
+    """
+    low, low_size = fits, size(fits)
+    high, high_size = limit + 1, None  # the smallest number known not to fit, and its size if it is known
+    number = min(2 * low, limit)
+    for _ in range(MOST_FORECASTS):
+        if high - low <= max(1, low // 50):
+            break
+        found = size(number)
+        slope = max(1.0, (found - low_size) / (number - low))
+        if found <= bound:
+            low, low_size = number, found
+        else:
+            high, high_size = number, found
+        if high_size is not None:
+            slope = (high_size - low_size) / (high - low)
+        margin = max(1, (high - low) // 20)  # a number close to either end would teach little
+        proposed = low + int((bound - low_size) / slope)
+        number = min(max(proposed, low + margin), high - margin, max(4 * low, low + 1))
+        number = min(max(number, low + 1), high - 1)
+    return low
 
 
 Steps = Iterator[tuple[Recipe, str]]
