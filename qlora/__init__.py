@@ -4,7 +4,7 @@ The names below are the Python API. Each is imported at its first use, so `impor
 
 Example:
     >>> import qlora
-    >>> recipe = qlora.Recipe.load("quickstart", ["training.max_steps=20"])
+    >>> recipe = qlora.Recipe.load("quickstart", ["training.max_steps=100"])
     >>> outcome = qlora.train(recipe)
     >>> outcome.loss_before, outcome.loss_after
 """

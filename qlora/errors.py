@@ -9,7 +9,7 @@ shows a traceback.
 class QloraError(ValueError):
     """Base class of all errors for the user.
 
-    Example:
+    Examples:
         >>> try:
         ...     outcome = qlora.train(recipe)
         ... except qlora.QloraError as error:

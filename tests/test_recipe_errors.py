@@ -289,7 +289,7 @@ def test_all_problems_are_shown_at_once_in_the_order_of_the_file(tmp_path: Path)
     assert [line.partition(": ")[2].partition(":")[0] for line in said] == [
         "base", "adapter.rnak", "adapter.dropout", "data.source", "data.split",
         "training.micro_batch_size", "seed", "seed",
-        "'nonsense' is not key=value; write it like training.max_steps=20", "optimizer.lr",
+        "'nonsense' is not key=value; write it like training.max_steps=100", "optimizer.lr",
     ]  # fmt: skip
 
 

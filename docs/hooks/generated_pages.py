@@ -4,6 +4,7 @@ The reference of recipes comes from `qlora/recipe/schema.py`, that of commands f
 `qlora/errors.py`. Benchmark reports and the list of changes are files of the repository, shown as they are.
 """
 
+import html
 import inspect
 import json
 import re
@@ -72,9 +73,8 @@ def _section(section: type[BaseModel], prefix: str, definitions: dict[str, Any])
             inner.append((kind, key, field.description))
             continue
         yield f"\n{'#' * 3} {key} {{ #{key.replace('.', '')} }}\n"
-        yield f"{field.description}\n"
-        yield f":   {_values(schema['properties'][name], definitions)}"
-        yield f":   {_default(field)}"
+        yield f"{html.escape(field.description, quote=False)}\n"
+        yield f"*{_default(field)} · Values: {_values(schema['properties'][name], definitions)}*"
     for kind, key, description in inner:
         yield f"\n## {key}\n\n{description}"
         yield from _section(kind, f"{key}.", definitions)
@@ -82,7 +82,7 @@ def _section(section: type[BaseModel], prefix: str, definitions: dict[str, Any])
 
 def _default(field: Any) -> str:
     if field.is_required():
-        return "Required."
+        return "Required"
     value = field.get_default(call_default_factory=True)
     return f"Default: `{json.dumps(list(value) if isinstance(value, tuple) else value)}`".replace('"', "")
 

@@ -97,7 +97,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         The parameters with `requires_grad`, in the order of the model.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.AdamW(trainable_parameters(adapt(model)).values(), lr=2e-4)
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

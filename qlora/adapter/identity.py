@@ -32,7 +32,7 @@ SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 2**20
 class BaseIdentity:
     """Fingerprint of a base model. A field that is None is unknown and is not compared.
 
-    Example:
+    Examples:
         >>> BaseIdentity.of(load_base(recipe.base)).difference(BaseIdentity.read(Path("runs/mine/adapter")))
     """
 

@@ -22,7 +22,7 @@ class LoraSpec:
     Raises:
         UsageError: a number is out of range, or `scaling` or `init` is unknown.
 
-    Example:
+    Examples:
         >>> LoraSpec(rank=16, alpha=32, targets="all-linear").factor
         2.0
     """

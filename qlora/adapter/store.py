@@ -57,7 +57,7 @@ def save_adapter(
         ModelError: the model has no adapter, a number is not finite, or PEFT's config cannot express the adapter.
         SaveError: a file cannot be written, or the tensors read back differ.
 
-    Example:
+    Examples:
         >>> save_adapter(model, "runs/mine/adapter", base_model="huggyllama/llama-7b")
     """
     folder = Path(folder)
@@ -104,7 +104,7 @@ def load_adapter(
         ModelError: the adapter was trained on another base, a file is missing or damaged, the config is not
             supported, or the tensors do not fit the model. The model is unchanged.
 
-    Example:
+    Examples:
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
     """
     folder = Path(folder)

@@ -27,7 +27,7 @@ class Adapters:
     Raises:
         ModelError: the model has an adapter already.
 
-    Example:
+    Examples:
         >>> adapters = Adapters(load_base(recipe.base))
         >>> adapters.load("poet", "runs/poet/adapter")
         >>> adapters.load("clerk", "runs/clerk/adapter")

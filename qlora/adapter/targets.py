@@ -45,7 +45,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     Raises:
         UsageError: nothing matches, or an entry of the list matches nothing. The message lists the linear layers.
 
-    Example:
+    Examples:
         >>> select(model, ["q_proj", "mlp.up_proj"])
     """
     linears = linear_names(model)

@@ -54,7 +54,7 @@ def compose(
     parts: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER:WEIGHT...", help="Adapters with weights: runs/a:0.7 runs/b:0.3; -1 subtracts."
+            metavar="ADAPTER:WEIGHT", help="Adapters with weights: runs/a:0.7 runs/b:0.3; -1 subtracts."
         ),
     ],
     to: To,

@@ -13,7 +13,7 @@ RecipeArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Change settings of the recipe, such as training.max_steps=20."
+        metavar="KEY=VALUE", help="Change settings of the recipe, such as training.max_steps=100."
     ),
 ]
 AnyBase = Annotated[

@@ -101,7 +101,7 @@ class Batches:
         pad_id: token used as padding. Padding is never trained, even if this token has another meaning.
         seed: seed of the row order.
 
-    Example:
+    Examples:
         >>> batches = Batches(dataset.train, micro_batch_size=4, global_batch_size=16, max_length=512,
         ...                   packing=True, pad_id=dataset.pad_id, seed=0)
         >>> for step in range(batches.steps_per_epoch):

@@ -33,7 +33,7 @@ def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
             row is too long (with `too_long: error`). The message lists the first ten such rows as
             file:line: reason.
 
-    Example:
+    Examples:
         >>> dataset = load_dataset(recipe.data, load_tokenizer(recipe.base), recipe.training.seed)
         >>> dataset.train[0].input_ids, dataset.counts.supervised
     """

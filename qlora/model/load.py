@@ -108,7 +108,7 @@ def load_tokenizer(base: Base) -> Tokenizer:
     Raises:
         ModelError: the model has no tokenizer, or its tokenizer needs code that `base.trust_remote_code` forbids.
 
-    Example:
+    Examples:
         >>> tokenizer = load_tokenizer(Recipe.load("quickstart").base)
     """
     location = locate(base)
@@ -145,7 +145,7 @@ def load_base(
         ModelError: the model is missing, unreadable, of an unknown architecture or quantized in another way.
         RecipeError: the model does not support the settings in `base`.
 
-    Example:
+    Examples:
         >>> model = load_base(Recipe.load("quickstart").base, "cpu")
     """
     device = torch.device(device)

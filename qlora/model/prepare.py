@@ -35,7 +35,7 @@ def build(
     Raises:
         QloraError: as `load_base` and `adapt`.
 
-    Example:
+    Examples:
         >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """
     model = load_base(recipe.base, device, seed=recipe.training.seed, config=config)

@@ -24,7 +24,7 @@ class Optimizer:
         eps: added to Adam's denominator; Lion ignores it.
         weight_decay: decoupled; applies to tensors of at least two dimensions, not to norms and biases.
 
-    Example:
+    Examples:
         >>> optimizer = Optimizer(trainable_parameters(model), name="paged_adamw_32bit")
         >>> optimizer.zero_grad()
         >>> accumulate(model, micro_batches, ...)

@@ -12,7 +12,7 @@ def override(document: Document, argument: str) -> None:
     key, equals, text = argument.partition("=")
     path = _path(key.strip())
     if not equals or not all(path):
-        problem = f"{shorten(argument)!r} is not key=value; write it like training.max_steps=20"
+        problem = f"{shorten(argument)!r} is not key=value; write it like training.max_steps=100"
         document.problems.append(Problem(Place(COMMAND_LINE), (), problem))
         return
     section = document.value

@@ -227,10 +227,10 @@ class Tracking(Section):
 class Recipe(Section):
     """All settings of a training run; `Recipe.load` reads one.
 
-    Example:
-        >>> recipe = Recipe.load("quickstart", ["training.max_steps=20"])
+    Examples:
+        >>> recipe = Recipe.load("quickstart", ["training.max_steps=100"])
         >>> recipe.training.max_steps
-        20
+        100
     """
 
     version: Literal[2] = 2

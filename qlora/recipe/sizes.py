@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: the text is not a size with a unit.
 
-    Example:
+    Examples:
         >>> parse_size("24GiB") == 24 * 2**30
         True
     """
@@ -47,7 +47,7 @@ class Unit:
     def number(self, size_bytes: int) -> str:
         """Return the size with two decimals, for a table column: `7.12`; `<0.01` if it would round to zero.
 
-        Example:
+        Examples:
             >>> unit_for(2**33).number(7_645_041_787)
             '7.12'
         """
@@ -57,7 +57,7 @@ class Unit:
     def text(self, size_bytes: int) -> str:
         """Return the size with three significant digits and its unit, for a sentence.
 
-        Example:
+        Examples:
             >>> unit_for(2**33).text(7_645_041_787), unit_for(2**33).text(4_600_000)
             ('7.12 GiB', '0.00428 GiB')
         """

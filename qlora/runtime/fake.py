@@ -17,7 +17,7 @@ _standing_for_cuda = False
 class FakeTensors:
     """Makes fake tensors; with `cuda`, they represent GPU tensors. They stay valid in later `made` contexts.
 
-    Example:
+    Examples:
         >>> fakes = FakeTensors(cuda=True)
         >>> with fakes.made() as fake:
         ...     model(fake(ids))

@@ -20,7 +20,7 @@ def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
 class StopRequest:
     """Context that stores SIGINT, SIGTERM or SIGHUP in `signal_number`, instead of ending the process.
 
-    Example:
+    Examples:
         with StopRequest() as stop:
             while not stop.signal_number: ...
     """

@@ -30,7 +30,7 @@ def drafting(final: Path) -> Iterator[Path]:
         UsageError: `final` exists, or another process is writing it.
         SaveError: the folder cannot be made.
 
-    Example:
+    Examples:
         with drafting(Path("models/mine")) as drafts:
             write(drafts / "first")
             publish(drafts / "first", Path("models/mine"))

@@ -153,7 +153,7 @@ class ShardReader(Mapping[str, Tensor]):
     Raises:
         ModelError: there is no safetensors file, or one is missing or damaged.
 
-    Example:
+    Examples:
         >>> reader = ShardReader(folder)
         >>> for name, tensor in reader.items(): ...
         >>> reader.stored[name].shape
@@ -212,7 +212,7 @@ class ShardWriter:
     Raises:
         SaveError: a shard cannot be written.
 
-    Example:
+    Examples:
         >>> with ShardWriter(folder) as writer:
         ...     writer.add("lm_head.weight", weight)
     """

@@ -53,8 +53,8 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
     Raises:
         QloraError: contains a message for the user and the exit code; see `qlora.errors`.
 
-    Example:
-        >>> outcome = train(Recipe.load("quickstart", ["training.max_steps=20"]))
+    Examples:
+        >>> outcome = train(Recipe.load("quickstart", ["training.max_steps=100"]))
         >>> outcome.loss_before, outcome.loss_after
     """
     processes = DataParallel.of(recipe)

@@ -19,7 +19,7 @@ ROUNDING = 1e-14
 class LowRank:
     """The matrix B A, stored as its factors.
 
-    Example:
+    Examples:
         >>> mixed = 0.7 * first + -0.3 * second
         >>> (mixed - mixed.nearest(8)).norm() / mixed.norm()
     """

@@ -42,7 +42,7 @@ class LoRALinear(AdaptedLinear):
     Raises:
         ModelError: `base` is not a linear layer.
 
-    Example:
+    Examples:
         >>> layer = LoRALinear(nn.Linear(input_dim, output_dim), LoraSpec(rank=4, alpha=8))
     """
 
@@ -116,7 +116,7 @@ class LoRALinear(AdaptedLinear):
         Returns:
             The weight [out, in] in fp32 or fp64, on the device of `weight`.
 
-        Example:
+        Examples:
             >>> y = torch.nn.functional.linear(x, layer.merged_weight(), layer.base.bias)
         """
         if weight is None:
@@ -193,7 +193,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         ModelError: the model has an adapter already.
         UsageError: the targets or a pattern match no layer.
 
-    Example:
+    Examples:
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
     """
     spec = spec or LoraSpec()
@@ -220,7 +220,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     Returns:
         The layers by name; empty for a model without LoRA.
 
-    Example:
+    Examples:
         >>> sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora_layers(model).values())
     """
     return LoRALinear.of(model)
