@@ -7,6 +7,7 @@
 
 import argparse
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,9 +40,18 @@ def main() -> None:
 
 
 def needed(*extras: str) -> list[Requirement]:
-    """What the package needs, and what these extras add to it."""
-    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
-    return [Requirement(line) for lines in groups for line in lines]
+    """Return the requirements of the package and of these extras; an extra can include others."""
+    return [*map(Requirement, PROJECT["dependencies"]), *(line for extra in extras for line in added(extra))]
+
+
+def added(extra: str) -> Iterator[Requirement]:
+    """Yield the requirements of an extra and of the extras that it includes."""
+    for wanted in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        if canonicalize_name(wanted.name) == canonicalize_name(PROJECT["name"]):
+            for other in wanted.extras:
+                yield from added(other)
+        else:
+            yield wanted
 
 
 def oldest(wanted: Requirement) -> str:

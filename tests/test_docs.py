@@ -214,4 +214,10 @@ def test_the_site_builds(tmp_path: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert "training.memory" in (tmp_path / "reference/recipe/index.html").read_text()
+    recipe, commands, codes = (
+        (tmp_path / f"reference/{name}/index.html").read_text()
+        for name in ("recipe", "command-line", "exit-codes")
+    )
+    assert 'id="trainingmemory"' in recipe
+    assert 'id="qlora-adapter-compose"' in commands
+    assert "OutOfMemoryError" in codes

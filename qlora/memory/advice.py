@@ -111,6 +111,8 @@ def about_largest(size: Callable[[int], int], bound: int, fits: int, limit: int)
     number = min(2 * low, limit)
     for _ in range(MOST_FORECASTS):
         if high - low <= max(1, low // 50):
+            if high > limit and size(limit) <= bound:
+                low = limit
             break
         found = size(number)
         slope = max(1.0, (found - low_size) / (number - low))

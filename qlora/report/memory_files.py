@@ -58,7 +58,7 @@ def markdown(memory: Mapping[str, Any]) -> str:
 
 
 def table(memory: Mapping[str, Any]) -> "Group":
-    """Return a table of the parts for a terminal, at most 100 columns wide, with its footnote.
+    """Return the peak in a sentence and a table of the parts, at most 100 columns wide, with its footnote.
 
     Parts without bytes and columns without numbers are left out.
 
@@ -67,13 +67,11 @@ def table(memory: Mapping[str, Any]) -> "Group":
     from rich import box
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     comparison = Comparison(memory)
     unit, names = comparison.unit, [*COLUMNS, "error"] if comparison.measured else COLUMNS[:-1]
-    shown = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=comparison.summary, title_justify="left",
-        title_style="bold",
-    )  # fmt: skip
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     shown.add_column(unit.name, overflow="fold")  # without room the labels wrap, never the numbers
     for name in names:
         shown.add_column(name.replace("rule of thumb: ", "rule of\nthumb:\n"), justify="right", no_wrap=True)
@@ -81,7 +79,7 @@ def table(memory: Mapping[str, Any]) -> "Group":
         shown.add_row(row.label, *_cells(row, unit)[: len(names)])
     shown.add_section()
     shown.add_row("total", *_cells(comparison.total, unit)[: len(names)], style="bold")
-    return Group(shown, f"[dim]{RULE_OF_THUMB_IN_SHORT}[/dim]")
+    return Group(Text(comparison.summary, style="bold"), shown, f"[dim]{RULE_OF_THUMB_IN_SHORT}[/dim]")
 
 
 def _cells(row: Row, unit: Unit) -> list[str]:
