@@ -1,4 +1,4 @@
-"""An error's class, and so the program's exit code, says what has to change."""
+"""Each error class has an exit code that shows what the user must change."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from qlora.runtime.distributed import DataParallel
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_every_class_has_an_exit_code_that_the_readme_tells() -> None:
+def test_every_class_has_an_exit_code_listed_in_the_readme() -> None:
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not QloraError]
     told = {
         int(code) for code in re.findall(r"(\d+) [a-z]", README.read_text().split("Exit codes: ")[1][:300])
@@ -25,7 +25,7 @@ def test_every_class_has_an_exit_code_that_the_readme_tells() -> None:
     assert {kind.__name__ for kind in classes if kind.exit_code == 2} == {"RecipeError", "UsageError"}
 
 
-def test_a_gpu_that_is_not_there_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_not_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_named("auto") == device_named("cpu")
     with pytest.raises(UsageError, match="no CUDA device; leave out --device"):
