@@ -1,4 +1,4 @@
-"""Small adapter folders in the PEFT layout, written without the package, and their updates multiplied out."""
+"""Writes small adapter folders in PEFT's layout without using the package, and computes their dense updates."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Path:
-    """A random adapter whose layers have (out, in, rank); targets are the last parts of their names."""
+    """Write a random adapter. `layers` gives (out, in, rank) of each layer; targets are the last parts of the names."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (out, into, rank) in layers.items():
@@ -44,7 +44,7 @@ def write_adapter(
 
 
 def updates(folder: Path) -> dict[str, Tensor]:
-    """scaling * B A [out, in] of every layer of a folder, dense, in float64; patterns as PEFT reads them."""
+    """Return the dense update scaling * B A [out, in] of every layer in float64, with patterns read as PEFT does."""
     import re
 
     config = json.loads((folder / CONFIG).read_text())

@@ -1,4 +1,4 @@
-"""Small models of many architectures, as the config.json that a user would have."""
+"""Small models of many architectures, each as a user's config.json describes it."""
 
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16},  # a tied head
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},  # layers of two kinds, capped logits
+    "gemma": {"head_dim": 16},  # tied head
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},  # two kinds of layers, capped logits
     "gemma3_text": {"head_dim": 16, "sliding_window": 24},
     "phi3": {},
-    "gpt2": {"n_embd": 64, "n_head": 4, "n_inner": 128, "n_positions": 256},  # Conv1D: trained as a whole
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_inner": 128, "n_positions": 256},  # Conv1D layers; trained in full
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
@@ -38,13 +38,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def config(architecture: str, **changes: Any) -> Any:
-    """The transformers configuration of a small model."""
+    """Return the transformers configuration of a small model."""
     settings = _COMMON | {"num_hidden_layers": 4} | ARCHITECTURES[architecture] | changes
     return AutoConfig.for_model(architecture, **settings)
 
 
 def recipe(folder: Path, architecture: str, *, layers: int = 4, **sections: dict[str, Any]) -> Recipe:
-    """A recipe over a small synthetic model; what cannot carry an adapter is trained as a whole."""
+    """Return a recipe for a small synthetic model; train a model in full if it cannot carry an adapter."""
     config(architecture, num_hidden_layers=layers).save_pretrained(folder)
     base: dict[str, Any] = {"model": str(folder), "init": "synthetic", "compute_dtype": "float32"}
     adapter: dict[str, Any] = {"targets": "all-linear"}

@@ -1,6 +1,6 @@
 """Shared fixtures: a tiny real model on disk, deterministic seeds, no network.
 
-The tiers: `pytest` (seconds to minutes, no GPU), `pytest -m slow`, `pytest -m gpu`.
+Tiers: `pytest` (seconds to minutes, no GPU), `pytest -m slow`, `pytest -m gpu`.
 """
 
 import os
@@ -11,29 +11,29 @@ from typing import Any
 
 import pytest
 
-# Decided before any library reads them: nothing here may reach for a network or a W&B account.
+# Set before any library reads them: tests must not reach for a network or a W&B account.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-os.environ["QLORA_CACHE"] = "off"  # a test has one of its own, see below
+os.environ["QLORA_CACHE"] = "off"  # each test has its own cache, see below
 os.environ.pop("WANDB_API_KEY", None)
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run block by block in numpy; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run block by block in numpy; Triton reads this at import
 
 from deprecations_for_tests import heard_deprecations, say_once_again
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import bundled
 
-# Two workers on two cores: with more threads each, OpenMP's waiting threads would take the cores from one another.
+# Two workers on two cores: with more threads each, OpenMP's waiting threads would take cores from the other worker.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for each test, and for the processes it starts: nobody's real one is read or written."""
+    """Give each test and its processes an empty cache; the user's cache is never read or written."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("QLORA_CACHE", str(folder))
     return folder
@@ -52,7 +52,7 @@ def _heard() -> Iterator[list[str]]:
 
 @pytest.fixture(autouse=True)
 def deprecations(_heard: list[str]) -> Iterator[list[str]]:
-    """What a library has logged as deprecated since the last test, fixtures included: an error, as a warning is."""
+    """Fail if a library has logged a deprecation since the last test (fixtures included), as a warning would."""
     say_once_again()
     yield _heard
     found = list(dict.fromkeys(_heard))
@@ -63,7 +63,7 @@ def deprecations(_heard: list[str]) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random 2-layer Llama (hidden 64, fp32) and the bundled tokenizer."""
+    """Return a folder with a random 2-layer Llama (hidden 64, fp32) and the bundled tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -85,13 +85,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
-    """Writes a small recipe over the tiny model and the bundled tickets; keyword sections are merged in."""
+    """Return a function that writes a small recipe for the tiny model and the bundled tickets, updated by keywords."""
 
     def write(**sections: Any) -> Path:
         import json
 
         recipe: dict[str, Any] = {
-            "base": {"model": str(tiny_llama), "compute_dtype": "float32"},  # auto is another on another CPU
+            "base": {"model": str(tiny_llama), "compute_dtype": "float32"},  # auto depends on the CPU
             "adapter": {"rank": 4, "targets": "all-linear"},
             "data": {
                 "source": "bundled/tickets/train.jsonl",

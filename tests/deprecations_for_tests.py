@@ -1,4 +1,4 @@
-"""Hears what the libraries deprecate through their loggers, which no warning filter of pytest sees."""
+"""Collects the deprecations that libraries log, which pytest's warning filters do not see."""
 
 import logging
 import re
@@ -15,10 +15,11 @@ SPEAKS_OF_THE_END = re.compile(r"deprecat|will be removed|FutureWarning", re.IGN
 
 @contextmanager
 def heard_deprecations() -> Iterator[list[str]]:
-    """The deprecations that these libraries log meanwhile, also where their level hides them from everybody else.
+    """Collect the deprecations that these libraries log, also those that a logger's level hides.
 
-    `qlora.model.load` sets transformers' level to ERROR while it loads a model, and transformers' loggers do not hand
-    their records to the root, so a handler would miss them: the two methods through which every record goes listen.
+    `qlora.model.load` sets transformers' level to ERROR while it loads a model, and transformers' loggers do not pass
+    records to the root logger. A handler would miss these records, so the two methods that every record passes through
+    are patched.
     """
     heard: list[str] = []
     is_enabled_for, handle = logging.Logger.isEnabledFor, logging.Logger.handle
@@ -39,7 +40,7 @@ def heard_deprecations() -> Iterator[list[str]]:
 
 
 def say_once_again() -> None:
-    """`warning_once` of transformers and accelerate remembers for the whole process what it has said: forget that."""
+    """Clear the caches of `warning_once`, so that transformers and accelerate log a warning again."""
     from accelerate.logging import MultiProcessAdapter
 
     for speaker in (logging.Logger, MultiProcessAdapter):

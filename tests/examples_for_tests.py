@@ -1,9 +1,8 @@
-"""The examples in README.md and docs/: code blocks with their kind, place and remarks, and how each is run.
+"""Finds the examples in README.md and docs/ and knows how a test runs each of them.
 
-A page is written for its reader, and runs as it is written: `console` blocks hold commands behind `$ ` and their
-output, `python` blocks share a namespace, and blocks with a title are files. A remark in front of a block,
-`<!-- example: ... -->`, says what is special: `not run: <why>` (its commands are parsed only), `output of the full
-run` (a short run prints other words), `slow`.
+Examples run as they are written: `console` blocks hold commands after `$ ` and their output, `python` blocks share a
+namespace, and blocks with a title are files. A remark before a block, `<!-- example: ... -->`, marks a special case:
+`not run: <why>` (its commands are only parsed), `output of the full run` (a shortened run prints other text), `slow`.
 """
 
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# What a run is shortened to. Later overrides win, so these come last.
+# Overrides that shorten a run. Later overrides win, so these come last.
 SHORT = [
     "training.max_steps=2",
     "training.eval_every=null",
@@ -78,12 +77,12 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """The command as a shell would split it, without comments."""
+        """The words of the command, split as a shell splits them and without comments."""
         return shlex.split(self.text, comments=True)
 
     @property
     def arguments(self) -> list[str] | None:
-        """The arguments of `qlora`; None where the command is another program."""
+        """The arguments of `qlora`; None for another program."""
         words = [word for word in self.words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
         if words[:1] == ["time"]:
             words = words[1:]
@@ -93,7 +92,7 @@ class Command:
 
     @property
     def shortened(self) -> list[str] | None:
-        """The arguments with which a test runs it."""
+        """The arguments that a test uses."""
         arguments = self.arguments
         if arguments and arguments[0] in ("train", "profile"):
             again = arguments[0] == "train" and not {"--resume", "--fresh"} & set(arguments)
@@ -103,7 +102,7 @@ class Command:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in order."""
+    """Return the fenced blocks of a page, in order."""
     text, found = page.read_text(), []
     for match in _FENCE.finditer(text):
         language, _, rest = match["info"].strip().partition(" ")
@@ -115,15 +114,16 @@ def blocks(page: Path) -> list[Block]:
 
 
 def words_of(line: str) -> str:
-    """A line of output without what differs between runs: numbers, rules of tables, spaces."""
+    """Return a line of output without the parts that differ between runs: numbers, table rules and spaces."""
     line = re.sub(r"[─━│┃|╷╵┼╇╪═-]{2,}", " ", line)
     return " ".join(_NUMBER.sub("#", line).split())
 
 
 def missing_from(printed: str, expected: list[str]) -> str | None:
-    """The first expected line that the output lacks, in order, numbers ignored; None if it has all of them.
+    """Return the first expected line that is missing from the output; None if all lines are there, in order.
 
-    A line `...` stands for any lines; a line that ends in ` ...` for any that begins so.
+    Numbers are ignored. A line `...` matches any lines; a line that ends in ` ...` matches every line with this
+    beginning.
     """
     actual = [line for line in map(words_of, printed.splitlines()) if line]
     position, anywhere = 0, True

@@ -1,4 +1,4 @@
-"""What `qlora train` imports, imported once for the processes that tests fork; see `processes_for_tests`."""
+"""Imports everything that `qlora train` imports, once for all processes that tests fork; see `processes_for_tests`."""
 
 import torch
 

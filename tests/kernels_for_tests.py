@@ -1,8 +1,8 @@
-"""Compiles every kernel for the GPUs named on the command line (80 90 ...), down to their machine code, without one.
+"""Compiles every kernel to machine code for the GPUs named on the command line (80 90 ...), without a GPU.
 
-Every pass is run, with the launch caught on the way, on its example and on arguments as a training step has them; what
-Triton would specialise by the values of numbers is left general. Prints a line a kernel. For a process without
-Triton's interpreter.
+Runs each pass on its example and on arguments as in a training step, catches the launches and compiles them. Triton's
+specialisation on the values of numbers is left out. Prints one line a kernel. Run it in a process without Triton's
+interpreter.
 """
 
 import sys
@@ -26,7 +26,7 @@ OPTIONS = ("num_warps", "enable_fp_fusion")
 
 
 def catch(launches: list[tuple[Any, ...]]) -> None:
-    """From now on a launch is only written down."""
+    """Record launches from now on, instead of running them."""
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((self, args, kwargs))
@@ -35,7 +35,7 @@ def catch(launches: list[tuple[Any, ...]]) -> None:
 
 
 def compiled(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any], target: int) -> str:
-    """The kernel's machine code for this launch."""
+    """Return the kernel's machine code for this launch."""
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
     named = dict(zip(kernel.arg_names, args, strict=False)) | {
         name: value for name, value in kwargs.items() if name not in options
@@ -65,7 +65,7 @@ if __name__ == "__main__":
         dtype = torch.float32 if work is cross_entropy.LOSS else torch.bfloat16
         work.in_triton(*work.example(torch.device("cpu"), dtype))
     rows = torch.empty(2, 16384, dtype=torch.bfloat16)
-    norm.NORMALIZE.in_triton(rows, torch.empty(16384), 1e-5, rows)  # wide, and an fp32 weight
+    norm.NORMALIZE.in_triton(rows, torch.empty(16384), 1e-5, rows)  # wide rows and an fp32 weight
     norm.NORMALIZE_GRADIENT.in_triton(rows, rows, torch.empty(16384), 1e-5, None)
     logits, targets = torch.empty(2, 151936), torch.zeros(2, dtype=torch.int64)
     for gradient in (torch.empty(2, 151936, dtype=torch.bfloat16), None):

@@ -1,4 +1,4 @@
-"""memory.json objects as the forecast and the measurement make them, small enough to check by eye."""
+"""memory.json objects, as the forecast and the measurement write them, small enough to check by eye."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from qlora.memory.rule_of_thumb import Method
 
 M, G = 10**6, 10**9
 PHASES = {"forward": 0.35, "loss": 0.08, "backward": 0.45, "update": 0.05, "evaluation": 0.07}
-SHAPES = {  # phase -> how high a part that changes stands at 0..1 of it
+SHAPES = {  # phase -> fraction of a part's peak at position 0..1 of the phase
     "saved_activations": {"forward": lambda x: x, "loss": lambda x: 1.0, "backward": lambda x: 1 - x},
     "working_set": {
         "forward": lambda x: 0.3 + 0.1 * math.sin(200 * x),
@@ -29,7 +29,7 @@ SHAPES = {  # phase -> how high a part that changes stands at 0..1 of it
 
 
 def run_of(parts: Mapping[str, int], samples: int = 150, **more: Any) -> dict[str, Any]:
-    """A forecast or measurement: constant parts as given, the others up to what is given."""
+    """Return a forecast or measurement. Constant parts keep their size; the others rise to at most the given size."""
     starts, at = [], 0
     timeline: dict[str, list[int]] = {part: [] for part in parts}
     highest: dict[str, int] = {}
@@ -68,7 +68,7 @@ def memory_of(
     samples: int = 150,
     **workload: Any,
 ) -> dict[str, Any]:
-    """The whole object; `off` is how much more the measurement finds than the forecast, None for none."""
+    """Return a memory.json object. `off` is the measurement's relative excess over the forecast; None: not measured."""
     forecast = run_of(parts, samples)
     measured = None
     if off is not None:
@@ -94,7 +94,7 @@ CPU = {"kind": "cpu", "name": "CPU", "capacity_bytes": None}
 
 
 def llama_7b(off: float | None = 0.008, capacity_bytes: int | None = 79 * 2**30) -> dict[str, Any]:
-    """A 7B LoRA run on a GPU."""
+    """Return the memory of a 7B LoRA run on a GPU."""
     parts = {
         "base_nf4": 3238 * M, "quantization_statistics": 103 * M, "base_unquantized": 525 * M, "adapters": 320 * M,
         "gradients": 320 * M, "optimizer_state": 1919 * M, "saved_activations": 537 * M, "working_set": 800 * M,
@@ -107,7 +107,7 @@ def llama_7b(off: float | None = 0.008, capacity_bytes: int | None = 79 * 2**30)
 
 
 def tiny(off: float | None = None) -> dict[str, Any]:
-    """A run of the bundled base on a CPU."""
+    """Return the memory of a run of the bundled base on a CPU."""
     parts = {
         "base_nf4": 16 * M // 10, "quantization_statistics": 90_000, "base_unquantized": 21 * M // 10,
         "adapters": 680_000, "gradients": 680_000, "optimizer_state": 41 * M // 10, "saved_activations": 120 * M,
@@ -120,7 +120,7 @@ def tiny(off: float | None = None) -> dict[str, Any]:
 
 
 def whole_model() -> dict[str, Any]:
-    """Full fine-tuning of a 1.1B model on a GPU that it just fits."""
+    """Return the memory of full fine-tuning: a 1.1B model that just fits on a GPU."""
     n = 1_100_000_000
     parts = {
         "adapters": 2 * n, "gradients": 2 * n, "optimizer_state": 12 * n, "saved_activations": 900 * M,

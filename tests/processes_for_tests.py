@@ -1,6 +1,7 @@
-"""The command line in processes of its own, to be killed: forked from one that has imported everything already.
+"""Runs `qlora ...` in processes that tests can kill.
 
-A process that starts from nothing imports for seconds, and tests that kill runs start many.
+They are forked from a process that has imported everything: imports take seconds, and the tests that kill runs start
+many processes.
 """
 
 import multiprocessing
@@ -20,19 +21,19 @@ _CONTEXT.set_forkserver_preload(["imported_for_tests"])
 
 
 def _start_server() -> None:
-    """Start the process that has imported everything; Python 3.11's does not take over where modules are found."""
+    """Start the process to fork from, with our sys.path: the fork server of Python 3.11 does not inherit it."""
     here = str(Path(__file__).parent)
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([here, *sys.path])):
         ensure_running()
 
 
 class Process:
-    """`qlora ...` at work, with one thread, as in the tests themselves: sums depend on it."""
+    """A running `qlora ...` process with one thread, like the tests: rounding depends on the number of threads."""
 
     def __init__(
         self, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
-        """`folder`: where the files lie that hold what it prints; `environment`: what it has besides the tests' own."""
+        """Start the process. `folder` receives its output; `environment` is added to the environment of the tests."""
         _start_server()
         name = f"{time.monotonic_ns()}"
         self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
@@ -43,21 +44,21 @@ class Process:
 
     @property
     def out(self) -> str:
-        """What it has printed."""
+        """Standard output so far."""
         return self._out.read_text() if self._out.exists() else ""
 
     @property
     def err(self) -> str:
-        """The same of standard error."""
+        """Standard error so far."""
         return self._err.read_text() if self._err.exists() else ""
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
     def wait(self, seconds: float = 100) -> int:
-        """Wait for its end. Returns its exit code, or the number of the signal that ended it, negative."""
+        """Wait for the end of the process. Return the exit code, or minus the number of the signal that ended it."""
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()
@@ -65,17 +66,17 @@ class Process:
         return self._process.exitcode
 
     def wait_for_step(self, run_folder: Path, step: int) -> None:
-        """Wait until its record holds a step."""
+        """Wait until the run's metrics contain this step."""
         file, deadline = run_folder / "metrics.jsonl", time.monotonic() + 100
         while time.monotonic() < deadline and self._process.is_alive():
             if file.is_file() and f'"step": {step},' in file.read_text():
                 return
             time.sleep(0.005)
-        pytest.fail(f"never came to step {step}: {self.out}{self.err}")
+        pytest.fail(f"did not reach step {step}: {self.out}{self.err}")
 
 
 def run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
-    """What the process does: become `qlora`."""
+    """Become `qlora` (runs in the forked process)."""
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
@@ -87,7 +88,7 @@ def run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -
     sys.argv = arguments
     import torch
 
-    # torch makes its pool of threads anew in a forked process, at the first use: two threads at once would collide
+    # torch recreates its thread pool on first use in a forked process; two threads doing so at once would collide
     torch.set_num_threads(1)
     from qlora.cli import main
 

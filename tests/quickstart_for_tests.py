@@ -1,4 +1,4 @@
-"""Whether a quickstart run answers its held-out samples right: for a slow test, and for .ci/run.
+"""Checks that a quickstart run answers its held-out samples correctly; for a slow test and for .ci/run.
 
 python tests/quickstart_for_tests.py runs/quickstart
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def wrong_answers(run: Path) -> list[str]:
-    """One line for each sample of the last step whose answer is not its reference, to the letter.
+    """Return one line for each sample of the last step whose answer differs from its reference.
 
     Raises:
         ValueError: the last step has no samples.

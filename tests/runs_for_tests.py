@@ -1,4 +1,4 @@
-"""Runs that were never trained: an adapter whose update is not zero, where a run leaves it."""
+"""Writes the files of a finished LoRA run without training; the adapter's update is not zero."""
 
 import hashlib
 from dataclasses import replace
@@ -17,7 +17,7 @@ from qlora.recipe import Recipe
 
 
 def update(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
-    """Give every B of `model` random numbers of this standard deviation."""
+    """Fill every B of `model` with random numbers of standard deviation `size`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -26,7 +26,7 @@ def update(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
 
 
 def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter: Any) -> Path:
-    """The folder of a run of `recipe` that ended with an adapter of these settings."""
+    """Write the folder of a finished run of `recipe`, with these adapter settings, and return it."""
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=adapter)})
     model = update(apply_adapter(load_base(recipe.base), recipe), size, seed)
     folder = Path(recipe.output) / "adapter"
@@ -37,7 +37,7 @@ def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Of every byte of a module: weights, packed ones with their statistics, and everything else."""
+    """Return a hash of every byte of a module: weights, packed weights, their statistics and all other tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

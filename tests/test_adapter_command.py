@@ -1,4 +1,4 @@
-"""`qlora adapter` as a newcomer uses it: on a run, in text and JSON; errors are one line and leave nothing."""
+"""`qlora adapter` as a newcomer uses it: on a run, as text and JSON; an error is one line and leaves no files."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def shown(*arguments: object) -> str:
     return result.output
 
 
-def test_compose_says_ranks_errors_and_where(tmp_path: Path) -> None:
+def test_compose_prints_ranks_errors_and_the_folder(tmp_path: Path) -> None:
     a = write_adapter(tmp_path / "a", LAYERS, seed=1)
     b = write_adapter(tmp_path / "b", {"layers.0.q": (12, 10, 2)}, seed=2, alpha=3)
     output = shown("compose", f"{a}:0.7", f"{b}:-0.3", "--to", tmp_path / "mix")
@@ -71,7 +71,7 @@ def test_inspect_shows_kinds_layers_a_verdict_and_a_picture(tmp_path: Path) -> N
 
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2}
-"""how far logits may be apart that are computed from the same adapter, made in two ways"""
+"""tolerance between logits of the same adapter computed in two ways"""
 
 
 @pytest.fixture(scope="module", params=ROUNDING)
@@ -81,7 +81,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, dtype: str) -> dict[str, Path]:
-    """A short LoRA run on the tiny model, and one of full training."""
+    """Return a short LoRA run on the tiny model and a short full-training run."""
     folder = tmp_path_factory.mktemp("runs")
     settings: dict[str, Any] = {
         "base": {"model": str(tiny_llama), "quantization": "none", "compute_dtype": dtype},
@@ -113,7 +113,9 @@ def logits(folder: Path) -> torch.Tensor:
         return load_trained(folder, device="cpu").model(ids).logits
 
 
-def test_a_composed_run_answers_as_the_run_does(runs: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+def test_a_composed_run_gives_the_logits_of_the_run(
+    runs: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
     run, off = runs["lora"], ROUNDING[dtype]
     output = shown("compose", f"{run}:0.25", f"{run / 'adapter'}:0.75", "--to", tmp_path / "same")
     assert f"Try it:  qlora eval {tmp_path / 'same'}" in output
@@ -128,7 +130,9 @@ def test_a_composed_run_answers_as_the_run_does(runs: dict[str, Path], tmp_path:
     assert first.startswith(f"# Made by `qlora adapter compose {run}:0.25")
 
 
-def test_a_compressed_run_answers_nearly_so(runs: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+def test_a_compressed_run_gives_nearly_the_same_logits(
+    runs: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
     off = ROUNDING[dtype]
     shown("compress", runs["lora"], "--to", tmp_path / "whole", "--energy", 1, "--dtype", "float32")
     torch.testing.assert_close(logits(tmp_path / "whole"), logits(runs["lora"]), rtol=off, atol=off)
@@ -136,20 +140,22 @@ def test_a_compressed_run_answers_nearly_so(runs: dict[str, Path], tmp_path: Pat
     assert (tmp_path / "small" / TENSORS).stat().st_size < (runs["lora"] / "adapter" / TENSORS).stat().st_size
 
 
-def test_inspect_finds_a_base_that_is_here(runs: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
+def test_inspect_finds_the_base_if_it_is_on_disk(
+    runs: dict[str, Path], tiny_llama: Path, tmp_path: Path
+) -> None:
     for arguments in ((), ("--base", tiny_llama)):
         layers = json.loads(shown("inspect", runs["lora"], "--json", *arguments))["layers"]
         assert all(0 < layer["relative_norm"] < 1 for layer in layers.values())
     made_up = tmp_path / "made-up"
     shutil.copytree(runs["lora"] / "adapter", made_up)
     record = json.loads((made_up / "qlora.json").read_text())
-    record["base"]["weights"] = "random of seed 0"  # as of a run with base.init=random
+    record["base"]["weights"] = "random of seed 0"  # as for a run with base.init=random
     (made_up / "qlora.json").write_text(json.dumps(record))
     layers = json.loads(shown("inspect", made_up, "--json"))["layers"]
     assert all(layer["relative_norm"] is None for layer in layers.values())
 
 
-def test_what_full_training_changed_is_extracted(
+def test_changes_of_full_training_are_extracted(
     runs: dict[str, Path], tiny_llama: Path, tmp_path: Path, dtype: str
 ) -> None:
     to = tmp_path / "adapter"

@@ -1,4 +1,4 @@
-"""Sums and approximations of adapters against dense float64 matrices, and against PEFT's reading of the files."""
+"""Sums and approximations of adapters, compared with dense float64 matrices and with PEFT's reading of the files."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ WEIGHTS = st.floats(0.01, 4) | st.floats(-4, -0.01)
 
 
 def two(tmp_path: Path, **config: Any) -> tuple[Path, Path]:
-    """Adapters of different ranks, layers, scalings and dtypes."""
+    """Write two adapters that differ in ranks, layers, scaling and dtype."""
     return (
         write_adapter(tmp_path / "a", FIRST, seed=1, dtype=torch.bfloat16, **config),
         write_adapter(tmp_path / "b", SECOND, seed=2, alpha=3, use_rslora=True, dtype=torch.float16),
@@ -85,7 +85,7 @@ def test_a_lower_rank_is_the_best_of_its_rank(tmp_path: Path, rank: int) -> None
     assert relative_error(deviations.values()) == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_an_adapter_less_itself_is_nothing(tmp_path: Path) -> None:
+def test_an_adapter_minus_itself_is_zero(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", FIRST)
     adapter, deviations = compose([(read(folder), 0.3), (read(folder), -0.3)])
     assert all(layer.update.norm() == 0 for layer in adapter.layers.values())
@@ -129,7 +129,7 @@ def test_targets_mean_the_layers_of_both(tmp_path: Path, case: str) -> None:
     assert read(tmp_path / "sum").layers.keys() == {**FIRST, **SECOND}.keys()
 
 
-def test_bases_must_be_one(tmp_path: Path) -> None:
+def test_bases_must_be_the_same(tmp_path: Path) -> None:
     one = read(write_adapter(tmp_path / "a", FIRST))
     unnamed = read(write_adapter(tmp_path / "b", FIRST, base_model_name_or_path=None))
     other = read(write_adapter(tmp_path / "c", FIRST, base_model_name_or_path="other/base"))
@@ -153,7 +153,7 @@ def test_shapes_must_agree(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_peft_computes_the_sum(tmp_path: Path, tiny_llama: Path) -> None:
-    """What PEFT adds to the base's weights when it has read the composed folder."""
+    """PEFT adds the same update to the base's weights when it loads the composed folder."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Adapters go to PEFT and come back: every field of its config, GPT-2's layers, and the choice of layers."""
+"""Adapters are exchanged with PEFT in both directions: all config fields, GPT-2's layers, and the choice of layers."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ GPT2 = GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=2, n_positions=64
 
 
 def base(config: Any = LLAMA) -> nn.Module:
-    """The same numbers at every call, in fp32 and without dropout."""
+    """Return the base with the same weights at every call, in fp32 and without dropout."""
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -55,7 +55,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def fill(model: nn.Module) -> None:
-    """A and B far from zero, so that every layer shows in the logits."""
+    """Set A and B far from zero, so that every layer changes the logits."""
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -63,7 +63,7 @@ def fill(model: nn.Module) -> None:
 
 
 def theirs(folder: Path, config: Any = LLAMA, **settings: Any) -> nn.Module:
-    """PEFT's adapter on a new base, also saved to `folder`."""
+    """Return PEFT's adapter on a new base, also saved to `folder`."""
     settings = {
         "r": 4,
         "lora_alpha": 6,
@@ -110,9 +110,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("case", FIELDS)
 def test_a_round_trip_with_peft_keeps_every_number(tmp_path: Path, case: str) -> None:
-    """PEFT -> here -> PEFT -> here. Same logits at each stop, in fp32."""
+    """PEFT -> here -> PEFT -> here gives the same fp32 logits at each stop."""
     theirs(tmp_path / "theirs", **FIELDS[case])
-    # As PEFT reads it: it saves patterns sorted, so of two that fit another may be the first than in training
+    # Reload with PEFT: it saves patterns sorted, so the first pattern that matches a layer may differ from training
     expected = logits(peft.PeftModel.from_pretrained(base(), tmp_path / "theirs"))
     assert (expected - logits(base())).abs().max() > 0.1
     model = load_adapter(base(), tmp_path / "theirs")
@@ -163,7 +163,7 @@ SET = {
 
 
 @pytest.mark.parametrize("field", [*REFUSED, "a_field_of_tomorrow"])
-def test_what_cannot_be_obeyed_is_refused_by_name(tmp_path: Path, field: str) -> None:
+def test_a_field_that_cannot_be_obeyed_is_refused_by_name(tmp_path: Path, field: str) -> None:
     theirs(tmp_path)
     value = SET.get(field, {"beta": 1} if field.endswith("config") else True)
     edit(tmp_path, **{field: value})
@@ -176,7 +176,7 @@ def test_what_cannot_be_obeyed_is_refused_by_name(tmp_path: Path, field: str) ->
 
 
 @pytest.mark.parametrize("field", INFORMATION)
-def test_what_only_informs_changes_nothing(tmp_path: Path, field: str) -> None:
+def test_a_field_that_only_informs_changes_nothing(tmp_path: Path, field: str) -> None:
     expected = logits(theirs(tmp_path))
     edit(tmp_path, **{field: {"anything": 1}})
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), expected, rtol=1e-5, atol=1e-5)
@@ -222,16 +222,16 @@ CHOICES: list[dict[str, Any]] = [
 )
 @pytest.mark.parametrize("settings", CHOICES, ids=str)
 def test_the_layers_are_those_that_peft_would_choose(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """The tensors name what PEFT chose; a choice of ours that is any other is refused."""
+    """The tensors name the layers that PEFT chose; if our choice differs, the adapter is refused."""
     try:
         reference = theirs(tmp_path, **settings)
-    except ValueError:  # PEFT finds none, which is no adapter to load
+    except ValueError:  # PEFT finds no layer, so there is no adapter to load
         theirs(tmp_path)
         edit(tmp_path, **settings)
         with pytest.raises(ModelError, match="match no layer"):
             load_adapter(base(), tmp_path)
         return
-    edit(tmp_path, **settings)  # as it was asked for, not as PEFT resolved it
+    edit(tmp_path, **settings)  # as the user set it, not as PEFT resolved it
     torch.testing.assert_close(
         logits(load_adapter(base(), tmp_path)), logits(reference), rtol=1e-5, atol=1e-5
     )
@@ -259,7 +259,7 @@ def test_gpt2_gives_peft_s_logits_and_gradients(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
-@pytest.mark.filterwarnings("error")  # PEFT warns of a fan_in_fan_out that does not fit the layers
+@pytest.mark.filterwarnings("error")  # PEFT warns if fan_in_fan_out does not fit the layers
 def test_gpt2_goes_to_peft(tmp_path: Path) -> None:
     model = adapt(base(GPT2), LoraSpec(rank=4, targets="attention", dtype=torch.float32))
     fill(model)
@@ -269,8 +269,8 @@ def test_gpt2_goes_to_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-6, atol=1e-6)
 
 
-def test_what_the_layers_say_of_their_weights_is_believed(tmp_path: Path) -> None:
-    """PEFT corrects a fan_in_fan_out that is wrong, and so do we."""
+def test_the_layers_decide_about_fan_in_fan_out(tmp_path: Path) -> None:
+    """A wrong fan_in_fan_out in the config is corrected, as PEFT corrects it."""
     expected = logits(theirs(tmp_path / "gpt2", GPT2, target_modules=["c_attn"], fan_in_fan_out=True))
     edit(tmp_path / "gpt2", fan_in_fan_out=False)
     torch.testing.assert_close(
@@ -283,7 +283,7 @@ def test_what_the_layers_say_of_their_weights_is_believed(tmp_path: Path) -> Non
     )
 
 
-def test_a_conv1d_alone() -> None:
+def test_lora_on_a_single_conv1d() -> None:
     conv = Conv1D(5, 7)
     layer = LoRALinear(conv, LoraSpec(rank=2, alpha=3, dtype=torch.float64)).double()
     nn.init.normal_(layer.lora_b)
@@ -303,7 +303,7 @@ def test_gpt2_in_nf4_has_the_same_layers_however_it_is_made(tmp_path: Path, init
     assert shapes["transformer.h.0.attn.c_attn"] == (3 * 64, 64)
     if init == "pretrained":
         reference = theirs(tmp_path / "adapter", GPT2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
-        for name in shapes:  # the same rounding in the reference, which keeps its layers
+        for name in shapes:  # the same rounding in the reference, which keeps its layers unquantized
             conv = reference.get_submodule(f"base_model.model.{name}")
             weight = getattr(conv, "base_layer", conv).weight
             rounded = nf4.quantize(weight.data.T)
@@ -318,5 +318,5 @@ def test_weights_of_fewer_bits_keep_their_dtype(tmp_path: Path) -> None:
     save_file({k: half(t) for k, t in load_file(tmp_path / TENSORS).items()}, tmp_path / TENSORS)
     model = load_adapter(base(), tmp_path)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float16}
-    expected = peft.PeftModel.from_pretrained(base(), tmp_path)  # reads them as fp32
+    expected = peft.PeftModel.from_pretrained(base(), tmp_path)  # PEFT reads them as fp32
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The difference of two checkpoints as an adapter: as near as dense float64 decompositions, and its errors true."""
+"""The difference of two checkpoints as an adapter: as close as dense float64 decompositions, with its true errors."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
 
 def network() -> nn.Module:
-    """Two blocks of two linears with biases, an embedding, a norm and a head; on the meta device."""
+    """Return two blocks of two linears with biases, an embedding, a norm and a head, on the meta device."""
     with torch.device("meta"):
         blocks = [nn.ModuleDict({"up": nn.Linear(20, 30), "down": nn.Linear(30, 20)}) for _ in range(2)]
         return nn.ModuleDict(
@@ -42,7 +42,7 @@ def random_weights(seed: int) -> dict[str, Tensor]:
 
 
 def checkpoint(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> ShardReader:
-    """Written as transformers does, with an index where there are several shards."""
+    """Write a checkpoint as transformers does, with an index if there are several shards."""
     folder.mkdir()
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -55,13 +55,13 @@ def checkpoint(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> Sha
 
 
 def pair(tmp_path: Path, changes: dict[str, Tensor]) -> tuple[ShardReader, ShardReader]:
-    """(tuned, base) that differ by `changes`, in different shards."""
+    """Write (tuned, base), which differ by `changes` and are sharded differently."""
     base = random_weights(0)
     tuned = {name: tensor + changes[name] if name in changes else tensor for name, tensor in base.items()}
     return checkpoint(tmp_path / "tuned", tuned, shards=3), checkpoint(tmp_path / "base", base)
 
 
-def test_a_low_rank_change_is_found_again(tmp_path: Path) -> None:
+def test_a_low_rank_change_is_recovered(tmp_path: Path) -> None:
     changes = {f"{name}.weight": torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
                for name, shape in zip(LINEARS, [(30, 20), (20, 30)] * 2, strict=True)}  # fmt: skip
     found = extract(*pair(tmp_path, changes), network(), rank=3, base_model="some/base")
@@ -77,7 +77,7 @@ def test_a_low_rank_change_is_found_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sketched", [False, True])
 @pytest.mark.parametrize(("rank", "energy"), [(5, None), (None, 0.8), (None, 0.995)])
-def test_the_rest_is_as_small_as_it_can_be_and_reported(
+def test_the_remaining_error_is_minimal_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: bool, rank: int | None, energy: float | None
 ) -> None:
     if sketched:
@@ -100,7 +100,7 @@ def test_the_rest_is_as_small_as_it_can_be_and_reported(
         assert layer.rank == rank
 
 
-def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
+def test_changes_that_no_adapter_can_hold_are_named(tmp_path: Path) -> None:
     changes = {
         "layers.1.up.weight": torch.ones(30, 20),
         "layers.1.up.bias": 2 * torch.ones(30),
@@ -110,7 +110,7 @@ def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
     }
     tuned, base = pair(tmp_path, changes)
     found = extract(tuned, base, network(), rank=2)
-    assert list(found.adapter.layers) == ["layers.1.up"], "layers that did not change get nothing"
+    assert list(found.adapter.layers) == ["layers.1.up"], "unchanged layers get no adapter"
     expected = {
         name: tensor.norm().item() for name, tensor in changes.items() if name != "layers.1.up.weight"
     }
@@ -142,7 +142,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(error.value)
 
 
-def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in ("no/such-model", str(tmp_path / "nowhere"), "a b"):
         with pytest.raises(ModelError, match="there is no such folder, and no such model in the local hub"):
             find_checkpoint(name)

@@ -1,4 +1,4 @@
-"""Adapters as plain tensors: read as strictly as into a model, written to a new folder whole or not at all."""
+"""Adapter folders as plain tensors: read as strictly as into a model, written to a new folder whole or not at all."""
 
 import json
 import re
@@ -28,7 +28,7 @@ LAYERS = {"blocks.0.up": (6, 4, 2), "blocks.0.down": (4, 6, 3), "blocks.1.up": (
         {"target_modules": r"blocks\.\d\.\w+"},
     ],
 )
-def test_what_is_read_is_what_is_written(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_reading_gives_what_was_written(tmp_path: Path, settings: dict[str, Any]) -> None:
     before = write_adapter(tmp_path / "a", LAYERS, dtype=torch.bfloat16, **settings)
     (before / "recipe.yaml").write_text("base: {model: x}\n")
     adapter = read(before)
@@ -45,7 +45,7 @@ def test_what_is_read_is_what_is_written(tmp_path: Path, settings: dict[str, Any
     assert (after / "recipe.yaml").read_text() == "base: {model: x}\n"
 
 
-def test_it_reads_what_a_model_saves_and_the_model_what_it_writes(tmp_path: Path) -> None:
+def test_adapter_folders_are_exchanged_with_a_model(tmp_path: Path) -> None:
     def network() -> torch.nn.Module:
         torch.manual_seed(0)
         return torch.nn.ModuleDict({"up": torch.nn.Linear(4, 6), "down": torch.nn.Linear(6, 4)})
@@ -56,7 +56,7 @@ def test_it_reads_what_a_model_saves_and_the_model_what_it_writes(tmp_path: Path
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_b)
     save_adapter(model, tmp_path / "run" / "adapter")
-    adapter = read(tmp_path / "run")  # a run's folder will do
+    adapter = read(tmp_path / "run")  # a run's folder is accepted too
     write(adapter, tmp_path / "copy")
     loaded = lora_layers(load_adapter(network(), tmp_path / "copy"))
     for name, layer in lora_layers(model).items():
@@ -112,7 +112,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
+def test_existing_files_are_never_overwritten(tmp_path: Path) -> None:
     adapter = read(write_adapter(tmp_path / "a", LAYERS))
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -121,10 +121,10 @@ def test_nothing_is_written_over_anything(tmp_path: Path) -> None:
             write(adapter, tmp_path / name)
     (tmp_path / "empty").mkdir()
     write(adapter, tmp_path / "empty")
-    assert read(tmp_path / "empty").layers.keys() == adapter.layers.keys(), "an empty folder is nothing"
+    assert read(tmp_path / "empty").layers.keys() == adapter.layers.keys(), "an empty folder can be used"
 
 
-def test_nothing_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = read(write_adapter(tmp_path / "a", LAYERS))
     layer = adapter.layers["blocks.0.up"]
     large = replace(layer, b=(1e6 * layer.b).half())
@@ -148,7 +148,7 @@ def test_nothing_is_there_after_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_scalings_that_one_flag_cannot_say_are_refused(tmp_path: Path) -> None:
+def test_scalings_that_one_flag_cannot_express_are_refused(tmp_path: Path) -> None:
     adapter = read(write_adapter(tmp_path / "a", LAYERS))
     layer = adapter.layers["blocks.0.up"]
     odd = Layer(layer.a, layer.b, alpha=4, scaling=4 / 2**0.5)

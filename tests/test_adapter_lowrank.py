@@ -1,4 +1,4 @@
-"""Products of thin matrices, judged without forming them: the same as dense float64 linear algebra."""
+"""Products of thin matrices, compared without forming the product: equal to dense float64 linear algebra."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WEIGHTS = st.floats(0.01, 3) | st.floats(-3, -0.01)
 
 @st.composite
 def products(draw: st.DrawFn, out: int, into: int) -> LowRank:
-    """Any rank, also above out and in; columns of very different sizes; sometimes linearly dependent."""
+    """Draw a product of any rank, with columns of very different sizes that are sometimes linearly dependent."""
     rank = draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     sizes = 10.0 ** torch.tensor(draw(st.lists(st.integers(-3, 3), min_size=rank, max_size=rank)))
@@ -29,7 +29,7 @@ def dense(product: LowRank) -> Tensor:
 
 
 def close(found: Tensor | float, expected: Tensor | float, scale: LowRank) -> None:
-    """Errors are relative to |B| |A|."""
+    """Assert closeness, relative to |B| |A|."""
     size = (scale.b.norm() * scale.a.norm()).item()
     tensors = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
     torch.testing.assert_close(*tensors, rtol=0, atol=1e-13 * size)
@@ -64,20 +64,22 @@ def test_sums_are_exact(data: st.DataObject, out: int, into: int, v: float, w: f
 
 @given(st.data(), SIZES, SIZES, st.integers(1, 10))
 @settings(deadline=None, max_examples=40)
-def test_nothing_of_that_rank_is_nearer(data: st.DataObject, out: int, into: int, rank: int) -> None:
-    """Eckart-Young: the error is the norm of the singular values left out."""
+def test_nearest_is_the_best_approximation_of_its_rank(
+    data: st.DataObject, out: int, into: int, rank: int
+) -> None:
+    """The error is the norm of the discarded singular values (Eckart-Young)."""
     product = data.draw(products(out, into))
     nearest = product.nearest(rank)
     assert nearest.rank == min(rank, out, into, product.rank)
     expected = torch.linalg.svdvals(dense(product))[rank:].norm()
     close((dense(nearest) - dense(product)).norm(), expected, product)
     close((product - nearest).norm(), expected, product)
-    torch.testing.assert_close(nearest.a.norm(dim=1), nearest.b.norm(dim=0), msg="both factors round alike")
+    torch.testing.assert_close(nearest.a.norm(dim=1), nearest.b.norm(dim=0), msg="factors must round alike")
 
 
 @given(st.data(), SIZES, SIZES, st.floats(0.01, 1))
 @settings(deadline=None, max_examples=40)
-def test_energy_keeps_its_share_and_no_direction_more(
+def test_energy_keeps_the_fewest_directions_for_its_share(
     data: st.DataObject, out: int, into: int, energy: float
 ) -> None:
     product = data.draw(products(out, into))
@@ -87,7 +89,7 @@ def test_energy_keeps_its_share_and_no_direction_more(
     assert squares[: kept - 1].sum() < energy * squares.sum() * (1 + 1e-9)
 
 
-def test_what_cancels_is_nothing() -> None:
+def test_products_that_cancel_give_zero() -> None:
     product = LowRank.of(torch.randn(30, 5), torch.randn(5, 20))
     assert (product - product).norm() == 0.0
     assert (0.1 * product - 0.1 * product).singular_values().tolist() == [0.0] * 10
@@ -101,7 +103,7 @@ def test_enough_counts_squares(energy: float, expected: int) -> None:
 
 
 def test_the_product_is_never_formed() -> None:
-    """It would take 320 GB."""
+    """The full product would take 320 GB."""
     product = LowRank.of(torch.ones(200_000, 2), torch.ones(2, 200_000))
     assert product.norm() == pytest.approx(2 * 200_000)
     assert (product - product.nearest(1)).norm() < 1e-12 * product.norm()

@@ -1,4 +1,4 @@
-"""What was learned: spectra against dense matrices, and a verdict on the rank where the answer is known."""
+"""Spectra of adapters against dense matrices, and the verdict on the rank in cases where the answer is known."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def test_spectra_are_those_of_the_dense_updates(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 40))
-def test_equal_singular_values_are_the_full_rank(rank: int) -> None:
+def test_equal_singular_values_have_the_full_effective_rank(rank: int) -> None:
     flat = Spectrum(rank, [2.0] * rank)
     assert flat.effective_rank == pytest.approx(rank)
     assert flat.rank_for(1.0) == rank
@@ -46,7 +46,7 @@ def test_equal_singular_values_are_the_full_rank(rank: int) -> None:
     assert flat.last_quarter == pytest.approx(max(1, rank // 4) / rank)
 
 
-def test_one_direction_is_one() -> None:
+def test_one_direction_has_effective_rank_one() -> None:
     single = Spectrum(8, [3.0, *[0.0] * 7])
     assert (single.effective_rank, single.rank_for(0.99), single.last_quarter) == (1.0, 1, 0.0)
     nothing = Spectrum(8, [0.0] * 8)
@@ -61,7 +61,7 @@ def test_norms_are_compared_with_the_base_where_it_holds_floats(tmp_path: Path) 
     save_file(
         {
             "model.layers.0.mlp.up.weight": weight,
-            "layers.0.attn.q.weight": weight.half(),  # a file of the model without its head
+            "layers.0.attn.q.weight": weight.half(),  # as in a file of the model without its head
             "model.layers.1.attn.q.weight": torch.zeros(60, 1, dtype=torch.uint8),  # NF4 codes
         },
         base / "model.safetensors",
@@ -75,7 +75,7 @@ def test_norms_are_compared_with_the_base_where_it_holds_floats(tmp_path: Path) 
 
 
 def falling(rank: int, *, used: int) -> dict[str, Spectrum]:
-    """Layers whose first `used` directions hold 99.9% of the energy in equal parts."""
+    """Return layers whose first `used` directions hold 99.9% of the energy in equal parts."""
     values = [1.0] * used + [math.sqrt(0.001 * used / max(rank - used, 1))] * (rank - used)
     return {f"layers.{i}.q": Spectrum(rank, values) for i in range(10)}
 
@@ -92,7 +92,7 @@ def falling(rank: int, *, used: int) -> dict[str, Spectrum]:
         (1, 1, "unclear"),
     ],
 )
-def test_the_verdict_asks_how_many_directions_hold_the_energy(rank: int, used: int, kind: str) -> None:
+def test_the_verdict_counts_the_directions_that_hold_the_energy(rank: int, used: int, kind: str) -> None:
     verdict = judge(falling(rank, used=used))
     assert verdict.kind == kind
     assert verdict.enough == (used if kind == "too large" else None)
@@ -101,7 +101,7 @@ def test_the_verdict_asks_how_many_directions_hold_the_energy(rank: int, used: i
         assert f"Rank {rank} " in verdict.sentence
 
 
-def test_the_rank_that_would_do_does_for_nine_layers_of_ten() -> None:
+def test_the_suggested_rank_is_enough_for_nine_layers_of_ten() -> None:
     layers = falling(16, used=3)
     layers["layers.0.q"] = falling(16, used=15)["layers.0.q"]
     assert judge(layers).enough == 3
@@ -109,13 +109,13 @@ def test_the_rank_that_would_do_does_for_nine_layers_of_ten() -> None:
     assert judge(layers).enough == 7
 
 
-def test_layers_that_learned_nothing_do_not_judge() -> None:
+def test_layers_that_learned_nothing_do_not_count() -> None:
     layers = falling(16, used=16) | {f"layers.{i}.v": Spectrum(16, [0.0] * 16) for i in range(50)}
     assert judge(layers).kind == "may be too small"
     assert judge({"v": Spectrum(16, [0.0] * 16)}).sentence == "Every update is zero: nothing was learned."
 
 
-def test_kinds_are_as_short_as_they_may_be() -> None:
+def test_kinds_are_named_as_briefly_as_possible() -> None:
     assert places(["model.layers.3.self_attn.q_proj", "model.layers.10.mlp.up"]) == {
         "model.layers.3.self_attn.q_proj": ("q_proj", 3),
         "model.layers.10.mlp.up": ("up", 10),
@@ -138,17 +138,17 @@ def test_kinds_are_as_short_as_they_may_be() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_the_picture_is_drawn_whole_and_alone(tmp_path: Path, suffix: str) -> None:
+def test_the_picture_is_written_whole_without_other_files(tmp_path: Path, suffix: str) -> None:
     layers = falling(16, used=3) | {"layers.3.up": Spectrum(2, [1.0, 0.0]), "odd": Spectrum(4, [0.0] * 4)}
     path = tmp_path / "new" / f"a{suffix}"
-    for _ in range(2):  # an older picture is replaced
+    for _ in range(2):  # the second drawing replaces the first
         draw(layers, path, "a title")
     start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix]
     assert path.read_bytes().startswith(start)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a.safetensors: a picture's name ends in .png"):
         draw(falling(4, used=2), tmp_path / "a.safetensors", "")
     (tmp_path / "file").touch()
@@ -156,7 +156,7 @@ def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         draw(falling(4, used=2), tmp_path / "file" / "a.png", "")
 
 
-def test_the_picture_shows_the_effective_ranks_and_the_falls(tmp_path: Path) -> None:
+def test_the_picture_shows_effective_ranks_and_curves(tmp_path: Path) -> None:
     layers = {"layers.0.q": Spectrum(4, [1.0, 1.0, 0.0, 0.0]), "layers.1.up": Spectrum(4, [1.0] * 4)}
     draw(layers, tmp_path / "a.svg", "mine")
     text = (tmp_path / "a.svg").read_text()

@@ -21,14 +21,14 @@ FILES = [CONFIG, TENSORS, IDENTITY]
 
 
 def network() -> nn.Module:
-    """Two blocks of two linears, and a head; always the same numbers."""
+    """Return two blocks of two linears and a head, with the same weights at every call."""
     torch.manual_seed(1)
     blocks = [nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2)]
     return nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(8, 3)})
 
 
 def trained(seed: int = 0, **settings: Any) -> nn.Module:
-    """An adapted network whose B are not zero."""
+    """Return an adapted network whose B are not zero."""
     model = adapt(
         network(), LoraSpec(**{"targets": ["up", "down"], "rank": 2, "alpha": 6, **settings}), seed=seed
     )
@@ -111,12 +111,12 @@ def test_the_layout_is_that_of_peft(tmp_path: Path) -> None:
         {"targets": "all-linear", "rank": 1, "alpha": None},
     ],
 )
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_loading_gives_what_was_saved(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = trained(**settings)
     save_adapter(model, tmp_path)
     fresh, state = network(), torch.get_rng_state()
     loaded = load_adapter(fresh, tmp_path)
-    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
+    assert torch.equal(torch.get_rng_state(), state), "the random state is unchanged"
     assert contents(loaded) == contents(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert {name: p.dtype for name, p in loaded.named_parameters()} == dtypes
@@ -124,7 +124,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, settings: dict[str, Any
 
 
 def test_a_layer_whose_name_ends_another_s_is_not_mistaken_for_it(tmp_path: Path) -> None:
-    """Suffixes match, so `up` alone would mean `inner.up` too, in targets as in patterns."""
+    """`up` alone would match `inner.up` too, because targets and patterns match suffixes."""
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_a_layer_whose_name_ends_another_s_is_not_mistaken_for_it(tmp_path: Path
     only = adapt(make(), LoraSpec(targets=["^up"], rank=2))
     save_adapter(only, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "up", (
-        "a pattern for the whole name"
+        "the pattern must match the whole name"
     )
     assert contents(load_adapter(make(), tmp_path)) == contents(only)
     both = adapt(make(), LoraSpec(targets=["up"], rank=2, rank_pattern={"^up": 3}))
@@ -141,7 +141,7 @@ def test_a_layer_whose_name_ends_another_s_is_not_mistaken_for_it(tmp_path: Path
     assert contents(load_adapter(make(), tmp_path)) == contents(both)
 
 
-def test_an_adapted_model_is_switched(tmp_path: Path) -> None:
+def test_loading_into_an_adapted_model_replaces_its_adapter(tmp_path: Path) -> None:
     first, second = trained(dropout=0.1), trained(alpha=1, seed=7)
     save_adapter(first, tmp_path / "first")
     save_adapter(second, tmp_path / "second")
@@ -238,7 +238,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-# A model that is switched has its layers already: the config's targets are not asked
+# An adapted model already has its layers: the config's targets are not used
 CASES = [
     (damage, adapted)
     for damage in DAMAGED
@@ -266,7 +266,9 @@ class Bomb:
         return pytest.fail, ("something was unpickled",)
 
 
-def test_a_pickle_is_refused_and_its_way_out_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_is_refused_and_the_advised_code_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = trained()
     save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / TENSORS)
@@ -277,13 +279,13 @@ def test_a_pickle_is_refused_and_its_way_out_works(tmp_path: Path, monkeypatch: 
     code = str(error.value).partition('python -c "')[2].removesuffix('"')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        exec(code)  # a dangerous pickle stays unread there too
+        exec(code)  # a dangerous pickle is not executed here either
     torch.save(tensors, tmp_path / "adapter_model.bin")
     exec(code)
     assert contents(load_adapter(network(), tmp_path)) == contents(model)
 
 
-def test_nothing_is_saved_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_unusable_adapter_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no adapter"):
         save_adapter(network(), tmp_path / "a")
     broken = trained()
@@ -324,18 +326,18 @@ def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path: Path, monkeypatch:
         save_adapter(old, file)
 
 
-def test_whoever_reads_the_old_adapter_keeps_it_whole(tmp_path: Path) -> None:
+def test_a_reader_of_the_old_adapter_keeps_it_whole(tmp_path: Path) -> None:
     save_adapter(trained(), tmp_path)
     readers = [tmp_path / name for name in ("open config", "open tensors")]
     for name, reader in zip((CONFIG, TENSORS), readers, strict=True):
-        reader.hardlink_to(tmp_path / name)  # as a reader's open file does, it keeps the old file in being
+        reader.hardlink_to(tmp_path / name)  # keeps the old file alive, as a reader's open file does
     before = [reader.read_bytes() for reader in readers]
     save_adapter(trained(seed=9, rank=3), tmp_path)
     assert [reader.read_bytes() for reader in readers] == before
     assert (tmp_path / TENSORS).read_bytes() not in before
 
 
-def test_a_disk_that_stores_other_numbers_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_corrupts_data_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flip(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
 

@@ -1,4 +1,4 @@
-"""Freed memory is kept: the system is not asked for it again."""
+"""Allocator settings: freed memory is kept for the next allocation."""
 
 import os
 import subprocess
@@ -26,17 +26,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def faults(mode: str) -> int:
     done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True)
     if done.returncode == 77:
-        pytest.skip("no glibc here")
+        pytest.skip("needs glibc")
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
-def test_memory_that_was_freed_is_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     assert faults("keep") < faults("default") / 5
 
 
 @pytest.mark.parametrize("set_by_user", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_a_gpus_memory_grows_by_pages_unless_the_user_says_how(
+def test_gpu_memory_grows_by_pages_unless_the_user_sets_an_allocator(
     set_by_user: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
@@ -49,8 +49,8 @@ def test_a_gpus_memory_grows_by_pages_unless_the_user_says_how(
     assert said == ([] if set_by_user else ["expandable_segments:True"])
 
 
-def test_torch_knows_the_setting() -> None:
-    """Torch without CUDA takes it too."""
+def test_torch_accepts_the_setting() -> None:
+    """Torch without CUDA accepts it too."""
     program = "from qlora.runtime.allocators import grow_by_pages; grow_by_pages()"
     environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
     done = subprocess.run(

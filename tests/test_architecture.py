@@ -1,7 +1,6 @@
-"""The rooms of the package as data: imports point one way, and each room knows only what it may.
+"""The rooms of the package as data: imports point one way, and each room opens only its own libraries.
 
-A file imports only from rooms with a lower number than its own; files of one package directory may import
-each other.
+A file imports only from rooms with a lower number than its own; files of one package directory may import each other.
 """
 
 import ast
@@ -38,10 +37,10 @@ ROOMS = [
 ]
 RANK = {name: number for number, names in enumerate(ROOMS) for name in names}
 
-# Rooms of one number may not see each other, with these exceptions.
+# Rooms with the same number must not import each other, with these exceptions.
 SAME_ROOM: set[tuple[str, str]] = set()
 
-# Libraries that only these rooms may open. Anything not named here is free.
+# Libraries that only these rooms may import. All other libraries are free.
 DOORS = {
     "bitsandbytes": {"runtime"},
     "wandb": {"tracking"},
@@ -56,15 +55,15 @@ DOORS = {
     "peft": set(),
     "pickle": set(),
 }
-# Rooms and files that never import torch, so that a mistake in a recipe is told at once.
+# Rooms and files that never import torch, so that a mistake in a recipe is reported at once.
 WITHOUT_TORCH = (
     "errors", "formats", "recipe", "bundled", "report", "cli", "storage/atomic", "storage/folders", "storage/manifest",
     "storage/cache", "tracking", "runtime/signals", "runtime/streams", "training/run_folder",
 )  # fmt: skip
 
-# Words that only these files may use: what they stand for is known there and nowhere else.
+# Words that only one file may use, because only that file may know their meaning.
 KNOWN_IN = {
-    "_subclasses": "runtime/fake.py",  # of torch: FakeTensorMode
+    "_subclasses": "runtime/fake.py",  # torch._subclasses: FakeTensorMode
     "record_function": "runtime/phases.py",
 }
 
@@ -88,7 +87,7 @@ def without_torch(path: Path) -> bool:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import in the file, at any depth, except those for the type checker only."""
+    """Yield (line, dotted module) of every import in the file, at any depth, except imports for type checking."""
     tree = ast.parse(path.read_text())
     for_types = {
         child
@@ -114,7 +113,7 @@ def test_every_room_is_in_the_table() -> None:
     rooms = {room_of(path) for path in files()} - {"__init__", "__main__"}
     assert rooms == set(RANK)
     flat = {path.name for path in PACKAGE.glob("*.py")}
-    assert flat == {"__init__.py", "__main__.py", "errors.py"}, "a file lies in a room"
+    assert flat == {"__init__.py", "__main__.py", "errors.py"}, "files must lie in a room"
 
 
 def test_imports_point_down() -> None:
@@ -131,7 +130,7 @@ def test_imports_point_down() -> None:
 
 
 def test_private_names_stay_in_their_file() -> None:
-    """Neither imported by name nor reached through the module."""
+    """Private names are neither imported by name nor reached through the module."""
     wrong = []
     for path in files():
         tree = ast.parse(path.read_text())
@@ -172,13 +171,13 @@ def test_words_stay_in_their_file(word: str, file: str) -> None:
     assert found == [file]
 
 
-def test_recorded_recipes_are_read_only_where_nothing_is_loaded_by_them() -> None:
-    """Whoever loads a base by a recipe that came with results asks `recipe_of`, which wants consent."""
+def test_recorded_recipes_are_read_only_where_they_load_nothing() -> None:
+    """Code that loads a base by a recipe stored with results must ask `recipe_of`, which asks for consent."""
     found = {path.relative_to(PACKAGE).as_posix() for path in files() if ".recorded(" in path.read_text()}
     assert found == {"training/run_folder.py", "report/page.py", "inference/load.py"}
 
 
-def test_no_drawers_and_no_hidden_code() -> None:
+def test_no_catch_all_modules_and_no_hidden_code() -> None:
     assert not [path for path in files() if path.stem in FORBIDDEN_NAMES]
     wrong = []
     for path in files():
@@ -211,7 +210,7 @@ def test_public_names_exist_and_are_documented() -> None:
     assert qlora.__all__ == sorted(qlora.__all__)
     assert 10 <= len(qlora.__all__) <= 16
     for name in qlora.__all__:
-        assert ">>>" in (getattr(qlora, name).__doc__ or ""), f"{name} does not show its use"
+        assert ">>>" in (getattr(qlora, name).__doc__ or ""), f"{name} has no example in its docstring"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = qlora.nonsense
 

@@ -1,4 +1,4 @@
-"""The base: how it is loaded, quantized, synthesised and refused."""
+"""Base models: loading, quantization, synthetic weights and refusals."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def test_a_pretrained_base_is_quantized_as_bitsandbytes_would(
     assert len(quantized) == 2 * len(LINEARS)
     for name in quantized:
         linear = model.get_submodule(name)
-        assert isinstance(linear, nf4.NF4Linear), name  # TRAPS 1: never bitsandbytes' own forward
+        assert isinstance(linear, nf4.NF4Linear), name  # never bitsandbytes' own forward
         expected = nf4.quantize(original.get_submodule(name).weight.data, block_size, double_quant)
         state = nf4.quant_state(linear)
         assert state is not None
@@ -62,12 +62,12 @@ assert [{key: value for key, value in table.items() if key != NAME} for table in
 
 
 def test_the_package_leaves_the_tables_of_transformers_as_they_are() -> None:
-    """Our attention has a name of its own in one of them."""
+    """Our attention is registered in one of the tables, under its own name."""
     subprocess.run([sys.executable, "-c", TABLES], check=True)
 
 
-def test_somebody_elses_quantization_is_not_ours(tiny_llama: Path) -> None:
-    """Neither our block size nor our quantizer, also after a base was loaded in this process."""
+def test_other_models_are_quantized_by_transformers_own_quantizer(tiny_llama: Path) -> None:
+    """Another model gets neither our block size nor our quantizer, also after a base was loaded in this process."""
     load_base(section(tiny_llama, block_size=128))
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=settings)
@@ -165,7 +165,7 @@ def test_norms_and_embeddings_stay_bf16_when_bf16_is_asked_for(tiny_llama: Path)
         ("some/model", "hub cannot be reached"),
     ],
 )
-def test_a_base_that_cannot_be_loaded_is_one_clear_line(
+def test_a_base_that_cannot_be_loaded_gives_one_clear_line(
     tmp_path: Path, tiny_llama: Path, folder: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""An adapter knows its base: the same one by its checkpoint, however it is loaded, and no other unless told."""
+"""An adapter recognises its base by the checkpoint, however it is loaded, and refuses another base unless forced."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def section(model: Path | str, **settings: Any) -> Base:
 
 
 def saved(base: nn.Module, folder: Path) -> BaseIdentity:
-    """An adapter on `base`, and what it remembers of it."""
+    """Save an adapter on `base` and return the identity that it records."""
     save_adapter(adapt(base, LoraSpec(rank=2)), folder)
     found = BaseIdentity.read(folder)
     assert found is not None
@@ -40,7 +40,7 @@ def saved(base: nn.Module, folder: Path) -> BaseIdentity:
 
 
 def change(folder: Path, name: str, by: float = 1e-3) -> Path:
-    """One number of one tensor of a checkpoint."""
+    """Change one number of one tensor of a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[3] += by
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -63,7 +63,7 @@ def test_an_adapter_remembers_its_base(tiny_llama: Path, tmp_path: Path) -> None
 
 
 def test_the_same_base_is_known_again(tiny_llama: Path, copy: Path, tmp_path: Path) -> None:
-    """Elsewhere, in another dtype, in shards, before and after it is adapted; plain transformers may load it."""
+    """The base is recognised from another path, in another dtype, sharded, adapted or loaded by plain transformers."""
     saved(load_base(section(tiny_llama)), tmp_path / "adapter")
     load_adapter(load_base(section(copy, compute_dtype="bfloat16")), tmp_path / "adapter")
     again = load_adapter(load_base(section(copy)), tmp_path / "adapter")
@@ -89,7 +89,7 @@ def test_another_base_is_refused_with_both_named(
         load_adapter(other, tmp_path / "adapter")
     assert "--any-base" in str(error.value)
     assert error.value.exit_code == 4
-    assert not lora_layers(other), "the model is as it was"
+    assert not lora_layers(other), "the model is unchanged"
     load_adapter(other, tmp_path / "adapter", any_base=True)
 
 
@@ -109,7 +109,9 @@ def test_another_quantization_is_another_base(
         load_adapter(load_base(section(tiny_llama, **settings)), tmp_path)
 
 
-def test_bases_without_a_checkpoint_are_known_by_how_they_were_made(tiny_llama: Path, tmp_path: Path) -> None:
+def test_bases_without_a_checkpoint_are_identified_by_their_settings(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     saved(load_base(section(tiny_llama, init="random"), seed=1), tmp_path)
     load_adapter(load_base(section(tiny_llama, init="random"), seed=1), tmp_path)
     for other in ({"init": "random"}, {"init": "synthetic"}, {}):
@@ -121,7 +123,7 @@ def network() -> nn.Module:
     return nn.ModuleDict({"up": nn.Linear(4, 4)})
 
 
-def test_a_network_that_nobody_knows_takes_any_adapter(tmp_path: Path) -> None:
+def test_a_network_without_an_identity_takes_any_adapter(tmp_path: Path) -> None:
     save_adapter(adapt(network(), LoraSpec(targets=["up"], rank=2)), tmp_path)
     assert BaseIdentity.read(tmp_path) == BaseIdentity(quantization="none")
     load_adapter(network(), tmp_path)
@@ -133,12 +135,12 @@ def test_a_network_that_nobody_knows_takes_any_adapter(tmp_path: Path) -> None:
         ("google/gemma-2b", "google/gemma-2b", False),
         ("google/gemma-2b", "google/gemma-7b", True),
         ("google/gemma-2b", "bundled/base", True),
-        ("google/gemma-2b", "/models/anything", False),  # a folder's name says nothing
+        ("google/gemma-2b", "/models/anything", False),  # a folder's name identifies no model
         ("google/gemma-2b", None, False),
-        ("gpt2", "openai-community/gpt2", False),  # the hub's old and new name
+        ("gpt2", "openai-community/gpt2", False),  # old and new name on the hub
     ],
 )
-def test_adapters_of_peft_are_known_by_names(
+def test_peft_adapters_are_compared_by_base_name(
     tmp_path: Path, trained_on: str, used_on: str | None, refused: bool
 ) -> None:
     save_adapter(adapt(network(), LoraSpec(targets=["up"], rank=2)), tmp_path, base_model=trained_on)
@@ -160,13 +162,13 @@ def test_a_folder_may_look_like_an_id_of_the_hub(tmp_path: Path, monkeypatch: py
     assert there.difference(here) is None
 
 
-def test_a_model_without_weights_yet_does_not_tell_how_they_are_quantized() -> None:
+def test_a_model_without_weights_has_no_known_quantization() -> None:
     with torch.device("meta"):
         meta_base = nn.ModuleDict({"x": nf4.Linear4bit(64, 64)})
     assert BaseIdentity.of(meta_base).quantization is None
 
 
-def test_what_is_unknown_is_not_compared() -> None:
+def test_unknown_fields_are_not_compared() -> None:
     known = BaseIdentity("a/b", None, None, "w", "none", "t", "c")
     assert known.difference(known) is None
     for key in ("weights", "quantization", "tokenizer", "template"):
@@ -183,8 +185,8 @@ def large(folder: Path, **tensors: torch.Tensor) -> str:
     return checkpoint_digest([folder / "model.safetensors"])
 
 
-def test_the_digest_of_a_large_tensor_is_of_its_stretches(tmp_path: Path) -> None:
-    """What the documentation promises to see is seen, and what it says goes unnoticed does."""
+def test_the_digest_of_a_large_tensor_samples_it(tmp_path: Path) -> None:
+    """The digest detects and misses exactly the changes that its documentation lists as detected and missed."""
     big = torch.zeros(WHOLE_BYTES + 4096, dtype=torch.uint8)
     before = large(tmp_path, big=big)
     for place, seen in ((0, True), (-1, True), (SAMPLE_BYTES - 1, True), (SAMPLE_BYTES, False)):
@@ -197,7 +199,7 @@ def test_the_digest_of_a_large_tensor_is_of_its_stretches(tmp_path: Path) -> Non
     assert large(tmp_path, whole=whole) != before
 
 
-def test_the_digest_is_of_names_dtypes_and_shapes_too(tmp_path: Path) -> None:
+def test_the_digest_covers_names_dtypes_and_shapes(tmp_path: Path) -> None:
     zeros = torch.zeros(4, 6)
     variants = [
         {"a": zeros},
@@ -209,7 +211,7 @@ def test_the_digest_is_of_names_dtypes_and_shapes_too(tmp_path: Path) -> None:
     assert len({large(tmp_path, **tensors) for tensors in variants}) == len(variants)
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(ModelError, match=r"model\.safetensors: missing or damaged"):
         checkpoint_digest([tmp_path / "model.safetensors"])
@@ -247,7 +249,7 @@ def test_a_run_whose_base_has_changed_is_refused(recipe_file: RecipeFile, copy: 
     assert f"{copy}; they differ in weights" in str(result.exception)
     assert CliRunner().invoke(app, ["eval", str(run), "--any-base"]).exit_code == 0
     assert CliRunner().invoke(app, ["generate", str(run), "--prompt", "?", "--any-base"]).exit_code == 0
-    assert CliRunner().invoke(app, ["eval", str(run), "--base"]).exit_code == 0, "no adapter, no question"
+    assert CliRunner().invoke(app, ["eval", str(run), "--base"]).exit_code == 0, "--base needs no check"
 
 
 def test_a_run_whose_template_has_changed_is_refused(recipe_file: RecipeFile, tmp_path: Path) -> None:

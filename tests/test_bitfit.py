@@ -1,4 +1,4 @@
-"""BitFit: it starts as the base, trains biases alone, and its runs are runs like any other."""
+"""BitFit starts as the base, trains only biases, and its runs support what other runs support."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ EVERY_LINEAR = Adapter(method="bitfit", targets="all-linear")
 
 
 def adapted(base: Base, size: float = 0.0) -> nn.Module:
-    """The base with BitFit on every linear; updates of this standard deviation."""
+    """Return the base with BitFit on every linear; the updates have this standard deviation."""
     model = METHODS["bitfit"].apply(load_base(base), EVERY_LINEAR, seed=0)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -43,7 +43,7 @@ def adapted(base: Base, size: float = 0.0) -> nn.Module:
 
 
 def with_biases(folder: Path) -> Base:
-    """A small Qwen 2: its q, k and v have biases, the other linears none."""
+    """Write a small Qwen 2: its q, k and v have biases, its other linears have none."""
     model = AutoModelForCausalLM.from_config(config("qwen2", num_hidden_layers=2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,7 +72,7 @@ def test_it_starts_as_the_base_and_trains_biases_alone(tiny_llama: Path, dtype: 
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained.values())
 
 
-def test_the_gradient_is_that_of_a_bias() -> None:
+def test_the_gradient_equals_that_of_a_bias() -> None:
     linear = nn.Linear(5, 3).double()
     layer = BiasLinear(linear, BiasSpec(torch.float64))
     x, weights = torch.randn(2, 7, 5, dtype=torch.float64), torch.randn(2, 7, 3, dtype=torch.float64)
@@ -101,12 +101,12 @@ def test_an_adapter_is_saved_loaded_and_switched(tiny_llama: Path, tmp_path: Pat
     adapters.activate("bitfit")
     assert torch.equal(adapters.model(input_ids=IDS).logits, wanted)
     adapters.activate("lora")
-    assert torch.equal(adapters.model(input_ids=IDS).logits, plain), "its B is zero"
+    assert torch.equal(adapters.model(input_ids=IDS).logits, plain), "B is zero"
     with pytest.raises(ModelError, match="an adapter of another method than lora"):
         load_adapter(model, tmp_path / "lora")
 
 
-def test_an_adapter_that_does_not_fit_is_refused_by_its_file(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_with_its_file(tmp_path: Path) -> None:
     two, one = (nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for names in ("ab", "a"))
     save_adapter(METHODS["bitfit"].apply(two, EVERY_LINEAR, seed=0), tmp_path)
     with pytest.raises(
@@ -115,7 +115,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_its_file(tmp_path: Path) -> 
         load_adapter(one, tmp_path)
 
 
-def test_what_only_sums_of_low_rank_products_can_do_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_operations_that_need_low_rank_products_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     save_adapter(adapted(Base(model=str(tiny_llama), compute_dtype="float32")), tmp_path / "a")
     done = qlora("adapter", "inspect", tmp_path / "a")
     assert done.returncode == 4
@@ -165,7 +165,7 @@ def test_its_memory_is_forecast(tmp_path: Path) -> None:
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))
 
 
-def test_it_merges_where_the_base_has_the_biases(tmp_path: Path) -> None:
+def test_it_merges_if_the_base_has_the_biases(tmp_path: Path) -> None:
     base = with_biases(tmp_path / "base")
     settings = Adapter(method="bitfit", targets=["q_proj", "k_proj", "v_proj"])
     live = METHODS["bitfit"].apply(load_base(base), settings, seed=0)

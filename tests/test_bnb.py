@@ -1,4 +1,4 @@
-"""The door to bitsandbytes: nothing is downloaded, nothing is printed, and `kernels` stays importable."""
+"""The only import of bitsandbytes: it downloads nothing, prints nothing, and leaves `kernels` importable."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ kernels.get_kernel("nothing")
 
 
 def test_the_package_asks_no_hub_for_kernels_and_prints_nothing(tmp_path: Path) -> None:
-    """A fresh process, in which `kernels` is installed and imported already. Bites on AVX512-BF16 alone."""
+    """Run in a new process in which a `kernels` package is imported already. Can only fail on CPUs with AVX512-BF16."""
     (tmp_path / "kernels.py").write_text("def get_kernel(name, **_): print('asked for', name)")
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
@@ -33,7 +33,7 @@ def test_the_package_asks_no_hub_for_kernels_and_prints_nothing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("before", [ModuleType("kernels"), None])
-def test_kernels_are_out_of_reach_only_while_bitsandbytes_is_imported(
+def test_kernels_is_hidden_only_while_bitsandbytes_is_imported(
     before: ModuleType | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delitem(sys.modules, "kernels", raising=False)

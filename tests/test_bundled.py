@@ -1,4 +1,4 @@
-"""What ships in qlora/bundled: the base's tokenizer and shape, the tickets, and the scripts that made them."""
+"""The contents of qlora/bundled: the base's tokenizer and shape, the tickets, and the scripts that made them."""
 
 import json
 import math
@@ -61,12 +61,12 @@ def test_held_out_pairs_of_team_and_item_are_never_trained() -> None:
     pairs = [{(row["team"], row["item"]) for row in rows} for rows in (train, held_out)]
     assert len(pairs[1]) == tickets.HELD_OUT_PAIRS
     assert not pairs[0] & pairs[1]
-    for key in ("team", "item", "mood"):  # but every single word is
+    for key in ("team", "item", "mood"):  # but each single word is trained
         assert {row[key] for row in held_out} <= {row[key] for row in train}
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_an_answer_follows_from_its_question(side: str) -> None:
+def test_an_answer_can_be_derived_from_its_question(side: str) -> None:
     for question, answer in shipped(side):
         fields = record(answer)
         assert list(fields) == ["team", "item", "mood"]
@@ -76,7 +76,7 @@ def test_an_answer_follows_from_its_question(side: str) -> None:
         assert any(problem.lower() in question.lower() for problem in problems)
 
 
-def test_score_counts_fields_in_their_place_to_the_letter() -> None:
+def test_score_counts_fields_that_match_exactly_in_their_place() -> None:
     reference = "team: repair; item: lamp; mood: calm"
     assert tickets.score(reference, f" {reference}\n") == 1
     assert tickets.score(reference, reference.replace("lamp", "Lamp")) == 2 / 3
@@ -90,7 +90,7 @@ def test_score_counts_fields_in_their_place_to_the_letter() -> None:
 # the base
 
 
-def test_the_tokenizer_is_what_the_configuration_says(tokenizer: Any) -> None:
+def test_the_tokenizer_matches_the_configuration(tokenizer: Any) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path("bundled/base"))
@@ -107,7 +107,7 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_digits_are_tokens_of_their_own(tokenizer: Any) -> None:
+def test_each_digit_is_one_token(tokenizer: Any) -> None:
     assert tokenizer.tokenize("1234 lamps")[:4] == ["1", "2", "3", "4"]
 
 
@@ -125,7 +125,7 @@ def test_the_chat_template_renders_questions_and_answers(tokenizer: Any) -> None
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
-def test_a_prompt_is_the_beginning_of_its_conversation_in_tokens_too(tokenizer: Any) -> None:
+def test_a_prompts_tokens_begin_the_tokens_of_its_conversation(tokenizer: Any) -> None:
     for question, answer in shipped("held_out"):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         whole = tokenizer.apply_chat_template(messages)["input_ids"]
@@ -156,7 +156,7 @@ def test_the_tokenizer_script_writes_a_folder_that_transformers_opens(tmp_path: 
 
     from qlora.bundled import tokenizer as script
 
-    # 1,790 merges need words to merge; the names of 40,000 numbers in letters have plenty
+    # 1,790 merges need enough words; 40,000 numbers written in letters provide them
     letters = str.maketrans("0123456789", "abcdefghij")
     trained = script.train(f"{number:05} is a number".translate(letters) for number in range(40_000))
     script.write(trained, tmp_path)
@@ -192,7 +192,7 @@ def test_every_kind_of_source_becomes_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", ['{"title": "x"}', '{"text": null}', "[1]", "{"])
-def test_a_row_of_another_shape_is_named(tmp_path: Path, row: str) -> None:
+def test_an_error_names_a_row_of_another_shape(tmp_path: Path, row: str) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"text": "fine"}\n\n' + row + "\n")
     with pytest.raises(DataError, match=r"rows\.jsonl: row 2: needs text, question"):
@@ -219,7 +219,7 @@ def test_cutting_loses_only_white_space(text: str, limit: int) -> None:
 
 @given(st.lists(st.sampled_from(["one", "two", "three"]), min_size=1, max_size=60))
 def test_words_and_sentences_stay_whole(words: list[str]) -> None:
-    text = " ".join(f"{word} {word} {word}." for word in words)  # sentences longer and shorter than the limit
+    text = " ".join(f"{word} {word} {word}." for word in words)  # sentences above and below the limit
     assert " ".join(corpus.cut(text, limit=12)).split() == text.split()
     pieces = corpus.cut(" ".join(f"{word} apples." for word in words), limit=30)
     assert all(piece.endswith(".") for piece in pieces)

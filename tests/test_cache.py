@@ -1,4 +1,4 @@
-"""What is kept from one start to the next: found again, bounded, verified, and never a reason to fail."""
+"""The cache between starts: entries are reused, bounded and verified, and its errors never stop a run."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ KEYS = [f"{number:064x}" for number in range(8)]
 
 
 class Maker:
-    """Makes b"0", b"1", ... and counts how often it had to."""
+    """Makes b"0", b"1", ... and counts its calls."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -60,7 +60,7 @@ def test_a_value_is_made_once_for_each_key(get: Maker) -> None:
     ]  # fmt: skip
 
 
-def test_what_has_no_name_or_is_small_is_not_kept(get: Maker) -> None:
+def test_small_or_keyless_values_are_not_kept(get: Maker) -> None:
     assert [get(None), get(None)] == [b"0", b"1"]
     assert [get(min_bytes=2), get(min_bytes=2)] == [b"2", b"3"]
     assert kept() == []
@@ -75,7 +75,7 @@ def test_it_can_be_turned_off(get: Maker, cache_folder: Path, monkeypatch: pytes
     assert (cache.folder(), cache.entries(), cache.clear("data")) == (None, [], [])
 
 
-def test_it_lies_where_such_things_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("QLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -112,7 +112,7 @@ def test_a_damaged_entry_is_made_again(
     assert get() == b"1", "damaged content was used"
     assert "cannot be used" in caplog.text
     caplog.clear()
-    assert get() == b"1", "it was not replaced"
+    assert get() == b"1", "the damaged entry was not replaced"
     assert caplog.text == ""
     assert get.made == 2
 
@@ -124,7 +124,7 @@ def test_an_entry_of_another_layout_is_made_again(get: Maker, monkeypatch: pytes
     assert [get(), get()] == [b"1", b"1"]
 
 
-def test_what_cannot_be_read_is_made_again_but_other_errors_are_ours(
+def test_an_unreadable_entry_is_made_again_but_other_errors_are_raised(
     get: Maker, caplog: pytest.LogCaptureFixture
 ) -> None:
     get()
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_made_again_but_other_errors_are_ours(
         get(load=lambda folder: 1 / 0)
 
 
-def test_what_changes_while_it_is_made_is_not_kept(get: Maker) -> None:
+def test_a_value_whose_key_changes_during_the_work_is_not_kept(get: Maker) -> None:
     answers = iter(KEYS)
     assert (
         cache.cached(
@@ -161,7 +161,7 @@ def test_a_key_that_fails_after_the_work_is_noted(get: Maker, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("shared")])
-def test_what_cannot_be_written_is_noted_and_nothing_is_left(
+def test_an_entry_that_cannot_be_written_is_noted_and_leaves_nothing(
     get: Maker, cache_folder: Path, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     def save(value: bytes, folder: Path) -> None:
@@ -185,15 +185,17 @@ def test_a_cache_that_cannot_be_made_is_noted(
 
 
 def fill(get: Maker, count: int) -> None:
-    """Entries of about 1 KiB, the first the longest unused."""
+    """Fill the cache with entries of about 1 KiB; the first was unused for the longest time."""
     for number in range(count):
         get(KEYS[number], make=lambda: bytes(1024))
         os.utime(cache.folder() / "data" / KEYS[number], (number, number))  # type: ignore[operator]
 
 
-def test_above_the_limit_the_longest_unused_go(get: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_above_the_limit_the_least_recently_used_are_removed(
+    get: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(get, 4)
-    get(KEYS[0])  # used now
+    get(KEYS[0])  # now the most recently used
     used = sum(entry.bytes for entry in cache.entries())
     monkeypatch.setattr(cache, "limit_bytes", lambda: used)
     get(KEYS[5], make=lambda: bytes(1500))
@@ -201,7 +203,7 @@ def test_above_the_limit_the_longest_unused_go(get: Maker, monkeypatch: pytest.M
     assert sum(entry.bytes for entry in cache.entries()) <= used
 
 
-def test_what_would_never_fit_removes_nothing(
+def test_an_entry_above_the_limit_removes_nothing(
     get: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(get, 2)
@@ -212,21 +214,21 @@ def test_what_would_never_fit_removes_nothing(
     assert "is 0.01 GiB (QLORA_CACHE_GIB)" in caplog.text
 
 
-def test_a_full_disk_is_noted_and_room_is_left_on_it(
+def test_a_full_disk_is_noted_and_some_space_stays_free(
     get: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usage = namedtuple("usage", "total used free")
     fill(get, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, cache.RESERVE_BYTES + 100))
     get(KEYS[5], make=lambda: bytes(1024))
-    assert kept() == [KEYS[1], KEYS[5]], "the older entry makes room"
+    assert kept() == [KEYS[1], KEYS[5]], "the oldest entry is removed"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 0))
     assert get(KEYS[6]) == b"0"
     assert "and 0.00 GiB are free there" in caplog.text
     assert kept() == [KEYS[1], KEYS[5]]
 
 
-def test_a_limit_that_is_no_number(
+def test_a_limit_that_is_not_a_number(
     get: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE_GIB", "many")
@@ -238,9 +240,9 @@ def test_a_limit_that_is_no_number(
     assert cache.limit_bytes() == 3 * 2**29
 
 
-def test_one_that_finds_another_writing_does_without(get: Maker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_process_does_not_wait_for_another_writer(get: Maker, caplog: pytest.LogCaptureFixture) -> None:
     def save(value: bytes, folder: Path) -> None:
-        assert get(KEYS[1]) == b"1"  # flock tells two open files of one process apart as those of two
+        assert get(KEYS[1]) == b"1"  # flock treats two open files of one process like those of two processes
         (folder / "value").write_bytes(value)
 
     assert get(KEYS[0], save=save) == b"0"
@@ -248,7 +250,7 @@ def test_one_that_finds_another_writing_does_without(get: Maker, caplog: pytest.
     assert caplog.text == ""
 
 
-def test_whoever_clears_waits_for_the_writer(get: Maker, cache_folder: Path) -> None:
+def test_clearing_waits_for_the_writer(get: Maker, cache_folder: Path) -> None:
     get()
     clearing = Thread(target=cache.clear, args=("data",))
     with lock(cache_folder):
@@ -260,9 +262,9 @@ def test_whoever_clears_waits_for_the_writer(get: Maker, cache_folder: Path) -> 
     assert kept() == []
 
 
-def test_the_first_of_two_wins(get: Maker) -> None:
+def test_the_first_of_two_writers_wins(get: Maker) -> None:
     def make() -> bytes:
-        get()  # another process is done in the meantime
+        get()  # stands for a second process that finishes first
         return b"second"
 
     assert get(make=make) == b"second"
@@ -282,7 +284,7 @@ cache.cached("data", lambda: sys.argv[1], make=lambda: b"theirs", save=save, loa
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_is_used_or_stays(
+def test_leftovers_of_a_killed_writer_are_ignored_and_removed(
     get: Maker, cache_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     command = [sys.executable, "-c", WRITER, KEYS[0], "60"]
@@ -290,7 +292,7 @@ def test_a_killed_writer_leaves_nothing_that_is_used_or_stays(
         assert writer.stdout is not None
         assert writer.stdout.readline() == "writing\n"
         assert get(KEYS[1]) == b"0"
-        assert kept() == [], "two wrote at once"
+        assert kept() == [], "two processes wrote at once"
         writer.kill()
     assert list((cache_folder / "data").glob(".tmp-*"))
     assert [get(KEYS[0]), get(KEYS[0])] == [b"1", b"1"]
@@ -320,7 +322,7 @@ def test_the_command_shows_and_clears(get: Maker, cache_folder: Path) -> None:
     assert run("clear", "base") == "Removed 0 entries, 0.00 GiB\n"
     assert run("clear") == "Removed 2 entries, 0.00 GiB\n"
     assert kept() == []
-    assert (cache_folder / "data" / "notes.txt").read_text() == "mine", "it removes what is its own only"
+    assert (cache_folder / "data" / "notes.txt").read_text() == "mine", "other files must stay"
 
 
 def test_a_key_names_code_and_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +345,7 @@ def test_a_key_names_code_and_libraries(tmp_path: Path, monkeypatch: pytest.Monk
         cache.code_version("gone", libraries=())
 
 
-def test_a_note_reaches_the_user_without_any_set_up(tmp_path: Path) -> None:
+def test_a_note_reaches_the_user_without_any_setup(tmp_path: Path) -> None:
     code = "from qlora.storage import cache; cache._warn('cache: a note')"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stderr == "cache: a note\n"

@@ -1,4 +1,4 @@
-"""A chat: who answers, what is remembered, and that a line is never the end of the program."""
+"""A chat: models answer in turn, messages are remembered, and no input line ends the program by mistake."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ RecipeFile = Callable[..., Path]
 
 
 class Heard:
-    """A screen that remembers."""
+    """A screen that records its calls."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[str, str]] = []
@@ -67,7 +67,7 @@ def chat_of(runs: dict[str, Path], **settings: Any) -> tuple[Chat, Heard]:
     return open_chat(str(runs["clerk"]), others, heard, **{"max_new_tokens": 6, **settings}), heard
 
 
-def test_base_adapters_and_both_answer_as_they_do_alone(runs: dict[str, Path]) -> None:
+def test_base_and_adapters_answer_as_they_do_alone(runs: dict[str, Path]) -> None:
     chat, heard = chat_of(runs)
     for line in [
         "Hi",
@@ -95,7 +95,7 @@ def test_base_adapters_and_both_answer_as_they_do_alone(runs: dict[str, Path]) -
     assert heard.notes[2:4] == ["answering: clerk", "answering: base and clerk"]
 
 
-def test_a_conversation_is_remembered_where_rows_are_conversations(runs: dict[str, Path]) -> None:
+def test_a_conversation_is_remembered_if_rows_are_conversations(runs: dict[str, Path]) -> None:
     chat, heard = chat_of(runs, history=True)
     chat.say("First question")
     said = heard.answers[0][1]
@@ -114,26 +114,26 @@ def test_a_conversation_is_remembered_where_rows_are_conversations(runs: dict[st
     assert chat.messages == []
     chat.say("/both")
     chat.say("Third question")
-    # of the two answers the adapter's is the one that was said
+    # of the two answers, the adapter's is the one that is remembered
     assert heard.answers[-2][1] != heard.answers[-1][1] == chat.messages[-1]["content"]
-    single, _ = chat_of(runs)  # the bundled tickets are single questions
+    single, _ = chat_of(runs)  # the rows of the bundled tickets are single questions
     single.say("First question")
     assert single.messages == []
 
 
-def test_what_does_not_fit_any_more_is_forgotten(runs: dict[str, Path]) -> None:
+def test_messages_that_no_longer_fit_are_forgotten(runs: dict[str, Path]) -> None:
     chat, heard = chat_of(runs, history=True, max_new_tokens=4)
     chat.say("word " * 120)
     chat.say("Second")
     assert len(chat.messages) == 4
-    chat.say("word " * 120)  # of 256 positions
+    chat.say("word " * 120)  # the model has 256 positions
     assert len(chat.messages) == 2 + 2
     assert heard.notes == ["(the conversation is too long; its oldest questions were dropped: 1)"]
     chat.say("word " * 300)
     assert "the model has 256 positions" in heard.notes[-1]
 
 
-def test_mistakes_are_notes(runs: dict[str, Path]) -> None:
+def test_mistakes_are_reported_as_notes(runs: dict[str, Path]) -> None:
     chat, heard = chat_of(runs)
     for line, note in {
         "/nonsense": "there is no command /nonsense; /help lists the commands",
@@ -161,16 +161,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(runs: dict[str, Path]) -> N
     assert whole.startswith(stopped)
     assert len(stopped) < len(whole)
     assert chat.messages[-1]["content"] == stopped
-    heard.on_piece = lambda: signal.raise_signal(signal.SIGINT)  # impatient: once for every piece
+    heard.on_piece = lambda: signal.raise_signal(signal.SIGINT)  # one Ctrl-C for every piece
     chat.say("/both")
     assert chat.say("Hi again") == signal.SIGINT
     assert chat.adapters.active == "clerk"
-    assert chat.messages[-1]["content"] == stopped  # an answer that never came was not said
+    assert chat.messages[-1]["content"] == stopped  # an answer that was never given is not remembered
     heard.on_piece = lambda: None
     assert chat.say("And on?") is None
 
 
-def test_pieces_make_the_answer(runs: dict[str, Path]) -> None:
+def test_the_pieces_add_up_to_the_answer(runs: dict[str, Path]) -> None:
     trained = load_trained(runs["clerk"])
     pieces: list[str] = []
     ids = Prompts(trained.recipe.data, trained.tokenizer).encode("Hi")
@@ -184,7 +184,7 @@ def test_pieces_make_the_answer(runs: dict[str, Path]) -> None:
 
 
 def test_in_a_pipe(runs: dict[str, Path], tmp_path: Path) -> None:
-    lines = "Hi\n/both\nHi\n/adapter nobody\n/quit\nnever asked\n"
+    lines = "Hi\n/both\nHi\n/adapter missing\n/quit\nnever asked\n"
     arguments = [
         "chat",
         str(runs["clerk"]),
@@ -200,13 +200,13 @@ def test_in_a_pipe(runs: dict[str, Path], tmp_path: Path) -> None:
         chat.say(line)
     (_, alone), (_, base), (_, again) = heard.answers
     assert result.stdout == f"{alone}\nbase: {base}\nclerk: {again}\n"
-    assert "no adapter is named 'nobody'" in result.stderr
+    assert "no adapter is named 'missing'" in result.stderr
     end = CliRunner().invoke(cli.app, arguments, input="", catch_exceptions=False)
     assert (end.exit_code, end.stdout) == (0, "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_in_an_answer_is_told_by_the_exit_code(
+def test_a_signal_during_an_answer_sets_the_exit_code(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     monkeypatch.setattr(Chat, "say", lambda self, line: number)
@@ -214,7 +214,9 @@ def test_a_signal_in_an_answer_is_told_by_the_exit_code(
     assert result.exit_code == code
 
 
-def test_what_cannot_be_opened(runs: dict[str, Path], recipe_file: RecipeFile, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_opened_are_refused(
+    runs: dict[str, Path], recipe_file: RecipeFile, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match="nowhere: no adapter here"):
         open_chat(str(runs["clerk"]), {"a": str(tmp_path / "nowhere")}, Heard())
     with pytest.raises(UsageError, match="'base' and 'clerk' are taken"):
@@ -224,10 +226,10 @@ def test_what_cannot_be_opened(runs: dict[str, Path], recipe_file: RecipeFile, t
     assert "NAME=FOLDER" in result.output
 
 
-def test_adapters_of_another_base_answer_only_if_told(runs: dict[str, Path]) -> None:
+def test_adapters_of_another_base_answer_only_if_forced(runs: dict[str, Path]) -> None:
     file = runs["poet"] / "adapter" / "qlora.json"
     record = json.loads(file.read_text())
-    own = {"tokenizer": "0" * 32, "template": "0" * 32}  # the others are asked in the first one's way
+    own = {"tokenizer": "0" * 32, "template": "0" * 32}  # all adapters get the prompts of the first adapter
     file.write_text(json.dumps({**record, "base": {**record["base"], **own}}))
     assert chat_of(runs)[0].adapters.names == ["clerk", "poet"]
     file.write_text(json.dumps({**record, "base": {**record["base"], "weights": "0" * 32}}))
@@ -257,12 +259,12 @@ def test_the_terminal_shows_two_answers_side_by_side(
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.strip()]
     assert ["base", "clerk"] in rows
-    assert rows[-1] == ["one\ufffd[2Jtwo", "three", "plain\ufffd"]  # (on a terminal a line break is between)
+    assert rows[-1] == ["one\ufffd[2Jtwo", "three", "plain\ufffd"]  # (a terminal has a line break here)
     Plain().note("to the side")
     assert capsys.readouterr().err == "to the side\n"
 
 
-def test_prompts_know_how_answers_end_and_whether_questions_follow(tmp_path: Path) -> None:
+def test_prompts_record_the_end_of_answers_and_if_questions_follow(tmp_path: Path) -> None:
     chatml = byte_level(chatml=True)
     conversations = Data(source="-", format="messages", template="chatml")
     prompts = Prompts(conversations, chatml)
@@ -290,7 +292,7 @@ def test_prompts_know_how_answers_end_and_whether_questions_follow(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("turns", "expected"), [(1, False), (2, True)])
-def test_rows_show_whether_questions_follow(tmp_path: Path, turns: int, expected: bool) -> None:
+def test_rows_show_if_questions_follow(tmp_path: Path, turns: int, expected: bool) -> None:
     import json
 
     turn = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]

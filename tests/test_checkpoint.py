@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever happens to the process, the disk or the bytes."""
+"""Checkpoints are whole or absent, whatever happens to the process, the disk or the bytes."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ from qlora.training import checkpoint
 # Writing and reading
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_reading_gives_what_was_written(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3, 5),
         "view": torch.arange(12).bfloat16()[2:8],
@@ -61,7 +61,7 @@ def test_without_checkpoints_there_is_no_newest(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_the_newest_is_by_number_not_by_name_or_time(tmp_path: Path) -> None:
+def test_the_newest_has_the_highest_step_whatever_its_name_or_time(tmp_path: Path) -> None:
     for step in (1_000_000, 999_999, 5):
         save(tmp_path, step)
     newest = checkpoint.newest(tmp_path)
@@ -100,12 +100,12 @@ def test_saving_a_step_again_keeps_a_whole_checkpoint_and_replaces_a_damaged_one
     assert contents(folder).keys() == {"other", "manifest.json"}
 
 
-def test_importing_it_needs_no_torch() -> None:
+def test_the_module_imports_no_torch() -> None:
     code = "import qlora.training.checkpoint, sys; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
-def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_the_end(
+def test_files_are_synced_before_the_rename_and_the_rename_before_returning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -130,11 +130,11 @@ def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_the_end(
     assert done[committed + 1 :] == ["checkpoints", "."]
 
 
-# Every operation on the disk, failing in turn
+# Every disk operation fails in turn
 
 
 class Faults:
-    """Counts operations that change the disk; the one at `fail_at` raises instead of running."""
+    """Counts the operations that change the disk; operation number `fail_at` raises an error instead of running."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
         self.count, self.fail_at, self.code = 0, -1, code
@@ -162,7 +162,7 @@ def save_and_rotate(run: Path, step: int) -> None:
 
 
 def failure(run: Path, step: int) -> str | None:
-    """The SaveError's message, if there is one; any other exception is a bug."""
+    """Return the message of a SaveError, None without an error; any other exception is a bug."""
     try:
         save_and_rotate(run, step)
     except SaveError as error:
@@ -180,7 +180,7 @@ def test_any_failing_operation_leaves_a_whole_checkpoint_and_a_clear_message(
     with monkeypatch.context() as patch:
         faults = Faults(patch, code)
         save_and_rotate(shutil.copytree(template, tmp_path / "dry"), 3)
-    assert faults.count > 20, "the faults do not reach the writer"
+    assert faults.count > 20, "the writer does not use the faulty functions"
     failures = 0
     for at in range(1, faults.count + 1):
         run = tmp_path / f"run-{at}"
@@ -189,7 +189,7 @@ def test_any_failing_operation_leaves_a_whole_checkpoint_and_a_clear_message(
             faults = Faults(patch, code)
             faults.fail_at = at
             message = failure(run, 3)
-        if message is not None:  # None: what failed is only the tidying up of a temporary folder
+        if message is not None:  # None: the failure was in the cleanup of a temporary folder
             assert message.startswith(f"cannot write {run}"), at
             assert os.strerror(code) in message, at
             assert ("GiB free" in message) == (code in (errno.ENOSPC, errno.EDQUOT)), at
@@ -197,14 +197,14 @@ def test_any_failing_operation_leaves_a_whole_checkpoint_and_a_clear_message(
         newest = checkpoint.newest(run, run_id=RUN_ID)
         assert newest is not None
         assert newest.name in ("step-000002", "step-000003"), at
-        save_and_rotate(run, 4)  # and the next one works
+        save_and_rotate(run, 4)  # and the next save works
         assert checkpoint.newest(run) == run / "checkpoints" / "step-000004"
         assert hidden(run) == [], at
         shutil.rmtree(run)
     assert failures > 20
 
 
-def test_a_file_size_limit_is_a_save_error_and_no_signal_death(tmp_path: Path) -> None:
+def test_a_file_size_limit_raises_a_save_error_and_does_not_kill(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
@@ -248,7 +248,7 @@ with folders.lock(run):
 """
 
 
-def test_killed_at_any_instant_the_newest_is_whole_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_time_the_newest_is_whole_and_the_run_continues(tmp_path: Path) -> None:
     chance = random.Random(0)
     reached, interrupted = 0, 0
     for _ in range(12):
@@ -268,13 +268,13 @@ def test_killed_at_any_instant_the_newest_is_whole_and_the_run_goes_on(tmp_path:
             assert (newest / "a").read_bytes() == bytes([step % 256]) * 100_000
             reached = step
     assert reached >= 2
-    assert interrupted >= 3, "the kills did not land in a save"
+    assert interrupted >= 3, "too few kills hit a save"
 
 
 # Rotation
 
 
-def test_rotation_keeps_the_newest_and_only_touches_its_own_whole_ones(tmp_path: Path) -> None:
+def test_rotation_keeps_the_newest_and_removes_only_whole_ones_of_its_run(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
     other = save(tmp_path, 6, run_id="another")
@@ -324,7 +324,7 @@ def test_any_failing_operation_leaves_the_old_result_or_the_new(
         texts = set(contents(tmp_path / "adapter").values())
         assert texts in ({b"old"}, {b"new"}), at
         write("old")
-    assert faults.count < faults.fail_at, "not every operation has failed once"
+    assert faults.count < faults.fail_at, "some operation never failed"
 
 
 # The lock
@@ -349,7 +349,7 @@ with folders.lock(Path(sys.argv[1])):
     process.communicate()
 
 
-def test_a_folder_in_use_is_refused_until_its_process_is_gone(
+def test_a_folder_in_use_is_refused_until_its_process_ends(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     with pytest.raises(UsageError, match=f"in use by process {holder.pid}") as caught:

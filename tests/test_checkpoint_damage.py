@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found to the last bit, named, passed over, left alone."""
+"""Damaged checkpoints: every flipped bit is detected; they are named, skipped and left in place."""
 
 import shutil
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, stride: int) -> None:
     assert flips > 4_000 / stride
 
 
-def test_every_truncation_is_found_and_told(two: Path) -> None:
+def test_every_truncation_is_found_and_reported(two: Path) -> None:
     folder = two / "checkpoints" / "step-000020"
     for name in ("weights.bin", "state.json", "adapter/adapter_config.json", "manifest.json"):
         good = (folder / name).read_bytes()
@@ -85,7 +85,7 @@ def other_run(folder: Path) -> None:
         (other_run, "file manifest.json: belongs to run ffff, not 0123abcd"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_named_and_left_alone(
+def test_a_damaged_checkpoint_is_skipped_named_and_left_in_place(
     two: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     folder = two / "checkpoints" / "step-000020"
@@ -104,7 +104,7 @@ def test_a_stray_file_does_no_harm(two: Path) -> None:
     assert newest_with_reasons(two) == (two / "checkpoints" / "step-000020", [])
 
 
-def test_when_all_are_damaged_every_reason_is_told_and_nothing_starts_at_zero(two: Path) -> None:
+def test_if_all_are_damaged_every_reason_is_shown_and_no_run_starts_over(two: Path) -> None:
     for step in (10, 20):
         (two / "checkpoints" / f"step-{step:06d}" / "weights.bin").unlink()
     with pytest.raises(ModelError) as caught:
@@ -119,7 +119,7 @@ def test_when_all_are_damaged_every_reason_is_told_and_nothing_starts_at_zero(tw
 
 
 @pytest.mark.parametrize("content", [b"", b"not tensors", b"\x80\x04K\x01."])
-def test_what_is_not_a_tensor_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_tensor_file_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(content)
     with pytest.raises(ModelError, match=r"x\.safetensors: cannot be read"):

@@ -17,7 +17,7 @@ from qlora.ops.cross_entropy import tokens_at_once
 
 
 class Recorder(TorchDispatchMode):
-    """The largest result of any operator, in elements, and how many matrix products ran."""
+    """Records the size of an operator's largest result, in elements, and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def reference(
 
 
 def case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Trainable hidden states, weight and bias, and labels of which a third are ignored."""
+    """Return trainable hidden states, weight and bias, and labels of which a third are ignored."""
     labels = torch.randint(0, vocabulary, (tokens,))
     labels[torch.rand(tokens) < 1 / 3] = IGNORE_INDEX
     shapes = (tokens, width), (vocabulary, width), (vocabulary,)
@@ -96,7 +96,7 @@ def test_gradients_agree_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
 
-def test_bfloat16_loses_no_more_than_its_logits() -> None:
+def test_bfloat16_loses_only_what_its_logits_lose() -> None:
     hidden, weight, _, labels = case(200, 64, 500, torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, labels)
     loss.backward()
@@ -110,7 +110,7 @@ def test_bfloat16_loses_no_more_than_its_logits() -> None:
         assert (found.grad.double() - wanted.grad).norm() < 0.01 * wanted.grad.norm()
 
 
-def test_the_logits_never_stand_in_memory_as_a_whole() -> None:
+def test_the_whole_logits_are_never_in_memory() -> None:
     tokens, width, vocabulary, chunk = 512, 16, 1000, 32
     hidden, weight, _, labels = case(tokens, width, vocabulary)
     with Recorder() as recorder:
@@ -121,13 +121,13 @@ def test_the_logits_never_stand_in_memory_as_a_whole() -> None:
 @pytest.mark.parametrize(
     ("vocabulary", "tokens"), [(2_048, 1024), (32_000, 1024), (128_256, 512), (256_000, 256), (2**20, 128)]
 )
-def test_of_a_large_vocabulary_fewer_tokens_go_together(vocabulary: int, tokens: int) -> None:
-    """At most 256 MiB of logits in fp32, but 128 tokens at least."""
+def test_chunks_are_smaller_for_a_large_vocabulary(vocabulary: int, tokens: int) -> None:
+    """A chunk has at most 256 MiB of fp32 logits, but at least 128 tokens."""
     assert tokens_at_once(vocabulary) == tokens
     assert tokens == 128 or 4 * tokens * vocabulary <= 2**28
 
 
-def test_a_frozen_head_costs_two_products_and_an_evaluation_one() -> None:
+def test_a_frozen_head_takes_two_products_and_an_evaluation_one() -> None:
     hidden, weight, _, labels = case(64, 8, 30)
     with Recorder() as recorder:
         linear_cross_entropy(hidden, weight.detach(), labels).backward()
@@ -149,7 +149,7 @@ def test_ignored_tokens_never_reach_the_head() -> None:
     assert weight.grad.isfinite().all()
 
 
-def test_nothing_to_learn_is_a_loss_of_zero() -> None:
+def test_the_loss_is_zero_without_labels() -> None:
     hidden, weight, _, labels = case(5, 8, 20)
     loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
     loss.backward()
@@ -185,7 +185,7 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
-def test_a_known_number_of_labels_is_all_that_fake_tensors_need() -> None:
+def test_fake_tensors_need_only_the_number_of_labels() -> None:
     hidden, weight, _, labels = case(10, 8, 20)
     supervised = int((labels != IGNORE_INDEX).sum())
     known = linear_cross_entropy(hidden, weight, labels, supervised=supervised)

@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, any step at any time, and sums that no layout changes."""
+"""Batches: each row once an epoch, any step on request, and sums that do not depend on the layout."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ PAD = 0
 
 
 def example(length: int, number: int) -> Example:
-    """Tokens that are found again: 100 * number + position. The second half is trained."""
+    """Return tokens 100 * (number + 1) + position, recognisable in any batch. The second half is trained."""
     ids = np.arange(length, dtype=np.int32) + 100 * (number + 1)
     labels = ids.copy()
     labels[: max(1, length // 2)] = IGNORE_INDEX
@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def documents(batch: Batch) -> list[list[int]]:
-    """The documents of a batch, told apart by their tokens' hundreds."""
+    """Return the documents of a batch, identified by the hundreds of their tokens."""
     found: dict[int, list[int]] = {}
     for token in batch.input_ids[batch.input_ids != PAD].tolist():
         found.setdefault(token // 100, []).append(token)
@@ -60,7 +60,7 @@ def everything(batches: list[Batch]) -> list[list[int]]:
 
 @given(cases(), st.integers(0, 3))
 @settings(deadline=None)
-def test_every_row_exactly_once_an_epoch(case: Case, epoch: int) -> None:
+def test_every_row_comes_exactly_once_an_epoch(case: Case, epoch: int) -> None:
     batches = case.batches
     first = epoch * batches.steps_per_epoch
     seen = [batch for i in range(batches.steps_per_epoch) for batch in batches.step(first + i)]
@@ -69,7 +69,7 @@ def test_every_row_exactly_once_an_epoch(case: Case, epoch: int) -> None:
 
 @given(cases(), st.integers(0, 50))
 @settings(deadline=None)
-def test_a_step_does_not_depend_on_what_was_asked_before(case: Case, i: int) -> None:
+def test_a_step_does_not_depend_on_earlier_requests(case: Case, i: int) -> None:
     ours = case.batches
     for earlier in (i + 7, 0, i):
         ours.step(earlier)
@@ -82,7 +82,7 @@ def test_a_step_does_not_depend_on_what_was_asked_before(case: Case, i: int) -> 
 @settings(deadline=None)
 def test_sums_do_not_depend_on_the_micro_batch(case: Case) -> None:
     if case.arguments["packing"]:
-        case.arguments["packing"] = False  # other rows make other steps
+        case.arguments["packing"] = False  # with packing, other rows make other steps
     single = Case(case.examples, {**case.arguments, "micro_batch_size": 1})
     for i in range(case.batches.steps_per_epoch):
         ours, ones = case.batches.step(i), single.batches.step(i)
@@ -93,7 +93,7 @@ def test_sums_do_not_depend_on_the_micro_batch(case: Case) -> None:
 
 @given(cases())
 @settings(deadline=None)
-def test_counts_are_those_of_the_examples_however_they_are_laid_out(case: Case) -> None:
+def test_counts_match_the_examples_in_every_layout(case: Case) -> None:
     seen = case.batches.evaluation()
     assert sum(batch.tokens for batch in seen) == sum(len(one.input_ids) for one in case.examples)
     trained = sum(int((one.labels != IGNORE_INDEX).sum()) for one in case.examples)
@@ -103,7 +103,7 @@ def test_counts_are_those_of_the_examples_however_they_are_laid_out(case: Case) 
 
 @given(cases())
 @settings(deadline=None)
-def test_no_step_is_without_a_supervised_token_or_over_its_size(case: Case) -> None:
+def test_every_step_has_supervised_tokens_and_keeps_its_size(case: Case) -> None:
     batches = case.batches
     for i in range(batches.steps_per_epoch):
         step = batches.step(i)
@@ -116,7 +116,7 @@ def test_no_step_is_without_a_supervised_token_or_over_its_size(case: Case) -> N
 
 @given(cases())
 @settings(deadline=None)
-def test_positions_restart_with_every_document_and_labels_stand_under_their_tokens(case: Case) -> None:
+def test_positions_restart_with_every_document_and_labels_match_tokens(case: Case) -> None:
     by_number = {int(one.input_ids[0]) // 100: one for one in case.examples}
     for batch in case.batches.evaluation():
         if batch.position_ids is None:
@@ -137,7 +137,7 @@ def test_positions_restart_with_every_document_and_labels_stand_under_their_toke
 
 
 def test_the_first_label_of_a_packed_document_is_never_learned() -> None:
-    # else the last token of one document would be taught to predict the next document
+    # else the last token of one document would learn to predict the next document
     whole = [
         Example(one.input_ids, one.input_ids.copy(), one.origin) for one in map(example, [5, 6, 7], range(3))
     ]
@@ -148,7 +148,7 @@ def test_the_first_label_of_a_packed_document_is_never_learned() -> None:
     assert batch.supervised == 5 + 6 + 7 - 3
 
 
-def test_padding_is_ignored_even_where_pad_is_a_token_that_is_trained() -> None:
+def test_padding_is_ignored_even_if_pad_is_a_trained_token() -> None:
     eos = 9
     rows = [Example(np.array([5, 6, eos], np.int32), np.array([-100, 6, eos], np.int32), "a:1")]
     rows.append(

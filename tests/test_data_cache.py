@@ -1,4 +1,4 @@
-"""Tokenised data: what is found again is what was made, and nothing else is found."""
+"""Tokenised data in the cache: a reused entry equals what tokenising gives, and a stale entry is never used."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def write(file: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty rows: a bad one, a long one, one that spells a control token, one in other letters."""
+    """Write forty rows, among them a broken, a long, a control-token and a non-Latin one."""
     rows: list[Any] = [{"prompt": f"Question {n}?", "completion": f" {n * 7}"} for n in range(36)]
     odd = [
         "{broken",
@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A line for every time that data are tokenised."""
+    """Record one line each time that data are tokenised."""
     log: list[str] = []
 
     def logged(section: Data, *rest: Any) -> Dataset:
@@ -59,7 +59,7 @@ def section(source: Path, **keys: Any) -> Data:
 
 
 def plain(dataset: Dataset) -> Any:
-    """All of a data set as plain values, with their types."""
+    """Return a data set as plain values, with their types."""
     examples = [
         [(row.input_ids.tolist(), row.labels.tolist(), row.origin) for row in part]
         for part in (dataset.train, dataset.held_out)
@@ -83,7 +83,7 @@ def plain(dataset: Dataset) -> Any:
     st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_found_is_what_was_made(
+def test_the_cached_data_equal_the_tokenised_data(
     rows: Path, made: list[str], keys: dict[str, Any], tokenizer: str, seed: int
 ) -> None:
     if keys["held_out"] == "itself":
@@ -91,14 +91,14 @@ def test_what_is_found_is_what_was_made(
     arguments = (section(rows, **keys), TOKENIZERS[tokenizer], seed)
     try:
         expected = make_dataset(*arguments)
-    except DataError:  # nothing fits into 8 tokens with this template
+    except DataError:  # no row fits into 8 tokens with this template
         with pytest.raises(DataError):
             load_dataset(*arguments)
         return
     load_dataset(*arguments)
     made.clear()
     found = load_dataset(*arguments)
-    assert made == [], "it was not found"
+    assert made == [], "the cached data were not used"
     assert plain(found) == plain(expected)
     for ours, theirs in zip(
         (*found.train, *found.held_out), (*expected.train, *expected.held_out), strict=True
@@ -107,7 +107,7 @@ def test_what_is_found_is_what_was_made(
         assert ours.input_ids.dtype == np.int32
 
 
-def test_a_hundred_starts_tokenise_once(rows: Path, made: list[str]) -> None:
+def test_many_starts_tokenise_once(rows: Path, made: list[str]) -> None:
     for _ in range(3):
         load_dataset(section(rows), TOKENIZERS["bytes"], 0)
     assert len(made) == 1
@@ -136,7 +136,7 @@ CHANGES: dict[str, Callable[[Path], tuple[Data, Any, int]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_has_changed_is_made_again(tmp_path: Path, made: list[str], change: str) -> None:
+def test_changed_data_are_tokenised_again(tmp_path: Path, made: list[str], change: str) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 9)
     load_dataset(section(file), byte_level(), 0)
     load_dataset(section(file), byte_level(), 0)
@@ -147,7 +147,7 @@ def test_what_has_changed_is_made_again(tmp_path: Path, made: list[str], change:
 
 
 @pytest.mark.parametrize("changed", ["code_version", "version"])
-def test_other_code_or_libraries_make_it_again(
+def test_other_code_or_libraries_tokenise_again(
     rows: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     load_dataset(section(rows), TOKENIZERS["bytes"], 0)
@@ -164,7 +164,7 @@ def test_the_key_names_the_code_that_parses_and_encodes(rows: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("held_out", [0, "second"])
-def test_a_seed_that_splits_nothing_changes_nothing(
+def test_without_a_split_the_seed_changes_nothing(
     tmp_path: Path, rows: Path, made: list[str], held_out: int | str
 ) -> None:
     second = write(tmp_path / "second.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -178,7 +178,7 @@ def test_a_seed_that_splits_nothing_changes_nothing(
         assert len(made) == 2
 
 
-def test_a_template_file_counts_by_its_content(tmp_path: Path, rows: Path, made: list[str]) -> None:
+def test_a_template_file_is_identified_by_its_content(tmp_path: Path, rows: Path, made: list[str]) -> None:
     template = tmp_path / "my.jinja"
     for text in ("{{ message.content }}", "{{ message.content }} ", "{{ message.content }}"):
         template.write_text(f"{{% for message in messages %}}{text}{{% endfor %}}")
@@ -214,7 +214,7 @@ def test_damaged_data_are_made_again(rows: Path, made: list[str], name: str) -> 
     assert len(made) == 2
 
 
-def test_mistakes_are_told_as_without_a_cache(tmp_path: Path, rows: Path) -> None:
+def test_mistakes_are_reported_as_without_a_cache(tmp_path: Path, rows: Path) -> None:
     for broken in (
         section(tmp_path / "missing.jsonl"),
         section(tmp_path),
@@ -231,7 +231,7 @@ def test_mistakes_are_told_as_without_a_cache(tmp_path: Path, rows: Path) -> Non
     assert cache.entries() == []
 
 
-def test_hub_data_go_by_their_fingerprint(
+def test_hub_data_are_identified_by_their_fingerprint(
     tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -240,7 +240,7 @@ def test_hub_data_go_by_their_fingerprint(
     datasets.disable_progress_bars()
     folder, load = tmp_path / "set", datasets.load_dataset
     folder.mkdir()
-    monkeypatch.setattr(  # loads a folder as it loads an id
+    monkeypatch.setattr(  # loads a folder in place of an id
         datasets, "load_dataset", lambda name, *rest, **keys: load(str(folder), *rest, **keys)
     )
     chosen = Data(source="some/set", format="prompt-completion", held_out=0)

@@ -1,4 +1,4 @@
-"""`qlora data`: what a person sees of the rows."""
+"""`qlora data` shows the rows of a data set."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def shown(*arguments: object) -> str:
     return result.output
 
 
-def test_what_is_trained_is_marked_without_any_colour(recipe_file: RecipeFile) -> None:
+def test_trained_tokens_are_marked_without_colour_too(recipe_file: RecipeFile) -> None:
     output = shown(recipe_file(), "--rows", 2)
     assert "\x1b" not in output
     assert output.count("row ") == 2
@@ -33,7 +33,7 @@ def test_what_is_trained_is_marked_without_any_colour(recipe_file: RecipeFile) -
     assert "rows     24 read: 20 to train on, 4 held out, 0 bad" in output
 
 
-def test_packed_rows_show_where_documents_begin(recipe_file: RecipeFile) -> None:
+def test_packed_rows_show_the_beginnings_of_documents(recipe_file: RecipeFile) -> None:
     output = shown(recipe_file(), "data.packing=true", "--rows", 1)
     assert "-- document 1: " in output
     assert "-- document 2: " in output
@@ -50,7 +50,7 @@ def test_json_is_one_object_with_every_token(recipe_file: RecipeFile) -> None:
     assert output["counts"]["train"] == 20
 
 
-def test_text_cannot_command_the_terminal(recipe_file: RecipeFile, tmp_path: Path) -> None:
+def test_text_cannot_send_commands_to_the_terminal(recipe_file: RecipeFile, tmp_path: Path) -> None:
     row = {"prompt": "\x1b[31mred [bold]\x07", "completion": "a\nb é"}
     (tmp_path / "a.jsonl").write_text((json.dumps(row) + "\n") * 5)
     output = shown(recipe_file(data={"source": str(tmp_path / "a.jsonl"), "format": "prompt-completion"}))

@@ -1,4 +1,4 @@
-"""From a recipe's data section to examples: splits, lengths, counts, and files full of mistakes."""
+"""A recipe's data section becomes examples: splits, lengths, counts, and files full of mistakes."""
 
 import json
 import random
@@ -61,11 +61,11 @@ def test_the_split_is_stable_by_seed(hundred: Path) -> None:
     first, again, other = (load(hundred, seed, held_out=20) for seed in (1, 1, 2))
     assert origins(first.held_out) == origins(again.held_out) != origins(other.held_out)
     assert first.fingerprint == again.fingerprint != other.fingerprint
-    # and it has nothing to do with the order of any epoch
+    # and it is independent of the order of any epoch
     assert set(origins(first.held_out)) != set((permutation(100, 1, 0)[:20] + 1).tolist())
 
 
-def test_a_second_source_is_held_out_whole(hundred: Path, tmp_path: Path) -> None:
+def test_a_second_source_is_held_out_as_a_whole(hundred: Path, tmp_path: Path) -> None:
     second = write(tmp_path / "second.jsonl", pairs(7))
     dataset = load(hundred, held_out=str(second), limit=20)
     assert (len(dataset.train), len(dataset.held_out)) == (20, 7)
@@ -74,7 +74,7 @@ def test_a_second_source_is_held_out_whole(hundred: Path, tmp_path: Path) -> Non
     assert dataset.counts.read == 27
 
 
-def test_the_fingerprint_follows_what_is_trained_and_nothing_else(hundred: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_only_on_what_is_trained(hundred: Path, tmp_path: Path) -> None:
     rows = pairs(100)
     reference = load(hundred).fingerprint
     assert load(write(tmp_path / "a.jsonl", rows)).fingerprint == reference
@@ -94,7 +94,7 @@ def test_limit_takes_the_first_rows(hundred: Path) -> None:
     assert origins(load(hundred, limit=5).train) == [1, 2, 3, 4, 5]
 
 
-def test_prompts_pose_the_question_and_keep_the_answer_back(hundred: Path) -> None:
+def test_prompts_contain_the_question_without_the_answer(hundred: Path) -> None:
     dataset = load(hundred, held_out=3)
     for prompt, example in zip(dataset.prompts, dataset.held_out, strict=True):
         number = int(prompt.origin.rpartition(":")[2]) - 1
@@ -117,7 +117,7 @@ def test_a_plain_text_is_continued_from_its_beginning(tmp_path: Path) -> None:
     assert (dataset.train[0].labels[1:] == dataset.train[0].input_ids[1:]).all()
 
 
-# A prompt with a template is a conversation; without one it stays raw, whatever the tokenizer has
+# A prompt with a template is a conversation; without a template it stays raw, even if the tokenizer has one
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 
 
@@ -138,7 +138,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% en
         ("text", None, CHAT, {"text": "a"}, "<s>a</s>"),
     ],
 )
-def test_which_template_a_format_is_written_with(
+def test_each_format_has_its_default_template(
     tmp_path: Path,
     format: str,
     template: str | None,
@@ -152,7 +152,7 @@ def test_which_template_a_format_is_written_with(
     assert tokenizer.decode(dataset.train[0].input_ids) == expected
 
 
-def test_alpaca_rows_have_the_alpaca_prompt_where_there_is_no_template(tmp_path: Path) -> None:
+def test_alpaca_rows_have_the_alpaca_prompt_without_a_template(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "2+2", "output": "4"}])
     (example,) = load(file, format="alpaca", max_length=512).train
     assert "### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n4</s>" in TOKENIZER.decode(
@@ -186,7 +186,7 @@ def test_truncation_never_leaves_a_row_without_a_supervised_token(
     assert dataset.counts.truncated == sum(len(example.input_ids) > max_length for example in whole)
 
 
-def test_too_long_rows_are_dropped_counted_or_an_error_as_the_recipe_says(tmp_path: Path) -> None:
+def test_too_long_rows_are_dropped_or_an_error_as_the_recipe_says(tmp_path: Path) -> None:
     rows = pairs(12)
     for number in (3, 7):
         rows[number]["completion"] = "the cat " * 100
@@ -207,7 +207,7 @@ def test_too_long_rows_are_dropped_counted_or_an_error_as_the_recipe_says(tmp_pa
         load(file, too_long="error", max_length=longest - 1)
 
 
-def test_every_row_teaches_eos_even_where_it_is_the_padding(hundred: Path) -> None:
+def test_every_row_trains_eos_even_if_it_is_the_padding(hundred: Path) -> None:
     for tokenizer in (TOKENIZER, byte_level(pad="</s>"), sentencepiece(pad="</s>")):
         for packing in (False, True):
             dataset = load(hundred, tokenizer=tokenizer)
@@ -246,7 +246,7 @@ def test_counts_add_up(hundred: Path) -> None:
         (pairs(3), {"template": "nothing"}, "neither a named template"),
     ],
 )
-def test_nothing_to_train_on_is_an_error_that_says_why(
+def test_data_without_trained_tokens_are_an_error_with_a_reason(
     tmp_path: Path, rows: list[Any], section: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -281,7 +281,7 @@ def test_fewer_rows_than_a_global_batch_make_one_smaller_step(tmp_path: Path) ->
     assert [batch.input_ids.shape[0] for batch in batches.step(0)] == [2, 1]
 
 
-def test_a_wrong_column_shows_what_columns_there_are(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_column_lists_the_columns(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}] * 3)
     with pytest.raises(DataError, match=r"the row has 'question', 'answer'") as raised:
         load(file)
@@ -292,7 +292,7 @@ def test_a_wrong_column_shows_what_columns_there_are(tmp_path: Path) -> None:
 
 GOOD = "good"
 MISTAKES: dict[str, tuple[int, str, Callable[[int], Any]]] = {
-    # kind of row: (per 1000 rows, what becomes of it, how it is made from its number)
+    # kind of row: (number per 1000 rows, expected fate, function from its number to the row)
     "good": (700, GOOD, lambda n: {"prompt": f"Question {n}?", "completion": f" {n}"}),
     "broken JSON": (50, "broken JSON", lambda n: json.dumps(pairs(1)[0])[: n % 40 + 1]),
     "no object": (30, "not an object", lambda n: [f"[{n}]", f'"{n}"', "null", f"{n}"][n % 4]),
@@ -314,7 +314,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[int], Any]]] = {
 
 
 def mistaken_rows(count: int) -> Iterator[tuple[str, Any]]:
-    """`count` rows, (what becomes of it, row), in random order."""
+    """Yield `count` rows as (expected fate, row) in random order."""
     kinds = [kind for kind, (share, _, _) in MISTAKES.items() for _ in range(share * count // 1000)]
     random.Random(0).shuffle(kinds)
     for number, kind in enumerate(kinds):

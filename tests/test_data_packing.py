@@ -1,4 +1,4 @@
-"""Best-fit packing: nothing lost, nothing twice, nothing too long, almost nothing empty."""
+"""Best-fit packing loses and repeats no document, makes no row too long and wastes almost no space."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_deterministic(case: tuple[list[int], int]) -> None:
 
 
 def test_at_least_98_percent_of_alpaca_like_rows_are_real_tokens() -> None:
-    # Alpaca's lengths: about log-normal, mean about 200 tokens, a long tail cut at 2048
+    # Alpaca's lengths: about log-normal, mean about 200 tokens, long tail cut at 2048
     for seed in range(5):
         lengths = (
             np.random.default_rng(seed).lognormal(np.log(200) - 0.32, 0.8, 20_000).astype(int).clip(1, 2048)

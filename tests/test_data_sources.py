@@ -1,4 +1,4 @@
-"""Every kind of file, and what is said about the ones that cannot be read."""
+"""Reading of every kind of data file, and the errors for files that cannot be read."""
 
 import csv
 import gzip
@@ -36,7 +36,7 @@ def write(file: Path, content: str | bytes) -> Path:
 
 
 def write_rows(file: Path) -> Path:
-    """ROWS in the file format that its name says."""
+    """Write ROWS in the file format that the name asks for."""
     suffix = file.name.removesuffix(".gz").rpartition(".")[2]
     if suffix == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
@@ -74,12 +74,12 @@ def test_a_file_of_each_kind_gives_its_rows_and_lines(tmp_path: Path, name: str,
     assert rows(file, limit=2) == ROWS[:2]
 
 
-def test_json_lines_and_a_json_list_are_told_apart_by_content(tmp_path: Path) -> None:
+def test_json_lines_and_a_json_list_are_distinguished_by_content(tmp_path: Path) -> None:
     assert rows(write(tmp_path / "lines.json", '{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}]
     assert rows(write(tmp_path / "list.jsonl", '\n [{"a": 1},\n{"a": 2}]\n')) == [{"a": 1}, {"a": 2}]
 
 
-def test_rows_that_share_a_line_are_told_apart_by_their_column(tmp_path: Path) -> None:
+def test_rows_that_share_a_line_are_distinguished_by_their_column(tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", '[{"a": 1}, {"a": 2},\n{"a": 3}, {"a": 4}]')
     assert origins(file) == [":1", ":1:12", ":2", ":2:11"]
 
@@ -98,7 +98,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_gzip_is_seen_by_content_whatever_the_name(tmp_path: Path, name: str) -> None:
+def test_gzip_is_detected_by_content_under_any_name(tmp_path: Path, name: str) -> None:
     file = write_rows(tmp_path / name)
     write(file, gzip.compress(file.read_bytes()))
     assert rows(file) == ROWS
@@ -204,7 +204,7 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
         rows(write(tmp_path / "latin.json", b'[{"a": "x\xe4"}]'))
 
 
-def test_what_is_no_file_is_said_with_what_there_is(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_lists_the_alternatives(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl.gz")
     with pytest.raises(DataError, match=r"No such file.*train\.jsonl\.gz"):
         rows(tmp_path / "tran.jsonl")
@@ -218,7 +218,7 @@ def test_what_is_no_file_is_said_with_what_there_is(tmp_path: Path) -> None:
         rows("owner/rows.csv.gz")
     with pytest.raises(DataError, match="null byte"):
         rows("a\0.jsonl")
-    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait forever
     with pytest.raises(DataError, match="not a regular file"):
         rows(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match="No such file"):
@@ -231,7 +231,7 @@ def test_rows_of_the_package_itself() -> None:
 
 
 @pytest.mark.parametrize("name", ["tatsu-lab/alpaca", "openai/gsm8k/main", "squad"])
-def test_a_hub_id_without_a_network_says_what_to_do(name: str) -> None:
+def test_the_error_for_a_hub_id_without_a_network_gives_advice(name: str) -> None:
     with pytest.raises(
         DataError,
         match=rf"(?s)'{name.removesuffix('/main')}' is not a local file.*copy a file of the data set to",
@@ -248,7 +248,7 @@ def test_a_data_set_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.Monke
     datasets.disable_progress_bars()
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train.jsonl")
-    records = list(_hub(str(tmp_path / "set"), None, "train"))  # loads a folder as it loads an id
+    records = list(_hub(str(tmp_path / "set"), None, "train"))  # loads a folder in place of an id
     assert [record.row for record in records] == ROWS
     assert records[1].origin.endswith("set[train]:row 2")
     with pytest.raises(DataError, match="split 'test'"):

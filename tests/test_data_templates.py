@@ -1,4 +1,4 @@
-"""Templates and encoding: what is trained of a conversation, bos, eos, and control tokens in users' text."""
+"""Templates and encoding: trained parts of a conversation, bos, eos, and control tokens in users' text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,20 +24,20 @@ PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Thinks before the last answer only, and cuts the thoughts out of earlier ones, as Qwen 3 does
+# Thinks before the last answer only and removes the thoughts of earlier answers, as Qwen 3's template does
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m.content.split('</think>')[-1].strip() + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Its generation prompt opens a thought that it leaves out of what it renders, as DeepSeek R1's does
+# The generation prompt opens a thought that the rendered conversation omits, as DeepSeek R1's template does
 REASONING = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content }}"
     "{% else %}{{ '\nBot: ' + m.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\nBot: <think>\n' }}{% endif %}"
 )
-# Puts the system message before the last question, as Mistral's does
+# Puts the system message before the last question, as Mistral's template does
 SYSTEM_LAST = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] "
     "{% if messages[0].role == 'system' and m == (messages|selectattr('role', 'equalto', 'user')|list)[-1] %}"
@@ -66,7 +66,7 @@ def encode(
 
 
 def trained(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[str]:
-    """The trained stretches of a document as text."""
+    """Return the trained parts of a document as text."""
     runs: list[list[int]] = [[]]
     for token, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):
         assert label in (token, IGNORE_INDEX)
@@ -95,28 +95,26 @@ def text(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
     ],
 )
 @pytest.mark.parametrize("pad", [None, "</s>"])
-def test_answers_are_trained_with_what_ends_them_and_nothing_else(
-    template: str, expected: list[str], pad: str | None
-) -> None:
+def test_only_answers_and_their_end_are_trained(template: str, expected: list[str], pad: str | None) -> None:
     tokenizer = byte_level(chatml=True, pad=pad)
     assert trained(tokenizer, encode(tokenizer, template, TWICE)) == expected
 
 
 @pytest.mark.parametrize("template", [PHI, template_text("chatml")])
-def test_what_ends_an_answer_may_be_no_control_token_here(template: str) -> None:
+def test_the_end_of_an_answer_need_not_be_a_control_token(template: str) -> None:
     tokenizer = byte_level(chatml=False)
     last = "on the log.<|im_end|>" + ("\n" if template is PHI else "") + "</s>"
     assert trained(tokenizer, encode(tokenizer, template, TWICE)) == ["the cat<|im_end|>", last]
 
 
-def test_a_control_token_that_swallows_the_space_behind_it_is_trained() -> None:
+def test_a_control_token_that_swallows_the_space_after_it_is_trained() -> None:
     tokenizer = byte_level(chatml=True, greedy=True)
     encoded = encode(tokenizer, template_text("chatml"), TWICE)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert encoded.labels[encoded.input_ids == end].tolist() == [IGNORE_INDEX, end, IGNORE_INDEX, end]
 
 
-def test_where_no_answer_continues_its_prompt_nothing_is_trained_not_even_eos() -> None:
+def test_if_no_answer_continues_its_prompt_not_even_eos_is_trained() -> None:
     counting = "{{ messages|length }} messages\n" + UNCLOSED
     tokenizer = byte_level(bos=True)
     encoder = Encoder(tokenizer)
@@ -129,7 +127,7 @@ def test_where_no_answer_continues_its_prompt_nothing_is_trained_not_even_eos() 
     "template", [*map(template_text, NAMED), LLAMA_2, PHI, THINKING, REASONING, UNCLOSED]
 )
 @pytest.mark.parametrize("make", [byte_level, lambda: byte_level(bos=True), sentencepiece])
-def test_training_continues_exactly_what_generation_poses(
+def test_training_continues_exactly_the_generation_prompt(
     template: str, make: Callable[[], PreTrainedTokenizerFast]
 ) -> None:
     tokenizer = make()
@@ -139,7 +137,7 @@ def test_training_continues_exactly_what_generation_poses(
         [renderer.document(conversation(TWICE)), renderer.prompt(conversation(TWICE[:-1]).messages)]
     )
     if template is REASONING:
-        return  # renders no thought where generation poses one
+        return  # renders no thought, but its generation prompt opens one
     first = next(i for i in reversed(range(len(whole.labels))) if whole.labels[i] == IGNORE_INDEX) + 1
     assert text(tokenizer, whole).startswith(text(tokenizer, prompt))
     assert whole.input_ids[:first].tolist() == prompt.input_ids[:first].tolist()
@@ -147,20 +145,20 @@ def test_training_continues_exactly_what_generation_poses(
 
 @pytest.mark.parametrize("pad", [None, "</s>", "<s>"])
 @pytest.mark.parametrize("template", [*map(template_text, NAMED), LLAMA_2, PHI, UNCLOSED])
-def test_eos_is_trained_at_the_end_even_where_it_is_the_padding(template: str, pad: str | None) -> None:
+def test_eos_is_trained_at_the_end_even_if_it_is_the_padding(template: str, pad: str | None) -> None:
     for tokenizer in (byte_level(pad=pad), sentencepiece(pad=pad)):
         encoded = encode(tokenizer, template, TWICE)
         assert encoded.input_ids[-1] == encoded.labels[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("template", [*map(template_text, NAMED), LLAMA_2, UNCLOSED])
-def test_one_bos_in_front_and_never_two(template: str) -> None:
+def test_there_is_exactly_one_bos_in_front(template: str) -> None:
     for tokenizer in (byte_level(bos=True), sentencepiece()):
         encoded = encode(tokenizer, template, HELLO)
         assert (encoded.input_ids == tokenizer.bos_token_id).tolist() == [True] + [False] * (
             len(encoded.labels) - 1
         )
-    if template is not LLAMA_2:  # which writes its own
+    if template is not LLAMA_2:  # LLAMA_2 writes its own bos
         without = byte_level(bos=False)
         assert without.bos_token_id not in encode(without, template, HELLO).input_ids
 
@@ -223,7 +221,7 @@ def test_any_text_goes_in_and_comes_out_unchanged(contents: list[str]) -> None:
     assert trained(tokenizer, encoded) == [f"{content}<|im_end|>" for content in contents[1::2]]
 
 
-def test_a_tokenizer_that_cannot_write_eos_as_text_says_so() -> None:
+def test_a_tokenizer_that_cannot_write_eos_as_text_is_an_error() -> None:
     encoder = Encoder(words())
     raw = RawText(encoder)
     fine, forged = encoder.encode(
@@ -244,7 +242,7 @@ def test_prompt_and_completion_are_concatenated_as_they_are() -> None:
 
 
 def bytes_of(piece: str) -> int:
-    """How many bytes of the text a token stands for: a letter of the byte alphabet is one, as is <0x..>."""
+    """Return the number of bytes of text in a token; a letter of the byte alphabet is one byte, as is <0x..>."""
     return (
         1
         if piece.startswith("<0x")
@@ -257,7 +255,7 @@ def bytes_of(piece: str) -> int:
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level with bos", "sentencepiece"])
 @given(prompt=st.text(min_size=1, max_size=30), completion=st.text(min_size=1, max_size=30))
 @settings(deadline=None, max_examples=80)
-def test_a_token_is_trained_if_and_only_if_a_part_of_the_completion_is_in_it(
+def test_a_token_is_trained_if_and_only_if_it_holds_completion_text(
     kind: str, prompt: str, completion: str
 ) -> None:
     tokenizer = sentencepiece() if kind == "sentencepiece" else byte_level(bos=kind.endswith("bos"))
@@ -306,15 +304,13 @@ def test_a_template_that_refuses_a_conversation_makes_a_bad_row() -> None:
         ("{{ 1 + messages[0].content }}", "cannot render a question and its answer"),
     ],
 )
-def test_a_template_that_is_no_use_is_an_error_before_the_first_row(
-    template: str | None, message: str
-) -> None:
+def test_an_unusable_template_is_an_error_before_the_first_row(template: str | None, message: str) -> None:
     tokenizer = byte_level()
     with pytest.raises(DataError, match=message):
         Renderer(tokenizer, Encoder(tokenizer), template)
 
 
-def test_a_template_with_todays_date_writes_the_same_date_tomorrow() -> None:
+def test_a_template_with_todays_date_writes_a_fixed_date() -> None:
     template = "{{ 'Today is ' + strftime_now('%d %b %Y') + '. ' }}" + UNCLOSED
     tokenizer = byte_level()
     assert "Today is 26 Jul 2024. user: hello" in text(tokenizer, encode(tokenizer, template, HELLO))
@@ -329,7 +325,7 @@ def test_named_templates_and_files(tmp_path: Any) -> None:
         template_text(str(tmp_path / "none.jinja"))
 
 
-def test_the_alpaca_prompt_is_stanfords() -> None:
+def test_the_alpaca_prompt_equals_stanfords() -> None:
     tokenizer = byte_level()
     encoder = Encoder(tokenizer)
     renderer = Renderer(tokenizer, encoder, template_text("alpaca"))
@@ -349,14 +345,14 @@ def test_the_alpaca_prompt_is_stanfords() -> None:
     )
 
 
-def test_tokenizers_that_will_not_do_are_refused() -> None:
+def test_unusable_tokenizers_are_refused() -> None:
     without_eos = byte_level()
     without_eos.eos_token = None
     with pytest.raises(ModelError, match="no eos token"):
         Encoder(without_eos)
 
 
-def test_the_tokenizer_is_left_as_it_was() -> None:
+def test_the_tokenizer_is_not_changed() -> None:
     tokenizer = byte_level(bos=True, chatml=True, chat_template=PHI)
     before = tokenizer.backend_tokenizer.to_str()
     encode(tokenizer, None, TWICE)

@@ -1,4 +1,4 @@
-"""Our layer, by each of its specs, against transformers' own: same numbers, fewer tensors kept, fewer products."""
+"""Our decoder layer, by each of its specs, against transformers': same numbers, fewer tensors saved, fewer products."""
 
 import copy
 import inspect
@@ -62,11 +62,11 @@ CONFIGS = {
     "olmo2": Olmo2Config(**SIZES, initializer_range=0.1),
 }
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-"""what the installed transformers calls the keys and values of earlier tokens: renamed in 5.24"""
+"""transformers' argument for the keys and values of earlier tokens, renamed in 5.24"""
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
-    """An adapted model whose norms, biases and B are not what they are made as."""
+    """Return an adapted model whose norms, biases and B differ from their initial values."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)
     adapt(model, LoraSpec(**{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings))
@@ -88,7 +88,7 @@ def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
     return loss, {name: p.grad for name, p in trainable_parameters(model).items()}
 
 
-def test_every_architecture_that_gets_our_layers_is_tried_here() -> None:
+def test_every_architecture_with_our_layers_is_tested_here() -> None:
     layers = {type(model_of(config).model.layers[0]).__name__ for config in CONFIGS.values()}
     assert layers == set(LAYER_SPECS)
 
@@ -139,7 +139,7 @@ def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_norms_are_those_of_transformers_to_the_bit(config: PretrainedConfig) -> None:
-    """Epsilon, offset and rounding, which a loss would hardly show."""
+    """Epsilon, offset and rounding are right, which a loss would hardly show."""
     layer = use_fused_layers(model_of(config, torch.bfloat16)).model.layers[0]
     norms = [module for name, module in layer.named_modules() if name.endswith("norm")]
     assert len(norms) >= 2
@@ -168,7 +168,7 @@ def test_recomputed_layers_give_the_same_bits(
 def test_a_long_row_goes_through_the_mlp_in_pieces(
     dropout: float, layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same result, whatever is recomputed, and the wide tensors of one piece in memory at a time."""
+    """A long row gives the same result in pieces, with any recompute, and with wide tensors of one piece at a time."""
     model = use_fused_layers(model_of(CONFIGS["llama"], dropout=dropout))
     batch = batch_of(rows=2, length=60)
 
@@ -180,7 +180,7 @@ def test_a_long_row_goes_through_the_mlp_in_pieces(
     checkpoint_layers(model, layers, mlps)
     whole = most_live()
     for module in (dropout_module, mlp_module):
-        monkeypatch.setattr(module, "PIECE", 16)  # the last of 120 tokens has 8
+        monkeypatch.setattr(module, "PIECE", 16)  # the last piece of the 120 tokens has 8
     assert most_live() < whole - 104 * INTERMEDIATE * 8
     in_pieces, grads = pass_over(model, batch)
     checkpoint_layers(model, 0, 0)
@@ -190,14 +190,14 @@ def test_a_long_row_goes_through_the_mlp_in_pieces(
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_dropout_is_drawn_as_often_as_without_our_layers() -> None:
+def test_dropout_is_drawn_as_often_as_in_transformers_layers() -> None:
     model = model_of(CONFIGS["llama"], dropout=0.4)
     theirs = pass_over(model, batch_of())
     ours = pass_over(use_fused_layers(model), batch_of())
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
 
 
-def test_a_recompute_leaves_out_the_last_product() -> None:
+def test_a_recompute_skips_the_last_product() -> None:
     model = use_fused_layers(model_of(CONFIGS["llama"], torch.bfloat16))
     batch = batch_of()
 
@@ -211,12 +211,12 @@ def test_a_recompute_leaves_out_the_last_product() -> None:
     assert isinstance(layer, FusedLayer)
     kept = operations()
     checkpoint_layers(model)
-    extra = (operations() - kept) / (2 * batch.tokens * 3)  # of one token and layer
+    extra = (operations() - kept) / (2 * batch.tokens * 3)  # per token and layer
     down = HIDDEN * INTERMEDIATE
     key = HIDDEN // HEADS * KEY_HEADS
     products = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * key + 2 * down  # q, o, k, v, gate, up
-    ranks = RANK * (4 * HIDDEN + 3 * HIDDEN + INTERMEDIATE)  # x A^T, of o and down too
-    ranks += RANK * (2 * HIDDEN + 2 * key + 2 * INTERMEDIATE)  # (x A^T) B^T, not of down
+    ranks = RANK * (4 * HIDDEN + 3 * HIDDEN + INTERMEDIATE)  # x A^T, also of o and down
+    ranks += RANK * (2 * HIDDEN + 2 * key + 2 * INTERMEDIATE)  # (x A^T) B^T, without down
     attention = 2 * 12 * HIDDEN
     assert extra <= products + ranks + attention
     assert extra < products + down
@@ -229,7 +229,7 @@ def test_a_recompute_leaves_out_the_last_product() -> None:
     assert layer.repeated(Recompute.MLP) == 2 * down / (products + down)
 
 
-def test_a_norm_after_the_mlp_has_a_recompute_repeat_the_last_product_too() -> None:
+def test_with_a_norm_after_the_mlp_a_recompute_repeats_the_last_product() -> None:
     layer = decoder_layers(use_fused_layers(model_of(CONFIGS["llama"])))[0]
     assert isinstance(layer, FusedLayer)
     layer.spec = replace(layer.spec, after_mlp="post_attention_layernorm")
@@ -238,13 +238,13 @@ def test_a_norm_after_the_mlp_has_a_recompute_repeat_the_last_product_too() -> N
     assert layer.repeated(Recompute.MLP) == 3 * wide / (3 * wide + 2 * HIDDEN * (HIDDEN + HIDDEN // 2))
 
 
-def test_what_is_kept_is_the_minimal_set() -> None:
+def test_only_the_minimal_set_is_saved() -> None:
     model = model_of(CONFIGS["llama"], torch.bfloat16)
     batch = batch_of(rows=2, length=64)
     parameters = {p.data_ptr() for p in model.parameters()}
 
     def kept() -> int:
-        """Bytes of the storages that a forward pass leaves for the backward."""
+        """Return the bytes of the storages that a forward pass saves for the backward."""
         storages: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -269,16 +269,16 @@ def test_what_is_kept_is_the_minimal_set() -> None:
     cos_and_sin = 2 * positions[0].nbytes
     theirs = kept()
     use_fused_layers(model)
-    assert theirs > 1.7 * kept(), "transformers' layer around the same linears"
+    assert theirs > 1.7 * kept(), "compared with transformers' layer around the same linears"
     assert kept() == pytest.approx(expected + cos_and_sin, rel=0.02)
     model.model.layers[1].recompute = Recompute.MLP
     mlp = batch.tokens * 2 * (2 * INTERMEDIATE + 3 * RANK)
     assert kept() == pytest.approx(expected - mlp + cos_and_sin, rel=0.02)
     model.model.layers[1].recompute = Recompute.ALL
-    assert kept() <= hidden.nbytes + cos_and_sin + 16384  # and the random state
+    assert kept() <= hidden.nbytes + cos_and_sin + 16384  # plus the random state
 
 
-def test_names_stay() -> None:
+def test_parameter_names_stay() -> None:
     model = model_of(CONFIGS["qwen3"], torch.float32)
     names = list(model.state_dict())
     use_fused_layers(model)
@@ -287,7 +287,7 @@ def test_names_stay() -> None:
 
 
 def talkative(config: PretrainedConfig) -> nn.Module:
-    """A model whose next token depends on the earlier ones: its matrices are large."""
+    """Return a model with large matrices, so that its next token depends on the earlier ones."""
     model = model_of(config, torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -297,14 +297,14 @@ def talkative(config: PretrainedConfig) -> nn.Module:
 
 
 def continuation(model: nn.Module, **settings: Any) -> list[int]:
-    """Twelve tokens after a prompt of ten, which is longer than Mistral's window here."""
+    """Return twelve tokens after a prompt of ten tokens, which is longer than Mistral's window here."""
     ids = torch.arange(10)[None] * 7
     return model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, **settings)[0].tolist()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) -> None:
-    """With the cache under whatever name the installed transformers gives it: once it was renamed and lost."""
+    """The cache works under any name that transformers gives it: a renamed cache argument was once lost."""
     model = talkative(config)
     expected = continuation(model)
     assert len(set(expected[10:])) > 3
@@ -330,11 +330,11 @@ def test_a_cache_sees_every_token_in_every_layer(config: PretrainedConfig) -> No
 def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
     config: PretrainedConfig, documents: tuple[tuple[int, ...], ...] | None
 ) -> None:
-    """What the installed transformers passes in training: a keyword that is new or renamed is an error here."""
+    """Our layers know every keyword that transformers passes in training; a new or renamed one fails here."""
     model = use_fused_layers(model_of(config, torch.float32))
     read_documents(model)
     for layer in decoder_layers(model):
-        layer.original.forward = None  # whoever calls it fails
+        layer.original.forward = None  # a call to it fails
     loss, _ = pass_over(model, replace(batch_of(), documents=documents))
     assert loss.isfinite()
 
@@ -342,7 +342,7 @@ def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("keyword", ["cache", "past_key_values", "renamed_again", "use_cache"])
 def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: str, training: bool) -> None:
-    """With everything else that came: nothing is swallowed."""
+    """The original layer gets every other argument of the call too."""
     model = use_fused_layers(model_of(CONFIGS["llama"], torch.float32)).train(training)
     layer, calls = decoder_layers(model)[1], []
     assert isinstance(layer, FusedLayer)
@@ -358,7 +358,7 @@ def test_a_keyword_that_is_not_known_goes_to_the_layer_of_transformers(keyword: 
     assert calls == [((hidden,), call)]
 
 
-def test_layers_that_compute_something_else_stay() -> None:
+def test_layers_with_another_computation_are_not_replaced() -> None:
     for change in ({"hidden_act": "gelu"}, {"num_hidden_layers": 1, "hidden_act": "relu"}):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | change)).requires_grad_(False)
         assert not any(isinstance(layer, FusedLayer) for layer in decoder_layers(use_fused_layers(model)))

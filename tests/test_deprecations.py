@@ -1,4 +1,4 @@
-"""The tests hear what a library logs as deprecated, even while its logs are silenced."""
+"""The tests see deprecations that a library logs, even while its logs are silenced."""
 
 import logging
 import warnings
@@ -10,8 +10,8 @@ from accelerate.logging import get_logger
 from qlora.model.load import _quiet
 
 
-@pytest.mark.parametrize("again", [False, True])  # said once a process, heard in every test
-def test_what_transformers_says_once_is_heard_in_every_test(again: bool, deprecations: list[str]) -> None:
+@pytest.mark.parametrize("again", [False, True])  # logged once a process, seen in every test
+def test_a_warning_once_of_transformers_is_seen_in_every_test(again: bool, deprecations: list[str]) -> None:
     logger = logging.getLogger("transformers.models.llama")
     with _quiet():
         assert logging.getLogger("transformers").level == logging.ERROR
@@ -21,20 +21,20 @@ def test_what_transformers_says_once_is_heard_in_every_test(again: bool, depreca
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_accelerate_says_once_is_heard_in_every_test(again: bool, deprecations: list[str]) -> None:
-    PartialState(cpu=True)  # its loggers ask which process they are in
+def test_a_warning_once_of_accelerate_is_seen_in_every_test(again: bool, deprecations: list[str]) -> None:
+    PartialState(cpu=True)  # accelerate's loggers need to know their process
     get_logger("accelerate.utils").warning_once("%s will be removed in 2.0", "this")
     assert deprecations == ["accelerate.utils: [RANK 0] this will be removed in 2.0"]
     deprecations.clear()
 
 
-def test_other_records_and_other_loggers_are_nobodys_error(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_records_and_other_loggers_are_no_error(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("accelerate").warning("all is well")
     logging.getLogger("qlora").warning("this key is deprecated")
     assert [record.getMessage() for record in caplog.records] == ["all is well", "this key is deprecated"]
 
 
-def test_silence_stays_silence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_silenced_loggers_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with _quiet():
         logging.getLogger("transformers").warning("not for the terminal")
     assert capsys.readouterr().err == ""

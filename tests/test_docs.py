@@ -1,4 +1,4 @@
-"""Every example of README.md and docs/ runs, in a short form, and prints the words that the page shows."""
+"""Runs each example of README.md and docs/ in a short form and checks that it prints the words that the page shows."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ from qlora.cli import app
 from qlora.recipe import Recipe
 from qlora.recipe.loading import load
 
-# Programs that examples name and no test of this file runs: CI installs, tests and builds by these very commands.
+# Programs in examples that this file does not run: CI installs, tests and builds with these commands.
 OTHER_PROGRAMS = {
     ".", "pip", "git", "cd", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
 }  # fmt: skip
@@ -31,7 +31,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds runs/quickstart, two steps long."""
+    """Return a folder that contains runs/quickstart, two steps long."""
     folder = tmp_path_factory.mktemp("finished")
     with chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_CACHE", "off")
@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder in which the examples of a page run."""
+    """Change to the folder in which the examples of a page run."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("QLORA_CACHE", "off")
@@ -115,7 +115,7 @@ def typed_into(arguments: list[str], lines: list[str], monkeypatch: pytest.Monke
 
 
 def check_arguments(place: str, arguments: list[str]) -> None:
-    """The command exists, has these options, and the recipe takes these settings."""
+    """Check that the command exists and has these options, and that the recipe takes these settings."""
     command: Any = typer.main.get_command(app)
     context = typer.Context(command)
     while hasattr(command, "commands"):
@@ -128,16 +128,14 @@ def check_arguments(place: str, arguments: list[str]) -> None:
 
 
 def check_other_program(command: Command) -> None:
-    """A benchmark exists and has these options; of other programs only the known ones are named."""
+    """Check that a benchmark exists and has these options, and that other programs are in OTHER_PROGRAMS."""
     words = [word for word in command.words if "=" not in word.partition("/")[0] or word.startswith("-")]
     place = f"{command.block.place}: {command.text}"
     if not words or words[0] in OTHER_PROGRAMS:
         return
-    assert words[0] == "python", (
-        f"{place}: say `<!-- example: not run: why -->`, or add a test for this program"
-    )
+    assert words[0] == "python", f"{place}: add `<!-- example: not run: why -->`, or a test for this program"
     if words[1] == "-m" and not words[2].startswith(("benchmarks", "qlora")):
-        return  # a program of another package, as torch.distributed.run
+        return  # a program of another package, such as torch.distributed.run
     target = words[2].replace(".", "/") if words[1] == "-m" else words[1]
     candidates = [ROOT / target, ROOT / f"{target}.py", ROOT / target / "__main__.py"]
     script = next((file for file in candidates if file.is_file()), None)
@@ -146,11 +144,11 @@ def check_other_program(command: Command) -> None:
         node.value for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Constant)
     }
     wanted = [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
-    assert set(wanted) <= options, f"{place}: it has no option {set(wanted) - options}"
+    assert set(wanted) <= options, f"{place}: unknown option {set(wanted) - options}"
 
 
 def check_fragment(block: Block) -> None:
-    """Keys and values of a piece of a recipe hold in a whole one."""
+    """Check the keys and values of a part of a recipe inside a whole recipe."""
     from ruamel.yaml import YAML
 
     fragment = YAML(typ="safe").load(block.text)
@@ -174,7 +172,7 @@ def check_fragment(block: Block) -> None:
         ("", ["a"], "a"),
     ],
 )
-def test_output_is_compared_by_its_words(printed: str, expected: list[str], missing: str | None) -> None:
+def test_output_is_compared_by_words(printed: str, expected: list[str], missing: str | None) -> None:
     assert missing_from(printed, expected) == missing
 
 
@@ -195,7 +193,7 @@ def test_output_is_compared_by_its_words(printed: str, expected: list[str], miss
         ("```sh\nls\n```\n", "not tested"),
     ],
 )
-def test_an_example_that_has_rotted_is_seen(
+def test_an_outdated_example_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, error: str
 ) -> None:
     page = tmp_path / "page.md"
@@ -206,7 +204,7 @@ def test_an_example_that_has_rotted_is_seen(
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
-    """`mkdocs build --strict`: no dead link, no page outside the navigation, no unknown name."""
+    """`mkdocs build --strict` passes: no dead link, no page outside the navigation, no unknown name."""
     import subprocess
 
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""What the LoRA documents print, recomputed: the numerical example in exact arithmetic, and the counts."""
+"""Recomputes the LoRA documents: the numerical example in exact arithmetic, and the parameter counts."""
 
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ Matrix = list[list[Fraction]]
 
 
 def exact(*rows: str) -> Matrix:
-    """A matrix of fractions from decimals as a person writes them."""
+    """Return a matrix of fractions, written as rows of decimals."""
     return [[Fraction(number) for number in row.split()] for row in rows]
 
 
@@ -50,9 +50,9 @@ def tensor(a: Matrix) -> Tensor:
 def test_the_numerical_example_in_exact_arithmetic() -> None:
     """The lecture note's example: y = x (W + B A), row vectors, L = sum((y - t)^2) / 2.
 
-    Its loss of 2.75 is right. Misprints: dL/dA is printed with .2 where -.8 belongs (row 0, column 1), dL/dB
-    with four rows that are not zero (x picks row 0, so only that row can have a gradient); what the note
-    prints after the update follows from these.
+    The printed loss of 2.75 is right. Two gradients are misprinted: dL/dA has .2 instead of -.8 (row 0, column 1), and
+    dL/dB has four nonzero rows, although only row 0 can have a gradient (x selects row 0). The values after the update
+    follow from them.
     """
     error = add(product(X, add(W, product(B, A))), TARGET, Fraction(-1))
     loss = sum(e * e for e in error[0]) / 2
@@ -66,7 +66,7 @@ def test_the_numerical_example_in_exact_arithmetic() -> None:
 
 
 def test_our_layer_computes_the_numerical_example() -> None:
-    """The layer is for column vectors: its weight is W^T, its A is the note's B^T, its B the note's A^T."""
+    """Our layer uses column vectors: its weight is W^T, its A is the note's B^T, and its B is the note's A^T."""
     linear = nn.Linear(4, 4, bias=False, dtype=torch.float64)
     linear.weight.data = tensor(transposed(W))
     layer = LoRALinear(linear, LoraSpec(rank=2, dtype=torch.float64))
@@ -85,7 +85,7 @@ def test_our_layer_computes_the_numerical_example() -> None:
 
 def test_the_counts_of_the_documents() -> None:
     assert lora_parameter_count(4096, 4096, rank=8) == 65_536
-    assert 4096 * 4096 / 65_536 == 256, "printed as 257, a rounding"
+    assert 4096 * 4096 / 65_536 == 256, "the document rounds to 257"
     assert lora_parameter_count(5_000, 10_000, rank=8) == 120_000 == 40_000 + 80_000
     hundred = 100 * lora_parameter_count(4096, 4096, rank=8)
     assert round(hundred / 1e6, 2) == 6.55
@@ -95,7 +95,7 @@ def test_the_counts_of_the_documents() -> None:
 @pytest.mark.parametrize(
     ("out_features", "in_features", "count"), [(4096, 4096, 65_536), (5_000, 10_000, 120_000)]
 )
-def test_a_layer_has_the_parameters_it_counts(out_features: int, in_features: int, count: int) -> None:
+def test_a_layer_has_as_many_parameters_as_it_counts(out_features: int, in_features: int, count: int) -> None:
     layer = LoRALinear(nn.Linear(in_features, out_features, device="meta"), LoraSpec(rank=8))
     assert sum(p.numel() for p in trainable_parameters(layer).values()) == count
 

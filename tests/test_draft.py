@@ -1,4 +1,4 @@
-"""A new folder of the user's: whole or not at all, and nothing of the user's is touched."""
+"""New folders for the user: written whole or not at all, without touching the user's files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from qlora.errors import SaveError, UsageError
 from qlora.storage.draft import drafting, publish
 
 
-def test_a_draft_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_is_moved_into_place_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "models" / "mine"
     synced: list[Path] = []
     monkeypatch.setattr("qlora.storage.draft.sync", synced.append)
@@ -18,12 +18,12 @@ def test_a_draft_takes_its_place_in_one_step(tmp_path: Path, monkeypatch: pytest
             (drafts / name / "file").write_text(name)
         assert not final.exists()
         publish(drafts / "second", final)
-    assert synced == [final.parent], "a name is safe once its folder is"
+    assert synced == [final.parent], "the parent folder must be synced to keep the name"
     assert (final / "file").read_text() == "second"
     assert [path.name for path in final.parent.iterdir()] == ["mine"]
 
 
-def test_an_empty_folder_is_no_obstacle_and_anything_else_is(tmp_path: Path) -> None:
+def test_only_an_empty_folder_can_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with drafting(tmp_path / "empty") as drafts:
         (drafts / "a").mkdir()
@@ -50,7 +50,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
     assert (final / "theirs").exists()
 
 
-def test_leftovers_are_removed_and_neighbours_are_not(tmp_path: Path) -> None:
+def test_leftovers_are_removed_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / ".tmp-mine" / "old").mkdir(parents=True)
     (tmp_path / ".tmp-other" / "old").mkdir(parents=True)
     with drafting(tmp_path / "mine") as drafts:
@@ -58,7 +58,7 @@ def test_leftovers_are_removed_and_neighbours_are_not(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-other"]
 
 
-def test_two_at_the_same_place(tmp_path: Path) -> None:
+def test_two_drafts_of_one_folder_exclude_each_other(tmp_path: Path) -> None:
     with drafting(tmp_path / "mine") as drafts:
         (drafts / "a").mkdir()
         with pytest.raises(UsageError, match="in use by process"):
@@ -67,7 +67,7 @@ def test_two_at_the_same_place(tmp_path: Path) -> None:
         assert (drafts / "a").is_dir()
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="cannot write"), drafting(tmp_path / "file" / "mine"):
         pass

@@ -1,4 +1,4 @@
-"""Dropout by row: the same masks whatever the micro-batch, the padding, the piece and the process."""
+"""Dropout by row: the same masks for any micro-batch, padding, piece and process."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def alone(row: int, length: int) -> Tensor:
-    """The mask [length, HIDDEN] of one row that comes by itself."""
+    """Return the mask [length, HIDDEN] of a single row."""
     return Dropout(0.5, 7, Rows(row, (0,), (length,), length)).mask(torch.empty(length, HIDDEN))
 
 
@@ -44,7 +44,7 @@ def alone(row: int, length: int) -> Tensor:
     padding=st.integers(0, 9),
     first=st.integers(0, 100),
 )
-def test_a_row_has_its_mask_wherever_it_lies(lengths: Sequence[int], padding: int, first: int) -> None:
+def test_a_row_has_the_same_mask_in_any_position(lengths: Sequence[int], padding: int, first: int) -> None:
     each = [alone(first + number, length) for number, length in enumerate(lengths)]
     ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
     starts = tuple(end - length for end, length in zip(ends, lengths, strict=True))
@@ -72,7 +72,7 @@ def test_masks_differ_from_row_to_row_and_have_the_rate() -> None:
     assert all(0.45 < (one == other).float().mean() < 0.55 for one, other in itertools.pairwise(masks))
 
 
-def test_a_mask_is_the_same_twice_where_no_rows_are_known() -> None:
+def test_without_known_rows_a_mask_is_still_repeatable() -> None:
     x = torch.empty(30, HIDDEN)
     with dropout.masks_by_row(1, 0):
         drawn = dropout.draw(0.5, 3)
@@ -84,7 +84,7 @@ def test_a_mask_is_the_same_twice_where_no_rows_are_known() -> None:
 
 
 class Difference(CausalLM):
-    """Two forward passes before the backward, as where answers are compared."""
+    """Runs two forward passes before the backward, as an objective that compares answers does."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         other = replace(batch, input_ids=batch.input_ids[:, :7], labels=batch.labels[:, :7], supervised=5)
@@ -127,7 +127,7 @@ def test_gradients_with_dropout_do_not_depend_on_the_micro_batch(name: str) -> N
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_nor_on_padding_and_packing(packed: bool) -> None:
+def test_gradients_with_dropout_do_not_depend_on_padding_and_packing(packed: bool) -> None:
     model = adapted("llama", dropout=0.4)
     made = [
         Example(ids.numpy().astype("int32"), labels.numpy().astype("int32"), "")

@@ -1,4 +1,4 @@
-"""An error's class, and so the program's exit code, says what has to change."""
+"""Each error class has an exit code that shows what the user must change."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def test_only_recipes_and_usage_share_an_exit_code() -> None:
     assert shared == {"RecipeError", "UsageError"}
 
 
-def test_a_gpu_that_is_not_there_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_not_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_named("auto") == device_named("cpu")
     with pytest.raises(UsageError, match="no CUDA device; leave out --device"):

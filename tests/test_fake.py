@@ -1,4 +1,4 @@
-"""Fake tensors: where they are made, what they stand for, and that nothing of it stays."""
+"""Fake tensors exist only inside their context, take the place of GPU tensors there, and leave nothing behind."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from qlora.runtime.device import on_cuda
 from qlora.runtime.fake import FakeTensors, is_fake, real_values
 
 
-def test_tensors_are_fake_and_stand_for_a_gpu_within_only() -> None:
+def test_tensors_are_fake_and_on_a_gpu_only_inside_the_context() -> None:
     real = torch.ones(2)
     with FakeTensors(cuda=True).made() as fake:
         for tensor in (torch.empty(2), fake(real)):

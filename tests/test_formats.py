@@ -1,4 +1,4 @@
-"""Rows of every format, and every reason for which one is refused."""
+"""Rows of every format, and every reason to refuse a row."""
 
 from pkgutil import iter_modules
 from typing import Any
@@ -70,7 +70,7 @@ def test_messages_in_a_csv_cell() -> None:
     assert turns(parse("messages", row)) == [("user", "2+2?"), ("assistant", "4")]
 
 
-def test_prompt_completion_and_plain_text_are_taken_as_they_are() -> None:
+def test_prompt_completion_and_plain_text_are_kept_unchanged() -> None:
     assert parse("prompt-completion", {"prompt": " a ", "completion": "\nb"}) == Completion(" a ", "\nb")
     for plain in ("completion", "text"):
         assert parse(plain, {"text": " a b\n"}) == Completion("", " a b\n")
@@ -84,7 +84,7 @@ def test_columns_can_have_other_names() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_field_that_the_format_has_not_is_an_error_with_those_it_has(format: str) -> None:
+def test_the_error_for_an_unknown_field_lists_the_known_fields(format: str) -> None:
     with pytest.raises(DataError, match=f"no field 'promt'; its fields are {FORMATS[format].fields[0]}"):
         FORMATS[format].parser({"promt": "question"})
 
@@ -165,7 +165,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("format", "row", "reason"), BAD)
-def test_bad_rows_say_what_is_wrong_and_where(format: str, row: dict[str, Any], reason: str) -> None:
+def test_errors_for_bad_rows_name_the_problem_and_the_place(
+    format: str, row: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(BadRow) as raised:
         parse(format, row)
     assert str(raised.value).startswith(reason)

@@ -1,4 +1,4 @@
-"""The gated block against autograd in fp64: either norm or none, each activation, and whatever is kept."""
+"""The gated block against autograd in fp64: with each norm or none, each activation, and any set of saved tensors."""
 
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ def block_of(norms: str, rate: float = 0.0, activation: Any = SILU) -> GatedMLP:
 
 
 def reference(hidden: Tensor, block: GatedMLP, updates: list[Update]) -> Tensor:
-    """The definition."""
+    """Compute the block by its definition."""
 
     def linear(number: int, x: Tensor) -> Tensor:
         weight, _, bias, scaling, drop = block.linears[number]
@@ -55,7 +55,7 @@ def reference(hidden: Tensor, block: GatedMLP, updates: list[Update]) -> Tensor:
 
 
 def case(norms: str, **settings: Any) -> tuple[Tensor, GatedMLP, list[Update]]:
-    """An input [2, 5, H], a block, and its A and B."""
+    """Return an input [2, 5, H], a block, and its A and B."""
     torch.manual_seed(0)
     updates = [
         Update(numbers(RANK, fan_in).requires_grad_(), numbers(fan_out, RANK).requires_grad_())
@@ -76,7 +76,7 @@ NORMS = ["none", "before", "after", "before and after"]
 @pytest.mark.parametrize("activation", REFERENCES, ids=["silu", "gelu_tanh"])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 @pytest.mark.parametrize("norms", NORMS)
-def test_outputs_and_gradients_are_the_definition_s(
+def test_outputs_and_gradients_match_the_definition(
     norms: str, rate: float, activation: Any, mode: Forward
 ) -> None:
     hidden, block, updates = case(norms, rate=rate, activation=activation)
@@ -105,9 +105,9 @@ def test_pieces_and_recomputes_have_the_same_gradients(
         torch.testing.assert_close(gradients(y, hidden, updates), expected)
 
 
-def test_the_last_product_is_computed_again_only_for_a_norm_after_it() -> None:
+def test_the_last_product_is_recomputed_only_for_a_norm_after_it() -> None:
     def again(norms: str) -> int:
-        """Operations of a backward that computes gate and up again, beyond one that does not."""
+        """Return the extra operations of a backward that recomputes gate and up."""
         operations = []
         for mode in (Forward.RECOMPUTE_WIDE, Forward.SAVE):
             hidden, block, updates = case(norms)

@@ -1,4 +1,4 @@
-"""A terminal that is closed, or a reader that goes away, costs no step and changes no exit code."""
+"""A closed terminal or a reader that goes away costs no step and changes no exit code."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-def test_a_closed_terminal_saves_a_checkpoint_and_the_run_resumes_to_the_same_adapter(
+def test_after_a_closed_terminal_the_run_resumes_to_the_same_adapter(
     recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     file = recipe_file(
@@ -35,7 +35,7 @@ def test_a_closed_terminal_saves_a_checkpoint_and_the_run_resumes_to_the_same_ad
 
     def lead_the_session() -> None:
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # independent of the tests' own SIGHUP setting
 
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora", "train", str(file)],
@@ -59,7 +59,7 @@ def test_a_closed_terminal_saves_a_checkpoint_and_the_run_resumes_to_the_same_ad
         time.sleep(0.01)
     os.close(master)
     assert process.wait(timeout=100) == 128 + signal.SIGHUP
-    assert "/80" in shown.decode(), "the bar was there"
+    assert "/80" in shown.decode(), "the progress bar was shown"
 
     newest = checkpoint.newest(tmp_path / "run")
     assert newest is not None
@@ -88,7 +88,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch)
     cli.main()
 
 
-def test_a_hangup_before_the_first_step_ends_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hangup_before_the_first_step_sets_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, lambda number, frame: None)
     monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGHUP))
     try:
@@ -100,7 +100,7 @@ def test_a_hangup_before_the_first_step_ends_with_its_code(monkeypatch: pytest.M
 
 
 def code_without_reader(kind: str, *arguments: str) -> tuple[int, str]:
-    """The exit code of a command whose output nobody reads, and what it says on the other stream."""
+    """Return a command's exit code and the text on the other stream, if its output has no reader."""
     if kind == "terminal":
         reader, writer = pty.openpty()
     else:
@@ -118,12 +118,12 @@ def code_without_reader(kind: str, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_without_a_reader_a_command_ends_as_it_would_with_one(kind: str) -> None:
+def test_without_a_reader_a_command_has_the_same_exit_code(kind: str) -> None:
     assert code_without_reader(kind, "recipes", "schema") == (0, "")
     assert code_without_reader(kind, "recipes", "list") == (
         0,
         "",
-    )  # so short that it is written at the very end
+    )  # so short that it is flushed only at exit
     assert code_without_reader(kind, "check", "missing") == (2, "")
 
 

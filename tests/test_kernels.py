@@ -1,4 +1,4 @@
-"""The passes over memory: plain torch against fp64, the Triton kernels against plain torch, and who takes which.
+"""Fused ops: plain torch against fp64, Triton kernels against plain torch, and the choice between the two.
 
 Without a GPU the kernels run in Triton's interpreter (see conftest.py), which executes them block by block in numpy.
 """
@@ -40,21 +40,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def as_on_a_gpu() -> Iterator[None]:
-    """Tensors here take the GPU's way."""
+    """Treat the tensors of the test as tensors on a GPU."""
     with representing_cuda():
         yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PASSES)
-def test_a_kernel_does_what_the_plain_form_does(name: str, dtype: torch.dtype) -> None:
+def test_a_kernel_gives_the_results_of_the_plain_form(name: str, dtype: torch.dtype) -> None:
     work = PASSES[name]
     assert work.kernel == name.removesuffix(" late")
     assert work.difference(torch.device(DEVICE), dtype) is None
 
 
 CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
-    # What the examples of the proofs leave out: one row, one column, several blocks, no residual, no cap
+    # Shapes that the proofs' examples lack: one row, one column, several blocks, no residual, no cap
     "silu_product": lambda dtype: tuple(random(dtype, 3, 4100, seed=s) for s in range(3)),
     "silu_gradients": lambda dtype: tuple(random(dtype, 1, 1, seed=s) for s in range(4)),
     "normalize": lambda dtype: (random(dtype, 5, 3, 128), random(dtype, 128, seed=1), 1e-6, random(dtype, 5, 3, 128)),
@@ -76,13 +76,13 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PASSES)
-def test_a_kernel_keeps_to_its_borders(name: str, dtype: torch.dtype) -> None:
+def test_a_kernel_is_right_at_other_shapes(name: str, dtype: torch.dtype) -> None:
     plain = PASSES[name]
     other = FusedOp(plain.plain, plain.kernel, lambda device, dtype: CASES[name](dtype))
     assert other.difference(torch.device(DEVICE), dtype) is None
 
 
-def test_gradients_of_a_loss_in_fewer_bits_go_where_they_are_wanted() -> None:
+def test_the_gradient_of_a_loss_is_computed_only_if_wanted() -> None:
     logits, targets = random(torch.float32, 6, 700) * 3, torch.arange(6, device=DEVICE)
     expected = F.softmax(logits.double(), dim=1) - F.one_hot(targets, 700)
     losses = F.cross_entropy(logits.double(), targets, reduction="none")
@@ -112,7 +112,7 @@ def test_one_launch_dequantizes_to_the_same_bits(
         nf4.DEQUANTIZE.plain(expected, *given)
     else:
         expected = nf4.dequantize(weight, state, dtype)
-    # The interpreter cuts bfloat16 off where everything else rounds: there the last of 8 bits may differ
+    # The interpreter truncates to bfloat16 where real hardware rounds: the last of the 8 bits may differ there
     cut = DEVICE == "cpu" and dtype == torch.bfloat16
     torch.testing.assert_close(out, expected, rtol=2**-7 if cut else 0, atol=0)
 
@@ -147,7 +147,7 @@ def test_norms_agree_with_autograd_in_fp64(offset: float, rounds_late: bool) -> 
     torch.testing.assert_close(dx, expected_dx + b)
 
 
-def test_a_norm_rounds_before_its_weight_or_after_it() -> None:
+def test_a_norm_rounds_before_or_after_its_weight() -> None:
     x, weight = random(torch.bfloat16, 5, 24), random(torch.bfloat16, 24, seed=3)
     unit = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     assert torch.equal(norm.normalize(x, weight, 1e-5, 0.0, False), unit.bfloat16() * weight)
@@ -159,7 +159,7 @@ def test_a_proven_kernel_takes_the_place_of_the_plain_form() -> None:
     work = FusedOp(gate.SILU_PRODUCT.plain, "silu_product", gate.SILU_PRODUCT.example)
     x = random(torch.float32, 4, 40)
     out = torch.empty_like(x)
-    work(x, x, out)  # proves it
+    work(x, x, out)  # proves the kernel on its first use
     work.plain = forbidden
     work(x, x, out)
     torch.testing.assert_close(out, F.silu(x) * x)
@@ -167,7 +167,7 @@ def test_a_proven_kernel_takes_the_place_of_the_plain_form() -> None:
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("kernel", ["silu_product", "no_such_kernel"])
-def test_a_kernel_that_is_wrong_or_missing_is_told_once_and_not_used(kernel: str) -> None:
+def test_a_wrong_or_missing_kernel_is_reported_once_and_not_used(kernel: str) -> None:
     work = FusedOp(plus, kernel, gate.SILU_PRODUCT.example)
     x = random(torch.float32, 4, 40)
     out = torch.empty_like(x)
@@ -182,8 +182,8 @@ def test_a_kernel_that_is_wrong_or_missing_is_told_once_and_not_used(kernel: str
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_a_kernel_that_fails_at_the_real_shapes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof is of small shapes; a compiler may refuse larger ones."""
+def test_a_kernel_that_fails_at_the_real_shapes_is_no_longer_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof uses small shapes; a compiler may refuse larger ones."""
 
     def compiled_for_few_rows(a: Tensor, b: Tensor, out: Tensor) -> None:
         if len(a) > 100:
@@ -221,7 +221,7 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(out, x + x)
 
 
-def test_a_forecast_for_a_gpu_counts_no_temporaries_of_a_pass() -> None:
+def test_a_forecast_for_a_gpu_counts_no_temporaries_of_a_fused_op() -> None:
     with FakeTensorMode(), representing_cuda():
         x = torch.empty(8, 64)
         y = norm.normalize(x, torch.empty(64), 1e-5)
@@ -246,7 +246,7 @@ def angles(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
 
 
 def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
-    """Triton brings its compiler: what no GPU has run here is at least code for one."""
+    """Triton includes its compiler, so kernels that have not run on a GPU here at least compile for one."""
     command = [sys.executable, str(Path(__file__).with_name("kernels_for_tests.py")), "80", "90"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -1,4 +1,4 @@
-"""The words of the package and of its documentation: plain English that is understood at the first reading."""
+"""The words of the package, its documentation and its tests: plain English that is understood at the first reading."""
 
 import ast
 import io
@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from examples_for_tests import PAGES, ROOT
 
-FILES = [*sorted((ROOT / "qlora").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+TESTS = [file for file in sorted((ROOT / "tests").glob("*.py")) if file != Path(__file__)]
+FILES = [*sorted((ROOT / "qlora").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py")), *TESTS]
 PAGES_OF_BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.md"))
 
-# A first line that begins so says what something is about, and not what it does.
+# A first line with such a beginning names a topic, not an action.
 RIDDLES = re.compile(r"(What|How|Which|Where|Whether|Who|When|Why|Of|For|From|In|To)\b")
 
-# Words that made readers stop, each with a plain one.
+# Words that made readers stop, each with plain replacements.
 AVOIDED = {
     r"\bstands?\b(?! (?:in|for) )": "is, is stored, lies",
     r"\bstands? in memory\b": "is stored",
@@ -34,7 +35,7 @@ AVOIDED = {
 
 
 def docstrings(file: Path) -> Iterator[tuple[int, str]]:
-    """Docstrings of modules, classes and functions, and the strings under fields; each with its line."""
+    """Yield the docstrings of modules, classes and functions, and the strings under fields, each with its line."""
     for node in ast.walk(ast.parse(file.read_text())):
         body = getattr(node, "body", ())
         for child in body if isinstance(body, list) else ():
@@ -45,7 +46,7 @@ def docstrings(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
-    """Comments and strings of a file, or the lines of a page."""
+    """Yield the comments and strings of a file, or the lines of a page, each with its line."""
     if file.suffix != ".py":
         yield from enumerate(file.read_text().splitlines(), 1)
         return

@@ -1,4 +1,4 @@
-"""LoRA layers: the invariants of the method, by name, on a small Llama in NF4; and any other network."""
+"""LoRA layers: the invariants of the method, one a test, on a small Llama in NF4, and other networks."""
 
 import math
 from collections.abc import Callable
@@ -19,15 +19,13 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def to_nf4(model: nn.Module) -> nn.Module:
-    """Every linear of the decoder layers as bitsandbytes' own Linear4bit, as transformers would load it."""
+    """Make every linear of the decoder layers bitsandbytes' own Linear4bit, as transformers loads it."""
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and "layers" in name:
             plain = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
             plain.weight = nf4.quantize(linear.weight)
             plain.quant_state = plain.weight.quant_state
-            plain.support_avx512bf16_for_cpu = (
-                True  # TRAP: then its own forward repacks the weight in eval mode
-            )
+            plain.support_avx512bf16_for_cpu = True  # makes its own forward repack the weight in eval mode
             model.set_submodule(name, plain)
     return model
 
@@ -56,7 +54,7 @@ def train(model: nn.Module, steps: int) -> None:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Tensor]:
-    """Every number of the base: parameters, buffers, and the statistics of the 4-bit weights."""
+    """Return every tensor of the base: parameters, buffers, and the statistics of the 4-bit weights."""
     state = {name: t.clone() for name, t in model.state_dict().items() if ".lora_" not in name}
     assert any("absmax" in name for name in state)
     return {name.replace(".base.", "."): t for name, t in state.items()}
@@ -85,7 +83,7 @@ def test_at_step_0_one_layer_equals_its_base_exactly(quantized: bool, biased: bo
         assert torch.equal(LoRALinear(layer)(x), layer(x))
 
 
-def test_all_adapters_and_nothing_else_train(base: PreTrainedModel) -> None:
+def test_only_the_adapters_train(base: PreTrainedModel) -> None:
     adapt(base, LoraSpec(targets="all-linear", rank=4))
     adapters = {f"{name}.{which}" for name in lora_layers(base) for which in ("lora_a", "lora_b")}
     assert len(adapters) == 2 * 7 * 2
@@ -107,7 +105,7 @@ def test_the_bytes_of_the_base_do_not_change_in_training(base: PreTrainedModel) 
 
 
 def test_evaluation_between_training_steps_changes_no_gradient(base: PreTrainedModel) -> None:
-    """TRAP: bitsandbytes' forward in eval mode silently cuts the base out of every later gradient."""
+    """bitsandbytes' own forward would silently cut the base out of every later gradient once it ran in eval mode."""
     adapt(base, LoraSpec(targets=["q_proj", "down_proj"], rank=4))
     train(base, 1)
     before = gradients(base, seed=5)
@@ -128,7 +126,7 @@ def test_no_code_path_calls_the_forward_of_bitsandbytes(
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", refuse)
     with pytest.raises(AssertionError, match="was called"):
         base(input_ids=ids())
-    adapt(base, LoraSpec(targets=["q_proj"], rank=4))  # the others stay plain 4-bit linears
+    adapt(base, LoraSpec(targets=["q_proj"], rank=4))  # the other linears stay plain 4-bit linears
     train(base, 1)
     base.eval()
     base.generate(ids()[:, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
@@ -167,7 +165,7 @@ def test_checkpointing_a_model_with_dropout_changes_no_bit(base: PreTrainedModel
     torch.manual_seed(3)
     assert same(gradients(base), expected)
     torch.manual_seed(4)
-    assert not same(gradients(base), expected), "dropout draws another mask"
+    assert not same(gradients(base), expected), "dropout must draw another mask for another seed"
 
 
 @pytest.mark.parametrize(("scaling", "expected"), [("alpha/rank", 2.0), ("alpha/sqrt(rank)", 4.0)])
@@ -181,7 +179,7 @@ def test_the_update_is_scaled(scaling: str, expected: float) -> None:
     assert LoRALinear(nn.Linear(6, 5), LoraSpec(rank=16)).scaling == 1
 
 
-def test_a_is_random_as_the_documents_say_and_b_is_zero() -> None:
+def test_a_is_initialised_as_in_the_documents_and_b_is_zero() -> None:
     linear = nn.Linear(1024, 512)
     kaiming = LoRALinear(linear, LoraSpec(rank=16, dtype=torch.float32))
     assert kaiming.lora_a.abs().max() <= 1 / math.sqrt(1024)
@@ -195,9 +193,9 @@ def test_a_is_random_as_the_documents_say_and_b_is_zero() -> None:
     assert LoRALinear(linear).lora_a.dtype == torch.bfloat16
 
 
-def test_the_first_numbers_depend_on_seed_and_name_alone(tiny_llama: Path) -> None:
+def test_the_initial_values_depend_only_on_seed_and_name(tiny_llama: Path) -> None:
     def a(targets: str, seed: int, layer: int = 0) -> Tensor:
-        torch.rand(seed + len(targets))  # the global generator has no part in it
+        torch.rand(seed + len(targets))  # the global generator must not matter
         model = adapt(LlamaForCausalLM.from_pretrained(tiny_llama), LoraSpec(targets=targets), seed=seed)
         return lora_layers(model)[f"model.layers.{layer}.self_attn.q_proj"].lora_a
 
@@ -222,7 +220,7 @@ def test_patterns_override_rank_and_alpha(base: PreTrainedModel) -> None:
     assert found["0.self_attn.k_proj"] == (4, 32)
     assert found["1.self_attn.k_proj"] == (16, 32)
     assert found["0.self_attn.v_proj"] == (4, 8)
-    with pytest.raises(UsageError, match='"proj" matches no targeted layer'):  # nor half a name
+    with pytest.raises(UsageError, match='"proj" matches no targeted layer'):  # only part of a name
         adapt(
             nn.ModuleDict({"q_proj": nn.Linear(2, 2)}),
             LoraSpec(targets="attention", rank_pattern={"proj": 2}),
@@ -270,7 +268,7 @@ def test_any_network_with_linear_layers_can_be_adapted(name: str) -> None:
         torch.testing.assert_close(network(x, **padding), trained)
 
 
-def test_code_that_reads_the_weight_past_the_layer_is_told() -> None:
+def test_code_that_reads_the_weight_of_the_layer_gets_an_error() -> None:
     layer = LoRALinear(nn.Linear(4, 4))
     assert not hasattr(layer, "weight")
     with pytest.raises(AttributeError, match="reads `weight` instead of calling the adapted layer"):
@@ -297,7 +295,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
         adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="all-linear", **arguments))
 
 
-def test_what_cannot_be_wrapped_is_refused() -> None:
+def test_layers_that_cannot_be_wrapped_are_refused() -> None:
     with pytest.raises(ModelError, match="not Conv1d"):
         LoRALinear(nn.Conv1d(1, 1, 1))
     model = adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="all-linear"))

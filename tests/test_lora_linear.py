@@ -1,4 +1,4 @@
-"""The adapted linear against fp64: forward, every gradient, dropout, checkpointing, and what it keeps."""
+"""The adapted linear against fp64: forward, every gradient, dropout, checkpointing, and its saved tensors."""
 
 from collections import Counter
 from typing import Any
@@ -40,7 +40,7 @@ class Counted(TorchDispatchMode):
 def case(
     out_features: int, in_features: int, rank: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Arguments of lora_linear over an NF4 weight; A and B trainable, of `dtype`."""
+    """Return arguments of lora_linear for an NF4 weight; A and B are trainable and have `dtype`."""
     weight = nf4.quantize(torch.randn(out_features, in_features))
     return {
         "weight": weight,
@@ -62,19 +62,19 @@ def lora_linear(
     dropout: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """The operation with a mask that is drawn for this call."""
+    """Call the operation with a dropout mask drawn for this call."""
     mask = draw(dropout if training else 0.0)
     return ops.lora_linear(x, Linear(weight, quant_state, bias, scaling, mask), Update(lora_a, lora_b))
 
 
 def dense(arguments: dict[str, Any]) -> Tensor:
-    """The weight [out, in] in fp64."""
+    """Return the weight [out, in] in fp64."""
     weight, state = arguments["weight"], arguments["quant_state"]
     return nf4.dequantize(weight, state, torch.float64) if state else weight.double()
 
 
 def reference(x: Tensor, arguments: dict[str, Any], scaling: float, mask: Tensor | float = 1.0) -> Tensor:
-    """The definition, in fp64, over the dequantized weight."""
+    """Compute the definition in fp64 with the dequantized weight."""
     w = dense(arguments)
     a, b = arguments["lora_a"], arguments["lora_b"]
     bias = 0 if arguments["bias"] is None else arguments["bias"].double()
@@ -137,7 +137,7 @@ def test_forward_and_all_gradients_agree_with_fp64(
     y64 = reference(x64, exact, scaling)
     y64.backward(upstream.double())
     assert (y.dtype, y.shape) == (compute, y64.shape)
-    # Errors are measured by the norms of the factors: a result that cancels out keeps their rounding
+    # Errors are relative to the norms of the factors: a result that cancels out keeps their rounding errors
     w, a, b = norm(dense(arguments)), norm(arguments["lora_a"]), norm(arguments["lora_b"])
     bias = norm(arguments["bias"]) if has_bias else 0
     assert error(y, y64) <= ROUNDING[compute] * (norm(x) * (w + scaling * a * b) + bias)
@@ -150,20 +150,20 @@ def test_forward_and_all_gradients_agree_with_fp64(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_agree_with_finite_differences(dropout: float) -> None:
-    arguments = case(6, 13, 3, torch.float64)  # a block of 64 ends inside a row
+    arguments = case(6, 13, 3, torch.float64)  # 13 columns: a block of 64 ends inside a row
     x = torch.randn(2, 2, 13, dtype=torch.float64, requires_grad=True)
 
     def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        torch.manual_seed(1)  # the same mask every time
+        torch.manual_seed(1)  # the same mask at every call
         return lora_linear(x, **{**arguments, "lora_a": a, "lora_b": b}, scaling=0.7, dropout=dropout)
 
     assert torch.autograd.gradcheck(product, (x, arguments["lora_a"], arguments["lora_b"]))
 
 
-def test_dropout_masks_the_input_of_a_alone_and_only_in_training() -> None:
+def test_dropout_masks_only_the_input_of_a_and_only_in_training() -> None:
     arguments = case(9, 80, 4, torch.float64)
     x = torch.randn(50, 80, dtype=torch.float64)
-    whole = {**arguments, "lora_a": torch.eye(80), "lora_b": torch.eye(80)}  # shows the mask itself
+    whole = {**arguments, "lora_a": torch.eye(80), "lora_b": torch.eye(80)}  # the output is the mask
     whole["weight"], whole["quant_state"], whole["bias"] = torch.zeros(80, 80), None, None
     torch.manual_seed(5)
     mask = lora_linear(torch.ones(50, 80), **whole, dropout=0.25) > 0
@@ -172,7 +172,7 @@ def test_dropout_masks_the_input_of_a_alone_and_only_in_training() -> None:
     y = lora_linear(x, **arguments, scaling=0.5, dropout=0.25)
     torch.testing.assert_close(y, reference(x, arguments, 0.5, mask.double() / 0.75))
     again = lora_linear(x, **arguments, scaling=0.5, dropout=0.25)
-    assert not torch.equal(again, y), "each pass draws a mask of its own"
+    assert not torch.equal(again, y), "each pass must draw a new mask"
     calm = lora_linear(x, **arguments, scaling=0.5, dropout=0.25, training=False)
     assert torch.equal(calm, lora_linear(x, **arguments, scaling=0.5))
 
@@ -200,8 +200,8 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(dropout: float) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 130, 361])
-def test_rows_that_fill_a_pass_up_leave_the_mask_of_the_others(rows: int, dtype: torch.dtype) -> None:
-    """So documents learn the same with dropout, whether or not a device fills its passes up."""
+def test_padding_rows_do_not_change_the_mask_of_other_rows(rows: int, dtype: torch.dtype) -> None:
+    """Documents train the same with dropout, whether or not a device pads its passes."""
     dropout, filled = Dropout(0.3, seed=5), torch.empty(-(-rows // 128) * 128, 48, dtype=dtype)
     mask = dropout.mask(filled[:rows].clone())
     assert not mask.all()
@@ -217,7 +217,7 @@ def test_the_weight_is_dequantized_once_a_pass_and_only_where_needed() -> None:
         with Counted() as backward_calls:
             y.sum().backward()
         assert forward_calls.dequantizations == 1
-        assert backward_calls.dequantizations == backward, "without x's gradient the weight has no part in it"
+        assert backward_calls.dequantizations == backward, "without x's gradient the weight is not needed"
         assert arguments["lora_a"].grad is not None
         assert (x.grad is not None) == needs_x
 
@@ -237,10 +237,10 @@ def test_only_the_input_and_the_low_rank_are_saved(dropout: float) -> None:
         lora_linear(x, **arguments, dropout=dropout)
     adapters = {arguments["lora_a"].data_ptr(), arguments["lora_b"].data_ptr()}
     activations = sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in adapters)
-    assert activations == tokens * (4 * width + 4 * rank), "dropout's mask is drawn again"
+    assert activations == tokens * (4 * width + 4 * rank), "dropout's mask must not be saved"
 
 
-def test_an_input_of_any_layout_will_do() -> None:
+def test_an_input_can_have_any_layout() -> None:
     arguments = case(10, 32, 2)
     base = torch.randn(32, 6, 4)
     for x in (base.permute(2, 1, 0), base.permute(1, 2, 0)[::2], torch.randn(1, 32).expand(5, 32)):
@@ -254,7 +254,7 @@ def test_an_input_of_any_layout_will_do() -> None:
     assert lora_linear(torch.randn(2, 0, 32), **arguments).shape == (2, 0, 10)
 
 
-def test_gradients_go_only_where_they_are_wanted() -> None:
+def test_only_the_needed_gradients_are_computed() -> None:
     arguments = case(8, 16, 2)
     x = torch.randn(3, 16)
     with torch.no_grad():

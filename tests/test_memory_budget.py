@@ -1,4 +1,4 @@
-"""What `training.memory` allows, the same for `qlora estimate` and `qlora train`."""
+"""`training.memory` sets the same budget in `qlora estimate` and `qlora train`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +19,12 @@ GPU = torch.device("cuda")
 
 
 class Planned(Exception):
-    """Raised instead of a search."""
+    """Raised in place of the search for a plan."""
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """(budget in bytes, shapes of the batches) of every plan that is asked for; none is made."""
+    """Record (budget in bytes, shapes of the batches) of every requested plan; no plan is computed."""
     found: list[Any] = []
 
     def plan(recipe: Recipe, workload_of: Any, budget_bytes: int, *rest: Any) -> None:
@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def card(monkeypatch: pytest.MonkeyPatch, capacity: int, held_by_others: int = 0) -> None:
-    """A GPU of `capacity` on which this process has a context already."""
+    """Simulate a GPU of `capacity` on which this process already has a context."""
     monkeypatch.setattr(measure, "capacity_bytes", lambda device: capacity if device.type == "cuda" else None)
     monkeypatch.setattr(measure, "free_bytes", lambda device: capacity - CONTEXT_BYTES - held_by_others)
 
@@ -70,13 +70,13 @@ def test_estimate_and_train_plan_the_same_for_an_empty_gpu(
     assert asked[0][0] == (20 * GIB if memory == "20GiB" else int(0.95 * 24 * GIB))
 
 
-def test_what_others_hold_is_no_part_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_excludes_memory_held_by_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, 24 * GIB, held_by_others=4 * GIB)
     assert budget.resolve_budget("auto", GPU) == pytest.approx(0.95 * 20 * GIB, rel=0.01)
     assert budget.resolve_budget("auto", GPU, 80 * GIB) == int(0.95 * 80 * GIB)
     assert budget.resolve_budget("24GiB", GPU) == 24 * GIB
 
 
-def test_auto_on_a_cpu_is_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_is_most_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "free_bytes", lambda device: 8 * GIB)
     assert budget.resolve_budget("auto", torch.device("cpu")) == int(0.95 * 8 * GIB)

@@ -1,4 +1,4 @@
-"""`qlora estimate` and `qlora profile` as a user meets them."""
+"""`qlora estimate` and `qlora profile` as a user runs them."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from qlora.tracking.status import status
 RecipeFile = Callable[..., Path]
 
 
-def test_estimate_answers_from_the_config_alone() -> None:
+def test_estimate_needs_only_the_config() -> None:
     run = qlora("estimate", "llama-7b", "--gpu", "24GiB", "--json")
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
@@ -24,12 +24,12 @@ def test_estimate_answers_from_the_config_alone() -> None:
         assert found[column]["total_bytes"] == sum(found[column]["parts"].values())
     assert found["fits"] is True
     assert found["measured"] is None
-    # 6.74e9 weights: 13.5 GB at 2 bytes, as the documents have it; about a quarter of it in NF4
+    # 6.74e9 weights: 13.5 GB at 2 bytes, as in the LoRA documents; about a quarter of that in NF4
     assert found["documents"]["parts"]["base_unquantized"] == pytest.approx(2 * 6.738e9, rel=1e-3)
     assert found["forecast"]["parts"]["base_nf4"] == pytest.approx(6.476e9 / 2, rel=1e-3)
 
 
-def test_estimate_prints_a_table_and_the_changes_that_would_make_it_fit() -> None:
+def test_estimate_prints_a_table_and_changes_that_make_it_fit() -> None:
     run = qlora("estimate", "llama-7b", "--gpu", "5GiB")
     assert run.returncode == 0, run.stderr
     assert "rule of" in run.stdout
@@ -39,7 +39,7 @@ def test_estimate_prints_a_table_and_the_changes_that_would_make_it_fit() -> Non
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_progress_is_shown_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(shown, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr("sys.stderr", shown)
@@ -99,7 +99,7 @@ def test_profile_sets_the_three_numbers_side_by_side(
             found["measured"]["phases"][phase], rel=0.03
         )
     assert {path.name for path in out.iterdir()} == {"memory.json", "memory.md", "memory.png"}
-    # and nothing is left where the recipe would run
+    # and no file is left where the recipe would run
     assert not list(tmp_path.glob("**/adapter"))
 
 
@@ -112,6 +112,6 @@ def test_sizes_are_read_as_written(number: int, unit: str, byte: bool, space: bo
 @pytest.mark.parametrize(
     "text", ["24", "bananas", "24 bananas", "-3GiB", "0GiB", "", "GiB", "1e3GiB", "24GiB of it"]
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a memory size"):
         parse_size(text)

@@ -32,7 +32,7 @@ from qlora.runtime.device import on_cuda
 from qlora.runtime.phases import Phase, announce
 
 SAMPLES = 3
-"""combinations of settings tried with every architecture, drawn so that every pair of them occurs"""
+"""number of settings tried with every architecture, drawn so that every pair of values occurs"""
 
 
 def foreseen(recipe: Recipe, workload: Workload, *, cuda: bool = False) -> Forecast:
@@ -45,7 +45,7 @@ def has_our_layers(recipe: Recipe) -> bool:
 
 
 def measured(recipe: Recipe, workload: Workload) -> Trace:
-    """A real step and a real evaluation, counted."""
+    """Run a real step and a real evaluation and count their live bytes."""
     model, optimizer = build(recipe, "cpu")
     read_documents_if_apart(model)
     objective = objective_of(recipe)
@@ -61,12 +61,12 @@ def measured(recipe: Recipe, workload: Workload) -> Trace:
 
 
 def assert_right(forecast: Forecast, real: Trace) -> None:
-    """Within 1% in total and 3% for every part above 5% of the total; phases within 1% too."""
+    """Assert 1% accuracy of the total and of each phase, and 3% of every part above 5% of the total."""
     phase, parts = forecast.trace.peak()
     real_phase, real_parts = real.peak()
     total = sum(real_parts.values())
     assert forecast.total_bytes == pytest.approx(total, rel=0.01)
-    # Where two phases take the same to a rounding, either is right, and they differ in parts
+    # If two phases have the same peak up to rounding, both are right, but their parts differ
     assert real.phases()[phase] >= total - max(4096, 0.001 * total), (phase, real_phase)
     for part, size in real_parts.items():
         if phase == real_phase and size > 0.05 * total:
@@ -91,7 +91,7 @@ SAMPLED = [
 
 @pytest.mark.parametrize(("architecture", "number"), SAMPLED)
 def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, number: int) -> None:
-    # seven layers: more than are run for a forecast
+    # seven layers, more than a forecast runs
     draw = random.Random(f"{architecture} {number}")
     layers, mlps = ((7, 0), (0, 4), (2, 3))[number % SAMPLES]
     if not has_our_layers(recipe(tmp_path, architecture)):
@@ -127,7 +127,7 @@ def test_forecast_and_measurement_agree(tmp_path: Path, architecture: str, numbe
     rank=1,
     double_quant=False,
     targets="attention",
-)  # forward and evaluation take the same
+)  # forward and evaluation have the same size
 @given(
     shape=st.fixed_dictionaries(
         {
@@ -197,7 +197,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
         ),
     ],
 )
-def test_a_few_layers_tell_what_all_of_them_do(
+def test_a_few_layers_forecast_all_of_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
@@ -213,7 +213,7 @@ def test_a_few_layers_tell_what_all_of_them_do(
             "activation_offloading": offload,
             "micro_batch_size": 4,
         },
-        data={"held_out": 0},  # an evaluation is the same in every layer, and not stretched
+        data={"held_out": 0},  # an evaluation is the same in every layer and is not scaled up
     )
     stretched = foreseen(made, assumed(made), cuda=offload)
     monkeypatch.setattr(forecasting, "KEPT_LAYERS", 99)
@@ -223,20 +223,20 @@ def test_a_few_layers_tell_what_all_of_them_do(
     assert (stretched.trace.parts == whole.trace.parts).all()
 
 
-def test_attention_that_asks_for_more_is_forecast_as_it_runs(
+def test_attention_with_extra_arguments_is_forecast_as_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a model keeps transformers' attention, padding and all: so did Gemma 2 under transformers 5.17."""
+    """Such a model keeps transformers' attention with padding, as Gemma 2 did under transformers 5.17."""
     forward = LlamaAttention.forward
     monkeypatch.setattr(LlamaAttention, "forward", partialmethod(forward, s_aux=torch.ones(4)))
     made = recipe(tmp_path, "llama")
-    monkeypatch.setattr("qlora.model.decoder_layer.LAYER_SPECS", {})  # our layer asks for nothing
+    monkeypatch.setattr("qlora.model.decoder_layer.LAYER_SPECS", {})  # our layer passes no extra argument
     assert architecture(made, cuda=False).padded
     workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))
 
 
-def test_a_pattern_for_one_layer_is_not_lost(tmp_path: Path) -> None:
+def test_a_pattern_for_one_layer_is_counted(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=8, adapter={"rank_pattern": {"layers.5.self_attn.q_proj": 64}})
     workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))
@@ -253,7 +253,7 @@ def test_a_forecast_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (after.totals == before.totals).all()
 
 
-def test_a_gpu_pages_and_keeps_logits_in_fp32(tmp_path: Path) -> None:
+def test_on_a_gpu_the_state_is_paged_and_logits_are_fp32(tmp_path: Path) -> None:
     made = recipe(
         tmp_path,
         "llama",
@@ -262,11 +262,11 @@ def test_a_gpu_pages_and_keeps_logits_in_fp32(tmp_path: Path) -> None:
         optimizer={"name": "paged_adamw_32bit"},
     )
     cpu, gpu = (foreseen(made, assumed(made), cuda=cuda) for cuda in (False, True))
-    # what rounding left over and two moments of every trained parameter: in managed memory on the GPU
+    # remainder of rounding and two moments of every trained parameter; in managed memory on the GPU
     for found, part in ((cpu, "optimizer_state"), (gpu, "optimizer_state_paged")):
         assert found.trace.peak()[1][part] == 10 * found.trained_parameters
     assert gpu.trace.peak()[1]["device_context"] > 0
-    for found in (cpu, gpu):  # the scratch of dequantized weights has a part of its own on either
+    for found in (cpu, gpu):  # the scratch of dequantized weights is a separate part on both
         column = list(PARTS).index("dequantization")
         assert found.trace.parts[:, column].max() > 0
     assert cpu.trace.peak()[1]["device_context"] == 0
@@ -285,7 +285,7 @@ GIB = 2**30
     ],
 )
 def test_published_sizes(name: str, low: float, high: float) -> None:
-    """One row of 512 tokens, as QLoRA's figure 6 has it: 6.9, 11.3, 24.7 and 45.0 GB."""
+    """One row of 512 tokens, as in QLoRA's figure 6: 6.9, 11.3, 24.7 and 45.0 GB."""
     from qlora.memory.estimate import estimate
 
     overrides = ["training.micro_batch_size=1", "data.max_length=512", "training.device=auto"]
@@ -293,10 +293,10 @@ def test_published_sizes(name: str, low: float, high: float) -> None:
     assert low * 1e9 < found.memory["forecast"]["total_bytes"] < high * 1e9
 
 
-def test_one_forecaster_foresees_what_separate_forecasts_do(
+def test_one_forecaster_gives_the_results_of_separate_forecasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Models and traces are shared, also with layers that were checkpointed before and are not now."""
+    """Models and traces are shared, also if layers that were checkpointed no longer are."""
     made = recipe(tmp_path, "llama", layers=9, data={"packing": True}, adapter={"dropout": 0.1})
     arch = architecture(made, cuda=True)
     forecaster = forecasting.Forecaster(arch, cuda=True)
@@ -311,7 +311,7 @@ def test_one_forecaster_foresees_what_separate_forecasts_do(
     shared = {
         counts: forecaster.forecast(counted(*counts), workload) for counts in ((9, 0), (0, 0), (0, 3), (0, 5))
     }
-    assert len(traced) == 3  # of (0, 3) and (0, 5) the trace is the same
+    assert len(traced) == 3  # (0, 3) and (0, 5) share a trace
     for counts, found in shared.items():
         alone = forecast(counted(*counts), workload, arch, cuda=True)
         assert (found.trace.parts == alone.trace.parts).all()

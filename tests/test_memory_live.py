@@ -1,4 +1,4 @@
-"""Live bytes are counted as they come and go, and booked to the part and phase they belong to."""
+"""Live bytes are counted at allocation and release, and assigned to their part and phase."""
 
 import torch
 from hypothesis import given, settings
@@ -19,7 +19,7 @@ def rounded(size: int) -> int:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000)), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_every_birth_and_death_is_counted(actions: list[tuple[bool, int]]) -> None:
+def test_every_allocation_and_release_is_counted(actions: list[tuple[bool, int]]) -> None:
     held: list[Tensor] = []
     sizes: list[int] = []
     totals = []
@@ -44,7 +44,7 @@ def test_views_and_changes_in_place_are_not_counted_twice() -> None:
     assert live.trace().totals.max() == 4096
 
 
-def test_what_was_there_before_counts_as_what_it_is_called() -> None:
+def test_earlier_tensors_count_under_their_given_part() -> None:
     weight = torch.zeros(1024)
     with LiveBytes([(weight, "base_nf4"), (weight.view(-1), "adapters")]) as live:
         weight.mul_(2)
@@ -61,7 +61,7 @@ def test_parts_and_phases_of_a_step() -> None:
     with LiveBytes() as live:
         with record_function("forward"):
             saved = x * 2  # 4096 bytes, needed in backward
-            torch.empty(2048)  # 8192, gone at once
+            torch.empty(2048)  # 8192, released at once
             with record_function("loss"):
                 logits = torch.empty(4096)  # 16384
         with record_function("backward"):
@@ -81,7 +81,7 @@ def test_parts_and_phases_of_a_step() -> None:
     assert logits.numel() + gradient.numel() + update.numel() == 5248
 
 
-def test_what_an_evaluation_makes_is_never_saved() -> None:
+def test_tensors_of_an_evaluation_are_never_saved_activations() -> None:
     with LiveBytes() as live:
         with record_function("evaluation"), record_function("loss"):
             kept = torch.empty(1024)
@@ -103,7 +103,7 @@ def test_the_timeline_keeps_the_peak() -> None:
 
 
 def trace_of(layers: int, saved: int, scratch: int) -> Trace:
-    """A made-up step: each layer saves `saved` after using `scratch`; backward lets it go again."""
+    """Return a synthetic step: each layer saves `saved` after using `scratch`; the backward releases it."""
     rows: list[tuple[int, int]] = [(0, 0)]
     marks = []
     for layer in range(layers):
@@ -119,7 +119,7 @@ def trace_of(layers: int, saved: int, scratch: int) -> Trace:
 
 
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 50))
-def test_a_repeated_layer_is_as_many_layers(copies: int, saved: int, scratch: int) -> None:
+def test_repeating_a_layer_equals_that_many_layers(copies: int, saved: int, scratch: int) -> None:
     stretched = repeat(trace_of(3, saved, scratch), 1, copies)
     whole = trace_of(3 + copies, saved, scratch)
     assert (stretched.parts == whole.parts).all()

@@ -1,4 +1,4 @@
-"""A budget instead of knobs, and what to change when a run does not fit."""
+"""Memory plans for a budget, and the advised changes if a run does not fit."""
 
 import json
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def takes(recipe: Recipe) -> int:
     return needed(forecast(recipe, assumed(recipe), architecture(recipe, cuda=False), cuda=False))
 
 
-def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
+def test_a_plan_fits_and_uses_its_budget(made: Recipe) -> None:
     smallest = takes(with_training(made, loss_chunk=256))
     low, middle, high = (planned(made, budget) for budget in (smallest, 4 * MIB, 100 * MIB))
     for found in (low, middle, high):
@@ -62,8 +62,8 @@ def test_a_plan_fits_and_spends_what_it_has(made: Recipe) -> None:
 
 
 @pytest.mark.parametrize("share", [pytest.param(0.15, marks=pytest.mark.slow), 0.6])
-def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
-    """MLPs are recomputed before whole layers are, and one part of one layer less would not fit."""
+def test_a_plan_recomputes_no_more_than_it_must(made: Recipe, share: float) -> None:
+    """MLPs are recomputed before whole layers, and recomputing one part less would not fit."""
     made = with_training(made, global_batch_size=1)
     least, most = (
         takes(with_training(made, activation_checkpointing={"full": layers})) for layers in (LAYERS, 0)
@@ -79,7 +79,7 @@ def test_what_a_plan_recomputes_it_must(made: Recipe, share: float) -> None:
 
 
 @pytest.mark.parametrize("level", [LAYERS, pytest.param(LAYERS + 2, marks=pytest.mark.slow)])
-def test_a_budget_of_just_a_level_s_size_is_spent(made: Recipe, level: int) -> None:
+def test_a_budget_of_exactly_a_levels_size_is_used(made: Recipe, level: int) -> None:
     made = with_training(made, global_batch_size=1)
     counts = (max(0, level - LAYERS), LAYERS - abs(level - LAYERS))
     exactly = with_training(made, activation_checkpointing={"full": counts[0], "mlp": counts[1]})
@@ -123,7 +123,7 @@ class Linear:
     tokens=st.sampled_from([64, 512, 4096]),
     budget=st.integers(1000, 3000),
 )
-def test_no_policy_that_fits_has_less_work_than_the_plan(
+def test_no_fitting_policy_has_less_work_than_the_plan(
     layers: int,
     mlp: float | None,
     kept: tuple[int, int, int],
@@ -160,7 +160,7 @@ def test_no_policy_that_fits_has_less_work_than_the_plan(
     assert len(tried) == len(set(tried))
 
 
-def test_a_plan_for_other_layers_recomputes_them_whole(tmp_path: Path) -> None:
+def test_a_plan_recomputes_layers_of_transformers_whole(tmp_path: Path) -> None:
     made = recipe(tmp_path, "opt", layers=4, training={"global_batch_size": 1, "micro_batch_size": 1})
     least, most = (takes(with_training(made, activation_checkpointing={"full": layers})) for layers in (4, 0))
     found = planned(made, (least + most) // 2)
@@ -181,7 +181,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) 
         planned(made, MIB // 2)
 
 
-def test_where_nothing_fits_inputs_go_to_the_host(tmp_path: Path) -> None:
+def test_if_nothing_fits_inputs_are_offloaded_to_the_host(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=9, data={"max_length": 256}, training={"global_batch_size": 2})
     arch = architecture(made, cuda=True)
 
@@ -203,10 +203,10 @@ def test_where_nothing_fits_inputs_go_to_the_host(tmp_path: Path) -> None:
         planned_within(less - 1)
 
 
-def test_what_a_plan_makes_of_a_recipe_can_be_written_and_read(made: Recipe, tmp_path: Path) -> None:
+def test_a_recipe_changed_by_a_plan_can_be_written_and_read(made: Recipe, tmp_path: Path) -> None:
     file = tmp_path / "planned.yaml"
     made = with_training(made, global_batch_size=2)
-    for offload, budget in ((True, int(2.5 * MIB)), (False, 100 * MIB)):  # some is recomputed, and nothing is
+    for offload, budget in ((True, int(2.5 * MIB)), (False, 100 * MIB)):  # with some recompute, and with none
         wanted = with_training(made, activation_offloading=offload, memory="100MiB")
         found = planned(wanted, budget)
         assert (found.checkpointed_layers + found.checkpointed_mlps > 0) == offload
@@ -215,7 +215,7 @@ def test_what_a_plan_makes_of_a_recipe_can_be_written_and_read(made: Recipe, tmp
         assert Recipe.load(file) == applied
 
 
-def test_a_planned_run_trains_as_the_recipe_would(recipe_file: RecipeFile, tmp_path: Path) -> None:
+def test_a_planned_run_trains_as_an_unplanned_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
     file = recipe_file()
     plain = train(Recipe.load(file, [f"output={tmp_path}/plain"]), terminal=False)
     tight = train(Recipe.load(file, [f"output={tmp_path}/tight", "training.memory=2MiB"]), terminal=False)
@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_its_plan(
     assert json.loads(Path(output, "run.json").read_text())["plan"] == before
 
 
-def test_changes_make_it_fit_and_the_cheapest_comes_first(tmp_path: Path) -> None:
+def test_advised_changes_make_it_fit_cheapest_first(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=6, training={"global_batch_size": 4})
     large = with_training(made, micro_batch_size=4, activation_checkpointing={"mlp": 2})
     whole = takes(large)
@@ -265,11 +265,11 @@ def test_changes_make_it_fit_and_the_cheapest_comes_first(tmp_path: Path) -> Non
         assert change.needed_bytes <= context + whole // 2
         file = tmp_path / "large.yaml"
         file.write_text(large.to_yaml())
-        Recipe.load(file, " ".join(change.settings).split())  # what is advised is no contradiction
+        Recipe.load(file, " ".join(change.settings).split())  # the advised settings are valid together
 
 
 @pytest.mark.slow
-def test_of_a_change_the_mildest_that_fits_is_advised_and_nothing_where_none_does(tmp_path: Path) -> None:
+def test_the_mildest_change_that_fits_is_advised_or_none(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=6, training={"global_batch_size": 4})
     large = with_training(made, micro_batch_size=4, activation_checkpointing={"mlp": 2})
     context = estimate(large, 600 * MIB).needed_bytes - takes(large)
@@ -280,7 +280,7 @@ def test_of_a_change_the_mildest_that_fits_is_advised_and_nothing_where_none_doe
     assert "smaller model" in list(nothing.lines())[-1]
 
 
-def test_what_costs_time_alone_is_advised_before_what_is_learned_changes(tmp_path: Path) -> None:
+def test_changes_that_only_cost_time_are_advised_first(tmp_path: Path) -> None:
     made = recipe(
         tmp_path,
         "llama",
@@ -296,8 +296,8 @@ def test_what_costs_time_alone_is_advised_before_what_is_learned_changes(tmp_pat
     assert advised[1:] == [("data.max_length=128",)]
 
 
-def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    """Where padding is not computed, the batch with the widest row need not be the largest."""
+def test_estimate_and_run_forecast_the_same_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """Without computed padding, the batch with the widest row need not be the largest."""
     data = tmp_path / "rows.jsonl"
     words = [90, 2, 2, 2, 2, 2, *[45] * 6]
     rows = ({"prompt": "a", "completion": " go" * count} for count in words)
@@ -327,10 +327,10 @@ def test_estimate_and_run_foresee_the_same_batch(recipe_file: RecipeFile, tmp_pa
 @pytest.mark.parametrize(
     "words", [(40, 60), (90, 4)], ids=["the loss takes the most", "the longest row does"]
 )
-def test_of_long_rows_and_rows_that_are_trained_much_the_dearer_is_foreseen(
+def test_the_most_expensive_row_is_forecast_by_length_and_trained_tokens(
     recipe_file: RecipeFile, tmp_path: Path, words: tuple[int, int]
 ) -> None:
-    """The longest row trains two tokens; another is shorter and trains most of its own."""
+    """The longest row trains two tokens; the other is shorter and trains most of its tokens."""
     data, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"prompt": "a", "completion": " go"}))
     asked, told = words

@@ -1,4 +1,4 @@
-"""Memory reports: every number in them is memory.json's, and the pictures can be drawn of any run."""
+"""Memory reports: every number comes from memory.json, and pictures can be drawn of any run."""
 
 import io
 import json
@@ -29,7 +29,7 @@ EVERY = pytest.mark.parametrize("make", [llama_7b, tiny, whole_model, lambda: ll
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """The cells of every table, headers included."""
+    """Return the cells of every table, headers included."""
     blocks = [block for block in markdown.split("\n\n") if block.startswith("| ")]
     return [
         [
@@ -46,7 +46,7 @@ def size(cell: str) -> float:
 
 
 @EVERY
-def test_the_numbers_of_memory_md_are_those_of_memory_json(make: Callable[[], Memory]) -> None:
+def test_the_numbers_of_memory_md_come_from_memory_json(make: Callable[[], Memory]) -> None:
     memory = make()
     columns = [
         memory["documents"]["full"],
@@ -84,7 +84,7 @@ def test_the_numbers_of_memory_md_are_those_of_memory_json(make: Callable[[], Me
         assert size(forecast_cell) == pytest.approx(expected / unit.unit_bytes, abs=0.00501)
 
 
-def test_memory_md_shows_the_peak_and_judges_the_rule_of_thumb() -> None:
+def test_memory_md_states_the_result_and_judges_the_rules_of_thumb() -> None:
     memory = llama_7b()
     text = memory_files.markdown(memory)
     assert "Peak 7.87 GiB in backward (forecast 7.81, -0.8%): 39% base, NF4; 23% optimizer state." in text
@@ -96,7 +96,7 @@ def test_memory_md_shows_the_peak_and_judges_the_rule_of_thumb() -> None:
     assert "3.00 GiB too little" in memory_files.markdown(short)
 
 
-def test_what_was_not_measured_is_not_compared() -> None:
+def test_parts_that_were_not_measured_are_not_compared() -> None:
     memory = tiny()
     text = memory_files.markdown(memory)
     assert "Peak 154.73 MiB in loss (forecast): 74% saved activations; 20% logits and loss." in text
@@ -104,7 +104,7 @@ def test_what_was_not_measured_is_not_compared() -> None:
     assert "measured" not in shown(memory, 100)
 
 
-def test_what_the_driver_and_the_system_report_stands_beside_the_parts() -> None:
+def test_numbers_of_the_driver_and_the_system_are_shown_with_the_parts() -> None:
     memory = llama_7b()
     assert tables(memory_files.markdown(memory))[2] == [
         ["GiB", "forecast", "measured", "error"],
@@ -182,7 +182,7 @@ def png_size(data: bytes) -> tuple[int, ...]:
 
 
 def words(svg: str) -> list[str]:
-    """The texts of an SVG element, which has to be well-formed."""
+    """Return the texts of an SVG element, which must be well-formed."""
     return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
 
 
@@ -201,7 +201,7 @@ def test_the_pictures_are_drawn(make: Callable[[], Memory]) -> None:
     assert f"{'forecast' if memory['measured'] else 'peak'} {peak}" in timeline
 
 
-def test_the_svg_follows_the_page_and_asks_for_nothing() -> None:
+def test_the_svg_uses_the_pages_colours_and_loads_nothing() -> None:
     for svg in (memory_picture.bars_svg(llama_7b()), memory_picture.timeline_svg(llama_7b())):
         assert "http" not in svg
         assert "<style" not in svg
@@ -209,23 +209,25 @@ def test_the_svg_follows_the_page_and_asks_for_nothing() -> None:
             assert svg.count(colour) == svg.count(f"var({variable}, {colour})")
         assert {"--ink", "--muted", "--paper"} <= set(re.findall(r"var\((--\w+)", svg))
     fixed = {*memory_picture.COLOURS.values(), memory_picture.ON_DARK, memory_picture.ON_LIGHT}
-    assert not fixed & set(pictures.VARIABLES), "a part has one colour in light and dark"
+    assert not fixed & set(pictures.VARIABLES), "a part has the same colour in light and dark mode"
     both = memory_picture.bars_svg(llama_7b()) + memory_picture.timeline_svg(llama_7b())
     ids = re.findall(r' id="([^"]*)"', both)
-    assert {id.split("-")[0] for id in ids} == {"bars", "timeline"}, "both can stand on one page"
+    assert {id.split("-")[0] for id in ids} == {"bars", "timeline"}, (
+        "both must fit on one page without clashing ids"
+    )
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', both)) <= set(ids)
 
 
-def test_the_devices_memory_is_a_line_where_the_scale_reaches_it() -> None:
+def test_the_devices_memory_is_a_line_if_the_scale_reaches_it() -> None:
     near, far = llama_7b(capacity_bytes=21 * 2**29), llama_7b()
     for draw in (memory_picture.bars_svg, memory_picture.timeline_svg):
         assert any(word.endswith("dashed: the device)") for word in words(draw(near)))
-        assert {"5", "10.5"} <= set(words(draw(near))), "10 would be too near"
+        assert {"5", "10.5"} <= set(words(draw(near))), "a tick at 10 would be too near"
         assert not any("dashed" in word for word in words(draw(far)))
 
 
-def test_a_name_is_text_whatever_it_holds() -> None:
+def test_a_name_is_escaped_whatever_it_contains() -> None:
     memory = llama_7b(capacity_bytes=10 * 2**30)
     memory["device"]["name"] = "$x_1^{$ & co"
     memory["forecast"]["timeline"]["phases"][0][1] = "</text><script>$x_1^{$"
@@ -242,13 +244,13 @@ def test_many_phases_and_few_samples_can_be_drawn() -> None:
     assert png_size(memory_picture.png(memory)) == (1950, 960)
 
 
-def test_a_measurement_without_a_timeline_is_drawn_without_a_line() -> None:
+def test_a_measurement_without_a_timeline_has_no_line() -> None:
     memory = llama_7b()
     memory["measured"]["timeline"] = None
     assert any(word.endswith("(forecast)") for word in words(memory_picture.timeline_svg(memory)))
 
 
-def test_a_measured_phase_is_drawn_where_the_forecast_has_it() -> None:
+def test_a_measured_phase_is_drawn_at_its_place_in_the_forecast() -> None:
     memory = tiny(0.0)
     timeline = memory["measured"]["timeline"]
     evaluation, _ = timeline["phases"].pop()
@@ -273,7 +275,7 @@ def test_a_measured_phase_is_drawn_where_the_forecast_has_it() -> None:
 
 
 class Lines:
-    """Axes that remember what is plotted."""
+    """Axes that record what is plotted."""
 
     def __init__(self) -> None:
         self.drawn: list[Any] = []
@@ -282,7 +284,7 @@ class Lines:
         self.drawn.append((xs, heights))
 
 
-def test_a_phase_that_comes_again_is_another() -> None:
+def test_a_repeated_phase_is_a_separate_phase() -> None:
     timeline = {"phases": [[2, "forward"], [4, "loss"], [5, "forward"]], "parts": {"adapters": [0] * 8}}
     assert memory_picture._spans(timeline) == {
         ("", 0): (0, 2), ("forward", 0): (2, 4), ("loss", 0): (4, 5), ("forward", 1): (5, 7)
@@ -295,10 +297,10 @@ def test_labels_keep_their_order_and_distance(heights: list[float], gap: float) 
     assert all(b - a >= gap * 0.999 for a, b in pairwise(spread))
     apart = all(b - a >= gap for a, b in pairwise(heights))
     if apart and heights[0] >= gap:
-        assert spread == pytest.approx(heights), "nothing moves without need"
+        assert spread == pytest.approx(heights), "labels must not move without need"
 
 
-def test_labels_that_share_a_place_are_spread_to_both_sides() -> None:
+def test_labels_in_the_same_place_are_spread_to_both_sides() -> None:
     assert memory_picture._spread([50, 50, 50, 90], 2) == [48, 50, 52, 90]
 
 

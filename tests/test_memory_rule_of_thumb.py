@@ -33,7 +33,7 @@ def test_lora_of_175b_takes_350_gb() -> None:
     assert round(sum(rule_of_thumb.full(GPT3).values()) / total, 2) == 4.0, "4 times smaller"
 
 
-def test_the_adapter_of_0_035_gb_has_17_5m_parameters_not_the_10m_beside_it() -> None:
+def test_the_adapter_of_0_035_gb_has_17_5m_parameters_not_10m() -> None:
     assert rule_of_thumb.lora(GPT3, GPT3_ADAPTER)["adapters"] / GB == 0.035
     assert rule_of_thumb.lora(GPT3, 10_000_000)["adapters"] / GB == 0.02
     assert GPT3 / GPT3_ADAPTER == 10_000
@@ -49,12 +49,12 @@ def test_gradients_and_optimizer_take_three_times_the_model() -> None:
     ("out_features", "in_features", "printed", "exact"),
     [(4096, 4096, 257, 256.0), (5_000, 10_000, 400, 416.7)],
 )
-def test_how_many_times_fewer_parameters_a_layer_trains(
+def test_a_layer_trains_as_many_times_fewer_parameters_as_printed(
     out_features: int, in_features: int, printed: int, exact: float
 ) -> None:
     factor = out_features * in_features / lora_parameter_count(out_features, in_features, rank=8)
     assert round(factor, 1) == exact
-    assert abs(factor / printed - 1) < 0.05, "a rounding"
+    assert abs(factor / printed - 1) < 0.05, "differs by more than rounding"
 
 
 def test_the_share_of_a_hundred_layers() -> None:
@@ -64,7 +64,7 @@ def test_the_share_of_a_hundred_layers() -> None:
     assert round(100 * adapter / 7e9, 3) == 0.094
 
 
-def test_the_json_object_has_the_parts_of_the_recipes_method_and_of_both() -> None:
+def test_the_rules_of_thumb_cover_the_recipes_method_full_and_lora() -> None:
     found: dict[str, Any] = {"total_bytes": GB, "parts": {"base_unquantized": GB}}
     made = rule_of_thumb.as_json("lora", 1000, 10, found)
     assert made["parts"] == made["lora"]["parts"] == rule_of_thumb.lora(1000, 10)
@@ -88,7 +88,7 @@ def test_an_estimate_is_judged_against_the_measurement_before_the_forecast() -> 
     assert first.endswith(": right to within 1%.")
 
 
-def test_what_is_left_out_is_named_with_its_size_largest_first() -> None:
+def test_omitted_parts_are_named_with_their_sizes_largest_first() -> None:
     parts = {
         "base_unquantized": 2**30,
         "saved_activations": 2**29,
@@ -119,7 +119,7 @@ def test_nothing_is_said_where_the_estimate_agrees() -> None:
     )
 
 
-def test_nf4_and_fp32_state_are_set_against_16_bits() -> None:
+def test_nf4_and_fp32_state_are_compared_with_16_bits() -> None:
     parts = {
         "base_nf4": 2**30, "quantization_statistics": 2**25, "base_unquantized": 2**29, "adapters": 2**25,
         "gradients": 2**26, "optimizer_state": 2**24, "optimizer_state_paged": 11 * 2**24,
@@ -141,7 +141,7 @@ def test_nf4_and_fp32_state_are_set_against_16_bits() -> None:
     assert "The adapter has 128 times fewer parameters than the base, 0.781% of it" in text
 
 
-def test_a_base_that_is_not_quantized_is_no_nf4() -> None:
+def test_an_unquantized_base_is_not_called_nf4() -> None:
     found = {"total_bytes": 2**33, "parts": {"base_unquantized": 2**33}}
     (remark,) = (r for r in rule_of_thumb.remarks("lora", 2**31, 0, found) if "frozen weight" in r)
     assert (
@@ -155,7 +155,7 @@ def test_a_base_that_is_not_quantized_is_no_nf4() -> None:
     adapter=st.integers(0, 10**10),
     sizes=st.dictionaries(st.sampled_from(list(PARTS)), st.integers(0, 10**12), min_size=1),
 )
-def test_any_numbers_give_sentences(
+def test_any_numbers_give_full_sentences(
     method: rule_of_thumb.Method, parameters: int, adapter: int, sizes: dict[str, int]
 ) -> None:
     found = {"total_bytes": sum(sizes.values()) + 1, "parts": sizes}
@@ -164,7 +164,7 @@ def test_any_numbers_give_sentences(
         assert not re.search(r"nan|inf\b|e[+-]\d", remark)
 
 
-def test_the_examples_of_the_other_tests_are_judged() -> None:
+def test_the_examples_of_other_tests_get_remarks() -> None:
     assert "too high" in llama_7b()["documents"]["remarks"][0]
     assert "too low" in tiny()["documents"]["remarks"][0]
     assert "full fine-tuning" in whole_model()["documents"]["remarks"][0]
@@ -173,7 +173,7 @@ def test_the_examples_of_the_other_tests_are_judged() -> None:
 # Sizes
 
 
-def test_sizes_are_read_in_one_unit() -> None:
+def test_sizes_are_printed_in_one_unit() -> None:
     assert (unit_for(2**30), unit_for(2**30 - 1), unit_for(0)) == (GIB, MIB, MIB)
     assert [GIB.number(size) for size in (0, 1, 2**30, 1500 * 2**30)] == ["0.00", "<0.01", "1.00", "1,500.00"]
     assert [GIB.text(size) for size in (0, 1, 2**22, 2**30, 2**30 * 999 // 10, 1500 * 2**30)] == [

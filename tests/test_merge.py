@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: exact up to fp32, rounded once by whoever stores it, and no side effect."""
+"""The arithmetic of a merge: exact up to fp32, rounded once when it is stored, and without side effects."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def layer_of(base: nn.Module, rank: int = 4, dtype: torch.dtype = torch.bfloat16
 
 
 def dense_formula(layer: LoRALinear, weight: Tensor) -> Tensor:
-    """W + scaling B A in fp64."""
+    """Return W + scaling B A in fp64."""
     return weight.double() + layer.scaling * (layer.lora_b.double() @ layer.lora_a.double()).detach()
 
 
@@ -30,7 +30,7 @@ def dense_formula(layer: LoRALinear, weight: Tensor) -> Tensor:
     rank=st.integers(1, 9),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
-def test_the_merged_weight_is_the_formula_to_fp32(
+def test_the_merged_weight_equals_the_formula_in_fp32(
     out: int, width: int, rank: int, dtype: torch.dtype
 ) -> None:
     layer = layer_of(nn.Linear(width, out).to(dtype), rank)
@@ -51,7 +51,7 @@ def test_a_weight_in_4_bits_is_dequantized_exactly_first(block_size: int) -> Non
     assert torch.allclose(layer.merged_weight(other).double(), dense_formula(layer, other), atol=1e-6)
 
 
-def test_a_weight_that_is_stored_transposed_comes_as_out_by_in() -> None:
+def test_a_weight_that_is_stored_transposed_is_returned_as_out_by_in() -> None:
     base = Conv1D(24, 32)
     layer = layer_of(base)
     merged = layer.merged_weight()
@@ -59,7 +59,7 @@ def test_a_weight_that_is_stored_transposed_comes_as_out_by_in() -> None:
     assert (merged - dense_formula(layer, base.weight.T)).abs().max() <= 1e-6 * merged.abs().max()
 
 
-def test_the_merged_weight_computes_what_the_layer_computes() -> None:
+def test_the_merged_weight_gives_the_layers_output() -> None:
     layer = layer_of(nn.Linear(32, 24).double(), dtype=torch.float64).eval()
     x = torch.randn(5, 32, dtype=torch.float64)
     merged = layer.merged_weight()
@@ -68,12 +68,12 @@ def test_the_merged_weight_computes_what_the_layer_computes() -> None:
 
 
 def test_rounding_to_16_bits_happens_once() -> None:
-    """Adding in bf16 instead would round the update before the sum and the sum again."""
+    """Adding in bf16 would round the update before the sum, and then the sum."""
     layer = layer_of(nn.Linear(256, 256).bfloat16())
     once = dense_formula(layer, layer.base.weight).bfloat16()
     ours = layer.merged_weight().bfloat16()
     twice = layer.base.weight + layer.scaling * (layer.lora_b @ layer.lora_a)
-    assert (ours != once).float().mean() < 0.001  # where fp32 and fp64 fall on two sides of a tie
+    assert (ours != once).float().mean() < 0.001  # fp32 and fp64 can lie on two sides of a tie
     assert (twice != once).float().mean() > 0.05
 
 

@@ -1,4 +1,4 @@
-"""`qlora merge` as a user runs it: the verdict, the choice, and errors that leave nothing behind."""
+"""`qlora merge` as a user runs it: the verdict, the choice, and errors that leave no files behind."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_auto_judges_every_choice_and_keeps_one(recipe: Recipe, tmp_path: Path) 
         on_disk.append(sum(path.is_dir() for path in (tmp_path / "new" / ".tmp-m").iterdir()))
 
     merged = qlora.merge(run, tmp_path / "new" / "m", progress=progress)
-    assert max(on_disk) == 2  # the best so far and the next, as the space was checked for
+    assert max(on_disk) == 2  # the best so far and the next one, as the check of free space assumes
     names = ["original", "dequantized", "nf4"]
     assert [one.name for one in merged.judged] == names
     expected = [
@@ -62,13 +62,13 @@ def test_auto_judges_every_choice_and_keeps_one(recipe: Recipe, tmp_path: Path) 
     assert record["onto"] == merged.onto
     assert record["base"] == recipe.base.model
     assert record["judged"][1] == merged.judged[1].as_json()
-    # only the kept choice is there, and no draft
+    # only the chosen form is left, and no draft
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["m"]
     weights = sum(file.stat().st_size for file in (tmp_path / "new" / "m").glob("*.safetensors"))
-    assert merged.weight_bytes < weights < merged.weight_bytes + 20_000  # and the headers
+    assert merged.weight_bytes < weights < merged.weight_bytes + 20_000  # plus the headers
 
 
-def test_the_merged_model_answers_as_the_live_one(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_merged_model_gives_the_logits_of_the_live_one(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe, size=1.0)
     invoke(str(run), "--to", str(tmp_path / "m"), "--onto", "dequantized")
     live = load_trained(run)
@@ -83,7 +83,7 @@ def test_the_merged_model_answers_as_the_live_one(recipe: Recipe, tmp_path: Path
     assert answer(plain, tokenizer, ids, 8)
 
 
-def test_what_is_printed(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_prints_the_verdict_and_the_choice(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     shown = invoke(str(run), "--to", str(tmp_path / "a"), "--onto", "nf4")
     lines = [line.split() for line in shown.splitlines() if line.strip()]
@@ -100,7 +100,7 @@ def test_what_is_printed(recipe: Recipe, tmp_path: Path) -> None:
     assert same[0] == same[1] == same[2]
 
 
-def test_held_out_text_is_the_recipes_or_a_file_and_is_limited(recipe: Recipe, tmp_path: Path) -> None:
+def test_held_out_text_comes_from_the_recipe_or_a_file_up_to_a_limit(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     rows = Path(qlora.__file__).parent / "bundled" / "tickets" / "held_out.jsonl"
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
@@ -138,7 +138,7 @@ def test_wrong_settings_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_places_and_results_that_cannot_be_merged(
+def test_folders_and_results_that_cannot_be_merged_are_refused(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished_run(recipe)
@@ -175,7 +175,7 @@ def test_places_and_results_that_cannot_be_merged(
         refused(run, said, code, onto="dequantized")
 
 
-def test_an_nf4_base_needs_to_be_told_its_original(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_nf4_base_needs_the_name_of_its_original(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     merge(run, tmp_path / "base", onto="nf4", max_tokens=0)
     base = recipe.base.model_copy(update={"model": str(tmp_path / "base")})
@@ -189,13 +189,13 @@ def test_an_nf4_base_needs_to_be_told_its_original(recipe: Recipe, tmp_path: Pat
     assert [one.name for one in merge(run, tmp_path / "n").judged] == ["dequantized", "nf4"]
 
 
-def test_a_failure_on_the_way_leaves_nothing(
+def test_a_failure_during_a_merge_leaves_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished_run(recipe)
     before = sorted(tmp_path.iterdir())
     left = tmp_path / ".tmp-m"
-    (left / "original").mkdir(parents=True)  # of a process that was killed
+    (left / "original").mkdir(parents=True)  # left by a killed process
     monkeypatch.setattr("qlora.merging.merge.judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         merge(run, tmp_path / "m")

@@ -1,4 +1,4 @@
-"""The verdict: its numbers against plain formulas in fp64, and its choice against what it promises."""
+"""The verdict on a merge: its numbers against plain fp64 formulas, and its choice against the documented rules."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ def batch_of(seed: int) -> Batch:
 
 
 def log_probabilities(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """fp64 [N, V] of the supervised tokens, and the tokens [N], by the model's own forward."""
+    """Return fp64 [N, V] of the supervised tokens, and the tokens [N], from the model's own forward."""
     rows, targets = [], []
     with torch.no_grad():
         for batch in batches:
@@ -43,8 +43,8 @@ def log_probabilities(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, T
     return torch.cat(rows), torch.cat(targets)
 
 
-def test_the_numbers_are_the_formulas(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora.merging.compare.CHUNK", 3)  # chunks that do not divide the tokens
+def test_the_numbers_equal_the_formulas(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora.merging.compare.CHUNK", 3)  # chunks that do not divide the number of tokens
     batches = [batch_of(1), batch_of(2)]
     live = update(adapt(load_base(base), LoraSpec(targets="all-linear", dropout=0.5)), seed=1).train()
     other = update(adapt(load_base(base), LoraSpec(targets="all-linear")), size=0.17, seed=1)
@@ -79,12 +79,12 @@ SMALL, LARGE = 0.5 * SIGNIFICANT_LOSS, 3 * SIGNIFICANT_LOSS
 @pytest.mark.parametrize(
     ("judged", "expected", "why"),
     [
-        # 16 bits: the closest one, unless another is better by what matters
+        # 16 bits: the closest form, unless another is better by a relevant difference
         ([("original", 1.0, 0.2), ("dequantized", 1.0, 0.1)], "dequantized", "closest"),
         ([("original", 1.0, 0.1), ("dequantized", 1.0, 0.2)], "original", "closest"),
         ([("original", 1 - SMALL, 0.2), ("dequantized", 1.0, 0.1)], "dequantized", "closest"),
         ([("original", 1 - LARGE, 0.2), ("dequantized", 1.0, 0.1)], "original", "3.0% below that of dequantized"),
-        # NF4: unless it is worse by what matters
+        # NF4, unless it is worse by a relevant difference
         ([("dequantized", 1.0, 0.1), ("nf4", 1 + SMALL, 0.2)], "nf4", "25% of the bytes of dequantized"),
         ([("dequantized", 1.0, 0.1), ("nf4", 1 - LARGE, 0.2)], "nf4", "differs by -2.96%"),
         ([("dequantized", 1.0, 0.1), ("nf4", 1 + LARGE, 0.2)], "dequantized", "nf4, .* by [+]3.05%"),
@@ -100,7 +100,7 @@ def test_the_choice(judged: list[tuple[Any, ...]], expected: str, why: str) -> N
     assert re.search(why, reason), reason
 
 
-def test_what_a_short_text_cannot_tell_decides_nothing() -> None:
+def test_differences_within_the_noise_of_a_short_text_decide_nothing() -> None:
     judged = [judgement("dequantized", kl=0.1), judgement("nf4", 0.97, kl=0.2, noise=0.5)]
     best, why = choose(judged)
     assert judged[1].perplexity < judged[0].perplexity
@@ -110,8 +110,8 @@ def test_what_a_short_text_cannot_tell_decides_nothing() -> None:
     assert choose(one_token)[0].name == "dequantized"
 
 
-def test_a_winner_among_some_is_not_beaten_by_the_removed() -> None:
-    """Losers are removed from the disk before all are judged."""
+def test_a_removed_loser_cannot_win_later() -> None:
+    """Losers are removed from the disk before all forms are judged."""
     one, two, three = (
         judgement("original", kl=0.2),
         judgement("dequantized", kl=0.1),

@@ -1,4 +1,4 @@
-"""Merged checkpoints: what stands in the files, and that others load them."""
+"""Merged checkpoints: the contents of the files, and loading them with other libraries."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def logits(model: Any) -> Tensor:
         return model.eval()(input_ids=IDS).logits.float()
 
 
-def test_original_is_the_sum_with_the_16_bit_weights_rounded_once(recipe: Recipe, tmp_path: Path) -> None:
+def test_original_adds_to_the_16_bit_weights_and_rounds_once(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe, targets="attention")
     stored = load_file(Path(recipe.base.model) / "model.safetensors")
     layers = lora_layers(load_trained(run).model)
@@ -77,7 +77,7 @@ def test_dequantized_is_the_live_model_rounded_once(recipe: Recipe, tmp_path: Pa
 
 
 @pytest.mark.parametrize("block_size", [64, 256])
-def test_nf4_is_that_quantized_again_and_loads_back(
+def test_nf4_quantizes_the_sum_again_and_loads_back(
     recipe_file: RecipeFile, block_size: int, tmp_path: Path
 ) -> None:
     base = {"compute_dtype": "float32", "block_size": block_size}
@@ -93,7 +93,7 @@ def test_nf4_is_that_quantized_again_and_loads_back(
         layer = live.get_submodule(name)
         if isinstance(layer, LoRALinear):
             again = nf4.quantize(layer.merged_weight(), block_size=block_size)
-        else:  # untouched: not quantized a second time
+        else:  # unchanged weights are not quantized a second time
             again = layer.weight
         assert torch.equal(module.weight, again), name
         assert torch.equal(module.weight.quant_state.absmax, again.quant_state.absmax), name
@@ -105,7 +105,7 @@ def test_nf4_is_that_quantized_again_and_loads_back(
     assert (logits(theirs) - logits(ours)).abs().max() < 0.05
 
 
-def test_a_base_that_is_an_nf4_checkpoint_itself(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_base_can_be_an_nf4_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     merged(recipe, run / "adapter", "nf4", tmp_path / "base")
     on_nf4 = recipe.model_copy(
@@ -142,7 +142,7 @@ def test_a_base_that_was_not_quantized(recipe_file: RecipeFile, tmp_path: Path) 
     assert (logits(plain) - logits(live)).abs().max() < 0.02
 
 
-def test_what_is_stored_in_another_dtype_on_purpose_stays(recipe: Recipe, tmp_path: Path) -> None:
+def test_tensors_in_another_dtype_on_purpose_keep_it(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(recipe.base.model, folder)
     stored = {key: tensor.half() for key, tensor in load_file(folder / "model.safetensors").items()}
@@ -157,7 +157,7 @@ def test_what_is_stored_in_another_dtype_on_purpose_stays(recipe: Recipe, tmp_pa
 
 
 def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
-    """GPT-2's Conv1D keeps [in, out], and its hub checkpoint leaves the decoder's prefix out of the names."""
+    """GPT-2's Conv1D stores [in, out], and its hub checkpoint omits the decoder's prefix from the names."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=400, n_embd=64, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
@@ -198,7 +198,7 @@ def test_a_large_model_is_written_in_shards(
     sharded = merged(recipe, run / "adapter", "dequantized", tmp_path / "sharded")
     largest = max(tensor.nbytes for tensor in whole.values())
     assert len(held) > 3
-    assert all(size <= 60_000 or size == largest for size in held)  # never two where one is too many
+    assert all(size <= 60_000 or size == largest for size in held)  # a shard over the limit holds one tensor
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in sharded.items())
     names = sorted(file.name for file in (tmp_path / "sharded").glob("*.safetensors"))
@@ -207,12 +207,12 @@ def test_a_large_model_is_written_in_shards(
     assert index["metadata"]["total_size"] == sum(held)
     both = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "sharded")]
     assert torch.equal(*map(logits, both))
-    # and shards are read again
+    # and the shards can be loaded as a base
     again = recipe.base.model_copy(update={"model": str(tmp_path / "sharded")})
     assert MergeSource(again, run / "adapter", any_base=True).keys
 
 
-def test_tokenizer_template_and_ends_of_answers_come_along(
+def test_tokenizer_template_and_answer_ends_are_saved(
     recipe: Recipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "base"
@@ -247,7 +247,7 @@ def test_a_base_without_templates_keeps_none(recipe: Recipe, tmp_path: Path) -> 
     assert "quantization_config" not in config
 
 
-def test_the_skeleton_knows_what_loading_quantizes(tiny_llama: Path) -> None:
+def test_the_skeleton_lists_the_layers_that_loading_quantizes(tiny_llama: Path) -> None:
     base = Base(model=str(tiny_llama))
     bones = meta_base(base)
     live = load_base(base)
@@ -255,14 +255,14 @@ def test_the_skeleton_knows_what_loading_quantizes(tiny_llama: Path) -> None:
     assert all(parameter.is_meta for parameter in bones.model.parameters())
 
 
-def test_what_does_not_fit_is_told_before_anything_is_written(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_misfit_is_reported_before_anything_is_written(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     folder = tmp_path / "base"
     shutil.copytree(recipe.base.model, folder)
     base = recipe.base.model_copy(update={"model": str(folder)})
     file = folder / "model.safetensors"
     stored = load_file(file)
-    assert MergeSource(base, run / "adapter").keys  # the same weights under another name
+    assert MergeSource(base, run / "adapter").keys  # the same weights under another name are accepted
     save_file({key: tensor + 1 for key, tensor in stored.items()}, file)
     with pytest.raises(ModelError, match=r"was trained on .*tiny-llama.*differ in weights"):
         MergeSource(base, run / "adapter")

@@ -1,4 +1,4 @@
-"""NF4 weights: bitsandbytes' bytes, right numbers at every width, and its two CPU traps stepped around."""
+"""NF4 weights: bitsandbytes' bytes, right numbers at every width, and protection from two bugs of its CPU code."""
 
 import copy
 from typing import Any
@@ -20,7 +20,7 @@ DEQUANTIZE = torch.ops.bitsandbytes.dequantize_4bit.default
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operator that runs, with its arguments and result."""
+    """Records every operator that runs, with its arguments and result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Recorder(TorchDispatchMode):
 
 
 def reference(weight: nf4.Params4bit) -> Tensor:
-    """The weight by its definition, code times absmax of its block, from the bytes and without a kernel."""
+    """Compute the weight by its definition, code times absmax of its block, from the bytes and without a kernel."""
     state = weight.quant_state
     absmax = state.absmax
     if state.nested:
@@ -64,7 +64,9 @@ def test_quantize_gives_the_bytes_of_bitsandbytes(
 
 
 @pytest.mark.parametrize(("rows", "width"), [(64, 192), (33, 77), (1, 8192), (3, 2731)])
-def test_slices_make_no_difference(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_in_slices_makes_no_difference(
+    rows: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.randn(rows, width)
     whole = nf4.quantize(weight)
     monkeypatch.setattr(nf4, "SLICE", max(nf4.BLOCK_SIZES))
@@ -99,17 +101,17 @@ def test_dequantization_is_exact_at_every_width(
 
 
 @pytest.mark.parametrize("block_size", [64, 2048, 4096])
-def test_the_error_of_nf4_is_that_of_the_paper(block_size: int) -> None:
+def test_the_error_of_nf4_matches_the_paper(block_size: int) -> None:
     weight = torch.randn(512, 512)
     packed = nf4.quantize(weight, block_size)
     error = nf4.dequantize(packed, packed.quant_state, torch.float32) - weight
-    # 0.0088 at a block of 64: relative mean square error of NF4 on normal data; larger blocks clip less well
+    # 0.0088 for blocks of 64: relative mean square error of NF4 on normal data; larger blocks clip more
     assert error.square().mean() < (0.0095 if block_size == 64 else 0.02)
 
 
 @pytest.mark.parametrize("width", [64, 96, 100, 112, 160, 192])
-def test_the_cpu_kernel_never_sees_a_row_that_is_no_multiple_of_the_block(width: int) -> None:
-    """TRAP: with AVX512 the kernel is wrong there, by about 2. Whatever this CPU, it must not be asked."""
+def test_the_cpu_kernel_gets_only_rows_that_are_whole_blocks(width: int) -> None:
+    """With AVX512 the kernel is wrong by about 2 for other rows. It must not be called with them on any CPU."""
     weight = nf4.quantize(torch.randn(33, width))
     with Recorder() as recorder:
         nf4.dequantize(weight, weight.quant_state, torch.float32)
@@ -118,8 +120,8 @@ def test_the_cpu_kernel_never_sees_a_row_that_is_no_multiple_of_the_block(width:
     assert rows[0][-1] % 64 == 0
 
 
-def test_an_evaluation_leaves_the_weight_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRAP: bitsandbytes' own forward repacks the weight in eval mode where the CPU has AVX512-BF16."""
+def test_an_evaluation_does_not_change_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' own forward repacks the weight in eval mode on CPUs with AVX512-BF16."""
     plain = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     plain.support_avx512bf16_for_cpu = True
     ours = nf4.NF4Linear.adopt(plain)
@@ -139,7 +141,7 @@ def test_a_weight_that_was_repacked_is_refused() -> None:
 
 
 def test_bytes_stored_as_bfloat16_are_read_as_well() -> None:
-    """FSDP2 wants the packed bytes in a floating type."""
+    """FSDP2 needs the packed bytes in a floating type."""
     weight = torch.randn(64, 128)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", quant_storage=torch.bfloat16)
     expected = nf4.quantize(weight, double_quant=False)
@@ -173,7 +175,7 @@ def test_synthetic_content_never_exists_in_full_precision() -> None:
     assert largest == weight.data.nbytes == 1024 * 1024 // 2
 
 
-def test_everything_runs_on_fake_tensors_and_leaves_no_fake_behind() -> None:
+def test_everything_runs_on_fake_tensors_and_leaves_none_behind() -> None:
     real = nf4.NF4Linear(nf4.synthetic_weight(96, 160))
     with FakeTensorMode():
         linear = nf4.NF4Linear(nf4.synthetic_weight(96, 160))
@@ -188,7 +190,7 @@ def test_everything_runs_on_fake_tensors_and_leaves_no_fake_behind() -> None:
 
 
 @pytest.mark.parametrize(("double_quant", "per_block"), [(False, 4), (True, 1 + 4 / 256)])
-def test_weight_bytes_are_those_of_the_paper(double_quant: bool, per_block: float) -> None:
+def test_weight_bytes_match_the_paper(double_quant: bool, per_block: float) -> None:
     weight = nf4.synthetic_weight(256, 1024, double_quant=double_quant)
     blocks = 256 * 1024 // 64
     tables = 16 * 4 + (256 * 4 + 4 if double_quant else 0)
@@ -209,7 +211,7 @@ def test_the_product_and_its_gradient_agree_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(product, x)
 
 
-def test_a_linear_keeps_what_it_adopts() -> None:
+def test_a_linear_keeps_the_tensors_that_it_adopts() -> None:
     plain = (
         bnb.nn.Linear4bit(128, 64, bias=True, compute_dtype=torch.float32, quant_type="nf4").to("cpu").eval()
     )

@@ -1,4 +1,4 @@
-"""Quantized bases: what is read back has the bits of what was quantized, and belongs to this very checkpoint."""
+"""Quantized bases in the cache: reloading gives the same bits, and only for the same checkpoint."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def _keep_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A line for every time that a checkpoint is quantized."""
+    """Record one line each time that a checkpoint is quantized."""
     log: list[str] = []
     read = qlora.model.load._read
 
@@ -52,7 +52,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def llama(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny Llama, to be changed."""
+    """Return a copy of the tiny Llama that a test can change."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
 
 
@@ -67,7 +67,7 @@ def uncached(base: Base, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that the model holds: parameters, statistics and buffers, saved or not."""
+    """Return every tensor of the model: parameters, statistics and buffers, saved or not."""
     return {**model.state_dict(), **dict(model.named_buffers())}
 
 
@@ -86,7 +86,7 @@ def assert_same(found: Any, made: Any) -> None:
     assert found.generation_config.to_dict() == made.generation_config.to_dict()
     settings = [model.config.to_dict() for model in (found, made)]
     for setting in settings:
-        setting["quantization_config"].pop("block_size", None)  # of how it was made; a weight knows its own
+        setting["quantization_config"].pop("block_size", None)  # each weight has its own
     assert settings[0] == settings[1]
 
 
@@ -107,9 +107,9 @@ def test_the_second_start_reads_the_same_bits(
     assert len(quantized) == 2
     random_state = torch.get_rng_state()
     found = load_base(base)
-    assert len(quantized) == 2, "it was not found"
+    assert len(quantized) == 2, "the cached base was not used"
     assert_same(found, expected)
-    assert torch.equal(torch.get_rng_state(), random_state), "what comes next would draw other numbers"
+    assert torch.equal(torch.get_rng_state(), random_state), "the random state must not change"
     state = nf4.quant_state(found.get_submodule("model.layers.0.mlp.up_proj"))  # type: ignore[arg-type]
     assert state is not None
     assert (state.blocksize, state.nested) == (block_size, double_quant)
@@ -148,7 +148,7 @@ def test_other_architectures(
     assert len(quantized) == 2
 
 
-def test_several_files(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_can_have_several_files(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_cache, "_SHARD", "100KB")
     expected = load_base(section(llama))
     (entry,) = cache.entries()
@@ -157,7 +157,7 @@ def test_several_files(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def perturb(folder: Path) -> None:
-    """Other weights of the same shapes, in a file of the same size."""
+    """Write other weights of the same shapes, in a file of the same size."""
     file = folder / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"] += 1
@@ -185,14 +185,14 @@ def test_each_checkpoint_and_setting_has_its_own(
     assert len(quantized) == count + 3
 
 
-def test_weights_changed_under_their_old_time_are_noticed(
+def test_changed_weights_with_an_old_modification_time_are_noticed(
     llama: Path, quantized: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nf4_cache, "_END_BYTES", 4096)
     file = llama / "model.safetensors"
     before = file.stat()
     load_base(section(llama))
-    with file.open("r+b") as stream:  # between the ends
+    with file.open("r+b") as stream:  # a byte in the middle of the file
         stream.seek(before.st_size // 2)
         stream.write(b"\1")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -201,14 +201,14 @@ def test_weights_changed_under_their_old_time_are_noticed(
     assert len(quantized) == 2
 
 
-def test_the_tokenizer_is_not_part_of_it(llama: Path) -> None:
+def test_the_tokenizer_is_not_part_of_the_key(llama: Path) -> None:
     load_base(section(llama))
     (entry,) = cache.entries()
     assert not list(entry.path.glob("tokenizer*"))
     assert entry.about == f"{llama}, blocks of 64, double quantization, for cpu"
 
 
-def test_what_is_not_quantized_here_is_not_kept(llama: Path, tmp_path: Path) -> None:
+def test_bases_that_are_not_quantized_here_are_not_cached(llama: Path, tmp_path: Path) -> None:
     load_base(section(llama, quantization="none"))
     load_base(section(llama, init="random"))
     load_base(section(llama, init="synthetic"))
@@ -220,7 +220,7 @@ def test_what_is_not_quantized_here_is_not_kept(llama: Path, tmp_path: Path) -> 
     assert len(cache.entries()) == 1
 
 
-def test_small_bases_are_not_worth_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_bases_are_not_cached(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = nf4_cache._bytes(LlamaForCausalLM.from_pretrained(llama))
     assert size == sum(tensor.nbytes for tensor in load_file(llama / "model.safetensors").values())
     monkeypatch.undo()
@@ -242,7 +242,7 @@ def test_a_damaged_base_is_quantized_again(llama: Path, quantized: list[str]) ->
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_tensors_that_do_not_fit_are_never_made_up(
+def test_missing_or_unfitting_tensors_are_never_made_up(
     llama: Path, quantized: list[str], caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     expected = load_base(section(llama))
@@ -260,10 +260,10 @@ def test_tensors_that_do_not_fit_are_never_made_up(
     assert f"{change}_keys" in caplog.text
 
 
-def test_a_hub_id_goes_by_its_commit(
+def test_a_hub_id_is_identified_by_its_commit(
     llama: Path, tmp_path: Path, quantized: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's own cache on disk, as a download leaves it."""
+    """Uses the hub's own cache on disk, as a download leaves it."""
     import huggingface_hub.constants
 
     hub = tmp_path / "hub"
@@ -283,7 +283,7 @@ def test_a_hub_id_goes_by_its_commit(
 
 
 @pytest.mark.parametrize("damage", ["short", "dangling"])
-def test_a_base_that_cannot_be_loaded_is_the_same_error(llama: Path, damage: str) -> None:
+def test_a_base_that_cannot_be_loaded_gives_the_same_error(llama: Path, damage: str) -> None:
     weights = llama / "model.safetensors"
     if damage == "short":
         weights.write_bytes(b"short")

@@ -1,4 +1,4 @@
-"""The seam of objectives: another loss, with metrics of its own, goes through step, evaluation, run and forecast."""
+"""Another objective with its own metrics works in step, evaluation, run and forecast."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from qlora.training import train as loop
 
 
 class WithAccuracy(CausalLM):
-    """Causal language modelling that counts the tokens it gets right."""
+    """Causal language modelling that also measures the accuracy of the tokens."""
 
     metrics = ("accuracy",)
 
@@ -41,7 +41,7 @@ def test_metrics_are_means_over_the_step_and_recorded(
     steps = [line for line in lines if "loss" in line]
     assert all(0 <= line["accuracy"] <= 1 for line in steps)
     evaluations = [line["eval_accuracy"] for line in lines if "eval_loss" in line]
-    assert evaluations[0] < 0.1 < evaluations[1], "it learns"
+    assert evaluations[0] < 0.1 < evaluations[1], "the accuracy must rise"
 
 
 def test_micro_batches_and_processes_add_up_to_the_step(recipe_file: Callable[..., Path]) -> None:
@@ -54,7 +54,7 @@ def test_micro_batches_and_processes_add_up_to_the_step(recipe_file: Callable[..
     ]
     assert sum(share.sum.item() for share in shares) == pytest.approx(whole.sum.item(), rel=1e-6)
     idle = accumulate(session.model, batches, objective, seed=0, step=0, rank=len(batches), processes=9)
-    assert idle.metrics.keys() == whole.metrics.keys(), "else the processes would wait for one another"
+    assert idle.metrics.keys() == whole.metrics.keys(), "otherwise the processes would wait for each other"
     parts = [share.metrics["accuracy"].item() for share in shares]
     assert sum(parts) == pytest.approx(whole.metrics["accuracy"].item(), rel=1e-6)
     found, weight = evaluate(session.model, batches, objective)

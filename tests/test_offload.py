@@ -1,4 +1,4 @@
-"""What lies in host memory meanwhile: the same numbers to the bit, and room on the device."""
+"""CPU offload of the embedding and of checkpointed layer inputs: the same bits and less device memory."""
 
 import gc
 from pathlib import Path
@@ -58,7 +58,7 @@ def batch_of(seed: int) -> Batch:
 
 
 def pass_over(model: nn.Module) -> list[Tensor]:
-    """The loss of a step of two micro-batches, and all gradients."""
+    """Return the loss of a step of two micro-batches, and all gradients."""
     model.zero_grad()
     loss = accumulate(model, [batch_of(1), batch_of(2)], seed=3, step=0).sum
     gradients = [parameter.grad for parameter in trainable_parameters(model).values()]
@@ -79,25 +79,25 @@ def test_a_step_with_inputs_on_the_host_is_the_same_to_the_bit(architecture: str
 
 
 def most_live(model: nn.Module) -> dict[str, int]:
-    """The most live bytes of each phase of a pass, those in host memory not counted."""
-    pass_over(model)  # gradients are there from now on
+    """Return the peak live bytes of each phase of a pass, without those in host memory."""
+    pass_over(model)  # creates the gradients
     with LiveBytes() as live:
         accumulate(model, [batch_of(1)], seed=3, step=0)
     return live.trace().phases()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
-def test_inputs_leave_the_device_and_come_one_ahead(architecture: str) -> None:
+def test_inputs_leave_the_device_and_return_one_layer_ahead(architecture: str) -> None:
     model = model_of(architecture)
     checkpoint_layers(model)
     kept = most_live(model)
     checkpoint_layers(model, offload=True)
     left = most_live(model)
-    assert kept["loss"] - left["loss"] == (LAYERS - 1) * INPUT_BYTES  # the last layer's stays
-    assert kept["backward"] - left["backward"] >= (LAYERS - 4) * INPUT_BYTES  # one more comes
+    assert kept["loss"] - left["loss"] == (LAYERS - 1) * INPUT_BYTES  # the last layer's input stays
+    assert kept["backward"] - left["backward"] >= (LAYERS - 4) * INPUT_BYTES  # the next one is loading
 
 
-def test_what_no_backward_came_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_without_a_backward_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
     shelves = []
     put = ActivationOffloader._put
 
@@ -119,8 +119,8 @@ def test_what_no_backward_came_for_is_let_go(monkeypatch: pytest.MonkeyPatch) ->
     assert all(map(torch.equal, pass_over(model), pass_over(expected)))
 
 
-def test_every_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the backward stops half way: memory that is given back under a copy would be overwritten by it."""
+def test_the_end_of_every_copy_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that stops half way waits too: a running copy would overwrite memory that was released and reused."""
     begun: list[object] = []
     waited: list[object] = []
 
@@ -145,7 +145,7 @@ def test_every_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(begun) == set(waited)
 
 
-def test_a_second_backward_finds_the_inputs_again() -> None:
+def test_a_second_backward_can_use_the_inputs_again() -> None:
     model = model_of("llama")
     checkpoint_layers(model, offload=True)
     loss = loss_sum(model, batch_of(1))
@@ -185,7 +185,7 @@ def test_a_shared_embedding_stays(tmp_path: Path) -> None:
         load_base(made.base)
 
 
-def test_a_model_that_wants_the_ids_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_needs_the_ids_on_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
 
     def fails(*args: Any, **kwargs: Any) -> None:
@@ -206,11 +206,11 @@ def foreseen(made: Recipe, *, cuda: bool = True) -> Forecast:
     return forecast(made, assumed(made), architecture(made, cuda=cuda), cuda=cuda)
 
 
-def test_forecasts_know_what_lies_on_the_host(tmp_path: Path) -> None:
+def test_forecasts_subtract_offloaded_tensors(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=9, training={"micro_batch_size": 4, "global_batch_size": 4})
     offloaded = changed(made, activation_offloading=True)
     parts, less = (foreseen(one).trace.peak()[1] for one in (made, with_base(made, embedding="host")))
-    table = 512 * HIDDEN * 4  # of fp32
+    table = 512 * HIDDEN * 4  # in fp32
     assert parts["base_unquantized"] - less["base_unquantized"] == table
     others = parts.keys() - {"base_unquantized", "allocator_slack"}
     assert all(less[part] == parts[part] for part in others)
@@ -223,10 +223,10 @@ def test_forecasts_know_what_lies_on_the_host(tmp_path: Path) -> None:
     assert foreseen(with_base(made, embedding="host")).host_bytes == table
     assert foreseen(offloaded).host_bytes == 9 * row
     here, there = (foreseen(one, cuda=False).trace for one in (made, offloaded))
-    assert (here.parts == there.parts).all()  # a CPU computes in the host's memory
+    assert (here.parts == there.parts).all()  # on a CPU, device memory is host memory
 
 
-def test_a_host_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_with_too_little_memory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = with_base(recipe(tmp_path, "llama"), embedding="host")
     cpu = torch.device("cpu")
     assert "of host memory" in _summary(foreseen(made), cpu)
@@ -235,9 +235,9 @@ def test_a_host_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert "of host memory, but only 0.0625 MiB is free: remove" in _summary(foreseen(made), cpu)
 
 
-def test_both_are_among_the_advice(tmp_path: Path) -> None:
+def test_both_offloads_are_advised(tmp_path: Path) -> None:
     found = {}
-    for name in ("llama", "qwen2"):  # the latter's head shares its embedding
+    for name in ("llama", "qwen2"):  # qwen2's head shares its embedding
         made = recipe(
             tmp_path,
             name,
@@ -254,7 +254,7 @@ def test_both_are_among_the_advice(tmp_path: Path) -> None:
     assert ("base.embedding=host",) not in found["qwen2"]
 
 
-def test_a_run_goes_on_with_or_without_them(tmp_path: Path) -> None:
+def test_a_run_can_be_resumed_with_or_without_offload(tmp_path: Path) -> None:
     made = recipe(tmp_path / "model", "llama", data={"held_out": 0})
     claim(made, tmp_path / "run", resume=False, fresh=False)
     offloaded = changed(made, activation_offloading=True)
@@ -264,12 +264,12 @@ def test_a_run_goes_on_with_or_without_them(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers", [LAYERS, 3])
 def test_a_step_on_a_gpu_is_the_same_to_the_bit(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With copies so slow that whoever does not wait for one reads or overwrites what is not there yet."""
+    """The copies are so slow that code that does not wait for them reads or overwrites wrong data."""
     copy = offload._copy
 
     def slowly(to: Tensor, source: Tensor) -> Any:
         with torch.cuda.stream(offload._stream(torch.device("cuda", 0))):
-            torch.cuda._sleep(20_000_000)  # cycles: 10 ms
+            torch.cuda._sleep(20_000_000)  # in cycles; about 10 ms
         return copy(to, source)
 
     monkeypatch.setattr(offload, "_copy", slowly)

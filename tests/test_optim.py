@@ -1,4 +1,4 @@
-"""Optimizers: against references, bit for bit over a save, paged for real on a GPU."""
+"""Optimizers: against references, bit for bit after saving and loading, and with really paged memory on a GPU."""
 
 import ctypes
 import math
@@ -32,7 +32,7 @@ def parameters(
 
 
 def add_gradients(params: dict[str, nn.Parameter], step: int) -> None:
-    """Through autograd, so that what is tested is what training does."""
+    """Set gradients through autograd, as training does."""
     generator = torch.Generator().manual_seed(1000 + step)
     for parameter in params.values():
         slope = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -65,7 +65,7 @@ def test_adamw_agrees_with_torch(weight_decay: float) -> None:
     ours, theirs = parameters(), parameters()
     optimizer = Optimizer(ours, name="adamw", weight_decay=weight_decay)
     matrices = [p for p in theirs.values() if p.ndim >= 2]
-    vectors = [p for p in theirs.values() if p.ndim < 2]  # never decayed
+    vectors = [p for p in theirs.values() if p.ndim < 2]  # vectors are never decayed
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, foreach=False)
     for step in range(5):
@@ -97,7 +97,7 @@ def test_flat_equals_bitsandbytes_one_parameter_at_a_time(name: str) -> None:
     assert_equal(ours, theirs)
 
 
-def test_a_group_larger_than_a_chunk_is_updated_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_larger_than_a_chunk_is_updated_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in METHODS:
         whole, parts = parameters(torch.bfloat16), parameters(torch.bfloat16)
         train(whole, Optimizer(whole, name=name), range(3))
@@ -125,8 +125,8 @@ def test_parameters_and_gradients_are_views_of_flat_tensors() -> None:
     assert optimizer.grad_norm().item() == pytest.approx(math.sqrt(squares), rel=1e-6)
 
 
-def test_gradients_are_made_when_the_parameters_have_moved() -> None:
-    """So that these are never in memory twice while there are gradients: 1.5 GiB at 65B and rank 64."""
+def test_gradients_are_allocated_after_the_parameters_have_moved() -> None:
+    """The parameters are never in memory twice while there are gradients; this saves 1.5 GiB at 65B and rank 64."""
     model = nn.Module()
     for number in range(8):
         model.register_parameter(str(number), nn.Parameter(torch.zeros(64, 256)))
@@ -134,14 +134,14 @@ def test_gradients_are_made_when_the_parameters_have_moved() -> None:
     parameter_bytes = 8 * 64 * 256 * 4
     with LiveBytes([(parameter, "adapters") for parameter in parameters.values()]) as live:
         optimizer = Optimizer(parameters, name="lion_8bit", betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-    assert live.trace().totals.max() < 2.5 * parameter_bytes  # values, gradients, moments of a byte
+    assert live.trace().totals.max() < 2.5 * parameter_bytes  # values, gradients, one-byte moments
     assert optimizer.gradients()[0].nbytes == parameter_bytes
 
 
-def test_gradients_that_went_elsewhere_are_noticed() -> None:
+def test_gradients_outside_the_flat_tensor_are_noticed() -> None:
     model = nn.Linear(4, 4)
     optimizer = Optimizer(dict(model.named_parameters()), name="adamw")
-    model.zero_grad(set_to_none=True)  # autograd now makes new tensors, which the optimizer would never see
+    model.zero_grad(set_to_none=True)  # autograd now creates new tensors, which the optimizer would never see
     model(torch.ones(1, 4)).sum().backward()
     with pytest.raises(AssertionError, match="zero_grad"):
         optimizer.step(1e-3)
@@ -161,12 +161,12 @@ def test_clipping_scales_the_next_step_in_fp32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(optimizer.state()[f"{name}.moment1"], expected, rtol=1e-6, atol=0)
 
 
-def test_small_gradients_are_not_clipped_and_a_clip_is_forgotten() -> None:
+def test_small_gradients_are_not_clipped_and_zero_grad_resets_a_clip() -> None:
     params, plain = parameters(), parameters()
     clipped, unclipped = Optimizer(params, name="adamw"), Optimizer(plain, name="adamw")
     add_gradients(params, 0)
     clipped.clip(1e-3)
-    clipped.zero_grad()  # the step was not taken: the next one is not scaled
+    clipped.zero_grad()  # the step was skipped, so the next one must not be scaled
     for one, of in ((params, clipped), (plain, unclipped)):
         add_gradients(one, 0)
         of.step(1e-2)
@@ -178,7 +178,7 @@ def test_small_gradients_are_not_clipped_and_a_clip_is_forgotten() -> None:
     assert_equal(params, plain)
 
 
-def test_state_bytes_count_what_is_held() -> None:
+def test_state_bytes_count_every_state_tensor() -> None:
     padded = sum(-(-math.prod(shape) // 256) * 256 for shape in SHAPES.values())
     wide = Optimizer(parameters(torch.bfloat16), name="adamw").state_bytes()
     assert wide == {
@@ -189,7 +189,7 @@ def test_state_bytes_count_what_is_held() -> None:
     }
     narrow = Optimizer(parameters(), name="lion_8bit").state_bytes()
     assert narrow["remainder"] == 0
-    assert narrow["moments"] == padded + 4 * padded // 256 + 4 * 256  # with scales, and the table of codes
+    assert narrow["moments"] == padded + 4 * padded // 256 + 4 * 256  # with the scales and the table of codes
 
 
 @given(
@@ -198,7 +198,7 @@ def test_state_bytes_count_what_is_held() -> None:
         min_size=1,
     )
 )
-def test_a_bf16_value_and_its_remainder_are_an_fp32_number(numbers: list[float]) -> None:
+def test_a_bf16_value_and_its_remainder_give_an_fp32_number(numbers: list[float]) -> None:
     master = torch.tensor(numbers)
     value, remainder = (
         torch.empty_like(master, dtype=torch.bfloat16),
@@ -206,7 +206,7 @@ def test_a_bf16_value_and_its_remainder_are_an_fp32_number(numbers: list[float])
     )
     flat.split(master.clone(), value, remainder)
     assert torch.equal(flat.joined(value, remainder), master)
-    # no bf16 number is nearer
+    # no bf16 number is closer
     error, best = (
         (value.double() - master.double()).abs(),
         (master.bfloat16().double() - master.double()).abs(),
@@ -220,7 +220,7 @@ def test_a_bf16_value_and_its_remainder_are_an_fp32_number(numbers: list[float])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_equals_uninterrupted(name: str, dtype: torch.dtype, tmp_path: Any) -> None:
-    """Through a file, from every step to the end, bit for bit."""
+    """Bit for bit, saved to a file at every step and trained from there to the end."""
     params = parameters(dtype)
     optimizer = Optimizer(params, name=name, weight_decay=0.01)
     saved = []
@@ -251,7 +251,7 @@ def test_state_is_named_by_parameter_and_independent_of_their_order() -> None:
     assert state["a.absmax1"].shape == (20,)
     other = dict(reversed(parameters(torch.bfloat16, seed=5).items()))
     resumed = Optimizer(other, name="adamw_8bit")
-    resumed.load_state(state)  # brings the parameters along
+    resumed.load_state(state)  # restores the parameters too
     assert_equal(params, other)
     assert_equal(state, resumed.state())
 
@@ -317,7 +317,7 @@ def test_learning_rate_values() -> None:
 
 
 def is_managed(tensor: Tensor) -> bool:
-    """What the driver says of the memory (CU_POINTER_ATTRIBUTE_IS_MANAGED)."""
+    """Return the driver's attribute of the memory (CU_POINTER_ATTRIBUTE_IS_MANAGED)."""
     value = ctypes.c_uint(0)
     status = ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(
         ctypes.byref(value), 8, ctypes.c_uint64(tensor.data_ptr())
@@ -327,7 +327,7 @@ def is_managed(tensor: Tensor) -> bool:
 
 
 def large(dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """1.05M elements: 4 MB of fp32, so that nothing here comes near 100 MB of managed memory."""
+    """Return 1.05M elements: with 4 MB of fp32, no test here needs more than 100 MB of managed memory."""
     generator = torch.Generator().manual_seed(0)
     made = {f"w{i}": torch.randn(1024, 128, generator=generator) for i in range(8)}
     return {name: nn.Parameter(value.to("cuda", dtype)) for name, value in made.items()}
@@ -372,5 +372,5 @@ def test_gpu_updates_agree_with_the_cpu(name: str) -> None:
         for key, start in before.items():
             moved = (on_cpu[key] - start).float()
             error = (on_gpu[key].cpu() - on_cpu[key]).float()
-            # 8-bit codes and Lion's signs flip where the two round differently: rarely
+            # 8-bit codes and Lion's signs rarely flip where the two devices round differently
             assert error.norm() < (0.1 if METHODS[name].bits == 8 or "lion" in name else 0.02) * moved.norm()

@@ -1,4 +1,4 @@
-"""What pyproject.toml asks of other packages, and what a release holds."""
+"""Requirements in pyproject.toml and the contents of a release."""
 
 import re
 import subprocess
@@ -24,14 +24,14 @@ CALLED_DEEPLY = {
     "torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "huggingface_hub", "typer",
     "wandb", "peft", "trl", "triton",
 }  # fmt: skip
-"""Libraries whose minor releases have broken us, or can: they end at the next minor release."""
+"""Libraries whose minor releases have broken us, or can break us: their upper bound is the next minor release."""
 
 SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-"""How an archive is unpacked: Python knows the filter from 3.11.4 on."""
+"""Arguments for unpacking an archive: Python has the filter since 3.11.4."""
 
 
 def others(lines: list[str]) -> list[Requirement]:
-    """Requirements without those on the package itself, which have no version."""
+    """Return the requirements without those on the package itself, which have no version."""
     return [wanted for line in lines if (wanted := Requirement(line)).name != PROJECT["name"]]
 
 
@@ -45,7 +45,7 @@ def bound(wanted: Requirement, operator: str) -> Version:
 
 
 @pytest.mark.parametrize("wanted", requirements(), ids=lambda wanted: wanted.name)
-def test_every_dependency_has_an_upper_bound_that_is_near(wanted: Requirement) -> None:
+def test_every_dependency_has_a_close_upper_bound(wanted: Requirement) -> None:
     upper = bound(wanted, "<")
     by_minor = wanted.name in CALLED_DEEPLY or upper.major == 0
     assert len(upper.release) == (2 if by_minor else 1), f"{wanted}"
@@ -53,11 +53,11 @@ def test_every_dependency_has_an_upper_bound_that_is_near(wanted: Requirement) -
 
 @pytest.mark.parametrize("wanted", requirements(), ids=lambda wanted: wanted.name)
 def test_the_installed_versions_are_within_the_bounds(wanted: Requirement) -> None:
-    """`.ci/newest` leaves this test out by its name."""
+    """`.ci/newest` deselects this test by its name."""
     try:
         installed = version(wanted.name)
     except PackageNotFoundError:
-        pytest.skip("not installed here")
+        pytest.skip("not installed")
     assert wanted.specifier.contains(installed, prereleases=True), f"{installed} is not {wanted.specifier}"
 
 
@@ -76,7 +76,7 @@ def test_oldest_pins_every_dependency_to_its_lower_bound() -> None:
         assert each.specifier.contains(lowest)
 
 
-def test_newest_frees_every_dependency_but_those_that_are_held() -> None:
+def test_newest_unpins_every_dependency_except_the_held_ones() -> None:
     wanted = others(PROJECT["dependencies"] + EXTRAS["test"])
     lines = [Requirement(line) for line in ask("newest", "--hold", "torch", "--hold", "huggingface-hub")]
     assert [line.name for line in lines] == [each.name for each in wanted]
@@ -87,13 +87,13 @@ def test_newest_frees_every_dependency_but_those_that_are_held() -> None:
         assert line.marker == each.marker
 
 
-def test_newest_refuses_to_hold_what_is_not_needed() -> None:
+def test_newest_refuses_to_hold_an_unneeded_package() -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         ask("newest", "--hold", "tortch")
     assert "does not ask for tortch" in refused.value.stderr
 
 
-def test_newest_leaves_out_a_test_that_exists() -> None:
+def test_newest_deselects_an_existing_test() -> None:
     assert test_the_installed_versions_are_within_the_bounds.__name__ in (ROOT / ".ci/newest").read_text()
 
 
@@ -102,7 +102,7 @@ def test_newest_leaves_out_a_test_that_exists() -> None:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist and the wheel of this checkout."""
+    """Build the sdist and the wheel of this checkout into a folder."""
     pytest.importorskip("hatchling")
     return build(ROOT, tmp_path_factory.mktemp("dist"))
 

@@ -1,4 +1,4 @@
-"""Changes to other libraries: what they replace is still there, as we know it, and comes back."""
+"""Patches of other libraries: the patched code still exists, has the expected signature, and is restored."""
 
 import inspect
 import re
@@ -32,7 +32,7 @@ PATCHES: dict[str, tuple[Patch, Callable[[], Any]]] = {
         lambda: auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"],
     ),
 }
-"""each with a look at what it changes"""
+"""each patch with a function that returns the patched object"""
 
 
 def public() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def public() -> dict[str, Any]:
     }
 
 
-def test_every_patch_is_tested_and_says_what_needs_it() -> None:
+def test_every_patch_is_tested_and_documents_its_reason() -> None:
     assert set(PATCHES) == set(public())
     for name, patch in public().items():
         text = inspect.getdoc(patch) or ""
@@ -57,7 +57,7 @@ def test_every_patch_is_tested_and_says_what_needs_it() -> None:
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_a_patch_is_taken_back(name: str) -> None:
+def test_a_patch_is_undone(name: str) -> None:
     patch, changed = PATCHES[name]
     before = changed()
     with patch():
@@ -72,14 +72,14 @@ def test_a_patch_is_taken_back(name: str) -> None:
     ("name", "parameters"),
     [("parameters_on_meta", ["self", "name", "param"]), ("rows_packed", ["position_ids"])],
 )
-def test_a_replaced_function_is_called_as_we_know_it(name: str, parameters: list[str]) -> None:
+def test_a_replaced_function_has_the_expected_parameters(name: str, parameters: list[str]) -> None:
     patch, changed = PATCHES[name]
     assert list(inspect.signature(changed()).parameters) == parameters
     with patch():
         assert list(inspect.signature(changed()).parameters) == parameters
 
 
-def test_bitsandbytes_asks_for_kernels_as_we_know_it() -> None:
+def test_bitsandbytes_imports_kernels_as_expected() -> None:
     package = find_spec("bitsandbytes")
     assert package is not None
     source = (Path(str(package.origin)).parent / "backends/cpu/ops.py").read_text()
@@ -88,13 +88,13 @@ def test_bitsandbytes_asks_for_kernels_as_we_know_it() -> None:
     assert "logger = logging.getLogger(__name__)" in source
 
 
-def test_transformers_looks_for_packed_rows_as_we_know_it() -> None:
+def test_transformers_detects_packed_rows_as_expected() -> None:
     assert "find_packed_sequence_indices(position_ids)" in inspect.getsource(
         masking_utils._preprocess_mask_arguments
     )
 
 
-def test_transformers_prepares_4_bit_weights_as_we_know_it() -> None:
+def test_transformers_prepares_4_bit_weights_as_expected() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is Bnb4BitHfQuantizer
     prepare = Bnb4BitHfQuantizer._process_model_before_weight_loading
     assert list(inspect.signature(prepare).parameters)[:2] == ["self", "model"]

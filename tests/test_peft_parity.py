@@ -1,4 +1,4 @@
-"""Agreement with PEFT's LoRA over the same NF4 weights: loss, gradients, ten training steps, files."""
+"""Agreement with PEFT's LoRA on the same NF4 weights: loss, gradients, ten training steps, files."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from qlora.adapter import (
 from qlora.quantization import nf4
 
 peft = pytest.importorskip("peft")
-# PEFT 0.21 asks transformers 5 for a name of transformers 4
+# PEFT 0.21 reads a transformers 4 attribute, which transformers 5 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,7 +29,7 @@ RANK, ALPHA = 4, 8.0
 
 
 def base(folder: Path) -> nn.Module:
-    """The tiny Llama in NF4, fp32 compute; the same numbers at every call."""
+    """Return the tiny Llama in NF4 with fp32 compute and the same weights at every call."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name in select(model, "all-linear"):
         model.set_submodule(name, nf4.NF4Linear(nf4.quantize(model.get_submodule(name).weight)))
@@ -52,13 +52,13 @@ def ours(folder: Path, **settings: Any) -> nn.Module:
 
 
 def their_name(name: str) -> str:
-    """PEFT's name for one of our parameters."""
+    """Return PEFT's name for one of our parameters."""
     layer, _, which = name.rpartition(".")
     return f"base_model.model.{layer}.lora_{which[-1].upper()}.default.weight"
 
 
 def share(source: nn.Module, target: nn.Module) -> None:
-    """Give our layers PEFT's A and B, B made non-zero so that every gradient is."""
+    """Copy PEFT's A and B to our layers, with nonzero B so that every gradient is nonzero."""
     theirs = dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in trainable_parameters(target).items():
@@ -104,15 +104,15 @@ def test_ten_training_steps_agree_with_peft(tiny_llama: Path) -> None:
             optimizer.step()
             curve.append(value.item())
         curves.append(curve)
-    assert curves[0][-1] < curves[0][0] - 0.1, "the steps must matter"
+    assert curves[0][-1] < curves[0][0] - 0.1, "the loss must fall"
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     final = dict(reference.named_parameters())
     for name, parameter in trainable_parameters(model).items():
         torch.testing.assert_close(parameter, final[their_name(name)], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_our_dropout_is_peft_s_in_distribution(tiny_llama: Path) -> None:
-    """Two libraries draw other masks from one seed: over many draws loss and spread must be the same."""
+def test_our_dropout_has_the_distribution_of_pefts(tiny_llama: Path) -> None:
+    """One seed gives the libraries different masks, so mean and spread of the loss are compared over many draws."""
     reference, model = theirs(tiny_llama, lora_dropout=0.2), ours(tiny_llama, dropout=0.2)
     share(reference, model)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_our_dropout_is_peft_s_in_distribution(tiny_llama: Path) -> None:
     [{}, {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6}, "alpha_pattern": {"v_proj": 1.5}}],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_of_ours_gives_the_same_logits_in_peft(
+def test_our_adapter_gives_the_same_logits_in_peft(
     tiny_llama: Path, tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
     model = ours(tiny_llama, dtype=dtype, dropout=0.1, **settings)
@@ -149,7 +149,7 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(
     "settings",
     [{}, {"use_rslora": True}, {"target_modules": r".*\.(q|v)_proj", "rank_pattern": {"v_proj": 2}}],
 )
-def test_an_adapter_of_peft_gives_the_same_logits_here(
+def test_a_peft_adapter_gives_the_same_logits_here(
     tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     reference = theirs(tiny_llama, **settings)
@@ -164,7 +164,7 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(
 
 
 def test_every_default_of_peft_s_config_can_be_loaded(tiny_llama: Path, tmp_path: Path) -> None:
-    """A field that a later PEFT writes at a harmless value must not make its adapters unreadable."""
+    """A field that a later PEFT writes with a harmless value must not make its adapters unreadable."""
     theirs(tiny_llama).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert len(config) > 30

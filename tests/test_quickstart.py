@@ -1,4 +1,4 @@
-"""The first command of the README learns what it says, and the check of its answers sees a wrong one."""
+"""The README's first command learns its task, and the check of its answers detects a wrong one."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def test_the_answers_of_the_last_step_decide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("last", [{"step": 9, "loss": 1.0}, {"step": 9, "samples": []}])
-def test_a_run_without_answers_at_its_end_is_no_success(tmp_path: Path, last: dict[str, Any]) -> None:
+def test_a_run_without_answers_at_its_end_fails_the_check(tmp_path: Path, last: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="step 9 has no samples"):
         wrong_answers(metrics(tmp_path, {"step": 8, "samples": [RIGHT]}, last))
 

@@ -1,4 +1,4 @@
-"""A recipe that is right: what it means, what it leaves unsaid, how it is written and read again."""
+"""A valid recipe: its meaning, its defaults, and writing and reading it again."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def write(folder: Path, text: str, name: str = "my.yaml") -> Path:
     return path
 
 
-def test_what_a_recipe_leaves_unsaid_is_as_the_documents_have_it(tmp_path: Path) -> None:
+def test_defaults_follow_the_documents(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, SMALL))
     assert recipe.adapter == Adapter(
         rank=8, alpha=None, dropout=0.0, targets="attention", scaling="alpha/rank"
@@ -50,11 +50,11 @@ def test_what_a_recipe_leaves_unsaid_is_as_the_documents_have_it(tmp_path: Path)
     assert recipe.training.global_batch_size == 16
 
 
-def test_alpha_is_used_where_it_is_given() -> None:
+def test_alpha_is_used_if_it_is_given() -> None:
     assert Adapter(rank=64, alpha=16).resolved_alpha == 16.0
 
 
-def test_the_run_is_called_after_the_file_unless_output_says_otherwise(tmp_path: Path) -> None:
+def test_the_run_is_named_after_the_file_unless_output_is_set(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL, "seven.yaml")
     assert (Recipe.load(path).output, Recipe.load(path).name) == ("runs/seven", "seven")
     assert Recipe.load(path, ["output=elsewhere/eight"]).name == "eight"
@@ -85,12 +85,12 @@ def test_overrides_replace_add_and_empty(tmp_path: Path) -> None:
     assert recipe.data.source == "a=b"
 
 
-def test_the_last_of_two_overrides_of_a_key_counts(tmp_path: Path) -> None:
+def test_the_last_of_two_overrides_of_a_key_wins(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, SMALL), ["training.seed=1", "training.seed=2"])
     assert recipe.training.seed == 2
 
 
-def test_what_the_command_line_makes_idle_falls_away(tmp_path: Path) -> None:
+def test_settings_that_an_override_makes_idle_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL + "adapter: {rank: 64, targets: all-linear}\n")
     recipe = Recipe.load(path, ["adapter.method=full", "base.quantization=none"])
     assert recipe.adapter == Adapter(method="full")
@@ -117,11 +117,11 @@ def test_a_file_saved_on_windows_is_read(tmp_path: Path) -> None:
         ("tRUE", "tRUE"), ("010", "010"), ("1e", "1e"), ("nan", "nan"), ("2026-01-01", "2026-01-01"),
     ],
 )  # fmt: skip
-def test_plain_scalars_are_read_as_yaml_1_2_has_them(text: str, value: Any) -> None:
+def test_plain_scalars_are_read_as_in_yaml_1_2(text: str, value: Any) -> None:
     assert (scalar(text), type(scalar(text))) == (value, type(value))
 
 
-def test_not_a_number_is_a_number() -> None:
+def test_nan_and_huge_integers_are_floats() -> None:
     assert math.isnan(scalar(".nan"))
     assert isinstance(scalar("9" * 5000), float)  # int() would raise
 
@@ -132,7 +132,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 
 @given(st.recursive(st.none() | st.booleans() | NUMBERS | WORDS, lambda inner: st.lists(inner, max_size=3)))
 def test_json_is_yaml(value: Any) -> None:
-    # a character that YAML does not allow is refused elsewhere; JSON escapes the others
+    # YAML refuses some characters, and the error names them; JSON escapes the others
     document = read(json.dumps(value), "here")
     allowed = not document.problems
     assert (document.value == value) if allowed else all("character U+" in p.text for p in document.problems)
@@ -180,7 +180,7 @@ def test_a_recipe_written_and_read_is_the_same_recipe(tmp_path: Path, chosen: di
     try:
         recipe = Recipe.from_dict(nested)
     except RecipeError:
-        return  # settings that do not go together, or a text that only looks like one
+        return  # settings that exclude each other, or a text that looks like another type
     again = Recipe.load(write(tmp_path, recipe.to_yaml()))
     assert again == recipe
     assert again.to_dict() == recipe.to_dict()
@@ -212,7 +212,7 @@ def test_a_recipe_made_in_python_gets_the_same_checks() -> None:
         Recipe.from_dict({"base": {"model": "m"}, "data": {"source": 3}})
 
 
-def test_the_schema_describes_every_setting_and_allows_no_others() -> None:
+def test_the_schema_describes_every_setting_and_allows_no_other() -> None:
     schema = Recipe.json_schema()
     sections = [schema, *schema["$defs"].values()]
     assert len(names(schema)) > 55
@@ -237,7 +237,7 @@ def test_every_setting_is_read_somewhere() -> None:
     source = "\n".join(p.read_text() for p in package.rglob("*.py") if "recipe" not in p.parts)
     leaves = {name.rpartition(".")[2] for name in flatten(Recipe.load("quickstart").to_dict())}
     unread = {name for name in leaves if not re.search(rf"\.{name}\b", source)}
-    # alpha is read as resolved_alpha, a tracker's section by its name, version by the reader
+    # alpha is read as resolved_alpha, a tracker's section by its name, and version by the reader
     assert unread - {"alpha", "version"} - set(BACKENDS) == set()
     assert ".resolved_alpha" in source
 
@@ -284,15 +284,15 @@ def test_qlora_recipes_copy_overwrites_nothing(tmp_path: Path) -> None:
         invoke("show", "lama-7b")
 
 
-def test_a_key_that_may_be_two_names_both(tmp_path: Path) -> None:
+def test_an_ambiguous_key_is_reported_with_both_meanings(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("traiking: {}\n")
     with pytest.raises(RecipeError, match=r"did you mean 'training' or 'tracking'|'tracking' or 'training'"):
         Recipe.load(str(file))
 
 
-def test_max_steps_outranks_the_epochs() -> None:
-    """Whether it is fewer or more than they have."""
+def test_max_steps_overrides_the_epochs() -> None:
+    """max_steps wins whether it is lower or higher than the steps of the epochs."""
     training = Recipe.load("quickstart", ["training.epochs=3"]).training
     assert training.model_copy(update={"max_steps": None}).total_steps(10) == 30
     for steps in (1, 100):

@@ -1,6 +1,6 @@
-"""Recipes that are wrong: every mistake is named with its place and its way out, and none is a traceback.
+"""Recipes with mistakes: every error names the place and the correction, and none is a traceback.
 
-Each mutation is made here, so where it stands and what should be said of it is known.
+Each mutation is made here, so its place and the expected message are known.
 """
 
 import re
@@ -31,7 +31,7 @@ LINE = re.compile(r"( *)(\w+):(?: (.+))?")
 
 
 def located(text: str) -> Iterator[tuple[int, int, str, str | None]]:
-    """(line, column, dotted key, value) of every key of a block-style YAML text with two spaces a level."""
+    """Yield (line, column, dotted key, value) of every key of a block-style YAML text with two spaces a level."""
     above: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
         if found := LINE.fullmatch(line):
@@ -54,7 +54,7 @@ def with_line(number: int, line: str) -> str:
 
 
 def failure(folder: Path, text: str | bytes, overrides: tuple[str, ...] = ()) -> list[str]:
-    """The lines of the error that a recipe of this text is."""
+    """Return the lines of the error for a recipe with this text."""
     path = folder / "r.yaml"
     path.write_bytes(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
     with pytest.raises(RecipeError) as caught:
@@ -70,7 +70,7 @@ def test_the_corpus_has_every_setting() -> None:
 
 @everywhere
 @given(st.sampled_from(KEYS), st.data())
-def test_an_unknown_key_is_named_with_the_one_that_was_meant(
+def test_an_unknown_key_is_named_with_the_intended_one(
     tmp_path: Path, entry: tuple[int, int, str, str | None], data: st.DataObject
 ) -> None:
     number, column, key, value = entry
@@ -92,8 +92,8 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant(
     lines = failure(tmp_path, with_line(number, line))
     wrong = key.removesuffix(name) + typo
     [said] = [line for line in lines if line.startswith(f"r.yaml:{number}:{column}: {wrong}: ")]
-    assert re.search(rf"unknown key; did you mean .*'{name}'.*\?", said)  # among others, if it could be more
-    assert all("is required" in line for line in lines if line != said)  # base and data must be there
+    assert re.search(rf"unknown key; did you mean .*'{name}'.*\?", said)  # with others, if ambiguous
+    assert all("is required" in line for line in lines if line != said)  # base and data are required
     assert value is None or len(lines) <= 2
 
 
@@ -107,7 +107,7 @@ NOT = {
     "list": ["3", "x", "{a: 1}", "null", "[[1]]"],
 }  # fmt: skip
 LISTS = ["optimizer.betas", "tracking.wandb.tags", "adapter.targets"]
-ANYTHING = ["data.held_out"]  # a share, a number or a path: nearly everything fits
+ANYTHING = ["data.held_out"]  # a share, a number or a path: almost every value fits
 
 
 def kind(key: str) -> str:
@@ -137,7 +137,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
 
 
 @pytest.mark.parametrize("turn", range(max(map(len, NOT.values()))))
-def test_every_value_may_be_wrong_at_once(tmp_path: Path, turn: int) -> None:
+def test_every_value_can_be_wrong_at_once(tmp_path: Path, turn: int) -> None:
     lines = FULL.splitlines()
     for number, _, key, value in CHECKED:
         choices = NOT[kind(key)]
@@ -163,7 +163,7 @@ def test_a_key_that_is_written_twice_is_named_with_both_lines(
     lines = FULL.splitlines()
     again = f"{' ' * (column - 1)}{key.rpartition('.')[2]}: {value or '{}'}"
     end = next((i for i in range(number, len(lines)) if not lines[i].startswith(" " * column)), len(lines))
-    # after the whole of its value, which for a list in YAML may stand as far left as the key
+    # after the whole value; a list in YAML can be indented as little as its key
     end = next((i for i in range(end, len(lines)) if not lines[i].lstrip().startswith("- ")), len(lines))
     said = failure(tmp_path, "\n".join([*lines[:end], again, *lines[end:]]))
     assert said == [f"r.yaml:{end + 1}:{column}: {key}: is set twice, first on line {number}; keep one"]
@@ -185,7 +185,7 @@ def test_a_missing_required_key_is_named_with_its_meaning(tmp_path: Path, sectio
 
 
 REQUIRED = {"base": "base: {model: some/model}", "data": "data: {source: some/data}"}
-# text for a recipe, from line 3 on where it does not bring base or data along -> part of the one line said
+# text for a recipe, inserted from line 3 on unless it has base or data -> part of the single line of the error
 CASES = {
     # wrong nesting
     "rank: 8": "3:1: rank: unknown key; did you mean 'adapter.rank'?",
@@ -214,7 +214,7 @@ CASES = {
     "optimizer: {betas: [0.9, 1]}": "3:26: optimizer.betas[1]: must be a number of at least 0 and below 1",
     "adapter: {rank_pattern: {q: 0}}": "3:26: adapter.rank_pattern.q: must be an integer of at least 1",
     "adapter: {rank_pattern: 3}": "must be a mapping from names to values, each an integer of at least 1",
-    # settings that do not go together
+    # settings that exclude each other
     "adapter: {method: full}": "3:11: adapter.method: full needs base.quantization: none",
     "base: {model: m, quantization: none}\nadapter: {method: full, rank: 8}": "adapter.rank: has no effect",
     "base: {model: m, quantization: none, block_size: 64}": "base.block_size: has no effect with",
@@ -245,7 +245,7 @@ CASES = {
     "data: {source: a.csv, held_out: a.csv}": "data.held_out: is the same as data.source",
     "data: {source: s, columns: {outptu: x}}": "the alpaca format has no field 'outptu'; did you mean",
     "adapter: {targets: ['q(']}": "adapter.targets: 'q(' is not a valid regular expression: missing )",
-    # what a recipe has no use for
+    # YAML features that a recipe does not allow
     "training: {seed: !!int 3}": "3:12: training.seed: tags are not allowed in a recipe; leave !!int out",
     "output: !!python/object/apply:os.system [x]": "leave !!python/object/apply:os.system out",
     "output: &a x": "3:1: output: anchors and aliases (& and *) are not allowed",
@@ -273,7 +273,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_what_is_said(tmp_path: Path, text: str) -> None:
+def test_each_mistake_has_its_message(tmp_path: Path, text: str) -> None:
     lines = ["" if f"{section}: {{model" in text or f"{section}: {{source" in text else line
              for section, line in REQUIRED.items()]  # fmt: skip
     [said] = failure(tmp_path, "\n".join([*lines, text]) + "\n")
@@ -321,11 +321,11 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
     ],
     ids=lambda value: None if isinstance(value, str) else "",
 )
-def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
     assert expected in failure(tmp_path, content)[0]
 
 
-def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+def test_missing_paths_are_reported(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
     for path, expected in {
@@ -335,7 +335,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         "": "'': is a folder; a recipe is a YAML file",
         "a\0b": "no such file or shipped recipe",
         "x" * 5000: "no such file or shipped recipe",
-        "~nobody-here/x.yaml": "no such file or shipped recipe",
+        "~no-such-user/x.yaml": "no such file or shipped recipe",
         str(tmp_path / "loop.yaml"): "no such file or shipped recipe",
         str(tmp_path / "folder.yaml"): "is a folder; a recipe is a YAML file",
         "/dev/zero": "is not a regular file; a recipe is a YAML file",
@@ -369,23 +369,23 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_defused_in_bounded_time_and_words(tmp_path: Path, name: str) -> None:
+def test_yaml_bombs_are_refused_in_bounded_time_and_length(tmp_path: Path, name: str) -> None:
     start = time.process_time()
     said = failure(tmp_path, BOMBS[name])
-    assert time.process_time() - start < 3  # 0.01 to 0.3 s on an idle core; hours if one of them went off
+    assert time.process_time() - start < 3  # 0.01 to 0.3 s on an idle core; hours if a bomb is expanded
     assert len(said) <= 2 * MAX_PROBLEMS + 3
     assert max(map(len, said)) < 400
 
 
 @everywhere
 @given(st.binary(max_size=200) | st.text("{}[]:,-?&*!|>'\"%@`#\n\t ~a1.", max_size=60).map(str.encode))
-def test_noise_is_refused_in_words(tmp_path: Path, content: bytes) -> None:
+def test_noise_is_refused_with_a_message(tmp_path: Path, content: bytes) -> None:
     assert all(re.match(r"r\.yaml(:\d+:\d+)?: ", line) for line in failure(tmp_path, content))
 
 
 @everywhere
 @given(st.data())
-def test_a_damaged_recipe_is_read_or_refused_in_words(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_damaged_recipe_is_read_or_refused_with_a_message(tmp_path: Path, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(FULL) - 1))
     length = data.draw(st.integers(0, 20))
     text = FULL[:cut] + data.draw(st.text("{}[]:,-?&*!|>'\"%@`#\n\t ~a1.", max_size=6)) + FULL[cut + length :]

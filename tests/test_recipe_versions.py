@@ -1,4 +1,4 @@
-"""Recipes, plans, adapters and runs of earlier versions: translated where we recorded them, refused from a person."""
+"""Earlier versions: recorded recipes, plans, adapters and runs are translated; a recipe from a user is refused."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from qlora.training.run_folder import check_output, claim, earlier_plan
 from qlora.training.train import train
 
 RUNS = Path(__file__).parent / "fixtures" / "version_1"
-"""runs of the bundled base, made before recipes stated a version: one finished, one stopped after 2 of 4 steps"""
+"""runs of the bundled base from before recipes stated a version: one finished, one stopped after 2 of 4 steps"""
 
 SMALL = "base: {model: some/model}\ndata: {source: some/data}\n"
 DATA = {
@@ -39,7 +39,7 @@ PLAN = {
 
 
 def expected(name: str, **training: Any) -> Recipe:
-    """The recipe of a run in RUNS, as one writes it today."""
+    """Return the recipe of a run in RUNS as it is written today."""
     common = {"max_steps": 4, "global_batch_size": 4, "samples": 0, "eval_every": None, "device": "cpu"}
     return Recipe.from_dict(
         {
@@ -65,11 +65,11 @@ INTERRUPTED = expected("interrupted", memory="7.2MiB", save_every=1)
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A copy of the interrupted run."""
+    """Return a copy of the interrupted run."""
     return Path(shutil.copytree(RUNS / "interrupted", tmp_path / "run"))
 
 
-# What a run left is read
+# Files of earlier runs can be read
 
 
 def test_recorded_recipes_have_the_keys_of_today(tmp_path: Path) -> None:
@@ -81,13 +81,13 @@ def test_recorded_recipes_have_the_keys_of_today(tmp_path: Path) -> None:
         "interrupted/checkpoints/step-000002/adapter/recipe.yaml": planned,
     }.items():
         assert Recipe.recorded(RUNS / file) == recipe
-        assert Recipe.load(RUNS / file) == recipe  # as `qlora train runs/x/recipe.yaml` reads it
+        assert Recipe.load(RUNS / file) == recipe  # as in `qlora train runs/x/recipe.yaml`
         assert recipe.to_yaml().startswith(f"version: {VERSION}\n")
         (tmp_path / "again.yaml").write_text(recipe.to_yaml())
         assert Recipe.load(tmp_path / "again.yaml") == recipe
 
 
-def test_an_adapter_of_an_earlier_version_answers_as_it_did() -> None:
+def test_an_adapter_of_an_earlier_version_gives_the_same_answers() -> None:
     result = json.loads((RUNS / "finished/result.json").read_text())
     found = json.loads(qlora("eval", RUNS / "finished", "--json").stdout)
     assert found["eval_loss"] == pytest.approx(result["loss_after"], rel=1e-4)
@@ -96,13 +96,14 @@ def test_an_adapter_of_an_earlier_version_answers_as_it_did() -> None:
     assert done.stdout
 
 
-def test_an_interrupted_run_of_an_earlier_version_comes_to_its_end(
+def test_an_interrupted_run_of_an_earlier_version_can_be_finished(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import qlora.memory.run_memory as record
 
     def missing(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("planned again")  # a forecast, which takes seconds, is done without; a plan is not
+        # The run continues without a forecast, which would take seconds; without a plan it would fail
+        raise RuntimeError("planned again")
 
     monkeypatch.setattr(record, "architecture", missing)
     assert earlier_plan(run) == PLAN
@@ -118,7 +119,7 @@ def test_an_interrupted_run_of_an_earlier_version_comes_to_its_end(
 
 
 @pytest.mark.parametrize("lost", ["run.json", "recipe.yaml"])
-def test_a_checkpoint_of_an_earlier_version_stands_in_for_what_is_lost(run: Path, lost: str) -> None:
+def test_a_checkpoint_of_an_earlier_version_replaces_lost_files(run: Path, lost: str) -> None:
     (run / lost).unlink()
     assert earlier_plan(run) == PLAN
     assert check_output(INTERRUPTED, run, resume=True, fresh=False)
@@ -128,7 +129,7 @@ def test_a_checkpoint_of_an_earlier_version_stands_in_for_what_is_lost(run: Path
 
 
 @pytest.mark.parametrize(("rate", "says"), [(0.1, True), (0.0, False)])
-def test_a_resumed_run_whose_dropout_was_drawn_otherwise_says_so_once(
+def test_a_resumed_run_with_another_dropout_scheme_notes_it_once(
     run: Path, caplog: pytest.LogCaptureFixture, rate: float, says: bool
 ) -> None:
     file = run / "recipe.yaml"
@@ -140,7 +141,7 @@ def test_a_resumed_run_whose_dropout_was_drawn_otherwise_says_so_once(
         assert ("drew dropout by micro-batch" in caplog.text) == expected
 
 
-def test_a_run_goes_on_only_with_the_settings_that_it_had_by_any_name() -> None:
+def test_a_run_is_resumed_only_with_its_settings_under_any_name() -> None:
     assert check_output(FINISHED, RUNS / "finished", resume=True, fresh=False)
     other = Recipe.recorded(RUNS / "finished/recipe.yaml", ["training.activation_checkpointing.mlp=3"])
     with pytest.raises(RecipeError, match=r"training\.activation_checkpointing\.mlp: 2 then, 3 now"):
@@ -163,7 +164,7 @@ def test_the_same_layers_are_recomputed_as_before(whole: bool | int, mlps: bool 
     assert checkpointed(recipe, layers) == (first, min(before(mlps, layers), layers - first))
 
 
-def test_the_changes_lead_from_keys_that_are_gone_to_keys_that_exist() -> None:
+def test_changes_map_removed_keys_to_existing_keys() -> None:
     known = set(names(Recipe.json_schema()))
     for change in CHANGES:
         assert f"{change.section}.{change.new}" in known
@@ -173,7 +174,7 @@ def test_the_changes_lead_from_keys_that_are_gone_to_keys_that_exist() -> None:
     assert Recipe.from_dict({"base": {"model": "m"}, "data": {"source": "s"}}).version == VERSION
 
 
-# A person is told the new names
+# Users are shown the new names
 
 
 OLD = {
@@ -227,7 +228,7 @@ def test_an_old_key_is_refused_with_its_new_name_and_value(tmp_path: Path, text:
 def test_an_old_key_on_the_command_line_is_refused_too(tmp_path: Path, override: str, text: str) -> None:
     file = tmp_path / "my.yaml"
     file.write_text(SMALL)
-    for recipe in (file, RUNS / "finished/recipe.yaml"):  # the latter has the new keys by then
+    for recipe in (file, RUNS / "finished/recipe.yaml"):  # the second one is translated to new keys
         [said] = failure(lambda recipe=recipe: Recipe.load(recipe, [override]))
         assert said.startswith(f"command line: {override.partition('=')[0]}: ")
         assert text in said
@@ -239,7 +240,7 @@ def test_an_old_key_from_python_is_refused_too() -> None:
     assert said == "recipe: data.loss_on: is now data.train_on; write `train_on: all`"
 
 
-def test_beside_the_new_key_the_old_one_is_to_go() -> None:
+def test_an_old_key_next_to_the_new_one_must_be_removed() -> None:
     settings = {"base": {"model": "m"}, "data": {"source": "s", "loss_on": "all", "train_on": "completion"}}
     [said] = failure(lambda: Recipe.from_dict(settings))
     assert (
@@ -248,10 +249,10 @@ def test_beside_the_new_key_the_old_one_is_to_go() -> None:
     )
 
 
-# Which version a recipe is of
+# The version of a recipe
 
 
-def test_a_recipe_among_results_is_of_the_version_that_it_states(tmp_path: Path) -> None:
+def test_a_recipe_in_a_run_has_the_version_that_it_states(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     file = tmp_path / "recipe.yaml"
     for version, ours in {"": True, "version: 1\n": True, "version: 2\n": False}.items():
@@ -264,7 +265,7 @@ def test_a_recipe_among_results_is_of_the_version_that_it_states(tmp_path: Path)
                 assert "is now training.activation_checkpointing" in failure(lambda read=read: read(file))[0]
 
 
-def test_a_newer_recipe_is_refused_and_not_taken_for_damaged(run: Path) -> None:
+def test_a_newer_recipe_is_refused_and_not_called_damaged(run: Path) -> None:
     file = run / "recipe.yaml"
     file.write_text(INTERRUPTED.to_yaml().replace("version: 2", "version: 3") + "colour: blue\n")
     text = r"version: 3 was written by a newer qlora, and this one reads versions up to 2; update qlora$"
@@ -280,7 +281,7 @@ def test_a_newer_recipe_is_refused_and_not_taken_for_damaged(run: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "true", "'2'", "2.5", "null", "[2]"])
-def test_a_version_that_none_can_be_is_refused(tmp_path: Path, version: str) -> None:
+def test_an_impossible_version_is_refused(tmp_path: Path, version: str) -> None:
     file = tmp_path / "my.yaml"
     file.write_text(f"version: {version}\n{SMALL}")
     for read in (Recipe.load, Recipe.recorded):
@@ -288,7 +289,7 @@ def test_a_version_that_none_can_be_is_refused(tmp_path: Path, version: str) -> 
         assert said.startswith(f"{file}:1:1: version: must be 2 (you wrote ")
 
 
-# The new key on the command line, and in advice
+# The new key on the command line and in advice
 
 
 @pytest.mark.parametrize("written", ["", "none", "full", "{mlp: 5}"])
@@ -320,7 +321,7 @@ def test_layers_to_recompute_are_set_on_the_command_line(tmp_path: Path, written
         ({"full": 6}, []),
     ],
 )
-def test_what_is_advised_recomputes_more(setting: Any, advised: list[str]) -> None:
+def test_the_advised_setting_recomputes_more(setting: Any, advised: list[str]) -> None:
     arch: Any = SimpleNamespace(layers=6, recomputed=(1.0, 0.5))
     settings = {"base": {"model": "m"}, "data": {"source": "s"}}
     recipe = Recipe.from_dict({**settings, "training": {"activation_checkpointing": setting}})

@@ -1,4 +1,4 @@
-"""report.html: whole, true to the run's files, harmless whatever the data says, and in need of nothing else."""
+"""report.html is complete, matches the run's files, is safe with any data, and loads nothing."""
 
 import base64
 import hashlib
@@ -39,7 +39,7 @@ VOID = {"meta", "br", "img", "link"}
 def run_in(
     folder: Path, steps: int = 40, *, finished: bool = True, memory: Any = None, text: str = "Hi"
 ) -> Path:
-    """A run of `steps` steps as the tracker leaves it, evaluated at every tenth."""
+    """Write a run of `steps` steps as the tracker writes it, with an evaluation at every tenth step."""
     folder.mkdir(exist_ok=True)
     recipe = Recipe.load("quickstart", ["training.max_steps=40", f"output={folder}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
@@ -64,7 +64,7 @@ def run_in(
 
 
 class Page(HTMLParser):
-    """A page's elements and texts; an end that fits no beginning is an error."""
+    """Parses a page into its elements and texts; a closing tag that fits no opening tag is an error."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path, case: str) -> None:
+def test_the_page_is_well_formed_and_loads_nothing(tmp_path: Path, case: str) -> None:
     run = run_in(tmp_path / f"{case} <b onclick=x> & \"'", **CASES[case])
     page = page_of(run)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -134,7 +134,7 @@ def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path, case: str)
 
 
 @pytest.mark.parametrize("case", ["measured", "evil"])
-def test_no_script_can_run_but_the_pages_own(tmp_path: Path, case: str) -> None:
+def test_only_the_pages_own_script_can_run(tmp_path: Path, case: str) -> None:
     run = run_in(tmp_path, **CASES[case])
     html = write_page(run).read_text(encoding="utf-8")
     page = Page(html)
@@ -146,14 +146,14 @@ def test_no_script_can_run_but_the_pages_own(tmp_path: Path, case: str) -> None:
     assert f"script-src 'sha256-{digest}';" in policy
 
 
-def test_data_is_shown_as_it_is(tmp_path: Path) -> None:
+def test_data_is_shown_unchanged(tmp_path: Path) -> None:
     page = page_of(run_in(tmp_path, text=EVIL))
     assert EVIL.replace("\ud800", "?") in "".join(page.texts["dd"])
     assert page.texts["pre"] == [(tmp_path / "recipe.yaml").read_text().strip()]
 
 
 def headlines(page: Page) -> dict[str, list[str]]:
-    """Label -> value and note, from the page's first list."""
+    """Return label -> (value, note), from the page's first list."""
     words = page.texts["dd"]
     return {
         label: words[2 * i : 2 * i + 2] for i, label in enumerate(page.texts["dt"][: words.index("Hi") // 2])
@@ -179,7 +179,7 @@ def test_the_headlines_of_an_unfinished_run(tmp_path: Path) -> None:
     assert "not finished" in page.texts["span"]
 
 
-def test_a_resumed_runs_time_is_not_that_of_its_last_session(tmp_path: Path) -> None:
+def test_a_resumed_runs_time_covers_all_sessions(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps({**result, "seconds": 3.0}))
@@ -189,7 +189,7 @@ def test_a_resumed_runs_time_is_not_that_of_its_last_session(tmp_path: Path) -> 
 def test_memory_is_shown_with_its_table_and_pictures(tmp_path: Path) -> None:
     page = page_of(run_in(tmp_path, memory=llama_7b()))
     assert headlines(page)["Peak memory"] == ["7.87 GiB", "in backward; forecast 7.81 (-0.8%)"]
-    assert len(page.all("svg")) == 4 + 2, "four charts, and memory as bars and in a step"
+    assert len(page.all("svg")) == 4 + 2, "four charts, and two memory pictures: bars and timeline"
     cells = page.texts["td"]
     assert cells[-6:] == ["total", "50.21", "13.74", "7.81", "7.87", "-0.8%"]
     remarks = [text for text in page.texts["li"] if "too high" in text]
@@ -255,19 +255,19 @@ def test_a_run_that_was_killed_shows_its_whole_lines(tmp_path: Path) -> None:
     assert "No step has been taken yet." in page_of(run).texts["p"]
 
 
-def test_a_loss_that_is_not_finite_interrupts_the_curve(tmp_path: Path) -> None:
+def test_a_non_finite_loss_interrupts_the_curve(tmp_path: Path) -> None:
     run = run_in(tmp_path, 10, finished=False)
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text.replace('"loss": 1.4,', '"loss": "nan",'))
     (loss, *_) = curves.charts(history.read(run / "metrics.jsonl"))
     assert math.isnan(loss.series[0].points[4][1])
     assert loss.data["series"][0]["points"][4] == [5, None]
-    line = max(paths(loss.svg, "--accent"), key=len)  # not the legend's
+    line = max(paths(loss.svg, "--accent"), key=len)  # not the line in the legend
     assert (line.count("M"), line.count("L")) == (2, 7)
     assert "nan" not in loss.svg + loss.description
 
 
-def test_there_has_to_be_a_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ModelError, match=f"{folder}: no run here"):
             write_page(folder)
@@ -281,14 +281,14 @@ def test_there_has_to_be_a_run(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
-def test_the_command_writes_the_page_and_says_where(tmp_path: Path) -> None:
+def test_the_command_writes_the_page_and_prints_its_path(tmp_path: Path) -> None:
     run = run_in(tmp_path / "run")
     result = CliRunner().invoke(app, ["report", str(run)])
     assert (result.exit_code, result.stdout) == (0, f"{run / 'report.html'}\n")
     assert (run / "report.html").read_text() == render(run)
 
 
-def test_the_command_ends_with_4_where_there_is_no_run(tmp_path: Path) -> None:
+def test_the_command_exits_with_4_without_a_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora", "report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     message = f"qlora: {tmp_path}: no run here. Pass the folder of a run, for example runs/quickstart\n"
@@ -312,18 +312,18 @@ def test_a_long_run_keeps_its_extremes_and_gets_a_mean() -> None:
 
 
 def paths(svg: str, variable: str) -> list[str]:
-    """The lines in a colour of the page."""
+    """Return the lines that have a given colour variable of the page."""
     elements = ElementTree.fromstring(svg).iter("path")
     return [path.get("d", "") for path in elements if f"stroke: var({variable}" in path.get("style", "")]
 
 
 def chart_of(*values: float, style: str = "number") -> curves.Chart:
-    """A chart of one curve, from step 1."""
+    """Return a chart of one curve that begins at step 1."""
     return curves.Chart("Loss", "", [curves.Series("loss", list(enumerate(values, 1)))], len(values), style)
 
 
 def heights(chart: curves.Chart) -> list[str]:
-    """The numbers of the vertical axis, from below."""
+    """Return the numbers of the vertical axis, from the bottom up."""
     texts = ElementTree.fromstring(chart.svg).iter("text")
     return [text.text or "" for text in texts if "text-anchor: end" in text.get("style", "")]
 
@@ -333,7 +333,7 @@ def heights(chart: curves.Chart) -> list[str]:
 @example([6925363.0, 6925363.0 + 1e-9])
 @example([0.0, 0.0])
 @example([math.nan, math.inf])
-def test_any_curve_can_be_drawn_and_lies_in_its_plot(values: list[float]) -> None:
+def test_any_curve_can_be_drawn_and_lies_inside_its_plot(values: list[float]) -> None:
     chart = chart_of(*values)
     inches, points = curves.INCHES[1], 72
     top, bottom = (points * inches * (1 - edge) for edge in (curves.TOP, curves.BOTTOM))
@@ -343,7 +343,7 @@ def test_any_curve_can_be_drawn_and_lies_in_its_plot(values: list[float]) -> Non
     assert 2 <= len(heights(chart)) <= 7
 
 
-def test_the_scale_is_round_and_begins_at_zero_unless_the_values_are_far_from_it() -> None:
+def test_the_scale_is_round_and_begins_at_zero_unless_values_are_far_away() -> None:
     assert heights(chart_of(1.2, 7.3)) == ["0", "2", "4", "6", "8"]
     assert heights(chart_of(3, 3)) == ["0", "2", "4", "6"]
     assert heights(chart_of(0.00002, 0.00019)) == ["0.00000", "0.00005", "0.00010", "0.00015", "0.00020"]
@@ -374,7 +374,7 @@ def test_a_line_that_becomes_constant_is_off_the_edges(values: tuple[float, ...]
     assert max(drawn) < 0.96 or min(values) == 0
 
 
-def test_the_script_points_where_the_curve_is_drawn(tmp_path: Path) -> None:
+def test_the_script_marks_points_on_the_curve(tmp_path: Path) -> None:
     page = page_of(run_in(tmp_path))
     plots = [div["style"] for div in page.all("div") if div.get("class") == "plot"]
     assert len(set(plots)) == 1
@@ -388,10 +388,10 @@ def test_the_script_points_where_the_curve_is_drawn(tmp_path: Path) -> None:
     assert float(dots[0].get("y", "")) == pytest.approx(height * top + 4 * scale, abs=0.1)
 
 
-def test_a_chart_follows_the_page_and_is_told_in_words(tmp_path: Path) -> None:
+def test_a_chart_uses_the_pages_colours_and_has_a_description(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     for chart in curves.charts(history.read(run / "metrics.jsonl")):
-        assert not re.findall(r"(?<!, )#[0-9a-f]{6}", chart.svg), "a colour that is none of the page's"
+        assert not re.findall(r"(?<!, )#[0-9a-f]{6}", chart.svg), "a colour that the page does not define"
     labels = [div["aria-label"] for div in page_of(run).all("div") if div.get("role") == "img"]
     assert labels[0] == "Loss by step: training loss from 7 to 0.175, held-out loss from 4 to 2"
     assert len(labels) == 4
@@ -418,7 +418,7 @@ def test_the_charts_of_a_long_run_are_small() -> None:
         assert len(chart.svg) + len(json.dumps(chart.data)) < 130_000
 
 
-def test_durations_read_well() -> None:
+def test_durations_are_readable() -> None:
     assert [duration(s) for s in (8.04, 54.4, 725, 12_000)] == ["8.0 s", "54 s", "12 min 5 s", "3 h 20 min"]
 
 
@@ -432,20 +432,20 @@ def sampled(answers: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_same_answer_again_is_one_answer() -> None:
+def test_a_repeated_answer_is_shown_once() -> None:
     (prompt,) = prompts(sampled(["no", "no", "maybe", "yes\n", "yes\n"]))
     assert [(a.first, a.last, a.text, a.is_expected) for a in prompt.answers] == [
         (0, 10, "no", False), (20, 20, "maybe", False), (30, 40, "yes\n", True)
     ]  # fmt: skip
 
 
-def test_of_many_evaluations_a_few_are_shown_the_first_and_last_among_them() -> None:
+def test_many_evaluations_are_reduced_to_a_few_with_the_first_and_last() -> None:
     (prompt,) = prompts(sampled([str(i) for i in range(100)]))
     assert len(prompt.answers) == EVALUATIONS
     assert [prompt.answers[0].text, prompt.answers[-1].text] == ["0", "99"]
     assert prompts([]) == []
 
 
-def test_endless_text_is_cut() -> None:
+def test_long_text_is_cut() -> None:
     (prompt,) = prompts(sampled(["x" * 10**6]))
     assert len(prompt.answers[0].text) < 5000

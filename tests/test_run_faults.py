@@ -1,4 +1,4 @@
-"""A run's folder is claimed whole or not at all, at whatever file operation the process dies or the disk fills up."""
+"""A run's folder is claimed whole or not at all, even if the process dies or the disk fills up at any operation."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 SETTINGS: dict[str, Any] = {"base": {"model": "bundled/base"}, "data": {"source": "rows.jsonl"}}
 OLD = Recipe.from_dict(SETTINGS)
 LONGER = Recipe.from_dict({**SETTINGS, "training": {"max_steps": 7}})
-"""the same run, as --resume may change it"""
+"""the same run with a change that --resume allows"""
 NEW = Recipe.from_dict({**SETTINGS, "training": {"seed": 1}})
 """another run"""
 
@@ -34,7 +34,7 @@ OPERATIONS = ("open", "write", "fsync", "replace", "rename", "unlink", "rmdir", 
 
 
 class Fault:
-    """Counts the file operations of this process and lets the one numbered `at` fail.
+    """Counts the file operations of this process and lets operation number `at` fail.
 
     kill: the process dies before it. half: it dies after half of a write. full: it raises ENOSPC.
     """
@@ -47,7 +47,7 @@ class Fault:
         self.patch = pytest.MonkeyPatch()
         for name in OPERATIONS:
             self.patch.setattr(os, name, self.wrap(name, getattr(os, name)))
-        self.patch.setattr(io, "open", self.wrap_open(io.open))  # Path.write_text empties the file at once
+        self.patch.setattr(io, "open", self.wrap_open(io.open))  # Path.write_text truncates when it opens
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,7 +62,7 @@ class Fault:
                 if self.kind == "half" and name == "write":
                     call(args[0], bytes(args[1])[: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            return None if name == "fsync" else call(*args, **kwargs)  # no power is cut here
+            return None if name == "fsync" else call(*args, **kwargs)  # no power failure here
 
         return faulty
 
@@ -81,7 +81,7 @@ class Fault:
 
 
 def fails(action: Callable[[], object], kind: str, at: int) -> bool:
-    """Whether operation `at` of an action came about, and failed as it should."""
+    """Return True if the action reached operation `at` and failed there as it should."""
     if kind == "full":
         with Fault(kind, at) as fault, suppress(SaveError):
             action()
@@ -92,7 +92,7 @@ def fails(action: Callable[[], object], kind: str, at: int) -> bool:
             with Fault(kind, at):
                 action()
             os._exit(0)
-        except BaseException:  # noqa: BLE001 - the child must not go on as a second pytest
+        except BaseException:  # noqa: BLE001 - the child must not continue as a second pytest
             traceback.print_exc()
             os._exit(1)
     _, status = os.waitpid(child, 0)
@@ -101,7 +101,7 @@ def fails(action: Callable[[], object], kind: str, at: int) -> bool:
 
 
 def every_fault(template: Path, action: Callable[[Path], object], check: Callable[[Path], None]) -> int:
-    """Let each operation of an action fail in each way, on a copy of a folder, and check what is left.
+    """Let each operation of an action fail in each way on a copy of a folder, and check the files that are left.
 
     Returns the number of operations.
     """
@@ -125,7 +125,7 @@ def every_fault(template: Path, action: Callable[[Path], object], check: Callabl
 
 @pytest.fixture
 def template(tmp_path: Path) -> Path:
-    """A run with two checkpoints and a result, all that a run can leave."""
+    """Write a run with two checkpoints and a result, that is, with every kind of file."""
     run = claim(OLD, tmp_path / "template", resume=False, fresh=False, plan={"micro_batch_size": 2})
     for step in (2, 4):
         with checkpoint.writing(run.path, step, run.run_id) as folder:
@@ -144,7 +144,7 @@ def identity(run: Path) -> str:
 
 
 def check_old_run(run: Path, run_id: str) -> None:
-    """The run is the one that it was, with all that it had."""
+    """Assert that the run still has its identity and all its files."""
     assert identity(run) == run_id
     for step in (2, 4):
         assert checkpoint.verify(run / "checkpoints" / f"step-{step:06d}", run_id=run_id) == []
@@ -153,7 +153,7 @@ def check_old_run(run: Path, run_id: str) -> None:
     assert (run / "adapter" / "adapter_model.safetensors").read_text() == "the old result"
 
 
-def test_a_new_run_begins_or_can_begin(tmp_path: Path) -> None:
+def test_a_new_run_begins_or_can_be_started_again(tmp_path: Path) -> None:
     def check(run: Path) -> None:
         again = claim(OLD, run, resume=True, fresh=False, plan={"micro_batch_size": 4})
         assert identity(run) == again.run_id
@@ -164,7 +164,7 @@ def test_a_new_run_begins_or_can_begin(tmp_path: Path) -> None:
     assert count > 10
 
 
-def test_a_resumed_run_is_the_run_that_it_was(template: Path) -> None:
+def test_a_resumed_run_stays_the_same_run(template: Path) -> None:
     before = identity(template)
 
     def check(run: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_resumed_run_is_the_run_that_it_was(template: Path) -> None:
     assert count >= 5
 
 
-def test_a_replaced_run_is_the_old_one_or_the_new_one(template: Path) -> None:
+def test_a_replaced_run_is_entirely_old_or_entirely_new(template: Path) -> None:
     before = identity(template)
     seen = set()
 
@@ -203,7 +203,7 @@ def test_a_replaced_run_is_the_old_one_or_the_new_one(template: Path) -> None:
     assert count > 30
 
 
-def test_a_result_or_checkpoint_that_is_replaced_keeps_its_name(template: Path) -> None:
+def test_a_result_or_checkpoint_keeps_its_name_while_it_is_replaced(template: Path) -> None:
     run_id = identity(template)
     (template / "checkpoints" / "step-000004" / "state.json").write_text("damaged")
 

@@ -1,4 +1,4 @@
-"""What a run's folder may hold, what resuming makes good, and what is refused by name."""
+"""The contents of a run's folder: files that resuming repairs, and errors that name the file."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def recipe(**training: Any) -> Recipe:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run within a memory budget, with one checkpoint."""
+    """Write a run within a memory budget, with one checkpoint."""
     claimed = claim(recipe(), tmp_path / "run", resume=False, fresh=False, plan=PLAN)
     planned = Recipe.from_dict({**SETTINGS, "training": PLAN})
     with checkpoint.writing(claimed.path, 2, claimed.run_id) as folder:
@@ -46,19 +46,19 @@ def identity(run: Path) -> str:
 
 
 def resumed(run: Path, **training: Any) -> str:
-    """The id with which the run goes on."""
+    """Resume the run and return its id."""
     assert earlier_plan(run) == PLAN
     return claim(recipe(**training), run, resume=True, fresh=False, plan=PLAN).run_id
 
 
-# What is written, and when
+# Files are written only when they change
 
 
 def test_resuming_rewrites_nothing_that_is_unchanged(run: Path) -> None:
     before = {name: (run / name).stat() for name in ("run.json", "recipe.yaml")}
     resumed(run)
     assert {name: (run / name).stat() for name in before} == before
-    resumed(run, max_steps=7)  # may change
+    resumed(run, max_steps=7)  # max_steps can change
     assert (run / "run.json").stat() == before["run.json"]
     assert (run / "recipe.yaml").stat().st_ino != before["recipe.yaml"].st_ino
     assert Recipe.recorded(run / "recipe.yaml").training.max_steps == 7
@@ -90,7 +90,7 @@ def test_a_file_and_then_its_folder_are_on_the_disk(tmp_path: Path, monkeypatch:
     ]
 
 
-def test_a_link_that_somebody_laid_there_is_not_written_through(tmp_path: Path) -> None:
+def test_a_symbolic_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / ".tmp-file").symlink_to(tmp_path / "thesis.txt")
     (tmp_path / "file").symlink_to(tmp_path / "thesis.txt")
@@ -99,11 +99,11 @@ def test_a_link_that_somebody_laid_there_is_not_written_through(tmp_path: Path) 
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-# What is made good
+# Lost files are restored
 
 
 @pytest.mark.parametrize("content", [None, b"", b"base: [", b"\xff\xfe", b"data: {}\n"])
-def test_a_lost_recipe_is_that_of_the_newest_checkpoint(
+def test_a_lost_recipe_is_taken_from_the_newest_checkpoint(
     run: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = identity(run)
@@ -118,7 +118,7 @@ def test_a_lost_recipe_is_that_of_the_newest_checkpoint(
     assert Recipe.recorded(run / "recipe.yaml").to_dict() == recipe().to_dict()
 
 
-def test_without_a_checkpoint_a_lost_recipe_was_used_by_no_step(run: Path) -> None:
+def test_a_lost_recipe_without_a_checkpoint_is_replaced(run: Path) -> None:
     before = identity(run)
     shutil.rmtree(run / "checkpoints")
     (run / "recipe.yaml").write_text("")
@@ -126,7 +126,7 @@ def test_without_a_checkpoint_a_lost_recipe_was_used_by_no_step(run: Path) -> No
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b'{"run_id": 3}', b"[" * 100_000])
-def test_a_lost_identity_is_that_of_the_checkpoints(
+def test_a_lost_identity_is_taken_from_the_checkpoints(
     run: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = identity(run)
@@ -140,7 +140,7 @@ def test_a_lost_identity_is_that_of_the_checkpoints(
     assert json.loads((run / "run.json").read_text()) == {"run_id": before, "plan": PLAN}
 
 
-def test_all_that_an_earlier_version_left_of_a_killed_fresh_start_is_found_again(run: Path) -> None:
+def test_a_killed_fresh_start_of_an_earlier_version_is_recovered(run: Path) -> None:
     before = identity(run)
     (run / "run.json").unlink()
     (run / "recipe.yaml").unlink()
@@ -148,11 +148,11 @@ def test_all_that_an_earlier_version_left_of_a_killed_fresh_start_is_found_again
     assert resumed(run) == before
 
 
-# What is refused, by name
+# Errors that name the file
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"run_id": null}'])
-def test_an_identity_that_nothing_tells_is_refused(run: Path, content: bytes) -> None:
+def test_an_identity_that_cannot_be_restored_is_refused(run: Path, content: bytes) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "run.json").write_bytes(content)
     for call in (lambda: earlier_plan(run), lambda: claim(recipe(), run, resume=True, fresh=False)):
@@ -161,7 +161,7 @@ def test_an_identity_that_nothing_tells_is_refused(run: Path, content: bytes) ->
     assert claim(recipe(), run, resume=False, fresh=True).run_id == identity(run)
 
 
-def test_an_adapter_of_nobody_knows_which_run_is_not_cleared_by_resuming(run: Path) -> None:
+def test_resuming_does_not_remove_an_adapter_of_an_unknown_run(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "run.json").unlink()
     (run / "adapter").mkdir()
@@ -175,12 +175,12 @@ def outcome(run: Path) -> TrainResult | None:
     return None if summary is None else TrainResult.from_json(summary, run / "result.json")
 
 
-def test_a_result_counts_for_its_own_run_only(run: Path) -> None:
+def test_a_result_counts_only_for_its_own_run(run: Path) -> None:
     claim(recipe(), run, resume=True, fresh=False, plan=PLAN).write_result(SUMMARY)
     found = outcome(run)
     assert found is not None
     assert found.as_json() == SUMMARY
-    (run / "result.json").write_text(json.dumps(SUMMARY))  # of an earlier version
+    (run / "result.json").write_text(json.dumps(SUMMARY))  # as an earlier version wrote it
     assert outcome(run) == found
     (run / "result.json").write_text(json.dumps({**SUMMARY, "run_id": "another"}))
     assert outcome(run) is None
@@ -190,9 +190,9 @@ def test_a_result_counts_for_its_own_run_only(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run.json", "result.json"])
-def test_whatever_is_damaged_is_an_error_that_names_the_file(run: Path, name: str) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(run: Path, name: str) -> None:
     claim(recipe(), run, resume=True, fresh=False, plan=PLAN).write_result(SUMMARY)
-    shutil.rmtree(run / "checkpoints")  # from which run.json would be known
+    shutil.rmtree(run / "checkpoints")  # which could restore run.json
     good = (run / name).read_bytes()
     (run / "result.json").write_text(json.dumps(SUMMARY)) if name == "run.json" else None
     chance = random.Random(0)
@@ -210,18 +210,18 @@ def test_whatever_is_damaged_is_an_error_that_names_the_file(run: Path, name: st
         except QloraError as error:
             complaints.append(str(error))
         else:
-            assert found is None or found.seconds > found.steps - 1e9, "numbers are numbers"
+            assert found is None or found.seconds > found.steps - 1e9, "numbers must have a numeric type"
     assert all(str(run / name) in text for text in complaints)
     assert len(complaints) > 100
 
 
-# What may lie in the folder
+# Other contents of the folder
 
 
 @pytest.mark.parametrize(
     "name", [*sorted(set(CONTENTS) - set(RESULTS)), ".lock", ".tmp-recipe.yaml", ".trash-adapter"]
 )
-def test_a_folder_that_holds_only_ours_is_not_refused_as_somebody_elses(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_only_our_files_is_accepted(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir()
     path.touch() if "." in name else path.mkdir()
@@ -236,7 +236,7 @@ def test_a_folder_that_holds_only_ours_is_not_refused_as_somebody_elses(tmp_path
 @pytest.mark.parametrize(
     "names", [["thesis.txt"], ["recipe.yaml", "thesis.txt"], ["model", "train.py"], ["model"]]
 )
-def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_text("years of work")
     for flags in ({"resume": True, "fresh": False}, {"resume": False, "fresh": True}):
@@ -249,7 +249,7 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, names: list[str])
     "file", ["checkpoints/epoch1.ckpt", "wandb/notes.txt", "model/weights.pt", ".tmp-mine/x", "adapter/a.bin"]
 )
 @pytest.mark.parametrize("beside", [None, "wandb/run-1/logs", "recipe.yaml"])
-def test_somebody_elses_folder_with_a_name_of_ours_is_refused_and_left_alone(
+def test_another_folder_with_one_of_our_names_is_refused_and_unchanged(
     tmp_path: Path, file: str, beside: str | None
 ) -> None:
     for name in filter(None, (file, beside)):
@@ -261,7 +261,7 @@ def test_somebody_elses_folder_with_a_name_of_ours_is_refused_and_left_alone(
     assert (tmp_path / file).read_text() == "years of work"
 
 
-def test_what_others_keep_in_a_runs_folder_stays(tmp_path: Path) -> None:
+def test_other_files_in_a_runs_folder_stay(tmp_path: Path) -> None:
     run = claim(recipe(), tmp_path / "run", resume=False, fresh=False)
     kept = [run.path / name for name in (".tmp-merged/draft", ".trash-old/x", "notes.txt")]
     for file in kept:
@@ -316,7 +316,7 @@ def test_a_folder_in_the_place_of_a_file_does_not_stop_a_fresh_start(tmp_path: P
     assert (again.path / "recipe.yaml").is_file()
 
 
-def test_a_run_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="file"):
         claim(recipe(), tmp_path / "file" / "run", resume=False, fresh=False)

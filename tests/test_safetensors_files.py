@@ -1,4 +1,4 @@
-"""A checkpoint's files are found wherever they lie, and read by their headers; what is damaged is named."""
+"""Checkpoint files are found on disk or in the hub's cache, and read by their headers; damage is named."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from qlora.storage.safetensors_files import ShardReader, find_checkpoint, stored
 TENSORS = {"b": torch.arange(3.0), "a": torch.arange(4, dtype=torch.int8), "c": torch.ones(2, 2).bfloat16()}
 
 
-def test_a_header_says_where_the_bytes_are(tmp_path: Path) -> None:
+def test_a_header_gives_the_offsets_of_its_tensors(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
     content = (tmp_path / "model.safetensors").read_bytes()
     for stored in stored_tensors(tmp_path / "model.safetensors"):
@@ -29,7 +29,7 @@ def test_a_header_says_where_the_bytes_are(tmp_path: Path) -> None:
     assert all(torch.equal(reader[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_a_file_that_is_cut_is_named_before_a_tensor_is_read(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named_before_a_tensor_is_read(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(TENSORS, file)
     content = file.read_bytes()
@@ -39,13 +39,13 @@ def test_a_file_that_is_cut_is_named_before_a_tensor_is_read(tmp_path: Path) -> 
             ShardReader(tmp_path)
 
 
-def test_a_digest_stays_the_same_from_version_to_version() -> None:
-    """Adapters hold it: another one would make strangers of them and their base."""
+def test_the_digest_is_the_same_in_every_version() -> None:
+    """Adapters store the digest: with a changed digest they would refuse their own base."""
     file = bundled.path("bundled/base") / "model.safetensors"
     assert checkpoint_digest([file]) == "88cdf90788031e9b0c09591d495a160f"
 
 
-def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "models--some--base" / "snapshots" / commit

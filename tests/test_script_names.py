@@ -1,4 +1,4 @@
-"""A script's folder comes first on sys.path: nothing in it may bear the name of a module that others import."""
+"""A script's folder comes first on sys.path, so no file in it may have the name of a module that others import."""
 
 import sys
 from importlib.metadata import packages_distributions
@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LOOKED_FOR = {"kernels"}
-"""Modules that our libraries import where they are installed, and that need not be installed here."""
+"""modules that our libraries import if they are installed, and that need not be installed here"""
 
 
 def folders_of_scripts() -> list[Path]:
-    """The root, where `python -m` and pytest start, and every folder of loose files rather than of a package."""
+    """Return the root, where `python -m` and pytest start, and every folder of scripts that is not a package."""
     folders = [ROOT, ROOT / ".ci", *(each for each in ROOT.glob("benchmarks/**/") if any(each.glob("*.py")))]
     return [each for each in [*folders, ROOT / "tests"] if not (each / "__init__.py").exists()]
 
@@ -27,12 +27,12 @@ def ours(distributions: list[str]) -> bool:
 
 
 def names_in(folder: Path) -> set[str]:
-    """Files and packages. A folder without `__init__.py` comes after a package of its name."""
+    """Return the names of files and packages. A folder without `__init__.py` does not shadow a package."""
     packages = {path.parent.name for path in folder.glob("*/__init__.py")}
     return packages | {path.stem for path in folder.glob("*.py")}
 
 
-def test_the_folders_are_those_that_scripts_start_from() -> None:
+def test_every_folder_with_scripts_is_checked() -> None:
     assert [str(folder.relative_to(ROOT)) for folder in folders_of_scripts()] == [
         ".", ".ci", "benchmarks", "benchmarks/null_gpu/site", "tests"
     ]  # fmt: skip
@@ -40,12 +40,12 @@ def test_the_folders_are_those_that_scripts_start_from() -> None:
 
 @pytest.mark.parametrize("folder", folders_of_scripts(), ids=lambda folder: folder.name)
 def test_no_script_shadows_a_module(folder: Path) -> None:
-    meant = {"sitecustomize"}  # Python's own way to run code at its start
+    meant = {"sitecustomize"}  # Python's own hook for code at its start
     assert not names_in(folder) & modules_of_others() - meant
 
 
 @pytest.mark.parametrize("shadow", ["profile.py", "kernels.py", "torch/__init__.py"])
-def test_a_shadow_is_seen(shadow: str, tmp_path: Path) -> None:
+def test_a_shadowing_file_is_detected(shadow: str, tmp_path: Path) -> None:
     file = tmp_path / shadow
     file.parent.mkdir(exist_ok=True)
     file.touch()

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: all of them are read, and all of them are counted."""
+"""Checks every recipe that ships with the package; none is missing from the list."""
 
 import tomllib
 from pathlib import Path
@@ -20,21 +20,21 @@ ABOVE_13B = ["llama-33b", "llama-65b", "llama-3.1-70b"]
 SECTIONS = list(Recipe.model_fields)
 
 
-def test_every_recipe_is_found_and_counted() -> None:
+def test_every_recipe_is_found_and_listed() -> None:
     assert shipped.names() == sorted(EXPECTED)
     files = [path for path in shipped.folder().rglob("*") if path.is_file()]
-    assert len(files) == len(EXPECTED)  # nothing in the folder that the tests below would not see
+    assert len(files) == len(EXPECTED)  # the folder holds no file that the tests below would miss
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_shipped_recipe_is_right(name: str) -> None:
+def test_a_shipped_recipe_is_valid(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert recipe.output == f"runs/{name}"
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_shipped_recipe_is_short_and_says_how_to_start_it_and_what_it_is(name: str) -> None:
+def test_a_shipped_recipe_is_short_and_explains_itself_and_its_command(name: str) -> None:
     lines = shipped.text(name).splitlines()
     assert len(lines) <= 40
     assert lines[0] == f"# qlora train {name}"
@@ -43,7 +43,7 @@ def test_a_shipped_recipe_is_short_and_says_how_to_start_it_and_what_it_is(name:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_shipped_recipe_says_only_what_differs_in_the_order_of_the_pipeline(name: str) -> None:
+def test_a_shipped_recipe_sets_only_differences_in_pipeline_order(name: str) -> None:
     stated = read(shipped.text(name), name).value
     assert list(stated) == [section for section in SECTIONS if section in stated]
     repeated = {key for key, value in flatten(stated).items() if DEFAULTS.get(key, object()) == value}
@@ -79,7 +79,7 @@ def test_the_bundled_base_is_pretrained_by_this_framework() -> None:
     assert recipe.data.format == "completion"
 
 
-def test_a_wheel_carries_the_recipes_where_they_are_looked_for() -> None:
+def test_a_wheel_has_the_recipes_in_the_expected_folder() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert build["force-include"] == {"recipes": "qlora/_recipes"}
     assert (shipped.PACKAGE / "_recipes").relative_to(ROOT) == Path("qlora/_recipes")

@@ -1,4 +1,4 @@
-"""The speed benchmark: its contenders train alike, one that does not is caught, its numbers are what they say."""
+"""The speed benchmark: its contenders train alike, one that does not is detected, and its numbers are right."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from qlora.model.load import load_base
 from qlora.recipe import Base
 
 peft = pytest.importorskip("peft")
-# PEFT 0.21 asks transformers 5 for a name of transformers 4
+# PEFT 0.21 reads a transformers 4 attribute, which transformers 5 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 WARMUP = 1
@@ -50,7 +50,7 @@ def job(setting: Setting, prepared: Prepared) -> Job:
 
 @pytest.fixture(scope="module")
 def answers(job: Job) -> dict[str, Answer]:
-    """What the real contenders answer, and one whose optimizer does nothing."""
+    """Return the answers of the real contenders, and of one whose optimizer does nothing."""
     checkpointed, idle = dataclasses.replace(job, flags=("ckpt",)), dataclasses.replace(job, lr=0.0)
     return {
         "qlora": ours.train(job, Meter(job)),
@@ -62,12 +62,12 @@ def answers(job: Job) -> dict[str, Answer]:
 
 
 def alone(answers: dict[str, Answer]) -> dict[str, list[Answer]]:
-    """The contenders that train, one round."""
+    """Return one round of the contenders that train."""
     return {name: [answer] for name, answer in answers.items() if name != "idle"}
 
 
-def test_the_checkpoint_is_as_transformers_makes_one(job: Job) -> None:
-    """Peers dequantize to the dtype in the quant state: another than the products' would slow them down."""
+def test_the_checkpoint_equals_one_made_by_transformers(job: Job) -> None:
+    """Peers dequantize to the dtype in the quant state; a dtype other than the products' would slow them down."""
     model = peft_loop.load(job)
     linear = model.get_submodule("model.layers.0.mlp.up_proj")
     assert type(linear) is Linear4bit
@@ -99,7 +99,7 @@ def test_contenders_compute_the_same_losses_gradients_and_updates(answers: dict[
     assert mine.positions == theirs.positions == 3 * 64
 
 
-def test_a_contender_that_does_not_train_is_caught(answers: dict[str, Answer]) -> None:
+def test_a_contender_that_does_not_train_is_detected(answers: dict[str, Answer]) -> None:
     given = {name: [answer] for name, answer in answers.items()}
     assert fairness.problems(given, "float32").keys() == {"idle"}
 
@@ -116,7 +116,7 @@ def test_a_contender_that_does_not_train_is_caught(answers: dict[str, Answer]) -
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_way_not_to_train_is_named(
+def test_every_way_of_not_training_is_named(
     answers: dict[str, Answer], change: dict[str, object], words: str, dtype: str
 ) -> None:
     given = alone(answers)
@@ -126,12 +126,12 @@ def test_every_way_not_to_train_is_named(
     assert words in found["lazy"]
 
 
-def test_a_loss_that_does_not_fall_is_no_training(answers: dict[str, Answer]) -> None:
+def test_a_loss_that_does_not_fall_counts_as_not_training(answers: dict[str, Answer]) -> None:
     flat = [dataclasses.replace(answers["qlora"], losses=[5.5, 5.5, 5.5])]
     assert "learned nothing" in fairness.problems({"a": flat, "b": flat, "c": flat}, "float32")["a"]
 
 
-def test_ratios_are_those_of_paired_rounds(setting: Setting, prepared: Prepared) -> None:
+def test_ratios_are_computed_from_paired_rounds(setting: Setting, prepared: Prepared) -> None:
     def answer(seconds: list[float], peak: int) -> Answer:
         memory = {"imports": 100, "load": 150, "warmup": peak + 50, "train": peak}
         return Answer([5.0, 5.0, 4.9], [1.0] * 3, seconds, 384, 1.0, memory=memory)
@@ -149,7 +149,7 @@ def test_ratios_are_those_of_paired_rounds(setting: Setting, prepared: Prepared)
         product_rates=[1e9, 1e9],
     )
     mine, theirs = ratios.scores(comparison)
-    assert mine.rates == [75.0, 37.5]  # warm-up not counted
+    assert mine.rates == [75.0, 37.5]  # without the warm-up
     assert theirs.rates == [37.5, 9.375]
     assert mine.supervised == pytest.approx(56.25 / 2)
     assert mine.seconds == ratios.Spread(1.0, 3.0, 8.0)
@@ -180,8 +180,8 @@ MACHINE = {
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_formula_counts_what_torch_counts(recompute: bool) -> None:
-    """Of PEFT over dense weights: all products but attention, which torch counts without its causal mask."""
+def test_the_formula_counts_the_operations_that_torch_counts(recompute: bool) -> None:
+    """Counts PEFT on dense weights: all products but attention, which torch counts without its causal mask."""
     config = PRESETS["tiny"].config
     base = LlamaForCausalLM(LlamaConfig(**config))
     model = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules="all-linear"))
@@ -197,9 +197,9 @@ def test_the_formula_counts_what_torch_counts(recompute: bool) -> None:
     if recompute:
         tokens, hidden, layers, rank = 64, 64, 2, 16
         expected += found.recompute - found.attention * 2 / 7
-        # transformers' checkpointing asks the first q, k and v for an input gradient that nobody needs
+        # transformers' checkpointing computes unused input gradients of the first q, k and v
         expected += 3 * tokens * 2 * (hidden * hidden + rank * hidden)
-        # and torch's stops before a layer's last product, B of down_proj
+        # and torch's checkpointing stops before the last product of a layer, B of down_proj
         expected -= layers * tokens * 2 * rank * hidden
     assert counted == expected
 
@@ -278,7 +278,7 @@ def test_contenders_are_chosen_by_name() -> None:
         ("import time; time.sleep(60)", "not done after 3 s"),
     ],
 )
-def test_a_process_answers_fails_or_is_ended(
+def test_a_process_answers_fails_or_is_terminated(
     tmp_path: Path, job: Job, program: str, error: str | None
 ) -> None:
     file = tmp_path / "contender.py"

@@ -1,4 +1,4 @@
-"""The training step: what it computes, against references that share no code with it."""
+"""The training step's results, against references that share no code with it."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,7 @@ def adapted(name: str, **kwargs: object) -> PreTrainedModel:
 
 
 def rows(lengths: Sequence[int], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """(ids [T], labels [T]) a row: the first third is prompt."""
+    """Return (ids [T], labels [T]) of each row; the first third is the prompt."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for length in lengths:
@@ -116,7 +116,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_loss_is_that_of_the_models_own_logits(name: str) -> None:
+def test_the_loss_equals_that_of_the_models_own_logits(name: str) -> None:
     model = build(name).eval()
     batch = padded(rows([9, 14, 5]))
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.double()
@@ -127,7 +127,7 @@ def test_the_loss_is_that_of_the_models_own_logits(name: str) -> None:
     check_head(model)
 
 
-def test_a_head_that_does_more_than_we_know_is_refused() -> None:
+def test_a_head_with_unknown_operations_is_refused() -> None:
     model = build("llama")
     model.lm_head.register_forward_hook(lambda module, args, output: output * 3)
     with pytest.raises(ModelError, match="LlamaForCausalLM changes its logits"):
@@ -145,11 +145,11 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_rows(name: str) -> 
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_packing_is_refused_where_documents_would_see_each_other(name: str) -> None:
+def test_packing_is_refused_if_documents_would_see_each_other(name: str) -> None:
     model = build(name)
-    for parameter in model.parameters():  # a freshly initialised attention hardly looks anywhere
+    for parameter in model.parameters():  # a freshly initialised attention is almost uniform
         parameter.data.mul_(4.0)
-    if name == "opt":  # takes its positions from the attention mask alone
+    if name == "opt":  # computes its positions from the attention mask only
         with pytest.raises(RecipeError, match=r"OPTForCausalLM lets documents .* set data\.packing=false"):
             check_packing(model)
     else:
@@ -170,7 +170,7 @@ def test_micro_batches_equal_one_batch_with_uneven_lengths(sizes: tuple[int, ...
     assert_same(grads, whole)
 
 
-def test_the_shares_of_two_processes_sum_to_the_step() -> None:
+def test_the_shares_of_two_processes_add_up_to_the_step() -> None:
     model = adapted("llama", dropout=0.1)
     micro = [padded([row]) for row in rows([11, 6, 17])]
     loss, whole = gradients(model, micro)
@@ -198,14 +198,14 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:
     model = adapted("llama", dropout=0.3)
     batches = [padded(rows([11, 6]))]
     first = accumulate(model, batches, seed=0, step=3).sum
-    torch.rand(100)  # whatever else drew from the global generator
+    torch.rand(100)  # other code may draw from the global generator
     assert torch.equal(first, accumulate(model, batches, seed=0, step=3).sum)
     assert not torch.equal(first, accumulate(model, batches, seed=0, step=4).sum)
     assert not torch.equal(first, accumulate(model, batches, seed=1, step=3).sum)
     assert len({fold_seed(a, b, c) for a in range(9) for b in range(9) for c in range(9)}) == 729
 
 
-def test_evaluation_leaves_gradients_mode_and_weights_alone() -> None:
+def test_evaluation_changes_no_gradients_mode_or_weights() -> None:
     model = adapted("llama", dropout=0.3)
     batches = [padded(rows([11, 6])), padded(rows([8], seed=1))]
     gradients(model, batches)
@@ -213,7 +213,7 @@ def test_evaluation_leaves_gradients_mode_and_weights_alone() -> None:
     total, tokens = evaluate(model, batches)
     assert model.training
     assert tokens == sum(batch.supervised for batch in batches)
-    assert torch.equal(total.sum, evaluate(model, batches)[0].sum)  # no dropout
+    assert torch.equal(total.sum, evaluate(model, batches)[0].sum)  # the same twice, so without dropout
     for name, parameter in trainable_parameters(model).items():
         assert parameter.grad is not None
         assert torch.equal(before[name], parameter.grad)

@@ -1,4 +1,4 @@
-"""Many adapters, one base: each is itself, and the base is what it was, to the bit."""
+"""Many adapters on one base: each gives its own outputs, and the base is unchanged to the bit."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=IDS).logits  # type: ignore[no-any-return]
 
 
-def test_each_adapter_is_itself_and_the_base_stays(
+def test_each_adapter_gives_its_own_output_and_the_base_stays(
     model: nn.Module, folders: dict[str, Path], tiny_llama: Path
 ) -> None:
     bytes_before, base = fingerprint(model), logits(model)
@@ -54,7 +54,7 @@ def test_each_adapter_is_itself_and_the_base_stays(
         adapters.activate(name)
         assert adapters.active == name
         alone = load_adapter(load_base(Base(model=str(tiny_llama), compute_dtype="float32")), folders[name])
-        assert torch.equal(logits(model), logits(alone.eval()))  # also: no dropout in eval mode
+        assert torch.equal(logits(model), logits(alone.eval()))  # also checks that eval mode has no dropout
         assert {n: layer.rank for n, layer in lora_layers(model).items()} == {
             n: layer.rank for n, layer in lora_layers(alone).items()
         }
@@ -65,7 +65,7 @@ def test_each_adapter_is_itself_and_the_base_stays(
     assert fingerprint(model) == bytes_before
 
 
-def test_a_layer_that_stands_in_two_places_is_switched_in_both(tmp_path: Path) -> None:
+def test_a_layer_that_is_used_twice_is_switched_in_both_places(tmp_path: Path) -> None:
     shared = nn.Linear(6, 6)
     model = nn.ModuleDict({"one": nn.ModuleDict({"up": shared}), "two": nn.ModuleDict({"up": shared})})
     save_adapter(update(adapt(model, LoraSpec(rank=2, targets=["one.up"]))), tmp_path)
@@ -78,7 +78,7 @@ def test_a_layer_that_stands_in_two_places_is_switched_in_both(tmp_path: Path) -
     assert model["one"]["up"] is model["two"]["up"] is shared  # type: ignore[index]
 
 
-def test_switching_makes_no_tensor(
+def test_switching_creates_no_tensor(
     model: nn.Module, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters = Adapters(model)

@@ -1,4 +1,4 @@
-"""Which layers a target means, in real architectures without weights; and what is said when it means none."""
+"""The layers that a target selects, in real architectures without weights, and the error if it selects none."""
 
 from collections import Counter
 from typing import Any
@@ -62,7 +62,7 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize(("kind", "settings", "expected"), ATTENTION, ids=[kind for kind, *_ in ATTENTION])
-def test_attention_means_its_projections_in_every_architecture(
+def test_attention_selects_its_projections_in_every_architecture(
     kind: str, settings: dict[str, Any], expected: dict[str, int]
 ) -> None:
     assert leaves(select(causal(kind, **settings), "attention")) == expected
@@ -80,7 +80,7 @@ def test_attention_of_encoders_and_vision_models_is_found_too() -> None:
     assert all("attention" in name for name in vit)
 
 
-def test_all_linear_leaves_the_output_head_out() -> None:
+def test_all_linear_omits_the_output_head() -> None:
     llama = causal("llama", **LLAMA)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert leaves(select(llama, "all-linear")) == dict.fromkeys(projections, 2)
@@ -95,7 +95,7 @@ def test_all_linear_leaves_the_output_head_out() -> None:
 
 
 class Headed(nn.Module):
-    """A network that says which module is its head, as transformers' models do."""
+    """A network that reports its output head, as transformers' models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Headed(nn.Module):
 
 
 class Routed(nn.Module):
-    """A mixture of experts as architectures that use plain linears build it."""
+    """A mixture of experts, built as in architectures that use plain linears."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Routed(nn.Module):
         self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])
 
 
-def test_all_linear_leaves_routers_out_but_not_other_gates() -> None:
+def test_all_linear_omits_routers_but_not_other_gates() -> None:
     assert select(nn.ModuleDict({"mlp": Routed()}), "all-linear") == ["mlp.experts.0.0", "mlp.experts.1.0"]
     assert select(nn.ModuleDict({"gate": nn.Linear(8, 8)}), "all-linear") == ["gate"]
     for kind in ("mixtral", "qwen3_moe"):
@@ -129,16 +129,16 @@ def test_a_list_holds_names_their_last_parts_and_regular_expressions() -> None:
     assert select(llama, ["model.layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
     assert leaves(select(llama, ["mlp.up_proj"])) == {"up_proj": 2}
     assert select(llama, [r".*\.0\..*(q|v)_proj"]) == [f"model.layers.0.self_attn.{x}_proj" for x in "qv"]
-    assert select(llama, "lm_head") == ["lm_head"], "by name even the head"
+    assert select(llama, "lm_head") == ["lm_head"], "the head can be selected by name"
 
 
-def test_the_order_is_that_of_the_model_and_nothing_comes_twice() -> None:
+def test_layers_come_in_the_models_order_and_only_once() -> None:
     llama = causal("llama", **LLAMA)
     chosen = select(llama, ["v_proj", "q_proj", ".*q_proj"])
     assert chosen == [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"]
 
 
-def test_a_target_that_matches_nothing_lists_what_could_have() -> None:
+def test_the_error_for_a_target_without_a_match_lists_the_layers() -> None:
     llama = causal("llama", **LLAMA)
     with pytest.raises(UsageError) as error:
         select(llama, ["q_proj", "query"])
@@ -167,7 +167,7 @@ def test_gpt2_s_conv1d_are_linear_layers() -> None:
 
 
 class Scaled(nn.Linear):
-    """A subclass that does more than the product."""
+    """A subclass that computes more than the product."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 2

@@ -1,4 +1,4 @@
-"""Tracking: the record is complete whatever happens, and what is shown of it is right and harmless."""
+"""Tracking: the record is always complete, and its display is right and harmless."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def recording(path: Path, resume_step: int = 0) -> Iterator[Record]:
     record.finish({})
 
 
-def test_every_line_is_in_the_file_when_the_call_returns(tmp_path: Path) -> None:
+def test_every_line_is_in_the_file_as_soon_as_the_call_returns(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with recording(path) as record:
         record.evaluation(evaluation(0, 3.0))
@@ -66,13 +66,13 @@ def test_every_line_is_in_the_file_when_the_call_returns(tmp_path: Path) -> None
     assert len(rest) == 2
 
 
-def test_what_is_not_finite_is_recorded_as_it_is(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_recorded_as_text(tmp_path: Path) -> None:
     with recording(tmp_path / "metrics.jsonl") as record:
         record.step(step(1, loss=math.nan, grad_norm=math.inf))
     (line,) = lines(tmp_path / "metrics.jsonl")
     assert math.isnan(float(line["loss"]))
     assert float(line["grad_norm"]) == math.inf
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # no JSON
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # NaN is not valid JSON
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
             record.step(step(number))
             record.evaluation(evaluation(number, 1.0))
     with path.open("a") as file:
-        file.write('{"step": 6, "loss": 1.')  # the kill came here
+        file.write('{"step": 6, "loss": 1.')  # cut off by a kill
     with recording(path, resume_step=3) as resumed:
         assert [line["step"] for line in lines(path)] == [1, 1, 2, 2, 3, 3]
         resumed.step(step(4))
@@ -93,7 +93,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "broken", ['{"step": 2', '{"step": 2}', "[]\n", '{"note": 1}\n', '{"step": "2"}\n', "\0\0\0\n"]
 )
-def test_what_a_kill_or_a_power_cut_left_is_cut(tmp_path: Path, broken: str) -> None:
+def test_a_partial_line_after_a_kill_or_a_power_cut_is_removed(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + broken)
     with recording(path, resume_step=5):
@@ -127,7 +127,7 @@ except SaveError as error:
 
 
 @pytest.mark.parametrize("never_again", [99, 40])
-def test_lines_that_found_no_room_are_written_later_or_the_end_says_so(
+def test_lines_without_disk_space_are_written_later_or_reported_at_the_end(
     tmp_path: Path, never_again: int
 ) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(never_again)]
@@ -160,10 +160,10 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-def test_time_left_is_the_pace_after_the_first_step() -> None:
+def test_the_time_left_is_estimated_after_the_first_step() -> None:
     clock = Clock()
     pace = Pace(total_steps=104, first_step=100, clock=clock)
-    clock.now = 1000.0  # loading, evaluation: not the pace of the steps
+    clock.now = 1000.0  # loading and evaluation do not count as time of the steps
     assert pace.time_left(101) == ""
     clock.now += 65.0
     assert pace.time_left(102) == "2:10 left"
@@ -171,7 +171,7 @@ def test_time_left_is_the_pace_after_the_first_step() -> None:
     assert pace.time_left(103) == "1:00:32 left"
 
 
-def test_a_log_gets_a_line_now_and_then_and_the_last_one() -> None:
+def test_a_log_gets_a_line_from_time_to_time_and_the_last_one() -> None:
     clock, file = Clock(), io.StringIO()
     sink = Lines(Console(file=file, width=60), Pace(100, clock=clock))
     for number in range(1, 101):
@@ -209,10 +209,10 @@ def test_the_bar_shows_progress_below_and_everything_else_above() -> None:
     ):
         assert expected in text
     assert text.rstrip().splitlines()[-1].lstrip("━╸╺ ").startswith("3/40 loss")
-    assert file.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is back"
+    assert file.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor must be shown again"
 
 
-def test_a_wrong_answer_is_not_ticked_and_no_reference_is_not_shown() -> None:
+def test_a_wrong_answer_has_no_tick_and_a_missing_reference_no_line() -> None:
     file = io.StringIO()
     sink = Lines(Console(file=file, width=60), Pace(1))
     sink.samples([Sample("a", "b", "c"), Sample("Tell a story", "", "Once")], 1)
@@ -220,7 +220,7 @@ def test_a_wrong_answer_is_not_ticked_and_no_reference_is_not_shown() -> None:
     assert file.getvalue().count("expected") == 1
 
 
-def test_text_of_a_model_cannot_command_the_terminal() -> None:
+def test_text_of_a_model_cannot_send_commands_to_the_terminal() -> None:
     file = io.StringIO()
     sink = Lines(Console(file=file, width=200), Pace(1))
     evil = "a\x1b[31mred\x07\x9b2J\r\nnext [bold]x[/bold] [/] \u202e \ud800 end"
@@ -274,7 +274,7 @@ def refuse(section: Any, run: Run) -> Sink:
     raise ValueError("no server")
 
 
-def test_a_tracker_is_a_section_of_recipes_and_a_folder_of_runs() -> None:
+def test_each_tracker_has_a_recipe_section_and_a_folder_in_runs() -> None:
     assert set(Tracking.model_fields) == set(BACKENDS)
     assert set(BACKENDS) <= set(CONTENTS) & set(NAME_PATTERNS)
 
@@ -282,7 +282,7 @@ def test_a_tracker_is_a_section_of_recipes_and_a_folder_of_runs() -> None:
 @pytest.mark.parametrize(
     ("open_sink", "reason"), [(lambda *_: Failing(), "disk on fire"), (refuse, "no server")]
 )
-def test_a_tracker_that_fails_is_one_note_and_the_run_goes_on(
+def test_a_failing_tracker_gives_one_note_and_the_run_continues(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -301,7 +301,7 @@ def test_a_tracker_that_fails_is_one_note_and_the_run_goes_on(
     ]
 
 
-def test_the_tracker_closes_once_and_well_when_a_run_fails(tmp_path: Path) -> None:
+def test_the_tracker_is_closed_properly_and_once_if_a_run_fails(tmp_path: Path) -> None:
     def fail() -> None:
         with Tracker(tmp_path, config={}, sections={}, total_steps=9, terminal=False) as tracker:
             tracker.step(step(1))
@@ -324,7 +324,9 @@ def test_without_a_terminal_notes_go_to_the_log(tmp_path: Path, caplog: pytest.L
     assert [record.getMessage() for record in caplog.records] == ["the disk is full"]
 
 
-def test_other_processes_record_and_show_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_record_nothing_and_show_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Tracker(tmp_path, config={}, sections={}, total_steps=1, main=False) as tracker:
         tracker.step(step(1))
         tracker.note("quiet")
@@ -333,7 +335,9 @@ def test_other_processes_record_and_show_nothing(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_leaves_standard_output_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_writes_nothing_to_standard_output(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Tracker(tmp_path, config={}, sections={}, total_steps=1) as tracker:
         tracker.step(step(1))
         tracker.finish({})

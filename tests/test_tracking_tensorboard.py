@@ -1,4 +1,4 @@
-"""TensorBoard: its event files, read back with its own reader, hold what the record holds, every step once."""
+"""TensorBoard: its event files, read with its own reader, contain every number of the record, each step once."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def shown(run: Path) -> dict[str, list[tuple[int, Any]]]:
-    """What TensorBoard shows of a run: (step, value) of each tag, all of them."""
+    """Return all that TensorBoard shows of a run: (step, value) pairs of each tag."""
     from tensorboard.backend.event_processing import plugin_event_accumulator as accumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -39,7 +39,7 @@ def shown(run: Path) -> dict[str, list[tuple[int, Any]]]:
 
 
 def assert_shows_the_record(run: Path) -> dict[str, list[tuple[int, Any]]]:
-    """Every number of metrics.jsonl at its step, once, and every sample. Returns what is shown beside them."""
+    """Assert that each number and sample of metrics.jsonl is shown once, at its step. Return the other shown values."""
     left = shown(run)
     numbers: dict[str, list[tuple[int, float]]] = {}
     for line in lines(run):
@@ -60,7 +60,7 @@ def assert_shows_the_record(run: Path) -> dict[str, list[tuple[int, Any]]]:
 
 
 def track(run: Path, steps: range, *, loss: Callable[[int], float] = lambda number: 2.5 / number) -> Tracker:
-    """A tracker that was told of these steps, with an evaluation after every second one."""
+    """Return a tracker that has recorded these steps, with an evaluation after every second step."""
     begun = {"config": {}, "sections": {"tensorboard": True}, "terminal": False}
     tracker = Tracker(run, total_steps=9, resume_step=steps.start - 1, **begun)
     if steps.start == 1:
@@ -75,19 +75,19 @@ def track(run: Path, steps: range, *, loss: Callable[[int], float] = lambda numb
 
 def test_a_resumed_run_shows_every_step_of_the_record_once(tmp_path: Path) -> None:
     tracker = track(tmp_path, range(1, 6))
-    assert assert_shows_the_record(tmp_path) == {}  # as a kill would leave it
+    assert assert_shows_the_record(tmp_path) == {}  # the state after a kill
     tracker.finish({})
     (file,) = (tmp_path / "tensorboard").iterdir()
     with file.open("ab") as torn:
-        torn.write(file.read_bytes()[:20])  # of a last event
+        torn.write(file.read_bytes()[:20])  # a torn last event
     track(tmp_path, range(4, 8), loss=lambda number: 1.0 / number).finish({})
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     assert assert_shows_the_record(tmp_path) == {}
-    track(tmp_path, range(1, 3), loss=lambda number: float("nan")).finish({})  # there was no checkpoint
+    track(tmp_path, range(1, 3), loss=lambda number: float("nan")).finish({})  # without a checkpoint
     assert assert_shows_the_record(tmp_path) == {}
 
 
-def test_memory_is_its_totals_and_its_picture(tmp_path: Path) -> None:
+def test_memory_is_shown_as_totals_and_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "memory.png"
     picture.write_bytes(PNG)
     tracker = track(tmp_path, range(1, 3))
@@ -102,7 +102,9 @@ def test_memory_is_its_totals_and_its_picture(tmp_path: Path) -> None:
     }
 
 
-def test_a_whole_run_writes_it_and_a_fresh_one_clears_it(recipe_file: Callable[..., Path]) -> None:
+def test_a_run_writes_tensorboard_files_and_a_fresh_run_removes_them(
+    recipe_file: Callable[..., Path],
+) -> None:
     file = recipe_file(
         training={"max_steps": 2, "samples": 1, "sample_tokens": 4}, tracking={"tensorboard": True}
     )
@@ -113,7 +115,7 @@ def test_a_whole_run_writes_it_and_a_fresh_one_clears_it(recipe_file: Callable[.
     (run / "tensorboard").rename(run.with_name("kept"))
     shutil.rmtree(run)
     run.mkdir()
-    run.with_name("kept").rename(run / "tensorboard")  # alone it tells whose folder it is
+    run.with_name("kept").rename(run / "tensorboard")  # this folder alone identifies the run's folder
     (run / "tensorboard" / "notes.txt").touch()
     with pytest.raises(RecipeError, match="not a run of qlora"):
         claim(recipe, run, resume=False, fresh=True)
@@ -122,12 +124,12 @@ def test_a_whole_run_writes_it_and_a_fresh_one_clears_it(recipe_file: Callable[.
     assert not (run / "tensorboard").exists()
 
 
-def test_where_the_package_is_missing_a_run_goes_on(
+def test_a_run_continues_without_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # import raises
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # makes its import fail
     track(tmp_path, range(1, 4)).finish({})
     assert [record.getMessage() for record in caplog.records] == [
         "tensorboard is not installed, so no event files are written; run `pip install tensorboard`"

@@ -1,6 +1,6 @@
-"""Weights & Biases: the same numbers as the record, and no harm when it is away.
+"""Weights & Biases: the same numbers as the record, and no harm if it is not available.
 
-The runs are real ones in processes of their own, since the library keeps state and a helper process.
+The runs are real runs in separate processes, because the library keeps global state and a helper process.
 """
 
 import json
@@ -50,7 +50,7 @@ print(slowest, steps)
 
 
 def train(run: Path, how: str = "installed", **environment: str) -> tuple[float, float, str]:
-    """Seconds of the slowest step, and of all beyond the steps; standard error."""
+    """Run a training loop. Return the seconds of the slowest step, the seconds outside steps, and standard error."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     began = time.perf_counter()
     done = subprocess.run(
@@ -67,10 +67,10 @@ def train(run: Path, how: str = "installed", **environment: str) -> tuple[float,
 
 
 def stored(run: Path) -> list[Any]:
-    """The records of the offline run in a folder, from its own file.
+    """Return the records of the offline run in a folder, read from its own file.
 
-    The file is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, in them chunks of (CRC 4
-    bytes, length 2, type 1, data); types 1 whole record, 2 first, 3 middle, 4 last part of one.
+    The file has LevelDB's log format after a header of 7 bytes: blocks of 32 KiB with chunks of (CRC 4 bytes, length 2,
+    type 1, data). Types: 1 whole record, 2 first, 3 middle, 4 last part of a record.
     """
     from wandb.proto.wandb_internal_pb2 import Record as Message
 
@@ -90,17 +90,17 @@ def stored(run: Path) -> list[Any]:
 
 
 def values(items: Any) -> dict[str, Any]:
-    """Items of the format as name -> value."""
+    """Convert the format's items to name -> value."""
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
-def test_an_offline_run_holds_what_the_record_holds(tmp_path: Path) -> None:
+def test_an_offline_run_has_the_numbers_of_the_record(tmp_path: Path) -> None:
     own_id = run_id(tmp_path)
     _, _, stderr = train(tmp_path)
     assert "note" not in stderr
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(f"-{own_id}")
-    assert run_id(tmp_path) == own_id, "a resumed run goes on in the same place"
+    assert run_id(tmp_path) == own_id, "a resumed run continues the same W&B run"
     history: dict[int, dict[str, Any]] = {}
     config, summary, tags = {}, {}, set()
     for message in stored(tmp_path):
@@ -121,7 +121,7 @@ def test_an_offline_run_holds_what_the_record_holds(tmp_path: Path) -> None:
     assert json.loads(table.read_text())["data"] == [[20, "a prompt", "expected", "an answer"]]
 
 
-def test_where_wandb_is_not_installed_a_run_goes_on(tmp_path: Path) -> None:
+def test_a_run_continues_if_wandb_is_not_installed(tmp_path: Path) -> None:
     slowest, rest, stderr = train(tmp_path, "missing")
     assert "note wandb is not installed" in stderr
     assert slowest < 2
@@ -129,8 +129,8 @@ def test_where_wandb_is_not_installed_a_run_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_an_unreachable_server_means_an_offline_run(tmp_path: Path) -> None:
-    with socket.socket() as bound:  # bound, not listening: the port is closed and stays so
+def test_an_unreachable_server_gives_an_offline_run(tmp_path: Path) -> None:
+    with socket.socket() as bound:  # bound, but not listening: the port stays closed
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
         slowest, rest, stderr = train(
@@ -139,13 +139,13 @@ def test_an_unreachable_server_means_an_offline_run(tmp_path: Path) -> None:
     assert stderr.count("note") == 1
     assert f"127.0.0.1:{port} cannot be reached (Connection refused), so the run is kept offline" in stderr
     assert slowest < 2
-    assert rest < 25  # starting wandb itself takes 2 s on an idle machine
+    assert rest < 25  # wandb takes 2 s to start on an idle machine
     assert any(message.HasField("history") for message in stored(tmp_path))
 
 
 @pytest.fixture
 def silent_server() -> Iterator[int]:
-    """Accepts connections and never answers."""
+    """Listen on a port and accept connections, but never answer."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(100)
@@ -158,8 +158,8 @@ def test_a_server_that_never_answers_costs_a_bounded_time(tmp_path: Path, silent
         tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{silent_server}"
     )
     assert "Weights & Biases is off for this run" in stderr
-    assert slowest < 2, "no step waits for it"
-    assert rest < 35  # 12 s on an idle machine, of which wandb.init is given 10
+    assert slowest < 2, "no step must wait for the server"
+    assert rest < 35  # 12 s on an idle machine, of which wandb.init may use 10 s
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whole runs: they learn, repeat to the bit, survive being killed, and never overwrite anything in silence."""
+"""Whole runs learn, repeat to the bit, survive kills, and overwrite nothing without a flag."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"
-# What a crash test needs: several epochs, an incomplete last group, dropout, packing, checkpoints
+# Settings for a crash test: several epochs, an incomplete last group, dropout, packing, checkpoints
 LONG = {
     "adapter": {"dropout": 0.1},
     "data": {"limit": 27, "packing": True},
@@ -44,20 +44,20 @@ LONG = {
 
 
 def run(file: Path, *overrides: str, **kwargs: bool) -> TrainResult:
-    """A run without its forecast, which takes longer than the run does and changes nothing in it."""
+    """Train without the memory forecast, which takes longer than the run and does not change it."""
     with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
         return train(Recipe.load(file, overrides), terminal=False, **kwargs)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The record without what depends on the clock and on what else the process does."""
+    """Return the record without the values that depend on the clock and on the rest of the process."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     machine = {"tokens_per_second", "peak_memory_bytes"}
     return [{key: value for key, value in line.items() if key not in machine} for line in lines]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_learns_and_leaves_what_it_promises(recipe_file: RecipeFile, dtype: str) -> None:
+def test_a_run_learns_and_writes_the_documented_files(recipe_file: RecipeFile, dtype: str) -> None:
     file = recipe_file(
         base={"compute_dtype": dtype},
         training={"max_steps": 12, "eval_every": 6, "save_every": 5},
@@ -143,7 +143,7 @@ def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
+def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(
     recipe_file: RecipeFile, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process = Process("train", recipe_file(training={"max_steps": 500}), folder=tmp_path)
@@ -157,7 +157,7 @@ def test_a_signal_saves_a_checkpoint_and_is_told_by_the_exit_code(
     assert checkpoint.read_state(newest)["step"] == metrics(tmp_path / "run")[-1]["step"] >= 3
 
 
-def test_a_signal_at_the_very_end_does_not_make_a_finished_run_a_stopped_one(
+def test_a_signal_at_the_very_end_leaves_a_run_finished(
     recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = loop.write_result
@@ -178,7 +178,7 @@ def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: P
     before = (first.run / ADAPTER).read_bytes()
     with pytest.raises(RecipeError, match=r"--resume.*--fresh"):
         run(file)
-    assert run(file, resume=True).loss_after == first.loss_after  # finished: nothing to do
+    assert run(file, resume=True).loss_after == first.loss_after  # finished: nothing left to do
     assert (first.run / ADAPTER).read_bytes() == before
     run(file, "training.seed=3", fresh=True)
     assert (first.run / ADAPTER).read_bytes() != before
@@ -189,14 +189,14 @@ def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: P
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_fresh_run_killed_as_it_begins_resumes_to_the_adapter_of_an_undisturbed_one(
+def test_a_fresh_run_killed_at_its_start_resumes_to_the_same_adapter(
     recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     file = recipe_file(training={"save_every": 2})
     whole = run(file, "training.seed=1", f"output={tmp_path / 'whole'}")
     old = run(file)
     with pytest.MonkeyPatch.context() as patch:
-        # The old run is given up, and nothing of it removed yet: what a kill leaves at that instant.
+        # The state after a kill between abandoning the old run and removing its files.
         patch.setattr(folders, "clear", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(file, "training.seed=1", fresh=True)
@@ -206,7 +206,9 @@ def test_a_fresh_run_killed_as_it_begins_resumes_to_the_adapter_of_an_undisturbe
     assert metrics(resumed.run) == metrics(whole.run)
 
 
-def test_bad_input_costs_no_older_run_and_leaves_none(recipe_file: RecipeFile, tmp_path: Path) -> None:
+def test_bad_input_removes_no_older_run_and_leaves_no_new_one(
+    recipe_file: RecipeFile, tmp_path: Path
+) -> None:
     file = recipe_file()
     first = run(file)
     before = (first.run / ADAPTER).read_bytes()
@@ -220,7 +222,7 @@ def test_bad_input_costs_no_older_run_and_leaves_none(recipe_file: RecipeFile, t
     assert run(file, f"output={tmp_path / 'new'}").result is not None
 
 
-def test_a_run_is_not_resumed_by_a_recipe_that_computes_something_else(recipe_file: RecipeFile) -> None:
+def test_a_run_is_not_resumed_with_a_recipe_that_computes_something_else(recipe_file: RecipeFile) -> None:
     file = recipe_file(training={"save_every": 2})
     run(file, "training.max_steps=2")
     with pytest.raises(RecipeError, match=r"optimizer\.lr: 0\.0002 then, 0\.1 now"):
@@ -275,7 +277,7 @@ def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, 
 
 
 def in_two_processes(file: Path, folder: Path) -> tuple[int, str, str]:
-    """As a launcher starts them."""
+    """Start two processes with the variables that a launcher sets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -296,7 +298,7 @@ def by_torchrun(file: Path, folder: Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("launch", [in_two_processes, pytest.param(by_torchrun, marks=pytest.mark.slow)])
-def test_two_processes_take_the_steps_of_one(
+def test_two_processes_take_the_same_steps_as_one(
     recipe_file: RecipeFile, tmp_path: Path, launch: Callable[[Path, Path], tuple[int, str, str]]
 ) -> None:
     file = recipe_file(
@@ -311,4 +313,4 @@ def test_two_processes_take_the_steps_of_one(
     one, two = metrics(alone.run), metrics(tmp_path / "run")
     assert len(one) == len(two)
     for left, right in zip(one, two, strict=True):
-        assert left == pytest.approx(right, rel=2e-3)  # bf16 gradients, summed in another order
+        assert left == pytest.approx(right, rel=2e-3)  # bf16 gradients are summed in another order

@@ -1,4 +1,4 @@
-"""Code that a base brings along runs only with consent, and a recipe that came with results is never consent."""
+"""Code in a base runs only with the user's consent; a recipe stored with results is never consent."""
 
 import io
 import json
@@ -40,7 +40,7 @@ class Tokenizer(PreTrainedTokenizerFast): pass
 
 @dataclass(frozen=True)
 class Stranger:
-    """A base whose files bring code, and a run whose recipe says that the code may run."""
+    """A base that contains code, and a run whose recipe allows the code."""
 
     base: Path
     run: Path
@@ -54,7 +54,7 @@ class Stranger:
 
 @pytest.fixture(autouse=True)
 def _code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies the code of bases to: not the one of whoever runs the tests."""
+    """Give transformers a temporary folder for copies of the code of bases, instead of the user's own."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
@@ -66,7 +66,7 @@ def change(file: Path, **settings: object) -> None:
 
 
 def with_code(folder: Path, marker: Path, *, model: bool = True, tokenizer: bool = True) -> Path:
-    """Let the model in a folder bring code that leaves a mark."""
+    """Add code to the model in a folder; it creates the marker file when it runs."""
     (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
     if model:
         names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -77,7 +77,7 @@ def with_code(folder: Path, marker: Path, *, model: bool = True, tokenizer: bool
 
 
 def trusting(recipe: Recipe) -> Recipe:
-    """The recipe with `base.trust_remote_code: true`."""
+    """Return the recipe with `base.trust_remote_code: true`."""
     return recipe.model_copy(update={"base": recipe.base.model_copy(update={"trust_remote_code": True})})
 
 
@@ -96,7 +96,7 @@ def stranger(
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of the real program."""
+    """Run `qlora` and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
@@ -119,7 +119,7 @@ COMMANDS: dict[str, Callable[[Stranger], list[object]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_recipe_that_came_with_an_adapter_runs_no_code_without_the_flag(
+def test_a_recipe_stored_with_an_adapter_runs_no_code_without_the_flag(
     stranger: Stranger, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -134,7 +134,7 @@ def test_a_recipe_that_came_with_an_adapter_runs_no_code_without_the_flag(
     assert stranger.marker.exists()
 
 
-def test_python_asks_for_the_same_consent(stranger: Stranger, tmp_path: Path) -> None:
+def test_the_python_api_needs_the_same_consent(stranger: Stranger, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="trust_remote_code=True"):
         load_trained(stranger.run)
     with pytest.raises(ModelError, match="trust_remote_code=True"):
@@ -148,7 +148,7 @@ def test_python_asks_for_the_same_consent(stranger: Stranger, tmp_path: Path) ->
 
 @pytest.fixture
 def whole_model(tiny_llama: Path, recipe_file: RecipeFile, tmp_path: Path) -> Stranger:
-    """The result of full training: model/ with weights that moved, code of its own, and a recipe."""
+    """Write the result of full training: model/ with changed weights, code and a recipe."""
     folder = shutil.copytree(tiny_llama, tmp_path / "run" / "model")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"][:, 0] += 0.1
@@ -162,7 +162,7 @@ def whole_model(tiny_llama: Path, recipe_file: RecipeFile, tmp_path: Path) -> St
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "chat", "extract"])
-def test_nor_does_that_of_a_whole_model(
+def test_a_recipe_stored_with_a_whole_model_runs_no_code_without_the_flag(
     whole_model: Stranger,
     command: str,
     tmp_path: Path,
@@ -183,7 +183,7 @@ def test_nor_does_that_of_a_whole_model(
 
 
 def places(stranger: Stranger) -> list[Path]:
-    """Where a recipe lies among results: in a run, an adapter, a checkpoint, a whole model, or deeper."""
+    """Write the recipe everywhere it can lie among results: in a run, adapter, checkpoint or model, or deeper."""
     text = (stranger.adapter / "recipe.yaml").read_text()
     run = stranger.run
     checkpoint = run / "checkpoints" / "step-000001" / "adapter"
@@ -198,14 +198,14 @@ def places(stranger: Stranger) -> list[Path]:
     (elsewhere / "recipe.yaml").unlink()
     (elsewhere / "recipe.yaml").symlink_to(stranger.adapter / "recipe.yaml")
     found = [*(folder / "recipe.yaml" for folder in folders), stranger.adapter / "recipe.yaml"]
-    lone = run.parent / "lone"  # a run of which only a checkpoint says that it is one
+    lone = run.parent / "lone"  # a run that only its checkpoint identifies
     (lone / "checkpoints" / "step-000002").mkdir(parents=True)
     (lone / "checkpoints" / "step-000002" / "manifest.json").write_text("{}")
-    whole = run.parent / "whole"  # a model, and a recipe in a folder of its own
+    whole = run.parent / "whole"  # a model with a recipe in a subfolder
     (whole / "recipes").mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (whole / name).touch()
-    hub = run.parent / "hub"  # as the hub's cache lays them: links into a folder of contents
+    hub = run.parent / "hub"  # the layout of the hub's cache: links into a folder of contents
     for name in ("blobs", "snapshots/abc"):
         (hub / name).mkdir(parents=True)
     (hub / "snapshots/abc/adapter_config.json").touch()
@@ -219,7 +219,7 @@ def places(stranger: Stranger) -> list[Path]:
 
 
 @pytest.mark.parametrize("command", ["train", "estimate", "profile", "data", "check"])
-def test_a_recipe_among_results_is_consent_on_the_command_line_only(
+def test_for_a_recipe_among_results_only_an_override_is_consent(
     stranger: Stranger,
     command: str,
     tmp_path: Path,
@@ -234,10 +234,10 @@ def test_a_recipe_among_results_is_consent_on_the_command_line_only(
         assert str(stranger.base) in message
         assert f"{file}:" in message
     assert not stranger.marker.exists()
-    for file in files:  # without the code, or with consent, it is a recipe as any other
+    for file in files:  # with code disabled, or with consent, it is like any other recipe
         assert call(monkeypatch, "check", file, "base.trust_remote_code=false") == 0
         assert call(monkeypatch, "check", file, "base.trust_remote_code=true") == 0
-    if command == "data":  # reads no more than the tokenizer
+    if command == "data":  # loads only the tokenizer
         file = stranger.adapter / "recipe.yaml"
         assert call(monkeypatch, command, file, "base.trust_remote_code=true") == 0
         assert stranger.marker.exists() == (
@@ -245,7 +245,7 @@ def test_a_recipe_among_results_is_consent_on_the_command_line_only(
         )
 
 
-def test_a_recipe_of_ones_own_stays_consent(stranger: Stranger, tmp_path: Path) -> None:
+def test_a_users_own_recipe_is_consent(stranger: Stranger, tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "my.yaml"
     mine.parent.mkdir()
     mine.write_text((stranger.adapter / "recipe.yaml").read_text())
@@ -264,7 +264,7 @@ def test_reading_a_run_for_its_report_or_to_resume_it_needs_no_consent(
     assert not stranger.marker.exists()
 
 
-def test_a_base_that_needs_code_says_how_to_allow_it(
+def test_the_error_for_a_base_with_code_says_how_to_allow_it(
     stranger: Stranger,
     recipe_file: RecipeFile,
     monkeypatch: pytest.MonkeyPatch,

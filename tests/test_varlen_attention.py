@@ -1,4 +1,4 @@
-"""Documents end to end: each sees itself alone, and padding is never computed."""
+"""Packed documents without padding: each document attends only to itself, and padding is never computed."""
 
 import copy
 from functools import partial
@@ -46,7 +46,7 @@ CONFIGS = {
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """[1, heads, T, d] each, as many heads: softmax over what may be seen, written out."""
+    """Compute attention [1, heads, T, d] by its definition, as a softmax over the visible positions."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(document))
     behind = place[:, None] - place[None]
@@ -61,7 +61,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int 
     window=st.sampled_from([None, 1, 4, 100]),
     groups=st.sampled_from([1, 2]),
 )
-def test_every_document_sees_itself_alone(lengths: list[int], window: int | None, groups: int) -> None:
+def test_every_document_sees_only_itself(lengths: list[int], window: int | None, groups: int) -> None:
     torch.manual_seed(1)
     query = torch.randn(1, 4, sum(lengths), 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 4 // groups, sum(lengths), 8, dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_every_document_sees_itself_alone(lengths: list[int], window: int | None
 
 
 def rows_of(*rows: list[int]) -> Batch:
-    """Documents of these lengths in rows; the first third of each is not trained."""
+    """Return a batch of documents of these lengths in rows; the first third of each document is not trained."""
     documents = []
     for row in rows:
         examples = []
@@ -93,7 +93,7 @@ def model_of(config: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_packed_or_padded_batch_costs_what_its_documents_cost(config: Any) -> None:
+def test_a_packed_or_padded_batch_has_the_loss_of_its_documents(config: Any) -> None:
     model = model_of(config)
     alone = sum(loss_sum(model, rows_of([length])) for length in (9, 4, 12, 2))
     read_documents_if_apart(model)
@@ -106,10 +106,8 @@ def test_a_packed_or_padded_batch_costs_what_its_documents_cost(config: Any) -> 
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_whole_rows_cost_the_same_and_are_never_asked_for_a_mask(
-    config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers reads its masks from values on the device: a GPU would be waited for in every forward pass."""
+def test_full_rows_have_the_same_loss_and_need_no_mask(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers builds its masks from values on the device, so every forward pass would wait for the GPU."""
     model, batch = model_of(config), rows_of([9], [9])
     expected = loss_sum(model, batch)
     read_documents_if_apart(model)
@@ -136,7 +134,7 @@ def test_padding_is_never_computed() -> None:
 
 @pytest.mark.parametrize("rows", [([20], [3], [2]), ([9], [9]), ([16],), ([7, 4], [5])], ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_tokens_that_fill_a_pass_up_change_nothing(
+def test_tokens_that_pad_a_pass_change_nothing(
     config: Any, rows: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = model_of(config), rows_of(*rows)
@@ -163,7 +161,7 @@ def test_tokens_that_fill_a_pass_up_change_nothing(
     assert len(targets) == batch.supervised
 
 
-def test_passes_are_filled_up_where_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_are_padded_if_products_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for compiles, together in ((True, 128), (False, 1)):
         monkeypatch.setattr("qlora.runtime.device.multiplies_bfloat16", lambda compiles=compiles: compiles)
@@ -173,13 +171,13 @@ def test_passes_are_filled_up_where_products_are_compiled(monkeypatch: pytest.Mo
             assert token_multiple(cpu, torch.bfloat16) == 1
 
 
-def test_rows_without_padding_stay_as_they_are() -> None:
+def test_rows_without_padding_are_not_changed() -> None:
     assert rows_of([7], [7]).plain
     assert not rows_of([7], [6]).plain
     assert not rows_of([3, 4], [4, 3]).plain
 
 
-def test_generation_is_that_of_sdpa() -> None:
+def test_generation_equals_that_with_sdpa() -> None:
     model = model_of(CONFIGS["mistral"]).eval()
     ids = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -192,7 +190,7 @@ def test_generation_is_that_of_sdpa() -> None:
 def test_a_model_that_does_not_keep_documents_apart_keeps_its_own_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = LlamaConfig(**SIZES, intermediate_size=48, initializer_range=0.5)  # strong enough to show
+    config = LlamaConfig(**SIZES, intermediate_size=48, initializer_range=0.5)  # large enough to be visible
     model = model_of(config)
     assert reads_documents(model)
 
@@ -206,7 +204,7 @@ def test_a_model_that_does_not_keep_documents_apart_keeps_its_own_attention(
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_what_a_model_asks_its_attention_for_is_never_left_out() -> None:
+def test_no_argument_of_a_models_attention_is_ignored() -> None:
     query = torch.randn(1, 4, 8, 8)
     for asked in (
         {"s_aux": torch.ones(4)},
@@ -221,7 +219,7 @@ def test_what_a_model_asks_its_attention_for_is_never_left_out() -> None:
     assert torch.equal(found, attend(nn.Module(), query, query, query, None, document_lengths=(5, 3))[0])
 
 
-def test_a_model_whose_attention_asks_for_more_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_attention_needs_more_arguments_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(CONFIGS["llama"])
     for layer in model.model.layers:
         monkeypatch.setattr(layer.self_attn, "forward", partial(layer.self_attn.forward, s_aux=torch.ones(4)))
@@ -230,8 +228,8 @@ def test_a_model_whose_attention_asks_for_more_keeps_its_own(monkeypatch: pytest
     assert loss_sum(model, rows_of([7], [5])).isfinite()
 
 
-def test_a_model_that_cannot_go_without_a_mask_keeps_its_own() -> None:
-    """Nemotron's layers drop the words that say so, and add the empty mask to their scores."""
+def test_a_model_that_needs_a_mask_keeps_its_own_attention() -> None:
+    """Nemotron's layers drop the arguments that describe documents, and add the empty mask to their scores."""
     model = model_of(NemotronConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8))
     assert reads_documents(model)
     read_documents_if_apart(model)

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot, one of each kind that models use. Nothing is downloaded."""
+"""Creates tokenizers of each kind that models use. Nothing is downloaded."""
 
 from functools import cache
 
@@ -41,10 +41,10 @@ def byte_level(
     chatml: bool = False,
     greedy: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as of GPT-2, Llama 3 and Qwen. eos is </s>.
+    """Return a byte-level BPE tokenizer, as GPT-2, Llama 3 and Qwen use. eos is </s>.
 
-    `bos` puts <s> in front of plain text. `chatml` adds ChatML's control tokens; if `greedy`, they swallow the
-    white space behind them, as Phi 3's do.
+    `bos` puts <s> before plain text. `chatml` adds ChatML's control tokens; with `greedy` they swallow the white space
+    after them, as Phi 3's do.
     """
     tokenizer = Tokenizer.from_str(_byte_level())
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -56,7 +56,7 @@ def byte_level(
 
 
 def sentencepiece(*, pad: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """BPE over pieces with ▁ for spaces and bytes as a fallback, bos in front, as of Llama 1 and 2."""
+    """Return a BPE tokenizer with ▁ for spaces, a byte fallback and bos before the text, as Llama 1 and 2 use."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -71,7 +71,7 @@ def sentencepiece(*, pad: str | None = None, chat_template: str | None = None) -
 
 
 def words() -> PreTrainedTokenizerFast:
-    """A vocabulary of whole words that has the spelling of eos among them: it cannot write it as text."""
+    """Return a tokenizer of whole words, one of them spelled like eos, so that it cannot write "</s>" as text."""
     vocabulary = {"<unk>": 0, "</s>": 1, "hello": 2, "world": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -80,7 +80,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
-    """The trainer makes every token it is given special; the bytes are ordinary ones."""
+    """Remove the byte tokens from the special tokens: the trainer makes every token in its list special."""
     import json
 
     layout = json.loads(tokenizer.to_str())
