@@ -1,8 +1,8 @@
-"""Prints pyproject.toml's dependencies for pip, or what their newest releases mean for the upper bounds.
+"""Print pyproject.toml's dependencies for pip, or the installed versions that are above their upper bound.
 
-.ci/requirements.py oldest                         the lowest version of each that is admitted: constraints
-.ci/requirements.py newest [--hold NAME ...]       each without its upper bound, tests' own too: requirements
-.ci/requirements.py beyond                         the installed versions that lie beyond their bound
+.ci/requirements.py oldest                         constraints: the lowest allowed version of each dependency
+.ci/requirements.py newest [--hold NAME ...]       requirements without upper bounds, including those of the tests
+.ci/requirements.py beyond                         installed versions outside their bounds
 """
 
 import argparse
@@ -19,12 +19,12 @@ UPPER = {"<", "<=", "==", "~="}
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["oldest", "newest", "beyond"])
-    parser.add_argument("--hold", metavar="NAME", action="append", default=[], help="keep this upper bound")
+    parser.add_argument("--hold", metavar="NAME", action="append", default=[], help="keep the upper bound of this package")
     arguments = parser.parse_args()
     held = {canonicalize_name(name) for name in arguments.hold}
     if unknown := held - {canonicalize_name(wanted.name) for wanted in needed("test")}:
@@ -32,26 +32,26 @@ def main() -> None:
     lines = {
         "oldest": lambda: [oldest(wanted) for wanted in needed()],
         "newest": lambda: [newest(wanted, held) for wanted in needed("test")],
-        "beyond": lambda: [found for wanted in needed("test") if (found := beyond(wanted))],
+        "beyond": lambda: [outside for wanted in needed("test") if (outside := beyond(wanted))],
     }
     for line in lines[arguments.what]():
         print(line)
 
 
 def needed(*extras: str) -> list[Requirement]:
-    """What the package needs, and what these extras add to it."""
+    """Return the requirements of the package and of these extras."""
     groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
     return [Requirement(line) for lines in groups for line in lines]
 
 
 def oldest(wanted: Requirement) -> str:
-    """The lowest admitted version: `>=2.11` is `==2.11.*`, a lower bound of three numbers is that release."""
+    """Pin a requirement to its lower bound: `>=2.11` becomes `==2.11.*`, `>=2.11.1` becomes `==2.11.1`."""
     (lowest,) = (clause.version for clause in wanted.specifier if clause.operator == ">=")
     return f"{wanted.name}=={lowest}" + (".*" if lowest.count(".") < 2 else "")
 
 
 def newest(wanted: Requirement, held: set[str]) -> str:
-    """The requirement without its upper bound, unless its name is in `held`."""
+    """Return the requirement without its upper bound, unless its name is in `held`."""
     if canonicalize_name(wanted.name) not in held:
         wanted.specifier = SpecifierSet(
             ",".join(str(clause) for clause in wanted.specifier if clause.operator not in UPPER)
@@ -60,14 +60,14 @@ def newest(wanted: Requirement, held: set[str]) -> str:
 
 
 def beyond(wanted: Requirement) -> str | None:
-    """The requirement and the installed version, if that one lies outside; None if it is admitted."""
+    """Describe an installed version outside the requirement's bounds; return None if it is within them."""
     try:
         installed = version(wanted.name)
-    except PackageNotFoundError:  # its marker excludes this machine
+    except PackageNotFoundError:  # the requirement's marker excludes this machine
         return None
     if wanted.specifier.contains(installed, prereleases=True):
         return None
-    return f"{wanted.name} {installed} lies outside {wanted.specifier}"
+    return f"{wanted.name} {installed} is outside {wanted.specifier}"
 
 
 if __name__ == "__main__":
