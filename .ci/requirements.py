@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["oldest", "newest", "beyond"])
-    parser.add_argument("--hold", metavar="NAME", action="append", default=[], help="keep the upper bound of this package")
+    parser.add_argument("--hold", metavar="NAME", action="append", default=[], help="keep this upper bound")
     arguments = parser.parse_args()
     held = {canonicalize_name(name) for name in arguments.hold}
     if unknown := held - {canonicalize_name(wanted.name) for wanted in needed("test")}:

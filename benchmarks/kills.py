@@ -39,9 +39,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the report and its picture; default: only print"
-    )
+    parser.add_argument("--out", type=Path, help="folder for the report and its picture; default: only print")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"

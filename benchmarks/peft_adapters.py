@@ -81,7 +81,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("adapters", nargs="+", type=Path)
-    parser.add_argument("--config", help="config.json of the base, if its architecture is not in ARCHITECTURES")
+    parser.add_argument(
+        "--config", help="config.json of the base, if its architecture is not in ARCHITECTURES"
+    )
     arguments = parser.parse_args()
     print("| adapter | layers | dtype | largest logit | effect of the adapter | difference from PEFT |")
     print("|---|---:|---|---:|---:|---:|")

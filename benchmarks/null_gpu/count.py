@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--cache", default="~/.cache/qlora-null-gpu/bases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device: start this script with `python -m benchmarks.null_gpu -m ...`")
+        parser.error(
+            "torch finds no CUDA device: start this script with `python -m benchmarks.null_gpu -m ...`"
+        )
     preset = PRESETS[arguments.preset]
     setting = Setting(preset, steps=2, cache=str(Path(arguments.cache).expanduser()))
     job = prepare(setting).job(setting)
@@ -64,7 +66,9 @@ def main() -> None:
         with counted(counts):
             session.step(1, documents)
         rows.append([name, *(f"{count:,}" for count in counts), f"{time.perf_counter() - started:.2f}"])
-    print(f"{preset.name}, {preset.sequences} x {preset.length:,} tokens in one micro-batch, {layers} layers\n")
+    print(
+        f"{preset.name}, {preset.sequences} x {preset.length:,} tokens in one micro-batch, {layers} layers\n"
+    )
     print(table(["step", *COLUMNS, "host, s"], rows))
 
 

@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--cache", default="~/.cache/qlora-null-gpu/bases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device: start this script with `python -m benchmarks.null_gpu -m ...`")
+        parser.error(
+            "torch finds no CUDA device: start this script with `python -m benchmarks.null_gpu -m ...`"
+        )
     preset = PRESETS[arguments.preset].change(sequences=arguments.sequences, length=arguments.length)
     setting = Setting(preset, steps=WARMUP + STEPS, cache=str(Path(arguments.cache).expanduser()))
     rows = []
