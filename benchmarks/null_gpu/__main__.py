@@ -29,9 +29,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.exit(__doc__)
     if torch.version.cuda is None:
-        sys.exit(
-            f"torch {torch.__version__} is built without CUDA: install a CUDA build (`pip install torch`)"
-        )
+        sys.exit(f"torch {torch.__version__} is built without CUDA; install a CUDA build from PyPI")
     folder = built(Path(torch.__file__).parents[1])
     environment = os.environ | {
         "LD_PRELOAD": str(folder / "libnullgpu.so"),
