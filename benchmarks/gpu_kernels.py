@@ -1,9 +1,9 @@
-"""What each kernel gains over plain torch, on a GPU, at the shapes of Llama 3.1 8B.
+"""Time each Triton kernel against plain torch on a GPU, at the shapes of Llama 3.1 8B.
 
     python benchmarks/gpu_kernels.py [--tokens 4096] [--json FILE]
 
-A line a pass: time of either form, and the rate at which the kernel reads and writes (each tensor once). A kernel that
-gains nothing is to be deleted.
+Prints one line per pass: the time of both forms, and the rate at which the kernel reads and writes memory, each tensor
+counted once. A kernel that gains nothing should be deleted.
 """
 
 import argparse
@@ -25,7 +25,7 @@ REPEATS = 30
 
 
 def passes(tokens: int) -> dict[FusedOp, tuple[Any, ...]]:
-    """Every pass with arguments of one layer, or of one piece of the loss."""
+    """Return every pass with its arguments, for one layer or one chunk of the loss."""
 
     def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=dtype)
@@ -55,7 +55,7 @@ def passes(tokens: int) -> dict[FusedOp, tuple[Any, ...]]:
 
 
 def milliseconds(work: Callable[[], None]) -> float:
-    """The middle of many runs, after some to warm up."""
+    """Return the median time of `work` over many runs, after a warm-up."""
     times = []
     for number in range(REPEATS + 5):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -69,16 +69,16 @@ def milliseconds(work: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
-            "benchmarks/gpu_kernels.py needs a GPU: on a CPU the plain forms run, and there is nothing to compare"
+            "benchmarks/gpu_kernels.py needs a GPU: on a CPU only the plain forms run, so there is nothing to compare"
         )
-    found = []
+    records = []
     print(f"{'pass':20}{'torch, ms':>12}{'kernel, ms':>12}{'gain':>8}{'GB/s':>8}")
     for work, arguments in passes(options.tokens).items():
         plain = milliseconds(lambda: work.plain(*arguments))  # noqa: B023 - called at once
@@ -86,9 +86,9 @@ def main() -> None:
         touched = sum(x.nbytes for x in arguments if isinstance(x, Tensor))
         rate = touched / kernel / 1e6
         print(f"{work.kernel:20}{plain:12.3f}{kernel:12.3f}{plain / kernel:8.2f}{rate:8.0f}")
-        found.append({"pass": work.kernel, "plain_ms": plain, "kernel_ms": kernel, "gb_per_s": rate})
+        records.append({"pass": work.kernel, "plain_ms": plain, "kernel_ms": kernel, "gb_per_s": rate})
     if options.json:
-        record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "passes": found}
+        record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "passes": records}
         options.json.write_text(json.dumps(record | {"tokens": options.tokens}, indent=2) + "\n")
 
 

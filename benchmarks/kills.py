@@ -1,12 +1,12 @@
-"""Kill a training run at random instants, resume it each time, and compare its end with that of a run left alone.
+"""Kill a training run at random times, resume it each time, and compare its result with an uninterrupted run.
 
     python benchmarks/kills.py --kills 25              about ten minutes on two CPU cores
     python benchmarks/kills.py --kills 2 --steps 8     a short try
 
-Both runs train the quickstart with dropout and checkpoints. The kill is SIGKILL, so the process cannot react. It comes
-after a random time, from the first import to the last file; a process that ends before its kill is not counted, and a
-last start without a kill finishes the run. The script fails unless the adapter's bytes and every recorded loss agree.
-It writes a picture and benchmarks/reports/kills_<yyyy-mm>.md with `--out`.
+Both runs train the quickstart with dropout and checkpoints. SIGKILL ends the process after a random time, so that it
+cannot react; the kill can hit any work, from the first import to the last file. A process that ends before its kill is
+not counted. A last start without a kill finishes the run. The script fails unless the adapter's bytes and every
+recorded loss are the same. With `--out benchmarks/reports` it writes kills_<yyyy-mm>.md and a picture there.
 """
 
 import argparse
@@ -34,14 +34,12 @@ TIMES = ("tokens_per_second", "peak_memory_bytes")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the report and its picture; default: printed only"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--out", type=Path, help="folder for the report and its picture; default: only print")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
@@ -54,16 +52,16 @@ def main() -> None:
         )
         same = digest(whole) == digest(killed) and losses(whole) == losses(killed)
         print(
-            f"killed {len(kills)} times: adapter {digest(killed)[:16]}, {'the same' if same else 'ANOTHER ONE'}"
+            f"killed {len(kills)} times: adapter {digest(killed)[:16]}, {'the same' if same else 'DIFFERENT'}"
         )
         if arguments.out:
             write_report(arguments, whole, killed, kills, same)
     if not same:
-        sys.exit("the killed run ended with another adapter or other losses")
+        sys.exit("the killed run ended with a different adapter or different losses")
 
 
 def command(run: Path, steps: int, *options: str) -> list[str]:
-    """The training run: small, with dropout, evaluations and checkpoints."""
+    """Return the command of a small training run with dropout, evaluations and checkpoints."""
     settings = [
         f"training.max_steps={steps}", "training.save_every=5", "training.eval_every=20", "training.samples=0",
         "adapter.dropout=0.1", "optimizer.warmup_steps=4", "tracking.wandb.mode=disabled", f"output={run}",
@@ -72,24 +70,24 @@ def command(run: Path, steps: int, *options: str) -> list[str]:
 
 
 def train(run: Path, steps: int, *options: str) -> None:
-    """Train to the end."""
+    """Run the training to its end."""
     subprocess.run(command(run, steps, *options), check=True, stdout=subprocess.DEVNULL)
 
 
 def kill_and_resume(run: Path, steps: int, kills: int, seconds: float, chance: random.Random) -> list[int]:
-    """Kill the run `kills` times and finish it. Returns the last recorded step at each kill."""
+    """Kill the run `kills` times, then finish it; return the last recorded step at each kill."""
     reached: list[int] = []
     while len(reached) < kills:
         process = subprocess.Popen(
             command(run, steps, "--resume"), stdout=subprocess.DEVNULL, start_new_session=True
         )
-        # Starting takes longer than a few steps, so instants are drawn from the first part of a run's time
+        # A start takes longer than a few steps, so kills are drawn from the first third of a run's time
         instant = chance.uniform(0, seconds / 3)
         try:
             process.wait(instant)
             if process.returncode:
-                sys.exit(f"the run failed by itself with exit code {process.returncode}")
-            print("  the run ended before its kill; it begins anew")
+                sys.exit(f"the run failed on its own with exit code {process.returncode}")
+            print("  the run ended before its kill; start again from step 0")
             shutil.rmtree(run)
             continue
         except subprocess.TimeoutExpired:
@@ -103,12 +101,12 @@ def kill_and_resume(run: Path, steps: int, kills: int, seconds: float, chance: r
 
 
 def digest(run: Path) -> str:
-    """SHA-256 of the adapter's weights."""
+    """Return the SHA-256 of the adapter's file."""
     return hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl without times; a last line that a kill cut short is left out."""
+    """Return the records of metrics.jsonl without times, and without a last line that a kill cut short."""
     file = run / "metrics.jsonl"
     records = []
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -123,7 +121,7 @@ def losses(run: Path) -> list[dict[str, Any]]:
 def write_report(
     arguments: argparse.Namespace, whole: Path, killed: Path, kills: list[int], same: bool
 ) -> None:
-    """The report and its picture."""
+    """Write the report and its picture."""
     today = datetime.now(UTC)
     name = f"kills_{today:%Y-%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +135,7 @@ def write_report(
 `python benchmarks/kills.py --kills {len(kills)} --steps {arguments.steps} --seed {arguments.seed}`, {today:%Y-%m-%d},
 {platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}.
 
-A run of {arguments.steps} steps was killed with SIGKILL at {len(kills)} random instants and resumed each time. Last
+A run of {arguments.steps} steps was killed with SIGKILL at {len(kills)} random times and resumed each time. Last
 recorded steps at the kills: {", ".join(map(str, kills))}.
 
 | | SHA-256 of the adapter |
@@ -153,7 +151,7 @@ The adapter and every recorded loss {"are equal, bit for bit" if same else "DIFF
 
 
 def picture(whole: list[dict[str, Any]], killed: list[dict[str, Any]], kills: list[int]) -> bytes:
-    """Training loss of both runs over the steps, and a mark at each kill."""
+    """Draw the training loss of both runs over the steps, with a mark at each kill."""
     with figure(7, 2.8) as drawing:
         axes = drawing.subplots()
         for records, style in (

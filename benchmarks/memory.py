@@ -1,12 +1,13 @@
-"""Memory of full fine-tuning, LoRA and QLoRA at 7B, 13B, 33B and 65B: documents, forecast, and measured on a GPU.
+"""Compare the memory of full fine-tuning, LoRA and QLoRA at 7B to 65B: rule of thumb, forecast, measurement.
 
-    python benchmarks/memory.py                        forecasts: any machine, a minute or two
-    python benchmarks/memory.py --measure              where there is a GPU: also runs QLoRA and measures it
+    python benchmarks/memory.py                        forecasts only: any machine, a minute or two
+    python benchmarks/memory.py --measure              needs a GPU: also runs QLoRA and measures it
 
-Then the ways to spend less or more of it, at Llama 3.1: what is recomputed, and what is kept on the host.
+A second table shows options of QLoRA that use more or less memory, on Llama 3.1: recompute nothing, the MLPs or all
+layers; keep layer inputs and the input embedding in host memory.
 
-Writes benchmarks/reports/memory_<device>_<yyyy-mm>.md, .json and .png. The setting is that of the QLoRA paper's
-figure 6: one row of 512 tokens, rank 64 on all linear layers, all layers checkpointed; and the same at 2,048 tokens.
+Writes benchmarks/reports/memory_<device>_<yyyy-mm>.md, .json and .png. The setting is that of figure 6 of the QLoRA
+paper: one row of 512 tokens, rank 64 on all linear layers, all layers checkpointed. It is repeated at 2,048 tokens.
 Weights are synthetic: real shapes, random NF4 codes.
 """
 
@@ -29,7 +30,7 @@ MODELS = {"7B": "llama-7b", "13B": "llama-13b", "33B": "llama-33b", "65B": "llam
 RECIPES = {**MODELS, "Llama 3.1 8B": "llama-3.1-8b", "Llama 3.1 70B": "llama-3.1-70b"}
 LENGTHS = (512, 2048)
 PAPER_GB = {"7B": 6.9, "13B": 11.3, "33B": 24.7, "65B": 45.0}
-"""QLoRA (Dettmers et al. 2023), figure 6, at 512 tokens, GB; read off a secondary source, not checked by us"""
+"""QLoRA (Dettmers et al. 2023), figure 6, at 512 tokens, GB; from a secondary source, not checked against the paper"""
 
 COMMON = [
     "training.micro_batch_size=1",
@@ -51,21 +52,21 @@ WAYS: dict[str, list[str]] = {
     "and the embedding": HOST,
 }
 LONG = [("Llama 3.1 8B", 16384), ("Llama 3.1 8B", 65536), ("Llama 3.1 70B", 4096)]
-"""models and row lengths at which the last three ways are looked at"""
+"""models and row lengths for the last three ways"""
 REPORTS = Path(__file__).parent / "reports"
 GIB = 2**30
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--measure", action="store_true", help="run QLoRA on this GPU too")
+    parser.add_argument("--measure", action="store_true", help="also run QLoRA on this GPU")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--out", type=Path, default=REPORTS)
     arguments = parser.parse_args()
     if arguments.measure and not torch.cuda.is_available():
-        parser.error("--measure needs a GPU, and torch finds none")
+        parser.error("--measure needs a GPU, but torch finds none")
     rows = [
         row(model, method, length, arguments.measure)
         for model in arguments.models
@@ -89,26 +90,25 @@ def main() -> None:
 def row(
     model: str, method: str, length: int, measure: bool, way: str = "all layers recomputed"
 ) -> dict[str, Any]:
-    """One cell of the comparison: bytes by the documents, by the forecast, and measured."""
+    """Return one row of a table: bytes by the rule of thumb, by the forecast and as measured."""
     overrides = [*COMMON, *METHODS[method], *WAYS[way], f"data.max_length={length}"]
-    found = estimate(recipe_of(model, overrides)).memory
-    documents = found["documents"]
+    memory = estimate(recipe_of(model, overrides)).memory
     return {
         "model": model,
         "method": method,
         "tokens": length,
         "way": way,
-        # the documents have no arithmetic for a quantized base: theirs for LoRA stands beside it
-        "documents_bytes": documents["total_bytes"],
+        # The rule of thumb does not cover a quantized base; for QLoRA this is its value for LoRA
+        "documents_bytes": memory["documents"]["total_bytes"],
         "forecast": {
-            key: found["forecast"][key] for key in ("total_bytes", "parts", "peak", "allocated_bytes")
+            key: memory["forecast"][key] for key in ("total_bytes", "parts", "peak", "allocated_bytes")
         },
         "measured": measured(model, overrides) if measure and method == "QLoRA" else None,
     }
 
 
 def recipe_of(model: str, overrides: list[str]) -> Recipe:
-    """The shipped recipe; keys that a method leaves without effect are taken out."""
+    """Return the shipped recipe with the overrides, without the keys that have no effect for the method."""
     recipe = Recipe.load(RECIPES[model]).to_dict()
     if "adapter.method=full" in overrides:
         recipe["adapter"] = {"method": "full"}
@@ -129,7 +129,7 @@ def recipe_of(model: str, overrides: list[str]) -> Recipe:
 
 
 def measured(model: str, overrides: list[str]) -> dict[str, Any]:
-    """QLoRA for two steps in a fresh process, rows of full length."""
+    """Run two steps of QLoRA on full rows in a fresh process; return its memory, or its error."""
     length = int(next(o for o in overrides if "max_length" in o).split("=")[1])
     rows = Path(f"/tmp/qlora-memory-rows-{length}.jsonl")
     rows.write_text("".join(json.dumps({"text": "word " * 2 * length}) + "\n" for _ in range(4)))
@@ -140,13 +140,13 @@ def measured(model: str, overrides: list[str]) -> dict[str, Any]:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         return {"error": run.stderr.strip().splitlines()[-1]}
-    found = json.loads(run.stdout)
+    account = json.loads(run.stdout)
     keys = ("total_bytes", "parts", "peak", "allocated_bytes", "reserved_bytes", "driver_bytes")
-    return {key: found["measured"][key] for key in keys}
+    return {key: account["measured"][key] for key in keys}
 
 
 def environment() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return the date, command, commit, device and versions behind the numbers."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -162,28 +162,28 @@ def environment() -> dict[str, str]:
 
 NULL_GPU = [
     "",
-    "**Measured on a null GPU** (`benchmarks/null_gpu`): torch's own allocator served the very requests of a run, but "
-    "nothing was computed. What the driver takes for itself, which the forecast puts at 0.51 GiB, is no part of the "
-    "measurement, and is left out of the error.",
+    "**Measured on a null GPU** (`benchmarks/null_gpu`): torch's own allocator served every request of a run, but "
+    "nothing was computed. A null GPU has no CUDA context. The forecast assumes 0.51 GiB for it, which the column "
+    "error leaves out.",
 ]
 
 
 def markdown(content: dict[str, Any], name: str) -> str:
-    """The report."""
+    """Return the report as Markdown."""
     lines = [
         "# Memory: full fine-tuning, LoRA and QLoRA",
         "",
-        "One row a micro-batch, rank 64 on all linear layers, all layers checkpointed, AdamW with an fp32 master copy "
-        "(paged for LoRA and QLoRA). GiB; the paper's column in GB as published.",
+        "One row per micro-batch, rank 64 on all linear layers, all layers checkpointed, AdamW with an fp32 master "
+        "copy (paged for LoRA and QLoRA). Sizes are in GiB, except the paper's, which are in GB as published.",
         "",
         f"![bars]({name}.png)",
         "",
-        "| model | tokens | method | documents | forecast | of it, paged | measured | error | QLoRA paper, GB |",
+        "| model | tokens | method | rule of thumb | forecast | of which paged | measured | error | QLoRA paper, GB |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in content["rows"]:
         forecast = entry["forecast"]
-        shown, error = beside(forecast, entry["measured"])
+        shown, error = measurement_cells(forecast, entry["measured"])
         paper = PAPER_GB[entry["model"]] if (entry["method"], entry["tokens"]) == ("QLoRA", 512) else "–"
         paged = forecast["parts"].get("optimizer_state_paged", 0)
         lines.append(
@@ -192,18 +192,19 @@ def markdown(content: dict[str, Any], name: str) -> str:
         )
     lines += [
         "",
-        "The documents have no arithmetic for a quantized base; beside QLoRA stands theirs for LoRA.",
+        "The rule of thumb is 2 bytes per weight, 2 per gradient and 4 for Adam. It does not cover a quantized base, "
+        "so the rows for QLoRA repeat its value for LoRA.",
         "",
-        "## Ways to spend it",
+        "## Options that use more or less memory",
         "",
-        "QLoRA as above, rows of so many tokens.",
+        "QLoRA as above, in rows of the given number of tokens. A way that begins with *and* adds to the way above it.",
         "",
         "| model | tokens | way | forecast | measured | error |",
         "|---|---:|---|---:|---:|---:|",
         *(
             f"| {entry['model']} | {entry['tokens']:,} | {entry['way']} "
             f"| {entry['forecast']['total_bytes'] / GIB:.2f} "
-            f"| {' | '.join(beside(entry['forecast'], entry['measured']))} |"
+            f"| {' | '.join(measurement_cells(entry['forecast'], entry['measured']))} |"
             for entry in content["ways"]
         ),
         *(NULL_GPU if content["environment"]["device"] == "null GPU" else []),
@@ -213,20 +214,20 @@ def markdown(content: dict[str, Any], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside(forecast: dict[str, Any], real: dict[str, Any] | None) -> tuple[str, str]:
-    """A measurement as the tables show it, and by how much the forecast misses it."""
+def measurement_cells(forecast: dict[str, Any], real: dict[str, Any] | None) -> tuple[str, str]:
+    """Return two table cells: the measured GiB, and the relative error of the forecast."""
     if real is None:
         return "not measured", "–"
     if "error" in real:
         return real["error"], "–"
-    # a null GPU has no driver whose share could be measured
+    # A null GPU has no CUDA context to measure
     context = 0 if "device_context" in real["parts"] else forecast["parts"]["device_context"]
     error = (forecast["total_bytes"] - context) / real["total_bytes"] - 1
     return f"{real['total_bytes'] / GIB:.2f}", f"{error:+.1%}"
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars by model and method, on a logarithmic scale, at the shortest length."""
+    """Draw bars by model and method for the shortest row length, on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,13 +236,13 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     length = min(row["tokens"] for row in rows)
     shown = [row for row in rows if row["tokens"] == length]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    measured_on = f"measured on a {device}" + (", without a driver's share" if device == "null GPU" else "")
+    measured_on = f"measured on a {device}" + (", without CUDA context" if device == "null GPU" else "")
     figure, axes = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
-    colours = {"documents": "#c3c9cf", "forecast": "#2b5a8c", measured_on: "#a8480f"}
+    colours = {"rule of thumb": "#c3c9cf", "forecast": "#2b5a8c", measured_on: "#a8480f"}
     for place, row in enumerate(shown):
         real = (row["measured"] or {}).get("total_bytes")
         bars = {
-            "documents": row["documents_bytes"],
+            "rule of thumb": row["documents_bytes"],
             "forecast": row["forecast"]["total_bytes"],
             measured_on: real,
         }
@@ -257,7 +258,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(size, color="#68707a", linewidth=0.7, linestyle=":")
     axes.set_ylabel("GiB")
     axes.set_title(
-        f"One row of {length} tokens: what the documents estimate and what a run is forecast to take",
+        f"Memory with one row of {length} tokens: rule of thumb, forecast and measurement",
         loc="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)

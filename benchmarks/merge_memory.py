@@ -1,10 +1,10 @@
-"""What host memory and time a merge takes, on random weights in the shapes of a large model.
+"""Measure the host memory and the time of a merge, on random weights in the shapes of a large model.
 
     python benchmarks/merge_memory.py --model llama-65b --layers 1 --onto nf4 --folder /tmp/merge
 
-Writes the checkpoint, an adapter for all linear layers and the merged model below FOLDER (and removes them), so
-it needs twice the checkpoint's size on disk. A merge reads one tensor and holds one shard at a time, so memory
-depends on the largest tensor and on the adapter, not on the number of layers.
+Writes the checkpoint, an adapter for all linear layers and the merged model to FOLDER and removes them at the end. This
+needs twice the checkpoint's size on disk. A merge reads one tensor and holds one shard at a time, so its memory depends
+on the largest tensor and on the adapter, not on the number of layers.
 """
 
 import argparse
@@ -29,13 +29,13 @@ GiB = 2**30
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="llama-65b", help="an architecture of the package")
+    parser.add_argument("--model", default="llama-65b", help="an architecture that the package ships")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--onto", default="dequantized", choices=["original", "dequantized", "nf4"])
-    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder; it is removed at the end")
     arguments = parser.parse_args()
     arguments.folder.mkdir()
     try:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, architecture: str, layers: int) -> int:
-    """Random bf16 weights in shards, with the bundled tokenizer; returns their bytes."""
+    """Write random bf16 weights in shards and the bundled tokenizer; return the bytes of the weights."""
     folder.mkdir()
     config = json.loads(bundled.path(f"bundled/configs/{architecture}.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, architecture: str, layers: int) -> int:
 
 
 def write_adapter(folder: Path, rank: int) -> None:
-    """An adapter whose update is not zero, and the recipe that leads to its base."""
+    """Write an adapter whose update is not zero, and the recipe that names its base."""
     model = adapt(
         meta_base(Base(model=str(folder / "base"))).model, LoraSpec(rank=rank, targets="all-linear")
     )
@@ -81,7 +81,7 @@ def write_adapter(folder: Path, rank: int) -> None:
 
 
 def resident() -> int:
-    """Peak resident bytes so far."""
+    """Return the peak resident bytes of this process so far."""
     return peak(torch.device("cpu")).resident_bytes
 
 

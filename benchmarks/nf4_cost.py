@@ -1,8 +1,8 @@
-"""What NF4 costs a base in held-out loss, and what it saves in bytes.
+"""Compare the held-out loss and the bytes per weight of a base in float32 and in NF4.
 
     python benchmarks/nf4_cost.py TEXT.jsonl [--model bundled/base]
 
-TEXT.jsonl holds plain text in the field `text`; the loss is in nats per token. Prints a Markdown table.
+TEXT.jsonl holds plain text in the field `text`. The loss is in nats per token. Prints a Markdown table.
 """
 
 import argparse
@@ -27,13 +27,13 @@ VARIANTS = {
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("text")
+    parser.add_argument("text", help="JSON Lines with the field `text`")
     parser.add_argument("--model", default="bundled/base")
     arguments = parser.parse_args()
     data = Data(source=arguments.text, format="completion", max_length=256, held_out=0)
-    print("| base | held-out loss | linear weights, bytes each |")
+    print("| base | held-out loss | bytes per linear weight |")
     print("|---|---:|---:|")
     for name, settings in VARIANTS.items():
         base = Base(model=arguments.model, **settings)

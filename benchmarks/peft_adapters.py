@@ -1,10 +1,11 @@
-"""Whether adapters from elsewhere give here the logits that PEFT gives them.
+"""Compare the logits of published adapters, loaded by this package, with those of PEFT.
 
     python benchmarks/peft_adapters.py ADAPTER_FOLDER ... [--config config.json]
 
-Needs PEFT. The base is random, of the architecture that the adapter names (or of --config), so nothing is
-downloaded: the same one for both, in fp32 and in fp64, where only rounding is left to differ. An adapter whose
-numbers are not finite is refused here; it is then tried again with random ones. Prints a Markdown table.
+Needs PEFT. Both load the adapter on the same random base, so nothing is downloaded. Its architecture is that of the
+base that the adapter names, or of --config. The comparison runs in fp32 and in fp64, where only rounding can differ.
+This package refuses an adapter whose values are not finite; such an adapter is tried again with random values. Prints a
+Markdown table.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, OPTConfi
 from qlora.adapter import load_adapter, lora_layers
 from qlora.errors import ModelError
 
-# Attention in full size; where the adapter does not reach (vocabulary, Gemma's feed-forward) smaller, for memory
+# Attention has its full size. Parts without an adapter (vocabulary, Gemma's feed-forward) are smaller, to save memory
 ARCHITECTURES: dict[str, Any] = {
     "facebook/opt-125m": OPTConfig(vocab_size=4096),
     "google/gemma-2b": GemmaConfig(
@@ -39,19 +40,19 @@ ARCHITECTURES: dict[str, Any] = {
 
 
 def base(config: Any) -> nn.Module:
-    """Random weights, the same at every call."""
+    """Build a model with random weights, the same at every call."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def logits(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    """[1, 32, vocabulary] in float64."""
+    """Return the logits of a fixed input, [1, 32, vocabulary], in float64."""
     return model.eval().to(dtype)(input_ids=torch.arange(32)[None] * 7 + 3).logits.double()
 
 
 def with_finite_numbers(folder: Path, copy: Path) -> Path:
-    """The adapter in `folder` with random numbers in place of its own."""
+    """Copy the adapter in `folder` with random values instead of its own; return `copy`."""
     shutil.copytree(folder, copy)
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(copy / "adapter_model.safetensors")
@@ -62,14 +63,14 @@ def with_finite_numbers(folder: Path, copy: Path) -> Path:
 
 
 def compare(folder: Path, config: Any, label: str) -> None:
-    """One line of the table for each dtype."""
+    """Print one row of the table for each dtype."""
     for dtype in (torch.float32, torch.float64):
         plain = logits(base(config), dtype)
         ours = load_adapter(base(config), folder)
-        count, found = len(lora_layers(ours)), logits(ours, dtype)
+        count, actual = len(lora_layers(ours)), logits(ours, dtype)
         del ours
         expected = logits(peft.PeftModel.from_pretrained(base(config), str(folder)), dtype)
-        effect, difference = (expected - plain).abs().max(), (found - expected).abs().max()
+        effect, difference = (expected - plain).abs().max(), (actual - expected).abs().max()
         name = str(dtype).removeprefix("torch.")
         print(
             f"| {label} | {count} | {name} | {expected.abs().max():.3f} | {effect:.1e} | {difference:.1e} |"
@@ -77,12 +78,14 @@ def compare(folder: Path, config: Any, label: str) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("adapters", nargs="+", type=Path)
-    parser.add_argument("--config", help="of the base, if its architecture is not known here")
+    parser.add_argument(
+        "--config", help="config.json of the base, if its architecture is not in ARCHITECTURES"
+    )
     arguments = parser.parse_args()
-    print("| adapter | layers | dtype | largest logit | moved by the adapter | difference from PEFT |")
+    print("| adapter | layers | dtype | largest logit | effect of the adapter | difference from PEFT |")
     print("|---|---:|---|---:|---:|---:|")
     for folder in arguments.adapters:
         name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -93,7 +96,7 @@ def main() -> None:
             print(f"| {folder.name} | refused: {error} | | | | |")
             with tempfile.TemporaryDirectory() as scratch:
                 finite = with_finite_numbers(folder, Path(scratch) / folder.name)
-                compare(finite, config, f"{folder.name}, random numbers")
+                compare(finite, config, f"{folder.name}, random values")
 
 
 if __name__ == "__main__":

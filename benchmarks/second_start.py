@@ -1,11 +1,11 @@
-"""What the cache saves: data and base of a first and a second start, each in a fresh process.
+"""Measure the time that the cache saves: load data and base at a first and a second start, in fresh processes.
 
     python benchmarks/second_start.py [--rows 52000] [--hidden 1024] [--layers 24]
 
-Makes rows as long as Alpaca's and a random Llama in bf16, in a temporary folder with a cache of its own. Prints
-a Markdown table: seconds on the clock (and of the processor, which other work on the machine does not lengthen),
-without imports; and the SHA-256 of what was loaded, which must not differ. Below it, what laying out a step's
-batches takes: what a loader ahead of the device could hide.
+Writes rows as long as Alpaca's and a random Llama in bf16 to a temporary folder with its own cache. Prints a Markdown
+table: seconds without imports, by the clock and (in brackets) of the processor, which other work on the machine does
+not lengthen; and the SHA-256 of the data and weights, which must be the same in every row. The last line is the time
+to build the batches of a step, which is all that a data loader in the background could hide.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from qlora import bundled
 
 
 def main() -> None:
-    """The command line: without `--load` it makes everything and calls itself."""
+    """Run the command line: write data and base, then start this script with `--load` for each start."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=52_000)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -50,17 +50,18 @@ def main() -> None:
             ("second", "cache"),
             ("third", "cache"),
         ):
-            found = in_a_process(folder, cache if cache == "off" else str(folder / cache))
-            numbers = " | ".join(f"{clock:.2f} ({cpu:.2f})" for clock, cpu in found["seconds"])
-            numbers += f" | {found['peak']:.2f}"
-            print(f"| {start} | {numbers} | {found['sha256'][:12]} |", flush=True)
+            measured = in_a_process(folder, cache if cache == "off" else str(folder / cache))
+            numbers = " | ".join(f"{clock:.2f} ({cpu:.2f})" for clock, cpu in measured["seconds"])
+            numbers += f" | {measured['peak']:.2f}"
+            print(f"| {start} | {numbers} | {measured['sha256'][:12]} |", flush=True)
         print(
-            f"\nlaying out a step of 16 packed rows of 512 tokens: {1000 * found['step']:.2f} ms (CPU), median"
+            "\nbuilding the batches of a step, 16 packed rows of 512 tokens: "
+            f"{1000 * measured['step']:.2f} ms (CPU), median"
         )
 
 
 def in_a_process(folder: Path, cache: str) -> dict[str, Any]:
-    """What `load` measures, in a process that has nothing in memory yet."""
+    """Return the measurements of `load`, run in a fresh process."""
     command = [sys.executable, __file__, "--load", str(folder)]
     environment = {**os.environ, "QLORA_CACHE": cache}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -68,7 +69,7 @@ def in_a_process(folder: Path, cache: str) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Seconds to load data and base, and a checksum over both."""
+    """Load data and base; return the seconds, the peak memory and a checksum over both."""
     import torch
 
     from qlora.data import Batches, load_dataset
@@ -95,7 +96,7 @@ def load(folder: Path) -> dict[str, Any]:
     checksum = hashlib.sha256(dataset.fingerprint.encode())
     for tensor in model.state_dict().values():
         checksum.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    # not getrusage's: that begins with the peak of the process that started this one
+    # Not from getrusage, whose peak includes that of the parent process
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
     return {
@@ -107,14 +108,14 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
-    """(what the function returns, seconds of clock and processor)."""
+    """Return the value of the function, and its seconds of clock and processor."""
     began = time.perf_counter(), time.process_time()
     value = function()
     return value, (time.perf_counter() - began[0], time.process_time() - began[1])
 
 
 def write_rows(file: Path, count: int) -> None:
-    """Alpaca rows of words that the tickets use; about 180 tokens each."""
+    """Write rows in the Alpaca format, of about 180 tokens each, from words of the bundled tickets."""
     tickets = bundled.path("bundled/tickets/train.jsonl").read_text().split()
     words, dice = [word for word in tickets if word.isalpha()], random.Random(0)
     with file.open("w") as stream:
@@ -128,7 +129,7 @@ def write_rows(file: Path, count: int) -> None:
 
 
 def write_llama(folder: Path, hidden: int, layers: int) -> None:
-    """A random Llama in bf16 with a vocabulary of 32,000 and the bundled tokenizer."""
+    """Write a random Llama in bf16 with a vocabulary of 32,000, and the bundled tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging

@@ -1,10 +1,10 @@
-"""How long it takes to load an adapter and to switch between adapters, at the shapes of a large model.
+"""Time the loading of adapters and the switch between them, at the shapes of a large model.
 
     python benchmarks/switching.py --model llama-7b --layers 4 --ranks 16 64
 
-The base is synthetic NF4 (random content; a switch moves none of it), cut to LAYERS layers; each adapter has
-all linear layers. Times are the least of several, and a switch is proportional to the layers. Loading reads the
-adapter's file, from the page cache here. The base's bytes are hashed before and after.
+The base has LAYERS layers of random NF4 weights, which a switch does not move. Each adapter covers all linear layers.
+A time is the minimum of several; the time of a switch is proportional to the number of layers. Loading reads the
+adapter's file, here from the page cache. A SHA-256 before and after checks that the base's bytes did not change.
 """
 
 import argparse
@@ -28,10 +28,10 @@ MiB = 2**20
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="llama-7b", help="an architecture of the package")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers of it")
+    parser.add_argument("--model", default="llama-7b", help="an architecture that the package ships")
+    parser.add_argument("--layers", type=int, default=4, help="number of decoder layers")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64], help="one adapter of each rank")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def write_adapter(model: nn.Module, rank: int, folder: Path) -> None:
-    """A random adapter for all linear layers of a model on the meta device."""
+    """Write a random adapter for all linear layers of a model on the meta device."""
     adapt(model, LoraSpec(rank=rank, targets="all-linear"))
     for layer in lora_layers(model).values():
         for name in ("lora_a", "lora_b"):
@@ -78,18 +78,18 @@ def write_adapter(model: nn.Module, rank: int, folder: Path) -> None:
 
 
 def timed(act: Callable[[], object], undo: Callable[[], object], times: int = 7) -> float:
-    """Least time of `act` in ms; `undo` follows each."""
-    found = []
+    """Return the minimum time of `act` in ms over several calls, each followed by `undo`."""
+    seconds = []
     for _ in range(times):
         began = time.perf_counter()
         act()
-        found.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
         undo()
-    return min(found) * 1000
+    return min(seconds) * 1000
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of every byte of a model."""
+    """Return the SHA-256 of every byte of a model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

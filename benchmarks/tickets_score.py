@@ -1,4 +1,4 @@
-"""How many held-out tickets a quickstart run answers right, to the letter.
+"""Print how many held-out tickets a quickstart run answers exactly right.
 
 python benchmarks/tickets_score.py runs/quickstart
 """
@@ -12,10 +12,10 @@ from qlora.inference.load import load_trained
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run")
-    parser.add_argument("--base", action="store_true", help="without the adapter")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--base", action="store_true", help="score the base model, without the adapter")
     arguments = parser.parse_args()
     trained = load_trained(arguments.run, with_adapter=not arguments.base)
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
@@ -23,8 +23,8 @@ def main() -> None:
         score(prompt.reference, answer(trained.model, trained.tokenizer, prompt.input_ids, max_new_tokens=24))
         for prompt in dataset.prompts
     ]
-    whole = sum(value == 1 for value in scores)
-    print(f"{whole} of {len(scores)} tickets right, {sum(scores) / len(scores):.1%} of their fields")
+    right = sum(value == 1 for value in scores)
+    print(f"{right} of {len(scores)} tickets right, {sum(scores) / len(scores):.1%} of their fields")
 
 
 if __name__ == "__main__":

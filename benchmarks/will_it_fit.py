@@ -41,11 +41,11 @@ REPORTS = Path(__file__).parent / "reports"
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", help="beginnings of the models' names", default=[""])
+    parser.add_argument("--models", nargs="+", help="prefixes of model names", default=[""])
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS_GIB), help="GiB")
-    parser.add_argument("--out", type=Path, help="folder for the report; default: printed only")
+    parser.add_argument("--out", type=Path, help="folder for the report; default: only print")
     arguments = parser.parse_args()
     models = {name: recipe for name, recipe in MODELS.items() if name.startswith(tuple(arguments.models))}
     lines = list(table(models, arguments.cards))
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def table(models: dict[str, str], cards: list[int]) -> Iterator[str]:
-    """A Markdown table: a line a model, a column a card."""
+    """Yield the lines of a Markdown table: one row per model, one column per card."""
     yield "| longest row, tokens | " + " | ".join(f"{card} GiB" for card in cards) + " |"
     yield "|---|" + "---:|" * len(cards)
     for name, recipe in models.items():
@@ -72,7 +72,7 @@ def table(models: dict[str, str], cards: list[int]) -> Iterator[str]:
 
 
 def longest_rows(name: str, settings: list[str], cards: list[int]) -> dict[int, int]:
-    """Tokens of the longest row of a shipped recipe that fits on each card; 0 where none does."""
+    """Return the tokens of the longest row that fits on each card for a shipped recipe; 0 if none fits."""
     recipe = Recipe.load(
         name, [*COMMON, *settings, f"base.model={bundled.path(f'bundled/configs/{name}.json')}"]
     )
@@ -85,7 +85,7 @@ def longest_rows(name: str, settings: list[str], cards: list[int]) -> dict[int, 
 
 
 def cell(on_gpu: int, offloaded: int) -> str:
-    """Both numbers; one where offloading brings nothing."""
+    """Return both numbers as text; one number if offloading changes nothing."""
     if not offloaded:
         return "no"
     if not on_gpu:

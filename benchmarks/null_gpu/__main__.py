@@ -1,9 +1,9 @@
-"""Run a program on a GPU that is not there: torch's CUDA, with memory and launches counted, and nothing computed.
+"""Run a program with torch's CUDA on a simulated GPU that counts memory and launches and computes nothing.
 
     python -m benchmarks.null_gpu [--gib 80] SCRIPT [ARGUMENT ...]
     python -m benchmarks.null_gpu -m MODULE [ARGUMENT ...]
 
-Needs a CUDA build of torch 2.11 or later with its wheels of CUDA 13, and gcc. See README.md.
+Needs gcc, and a CUDA build of torch 2.11 or later with its CUDA 13 wheels. See README.md.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ import torch
 
 HERE = Path(__file__).parent
 REAL = {"cudaRuntimeGetVersion", "cublasLtGetVersion"}
-"""which the real libraries answer without a device"""
+"""functions left to the real libraries, which need no device for them"""
 
 
 def main() -> None:
-    """The command line: replaces this process by the program."""
+    """Replace this process by the program, with the simulated GPU loaded."""
     arguments = sys.argv[1:]
     gib = "80"
     if arguments[:1] == ["--gib"]:
@@ -29,7 +29,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.exit(__doc__)
     if torch.version.cuda is None:
-        sys.exit(f"torch {torch.__version__} is built without CUDA: install the build of the package index")
+        sys.exit(f"torch {torch.__version__} is built without CUDA; install a CUDA build from PyPI")
     folder = built(Path(torch.__file__).parents[1])
     environment = os.environ | {
         "LD_PRELOAD": str(folder / "libnullgpu.so"),
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def built(site: Path) -> Path:
-    """The folder with the two libraries for the packages in `site`, made if need be."""
+    """Return the folder of the two libraries for the packages in `site`; compile them if they are missing."""
     sources = [HERE / name for name in ("runtime.c", "driver.c", "nothing.c")]
     seed = torch.__version__.encode() + b"".join(source.read_bytes() for source in sources)
     folder = Path("~/.cache/qlora-null-gpu").expanduser() / hashlib.sha256(seed).hexdigest()[:12]
@@ -54,7 +54,7 @@ def built(site: Path) -> Path:
     first = folder / "first.so"
     subprocess.run([*compiler, runtime, "-o", first], check=True)
     rest = folder / "rest.c"
-    missing = sorted(asked(site) - names(first, "--defined-only") - REAL)
+    missing = sorted(called(site) - names(first, "--defined-only") - REAL)
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
     subprocess.run([*compiler, runtime, rest, "-o", folder / "libnullgpu.so"], check=True)
     soname = "-Wl,-soname,libcuda.so.1"
@@ -62,16 +62,16 @@ def built(site: Path) -> Path:
     return folder
 
 
-def asked(site: Path) -> set[str]:
-    """What torch and bitsandbytes call of CUDA's runtime and of cuBLAS."""
+def called(site: Path) -> set[str]:
+    """Return the functions of the CUDA runtime and of cuBLAS that torch and bitsandbytes call."""
     libraries = [site / "torch/lib" / f"lib{name}.so" for name in ("c10_cuda", "torch_cuda", "torch_python")]
     libraries += site.glob("bitsandbytes/libbitsandbytes_cuda13*.so")
-    found = set().union(*(names(library, "--undefined-only") for library in libraries))
-    return {name for name in found if re.match("cuda|cublas", name)}
+    symbols = set().union(*(names(library, "--undefined-only") for library in libraries))
+    return {name for name in symbols if re.match("cuda|cublas", name)}
 
 
 def names(library: Path, which: str) -> set[str]:
-    """Symbols that a library defines or asks for."""
+    """Return the symbols that a library defines or requires, as `nm` lists them with the option `which`."""
     listing = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
     return {line.split()[-1].split("@")[0] for line in listing.splitlines()}
 

@@ -1,8 +1,9 @@
-"""What a step of ours asks of a GPU: launches, products, copies, and how often the host waits.
+"""Count the kernel launches, matrix products, waits and copies of a training step, on a null GPU.
 
     python -m benchmarks.null_gpu -m benchmarks.null_gpu.count [--preset llama-3.1-8b]
 
-Prints a Markdown table over ways to lay out and to recompute. The host's seconds are those of this machine.
+Prints a Markdown table with one line for each layout of the rows and each choice of what to recompute. The host's
+seconds are those of this machine.
 """
 
 import argparse
@@ -22,20 +23,22 @@ from benchmarks.speed.workload import Document, Workload
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.offload import HostEmbedding
 
-COLUMNS = ("launches", "products among them", "waits", "copies to the device", "to the host")
-"""in the order of runtime.c"""
+COLUMNS = ("launches", "of which products", "waits", "copies to the device", "copies to the host")
+"""in the order of `counters` in runtime.c"""
 
 EMBEDDING = "all layers recomputed, inputs and embedding on the host"
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="llama-3.1-8b", choices=PRESETS)
     parser.add_argument("--cache", default="~/.cache/qlora-null-gpu/bases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device: start this by `python -m benchmarks.null_gpu -m ...`")
+        parser.error(
+            "torch finds no CUDA device: start this script with `python -m benchmarks.null_gpu -m ...`"
+        )
     preset = PRESETS[arguments.preset]
     setting = Setting(preset, steps=2, cache=str(Path(arguments.cache).expanduser()))
     job = prepare(setting).job(setting)
@@ -54,7 +57,7 @@ def main() -> None:
     rows = []
     for name, (documents, recomputed, offload) in forms.items():
         checkpoint_layers(session.model, *recomputed, offload=offload)
-        if name == EMBEDDING:  # the last, for it stays there
+        if name == EMBEDDING:  # the last form, because the embedding stays on the host
             embedding = session.model.get_input_embeddings()
             session.model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cuda", 0)))
         session.step(0, documents)  # warms up
@@ -63,19 +66,21 @@ def main() -> None:
         with counted(counts):
             session.step(1, documents)
         rows.append([name, *(f"{count:,}" for count in counts), f"{time.perf_counter() - started:.2f}"])
-    print(f"{preset.name}, {preset.sequences} x {preset.length:,} tokens, one micro-batch, {layers} layers\n")
-    print(table(["a step", *COLUMNS, "host, s"], rows))
+    print(
+        f"{preset.name}, {preset.sequences} x {preset.length:,} tokens in one micro-batch, {layers} layers\n"
+    )
+    print(table(["step", *COLUMNS, "host, s"], rows))
 
 
 def shortened(document: Document, by: int) -> Document:
-    """The document without its last `by` tokens."""
+    """Return the document without its last `by` tokens."""
     stop = len(document.input_ids) - by
     return Document(document.input_ids[:stop], document.labels[:stop])
 
 
 @contextmanager
 def counted(counts: list[int]) -> Iterator[None]:
-    """Adds to `counts` what happens within."""
+    """Add the events inside the `with` block to `counts`."""
     before = _counters()
     yield
     for number, (earlier, later) in enumerate(zip(before, _counters(), strict=True)):
@@ -83,9 +88,9 @@ def counted(counts: list[int]) -> Iterator[None]:
 
 
 def _counters() -> list[int]:
-    found = (ctypes.c_uint64 * len(COLUMNS))()
-    ctypes.CDLL(None).nullgpu_counters(found)
-    return list(found)
+    values = (ctypes.c_uint64 * len(COLUMNS))()
+    ctypes.CDLL(None).nullgpu_counters(values)
+    return list(values)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-// The driver's part of a CUDA that computes nothing: what torch and Triton ask libcuda.so.1 for. See README.md.
+// A CUDA driver that computes nothing: the functions that torch and Triton take from libcuda.so.1. See README.md.
 #include <cuda.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
-extern int cudaDeviceGetAttribute(int *, int, int) __attribute__((weak));  // runtime.c answers: the numbers are the same
+extern int cudaDeviceGetAttribute(int *, int, int) __attribute__((weak));  // in runtime.c: attributes have the same numbers there
 extern void nullgpu_launched(void) __attribute__((weak));
 extern void nullgpu_addresses(void *, size_t) __attribute__((weak));
 extern int nullgpu_hold(long long) __attribute__((weak));
@@ -32,7 +32,7 @@ CUresult cuLaunchKernel(CUfunction f, unsigned a, unsigned b, unsigned c, unsign
     return CUDA_SUCCESS;
 }
 
-// Memory in pages, for torch's expandable segments
+// Virtual memory in pages, for torch's expandable segments
 CUresult cuMemGetAllocationGranularity(size_t *n, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags f) { *n = 2 << 20; return CUDA_SUCCESS; }
 CUresult cuMemAddressReserve(CUdeviceptr *p, size_t n, size_t alignment, CUdeviceptr at, unsigned long long f) {
     void *start = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

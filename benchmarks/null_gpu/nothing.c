@@ -1,4 +1,4 @@
-// Of these nobody reads more than success.
+// Driver functions whose callers only check for success. See README.md.
 int cuCtxSetCurrent(void) { return 0; }
 int cuCtxSetLimit(void) { return 0; }
 int cuCtxGetLimit(void) { return 0; }

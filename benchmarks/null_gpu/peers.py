@@ -1,10 +1,11 @@
-"""What ours and its peers take of a GPU, by torch's own allocator: no losses, no speed.
+"""Measure the GPU memory of qlora and of other trainers with torch's own allocator, on a null GPU.
 
     python -m benchmarks.null_gpu -m benchmarks.null_gpu.peers --preset llama-3.1-8b
 
-The contenders of `benchmarks.speed`, each in a fresh process, three steps. Prints a Markdown table: the most that a
-step held (allocated) and took from the driver for it (reserved), and the same of the whole process, loading included;
-and the host's seconds a step, which is what a GPU must take at least to hide them.
+Runs the contenders of `benchmarks.speed`, each in a fresh process for one warm-up step and three more. Prints a
+Markdown table: the peak memory of a step, in use (allocated) and taken from the driver (reserved); the same for the
+whole process, including loading; and the host's seconds per step. The host does not slow a GPU down that takes longer
+than these. Losses and GPU speed are not measured.
 """
 
 import argparse
@@ -24,7 +25,7 @@ WARMUP, STEPS = 1, 3
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="llama-3.1-8b", choices=PRESETS)
     parser.add_argument("--sequences", type=int)
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--cache", default="~/.cache/qlora-null-gpu/bases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device: start this by `python -m benchmarks.null_gpu -m ...`")
+        parser.error(
+            "torch finds no CUDA device: start this script with `python -m benchmarks.null_gpu -m ...`"
+        )
     preset = PRESETS[arguments.preset].change(sequences=arguments.sequences, length=arguments.length)
     setting = Setting(preset, steps=WARMUP + STEPS, cache=str(Path(arguments.cache).expanduser()))
     rows = []
@@ -50,22 +53,22 @@ def main() -> None:
         "step, reserved",
         "process, allocated",
         "process, reserved",
-        "host, s a step",
+        "host, s per step",
     )
     print(table(["GiB", *columns], rows))
 
 
 def row(contender: Contender, memory: dict[str, int], seconds: list[float], error: str | None) -> list[str]:
-    """One line of the table."""
+    """Return one row of the table."""
     if error is not None:
         return [contender.name, error.splitlines()[0][:80], "", "", "", ""]
-    most = [
+    peaks = [
         memory["train_allocated"],
         memory["train_reserved"],
         max(size for name, size in memory.items() if name.endswith("_allocated")),
         max(size for name, size in memory.items() if name.endswith("_reserved")),
     ]
-    return [contender.name, *(f"{size / GIB:.2f}" for size in most), f"{min(seconds[WARMUP:]):.2f}"]
+    return [contender.name, *(f"{size / GIB:.2f}" for size in peaks), f"{min(seconds[WARMUP:]):.2f}"]
 
 
 if __name__ == "__main__":

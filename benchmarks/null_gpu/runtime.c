@@ -1,7 +1,7 @@
-// A CUDA runtime that computes nothing, loaded before the real one: see README.md.
+// A CUDA runtime that computes nothing, loaded before the real one. See README.md.
 //
-// Memory is handed out and counted, but hardly ever touched; kernels and products are counted, not run.
-// What is not here or in driver.c succeeds and does nothing.
+// It hands out and counts memory, but hardly ever touches it. It counts kernels and matrix products, but runs none.
+// Functions that are neither here nor in driver.c succeed and do nothing.
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -18,8 +18,8 @@ void nullgpu_launched(void);
 #define COUNT(what) __atomic_fetch_add(&counters[what], 1, __ATOMIC_RELAXED)
 
 static size_t total_bytes(void) {
-    const char *said = getenv("NULLGPU_GIB");
-    return (size_t)((said ? atof(said) : 80.0) * (1 << 30));
+    const char *gib = getenv("NULLGPU_GIB");
+    return (size_t)((gib ? atof(gib) : 80.0) * (1 << 30));
 }
 
 // Regions ------------------------------------------------------------------
@@ -56,7 +56,7 @@ static enum cudaMemoryType kind_of(const void *pointer) {
     pthread_mutex_unlock(&lock);
     return kind;
 }
-// For driver.c: addresses without memory, and memory without addresses
+// For driver.c: reserve addresses without memory; count memory without addresses
 void nullgpu_addresses(void *start, size_t bytes) {
     pthread_mutex_lock(&lock);
     regions[region_count].start = start, regions[region_count].bytes = bytes;
@@ -102,8 +102,9 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
     return cudaSuccess;
 }
 
-// Copies: of what comes from the host only short texts are kept, such as bitsandbytes' description of a weight; a number
-// that is read from the device, which a kernel should have written, is zero ------------------------------------------
+// Copies -------------------------------------------------------------------
+// Host to device: only short texts are kept, such as bitsandbytes' description of a weight.
+// Device to host: a number, which a kernel would have written, reads as zero.
 enum { NUMBER = 64, TEXT = 4096 };
 static cudaError_t copy(void *to, const void *from, size_t n, int waits) {
     enum cudaMemoryType there = kind_of(to), here = kind_of(from);
@@ -148,7 +149,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int t, size_t m, unsigned x) { *n = 2; return cudaSuccess; }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *f, int t, size_t m) { *n = 2; return cudaSuccess; }
 
-// The device: what an H100 says of itself ------------------------------------
+// The device: the properties of an H100 --------------------------------------
 cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
 cudaError_t cudaGetDevice(int *n) { *n = 0; return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *n) { *n = 13000; return cudaSuccess; }
@@ -214,7 +215,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms 
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *m) { return cudaSuccess; }
 cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) { static char block[1 << 16]; *p = block; return cudaSuccess; }
 
-// cuBLAS: handles that are something, products that are nothing ---------------
+// cuBLAS: handles are not null, products do nothing ----------------------------
 typedef int status;
 status cublasCreate_v2(void **h) { return made(h); }
 status cublasGetMathMode(void *h, int *m) { *m = 0; return 0; }

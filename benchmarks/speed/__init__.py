@@ -1,1 +1,1 @@
-"""Speed and memory of a training step, side by side with the peers: `python -m benchmarks.speed`."""
+"""Compares speed and memory of a training step with other trainers: `python -m benchmarks.speed`."""

@@ -1,6 +1,8 @@
-"""The benchmark's command line; run it from the repository's root.
+"""Compare speed and memory of a training step with other trainers.
 
-python -m benchmarks.speed --preset cpu --rounds 3 --out benchmarks/reports
+Run it from the root of the repository:
+
+    python -m benchmarks.speed --preset cpu --rounds 3 --out benchmarks/reports
 """
 
 import argparse
@@ -20,7 +22,7 @@ GROWING = "qlora,peft_tuned"
 
 
 def main() -> int:
-    """Compare, write the report, and return 1 if a contender failed or did not train as the others did."""
+    """Compare, write the report, and return 1 if a contender failed or trained differently from the others."""
     arguments = parser().parse_args()
     device = _device(arguments.device)
     shaped = preset(arguments.preset).change(
@@ -69,35 +71,40 @@ def main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All arguments."""
+    """Return the argument parser."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
     add = made.add_argument
     add("--preset", default="cpu", choices=PRESETS, help="architecture and tokens of a step")
-    add("--contenders", help="comma-separated: `qlora`, `trl +ckpt`, a .py file; default: everybody")
-    add("--rounds", type=int, default=3, help="fresh processes of each contender")
+    add("--contenders", help="comma-separated: `qlora`, `trl +ckpt`, a .py file; default: all")
+    add("--rounds", type=int, default=3, help="fresh processes per contender")
     add("--warmup", type=int, default=3, help="steps that are not timed")
-    add("--steps", type=int, default=5, help="steps that are")
+    add("--steps", type=int, default=5, help="steps that are timed")
     add("--sequences", type=int, help="dense sequences of a step")
     add("--length", type=int, help="tokens of a sequence or packed row")
-    add("--rank", type=int, default=16)
-    add("--gsm8k", help="JSON Lines with `question` and `answer`; without it tokens are dense and random")
+    add("--rank", type=int, default=16, help="rank of the adapter")
+    add("--gsm8k", help="JSON Lines with `question` and `answer`; default: dense random tokens")
     add("--tokenizer", help="folder of the tokenizer for --gsm8k; default: the bundled one")
     add("--documents", type=int, help="documents of a step, with --gsm8k")
     add("--micro-batch", type=int, help="documents of a padded micro-batch, with --gsm8k")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of all products")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="dtype of all matrix products",
+    )
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=int, help="of every process; default: as torch chooses")
+    add("--threads", type=int, help="threads per process; default: torch's choice")
     add("--seed", type=int, default=0)
-    add("--timeout", type=float, default=3600.0, help="seconds until a contender is ended")
+    add("--timeout", type=float, default=3600.0, help="seconds after which a contender is killed")
     add(
         "--growth",
         nargs="?",
         const=GROWING,
-        help="also over length, rank and model size; of these contenders",
+        help="also vary length, rank and model size, for these contenders",
     )
-    add("--cache", default="~/.cache/qlora-speed", help="where the NF4 checkpoints are kept")
-    add("--out", help="folder for the report; without it, it is only printed")
-    add("--name", help="of the report's files; default: speed_<machine>_<yyyy-mm>")
+    add("--cache", default="~/.cache/qlora-speed", help="folder for the NF4 checkpoints")
+    add("--out", help="folder for the report; default: only print")
+    add("--name", help="name of the report's files; default: speed_<machine>_<yyyy-mm>")
     return made
 
 

@@ -1,9 +1,9 @@
-"""How many floating point operations a training step needs, by formula.
+"""Formula for the floating point operations of a training step.
 
-With a frozen base there is no weight gradient: a pass over a linear costs 2 a weight and token in the forward,
-2 in the backward (the input's gradient), and 2 more where it is recomputed. Only the first layer's q, k and v
-need no input gradient. Elementwise work, norms, softmax and dequantization are not counted: they are overhead,
-which is what the share of the matrix-product rate shows.
+A frozen base needs no weight gradients. A linear layer costs 2 operations per weight and token in the forward pass, 2
+in the backward pass (input gradient) and 2 more if it is recomputed. Only q, k and v of the first layer need no input
+gradient. Elementwise work, norms, softmax and dequantization are not counted. They are overhead, which lowers the share
+of the matrix-product rate in the reports.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from benchmarks.speed.presets import Shape
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating point operations of one step, by what they are for."""
+    """Floating point operations of one step, by purpose."""
 
     base: float
-    """forward and input gradient of the frozen linears"""
+    """forward and input gradient of the frozen linear layers"""
     lora: float
     attention: float
-    """causal, scores recomputed in the backward as flash attention does"""
+    """causal; scores are recomputed in the backward pass, as in flash attention"""
     head: float
     """forward and input gradient, supervised tokens only"""
     recompute: float
-    """what is computed a second time in the layers"""
+    """second forward pass of checkpointed layers"""
 
     @property
     def needed(self) -> float:
-        """Without recomputation."""
+        """Operations without recomputation."""
         return self.base + self.lora + self.attention + self.head
 
     @property
     def performed(self) -> float:
-        """With it."""
+        """Operations with recomputation."""
         return self.needed + self.recompute
 
 
@@ -43,13 +43,24 @@ REPEATED = {
     "layers without down_proj": slice(6),
     "gate and up": slice(4, 6),
 }
-"""What a step computes twice -> which of a layer's linears q, k, v, o, gate, up, down; with q, k, v attention too."""
+"""Recomputed part -> slice of a layer's linear layers q, k, v, o, gate, up, down; q, k, v include attention."""
 
 
 def step_flops(
     shape: Shape, rank: int, lengths: Sequence[int], supervised: int, recompute: str = "nothing"
 ) -> StepFlops:
-    """Of a step over documents of `lengths` tokens, `supervised` of them with a label; `recompute`: see REPEATED."""
+    """Count the operations of a step.
+
+    Args:
+        shape: The architecture.
+        rank: Rank of the adapter, which is on every linear layer.
+        lengths: Tokens of each document of the step.
+        supervised: Number of tokens with a label.
+        recompute: A key of REPEATED.
+
+    Returns:
+        The operations by purpose.
+    """
     tokens = sum(lengths)
     linears = shape.linears()
     weights = shape.layers * sum(i * o for i, o in linears)

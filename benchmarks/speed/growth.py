@@ -1,4 +1,4 @@
-"""How speed and memory grow: over sequence length, rank and model size, one of them changed at a time."""
+"""Measures speed and memory over sequence length, rank and model size, changing one of them at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ GPU_SIZES = ("llama-3.2-1b", "llama-3.1-8b", "llama-13b", "llama-33b")
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: what was changed, and to what."""
+    """One measurement: the changed axis, its value, and the resulting setting."""
 
     axis: str
     value: str
@@ -24,7 +24,7 @@ class Point:
 
 
 def points(setting: Setting, device: str) -> Iterator[Point]:
-    """All measurements around `setting`, dense tokens; a step keeps its number of tokens where it can."""
+    """Yield all points around `setting`, on dense tokens; the tokens per step stay the same if possible."""
     preset = setting.preset
     tokens = preset.sequences * preset.length
     for length in LENGTHS:
@@ -37,7 +37,7 @@ def points(setting: Setting, device: str) -> Iterator[Point]:
 
 
 def sizes(preset: Preset, device: str) -> list[Preset]:
-    """Models of growing size, with the tokens of `preset`."""
+    """Return models of growing size, with the tokens of `preset`."""
     if device == "cuda":
         return [PRESETS[name].change(sequences=preset.sequences, length=preset.length) for name in GPU_SIZES]
     config = preset.config
@@ -55,9 +55,9 @@ def sizes(preset: Preset, device: str) -> list[Preset]:
 def measure(
     runner: Runner, setting: Setting, device: str, contenders: Sequence[Contender]
 ) -> list[tuple[Point, Comparison]]:
-    """One round at every point, with one step to warm up."""
-    found = []
+    """Compare the contenders at every point, in one round with one warm-up step."""
+    measurements = []
     for point in points(setting, device):
         runner.report(f"{point.axis} {point.value}")
-        found.append((point, runner.compare(point.setting, contenders, rounds=1, warmup=1)))
-    return found
+        measurements.append((point, runner.compare(point.setting, contenders, rounds=1, warmup=1)))
+    return measurements

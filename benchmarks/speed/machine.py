@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made."""
+"""Description of the machine and the software of a measurement."""
 
 import datetime
 import os
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def describe(device: str, threads: int | None) -> dict[str, Any]:
-    """Machine, versions, date, commit."""
-    found = {
+    """Return the machine, its load, the versions, the date and the commit."""
+    description = {
         "machine": _name(device),
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
@@ -44,13 +44,13 @@ def describe(device: str, threads: int | None) -> dict[str, Any]:
         },
     }
     if device == "cuda":
-        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-        found["cuda"] = torch.version.cuda
-    return found
+        description["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        description["cuda"] = torch.version.cuda
+    return description
 
 
 def slug(device: str) -> str:
-    """A short name of the machine for a file: `cpu-2core-avx2`, `h100`."""
+    """Return a short name of the machine for file names, such as `cpu-2core-avx2` or `h100`."""
     if device == "cuda":
         words = torch.cuda.get_device_name(0).lower().replace("nvidia", "").split()
         return "-".join(words)
@@ -68,7 +68,7 @@ def _name(device: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, and whether the tree differs from it."""
+    """Return the commit, with a note if the working tree has changes."""
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

@@ -1,9 +1,10 @@
-"""The rate at which this machine multiplies matrices of the base's shapes: the roof that a step is measured against.
+"""Measure the rate of matrix products in the shapes of the base, the upper limit for a step.
 
     python -m benchmarks.speed.matmul JOB.json
 
-Forward (x W^T) and input gradient (g W) of every linear of a layer, over all tokens of a micro-batch, in the
-job's dtype, with dense weights: the best of several repeats. Prints one JSON object: operations a second.
+Times the forward pass (x W^T) and the input gradient (g W) of every linear layer of a decoder layer, over all tokens of
+a micro-batch, in the job's dtype, with dense weights. Takes the best of several repeats. Prints one JSON object:
+operations per second.
 """
 
 import json
@@ -20,7 +21,7 @@ from benchmarks.speed.workload import Workload
 
 
 def rate(job: Job, repeats: int = 5) -> dict[str, float]:
-    """Operations a second, over forward and input gradient together and each alone."""
+    """Return operations per second: forward, input gradient, and both together."""
     shape = Shape.of(json.loads((Path(job.base) / "config.json").read_text()))
     step = Workload.load(job.workload).steps[0]
     tokens = sum(len(document.input_ids) for document in step) * job.micro_batch // len(step)
@@ -42,10 +43,10 @@ def rate(job: Job, repeats: int = 5) -> dict[str, float]:
 
 
 def _best(product: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:
-    """Seconds of one call, the least of several; on CUDA calls are timed in groups of ten."""
+    """Return the minimum seconds of one call; on CUDA calls are timed in groups of ten."""
     calls = 10 if device.type == "cuda" else 1
     best = float("inf")
-    for _ in range(repeats + 1):  # the first is a warm-up
+    for _ in range(repeats + 1):  # the first repeat warms up
         _wait(device)
         start = time.perf_counter()
         for _ in range(calls):

@@ -1,8 +1,8 @@
-"""A contender's clock and scales: the time of each step, the peak memory of each phase.
+"""Measures the time of each step and the peak memory of each phase of a contender.
 
-On a CPU memory is the resident set of the process (Linux), with the peak counter set back at the start of each
-phase, so that what imports, loading and compiling took is told apart from what training takes. On CUDA it is
-what torch's allocator gave out and reserved, and what the driver says is in use on the whole device.
+On a CPU, memory is the resident set of the process (Linux). The peak counter is reset at the start of each phase, which
+separates the memory of training from that of imports, loading and compiling. On CUDA, memory is what torch's allocator
+allocated and reserved, and what the driver reports as used on the whole device.
 """
 
 import os
@@ -24,12 +24,14 @@ from benchmarks.speed.job import Answer, Job
 
 
 class Meter:
-    """Measures one contender, which calls `loaded`, `begin`, `step` after every step, and gives its adapter.
+    """Clock and memory meter of one contender.
 
-    >>> meter.loaded()
-    >>> meter.begin()
-    >>> for documents in workload.steps:
-    ...     meter.step(loss, grad_norm, positions)
+    Example:
+        >>> meter.loaded()
+        >>> meter.begin()
+        >>> for documents in workload.steps:
+        ...     meter.step(loss, grad_norm, positions)
+        >>> answer = meter.answer(adapter, settings)
     """
 
     def __init__(self, job: Job) -> None:
@@ -48,16 +50,16 @@ class Meter:
         self._start_phase()
 
     def loaded(self) -> None:
-        """The model stands in memory with its adapter and optimizer."""
+        """Record that model, adapter and optimizer are loaded."""
         self._load_seconds = self._lap()
         self._end_phase("load")
 
     def begin(self) -> None:
-        """The first step begins now."""
+        """Start the clock of the first step."""
         self._lap()
 
     def step(self, loss: float, grad_norm: float, positions: int = 0) -> None:
-        """A step has ended. `loss` and `grad_norm` are numbers: the device has been waited for."""
+        """Record the end of a step. `loss` and `grad_norm` are numbers, so the device has finished the step."""
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
         self._positions += positions
@@ -66,11 +68,11 @@ class Meter:
             self._end_phase("warmup")
 
     def count(self, positions: int) -> None:
-        """Tokens that go through the model, padding included; for loops that cannot tell at the end of a step."""
+        """Add computed tokens, padding included; for loops that do not know them at the end of a step."""
         self._positions += positions
 
     def answer(self, adapter: Mapping[str, Tensor], settings: dict[str, Any]) -> Answer:
-        """All that was measured; `adapter` holds the trained A and B under their names in the job's file."""
+        """Return all measurements; `adapter` maps the names in the job's file to the trained A and B."""
         self._end_phase("train")
         if self._cuda:
             free, total = torch.cuda.mem_get_info()
@@ -91,7 +93,7 @@ class Meter:
         initial = load_file(self.job.adapter)
         if adapter.keys() != initial.keys():
             odd = sorted(adapter.keys() ^ initial.keys())
-            raise ValueError(f"adapts other layers than asked: {', '.join(odd[:4])}")
+            raise ValueError(f"the contender adapts other layers than the job asks for: {', '.join(odd[:4])}")
         changes = [(adapter[name].detach().cpu().double() - initial[name].double()) for name in initial]
         return float(torch.stack([change.norm() for change in changes]).norm())
 
@@ -106,7 +108,7 @@ class Meter:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak of the resident set back
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
 
     def _end_phase(self, name: str) -> None:
         self._memory[name] = resident_bytes()["peak"]
@@ -117,10 +119,10 @@ class Meter:
 
 
 def resident_bytes() -> dict[str, int]:
-    """The process's resident set: `now`, and its `peak` since it was last set back."""
+    """Return the bytes of the resident set: `now`, and the `peak` since its last reset."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    except OSError:  # not Linux: the highest ever
+    except OSError:  # not Linux: the peak since the start
         unit = 1 if sys.platform == "darwin" else 1024
         highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"now": highest, "peak": highest}
@@ -131,9 +133,9 @@ def resident_bytes() -> dict[str, int]:
 
 
 def contend(train: Callable[[Job, Meter], Answer]) -> None:
-    """The main program of a contender: reads the job, trains, prints the answer on standard output.
+    """Run a contender: read the job, train, print the answer to standard output.
 
-    Whatever libraries print goes to standard error. An exception becomes the answer's error.
+    The output of libraries goes to standard error. An exception becomes the answer's error.
     """
     standard_output = os.dup(1)
     os.dup2(2, 1)
@@ -143,7 +145,7 @@ def contend(train: Callable[[Job, Meter], Answer]) -> None:
     try:
         torch.manual_seed(0)
         answer = train(job, meter)
-    except Exception as error:  # noqa: BLE001 - reported, whatever it is
+    except Exception as error:  # noqa: BLE001 - becomes the answer's error
         traceback.print_exc()
         missing = isinstance(error, ModuleNotFoundError)
         answer = Answer(error=f"{type(error).__name__}: {error}".strip()[:2000], missing=missing)

@@ -1,11 +1,11 @@
-"""What all contenders start from: one NF4 checkpoint, one adapter, one workload. A process of its own.
+"""Prepare the common start of all contenders: one NF4 checkpoint, one adapter, one workload.
 
     python -m benchmarks.speed.prepare SETTING.json
 
-The checkpoint is made once and kept in the cache: random weights from a seed, in the layout in which
-transformers saves a model that bitsandbytes quantized, so every peer loads it as its documentation says. Its B
-is not zero, so that every gradient counts from the first step. Prints one JSON object: where they lie, and what
-was resolved.
+Runs in a separate process. The checkpoint is made once and kept in the cache. It has random weights from a seed, in
+the layout in which transformers saves a model quantized with bitsandbytes, so every trainer loads it as its
+documentation describes. B of the adapter is not zero, so that no gradient is zero at the first step. Prints one JSON
+object: the paths, and the values chosen for `auto`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from qlora.storage.folders import replacing
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One comparison: the architecture, the tokens, the numbers that all contenders share."""
+    """Setting of one comparison: architecture, tokens and hyperparameters of all contenders."""
 
     preset: Preset
     steps: int
@@ -45,19 +45,19 @@ class Setting:
     cache: str = ""
 
     def to_json(self) -> str:
-        """The setting as JSON."""
+        """Return the setting as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def read(cls, path: str) -> "Setting":
-        """The setting in a JSON file."""
+        """Read a setting from a JSON file."""
         settings = json.loads(Path(path).read_text())
         return cls(**settings | {"preset": Preset(**settings["preset"])})
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Where the shared things lie, and what `auto` came to."""
+    """Paths of the common files, and the values chosen for `auto`."""
 
     base: str
     adapter: str
@@ -65,12 +65,14 @@ class Prepared:
     device: str
     dtype: str
     tokens: list[int]
-    """of each step"""
+    """tokens of each step"""
     supervised: list[int]
+    """tokens of each step that have a label"""
     lengths: list[list[int]]
+    """tokens of each document of each step"""
 
     def job(self, setting: Setting, *, warmup: int = 0, lr: float = 2e-4, flags: tuple[str, ...] = ()) -> Job:
-        """What a contender is asked."""
+        """Return the job of a contender."""
         preset = setting.preset
         return Job(
             base=self.base,
@@ -90,7 +92,7 @@ class Prepared:
 
 
 def prepare(setting: Setting) -> Prepared:
-    """Make what is not in the cache yet."""
+    """Create the files that are not in the cache yet, and return their paths."""
     device = setting.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,7 +120,7 @@ def prepare(setting: Setting) -> Prepared:
 
 
 def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) -> Path:
-    """The folder of the NF4 checkpoint."""
+    """Return the folder of the NF4 checkpoint; create it if it is not in the cache."""
     config = setting.preset.config
     name = f"base-{setting.preset.name}-{_key(config, setting.seed, str(dtype), torch.__version__)}"
     if (cache / name).is_dir():
@@ -129,8 +131,8 @@ def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) 
         model = load_base(base, device, seed=setting.seed)
         for module in model.modules():
             if nf4.is_nf4(module):
-                # what a checkpoint has that was quantized from weights of the compute dtype: bitsandbytes' backward
-                # dequantizes to this dtype, and would convert a second time if it were another
+                # bitsandbytes' backward dequantizes to this dtype. Checkpoints quantized from weights in the compute
+                # dtype have that dtype here; any other costs a second conversion
                 nf4.quant_state(module).dtype = dtype
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if config.get("tie_word_embeddings"):
@@ -148,7 +150,7 @@ def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) 
 
 
 def _adapter(setting: Setting, cache: Path, base: Path) -> Path:
-    """A and B of every linear, numbers that bfloat16 holds, so that all start from the same ones."""
+    """Save A and B of every linear layer, in bfloat16 so that every contender starts from the same values."""
     file = cache / f"adapter-{_key(base.name, setting.rank)}.safetensors"
     shape = Shape.of(setting.preset.config)
     projections = ("q", "k", "v", "o", "gate", "up", "down")

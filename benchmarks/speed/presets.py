@@ -1,4 +1,4 @@
-"""Shapes by name. Each is a Llama-like architecture and a step's tokens, sized for a kind of machine."""
+"""Named presets. Each is a Llama-like architecture and the tokens of a step, sized for a kind of machine."""
 
 import dataclasses
 import json
@@ -9,22 +9,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """An architecture, and the tokens of a step."""
+    """Architecture and tokens of a step."""
 
     name: str
     config: dict[str, Any]
-    """a transformers config.json"""
+    """content of a transformers config.json"""
     sequences: int
-    """of one step and one micro-batch, with dense tokens"""
+    """sequences of a step, all in one micro-batch, with dense tokens"""
     length: int
-    """tokens of a sequence; of the longest document and a packed row with real data"""
+    """tokens of a sequence; with real data, of the longest document and of a packed row"""
     documents: int = 32
-    """of one step, with real data"""
+    """documents of a step, with real data"""
     micro_batch: int = 8
     """documents of a padded micro-batch, with real data"""
 
     def change(self, **changes: Any) -> "Preset":
-        """The preset with other numbers; None leaves one as it is."""
+        """Return a copy with these fields changed; None leaves a field unchanged."""
         return dataclasses.replace(
             self, **{key: value for key, value in changes.items() if value is not None}
         )
@@ -32,7 +32,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of an architecture that its floating point operations depend on."""
+    """Dimensions of an architecture that determine its floating point operations."""
 
     hidden: int
     intermediate: int
@@ -44,7 +44,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":
-        """From a config.json."""
+        """Read the dimensions from a config.json."""
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return cls(
             hidden=hidden,
@@ -57,7 +57,7 @@ class Shape:
         )
 
     def linears(self) -> list[tuple[int, int]]:
-        """(in, out) of the linears of one layer: q, k, v, o, gate, up, down."""
+        """Return (in, out) of the linear layers of one decoder layer: q, k, v, o, gate, up, down."""
         query, key = self.heads * self.head_dim, self.key_value_heads * self.head_dim
         hidden, intermediate = self.hidden, self.intermediate
         attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
@@ -67,7 +67,7 @@ class Shape:
 def llama(
     hidden: int, layers: int, intermediate: int, vocabulary: int, heads: int, **more: Any
 ) -> dict[str, Any]:
-    """A Llama's config.json."""
+    """Return the config.json of a Llama."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -88,12 +88,16 @@ def llama(
 
 
 def shipped(name: str) -> dict[str, Any]:
-    """The config.json of an architecture that the package ships."""
+    """Return the config.json of an architecture that the package ships."""
     return json.loads((files("qlora") / "bundled" / "configs" / f"{name}.json").read_text())
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`. Raises KeyError."""
+    """Return the preset called `name`.
+
+    Raises:
+        KeyError: No preset has the name.
+    """
     return PRESETS[name]
 
 
@@ -112,7 +116,7 @@ LLAMA_1B = llama(
 PRESETS = {
     preset.name: preset
     for preset in (
-        # for tests: seconds
+        # for tests: takes seconds
         Preset("tiny", llama(64, 2, 128, 256, 2), sequences=2, length=32, documents=4, micro_batch=2),
         # for a CPU with few cores
         Preset("cpu", llama(512, 8, 1408, 32000, 8), sequences=4, length=512),

@@ -1,10 +1,11 @@
-"""Where our own step spends its time, next to the least that its matrix products need.
+"""Profile a training step of qlora, and compare its time with that of its matrix products alone.
 
     python -m benchmarks.speed.profile --preset cpu [--ckpt | --mlp]
 
-The processor time and page faults of a step; then one under torch's profiler, its operators put into groups: products
-of the base, of A and B, of the head; attention; dequantization; the largest of the rest by name. Prints a Markdown
-table. (The profiler comes last: what it allocates breaks up the heap, and every step after it pays page faults.)
+Measures the processor time and the page faults of a step. Then runs a step under torch's profiler and groups its
+operators: matrix products of the base, of A and B, and of the head; attention; dequantization; the largest others by
+name. Prints a Markdown table. The profiler runs last, because its allocations fragment the heap and cause page faults
+in later steps.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SHOWN = 14
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     recompute = parser.add_mutually_exclusive_group()
@@ -71,23 +72,23 @@ def main() -> None:
     total = sum(groups.values())
     rows = [[name, f"{ms:,.0f}", f"{ms / total:.1%}"] for name, ms in groups.most_common(SHOWN)]
     rest = sum(ms for _, ms in groups.most_common()[SHOWN:])
-    print(table(["operators", "ms", "share"], [*rows, ["the rest", f"{rest:,.0f}", f"{rest / total:.1%}"]]))
+    print(table(["operators", "ms", "share"], [*rows, ["others", f"{rest:,.0f}", f"{rest / total:.1%}"]]))
     user, system, faults = (median(values) for values in zip(*used, strict=True))
     floor = needed.performed / product_rate * 1e3
     print(
-        f"\nall {total:,.0f} ms; products alone, at {product_rate / 1e9:,.0f} GFLOP/s: {floor:,.0f} ms; "
-        f"a step without the profiler: {user:.2f} s of processor time, {system:.2f} s of the system's, "
+        f"\ntotal: {total:,.0f} ms; matrix products alone, at {product_rate / 1e9:,.0f} GFLOP/s: {floor:,.0f} ms; "
+        f"a step without the profiler: {user:.2f} s of user time, {system:.2f} s of system time, "
         f"{faults:,.0f} page faults"
     )
 
 
 def grouped(events: Sequence[Any], rank: int, vocabulary: int) -> Counter[str]:
-    """Milliseconds by group of operators."""
-    found: Counter[str] = Counter()
+    """Sum the milliseconds of the operators by group."""
+    groups: Counter[str] = Counter()
     for event in events:
         time = event.self_device_time_total or event.self_cpu_time_total
-        found[_group(event.key, event.input_shapes, rank, vocabulary)] += time / 1e3
-    return found
+        groups[_group(event.key, event.input_shapes, rank, vocabulary)] += time / 1e3
+    return groups
 
 
 def _group(operator: str, shapes: Sequence[Sequence[int]], rank: int, vocabulary: int) -> str:
@@ -106,7 +107,7 @@ def _group(operator: str, shapes: Sequence[Sequence[int]], rank: int, vocabulary
 
 
 def processor_time(session: Session, number: int, documents: Sequence[Any]) -> tuple[float, float, int]:
-    """Seconds of the processors in our code and in the system's, and page faults, of one step."""
+    """Run one step; return its seconds of user and system time, and its page faults."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     session.step(number, documents)
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""From answers to numbers: rates, spreads, and the ratios of paired rounds."""
+"""Computes rates, spreads and the ratios of paired rounds from the contenders' answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from benchmarks.speed.rounds import Comparison
 
 @dataclass(frozen=True)
 class Spread:
-    """The least, the middle and the most of several measurements."""
+    """Minimum, median and maximum of several measurements."""
 
     least: float
     middle: float
@@ -22,31 +22,31 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """Summarize at least one value."""
         return cls(min(values), median(values), max(values))
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one contender reached. Rates are tokens a second; padding is in none but `positions`."""
+    """Results of one contender. Rates are tokens per second; only `positions` includes padding."""
 
     contender: Contender
     rates: list[float]
-    """one a round: the median over its timed steps"""
+    """one per round: the median over its timed steps"""
     tokens: Spread
     supervised: float
     positions: float
-    """as the model saw them, padding included"""
+    """tokens computed by the model, padding included"""
     seconds: Spread
-    """of a step, over all timed steps of all rounds"""
+    """seconds of a step, over all timed steps of all rounds"""
     memory: list[int]
-    """peak bytes while training, one a round: CPU, resident above imports; CUDA, allocated"""
+    """peak bytes of the timed steps, one per round: on a CPU resident above imports, on CUDA allocated"""
     highest_memory: int
-    """the same over the whole process, loading and compiling included"""
+    """peak bytes of the whole process, loading and compiling included"""
     needed_share: float
-    """of the measured matrix-product rate, counting what a step needs"""
+    """share of the measured matrix-product rate, counting the operations that a step needs"""
     performed_share: float
-    """the same, counting recomputation"""
+    """the same share, counting recomputation too"""
     import_seconds: float
     load_seconds: float
     first_step_seconds: float
@@ -54,7 +54,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One of our forms against one peer, round by round: above 1 means more tokens a second, or more memory."""
+    """Ratio of one form of qlora to one peer, per round: above 1 means more tokens per second, or more memory."""
 
     ours: str
     peer: str
@@ -63,21 +63,21 @@ class Ratio:
 
 
 def good_answers(comparison: Comparison) -> dict[str, list[Answer]]:
-    """The answers of contenders that trained as they should in every round."""
+    """Return the answers of the contenders without a problem in any round."""
     wrong = problems(comparison.answers, comparison.prepared.dtype)
     return {name: given for name, given in comparison.answers.items() if name not in wrong}
 
 
 def scores(comparison: Comparison) -> list[Score]:
-    """Of every contender that trained as it should, in the order they were named."""
+    """Return the score of every contender without a problem, in the order of the comparison."""
     good = good_answers(comparison)
     return [_score(comparison, c, good[c.name]) for c in comparison.contenders if c.name in good]
 
 
-def ratios(found: Sequence[Score]) -> list[Ratio]:
-    """Every form of ours against every peer."""
-    ours = [score for score in found if score.contender.program == OURS]
-    peers = [score for score in found if score.contender.program != OURS]
+def ratios(results: Sequence[Score]) -> list[Ratio]:
+    """Return the ratios of every form of qlora to every peer."""
+    ours = [score for score in results if score.contender.program == OURS]
+    peers = [score for score in results if score.contender.program != OURS]
     return [
         Ratio(
             ours=mine.contender.name,
@@ -91,20 +91,20 @@ def ratios(found: Sequence[Score]) -> list[Ratio]:
 
 
 def rate(answer: Answer, tokens: Sequence[int], warmup: int) -> float:
-    """Tokens a second of one process: the median over its timed steps, each with its own tokens."""
+    """Return the tokens per second of one process: the median over its timed steps."""
     timed = list(zip(tokens, answer.seconds, strict=True))[warmup:]
     return median(count / seconds for count, seconds in timed)
 
 
 def training_memory(answer: Answer, device: str) -> int:
-    """Peak bytes of the timed steps: allocated on CUDA, on a CPU resident above what imports left resident."""
+    """Return the peak bytes of the timed steps: allocated on CUDA; on a CPU, resident minus those after imports."""
     if device == "cuda":
         return answer.memory["train_allocated"]
     return answer.memory["train"] - answer.memory["imports"]
 
 
 def highest_memory(answer: Answer, device: str) -> int:
-    """The same over the whole process."""
+    """Return the peak bytes of the whole process, counted as in `training_memory`."""
     phases = ("load", "warmup", "train")
     if device == "cuda":
         return max(answer.memory[f"{phase}_allocated"] for phase in phases)
@@ -121,7 +121,7 @@ def _score(comparison: Comparison, contender: Contender, answers: list[Answer]) 
         step_flops(shape, setting.rank, lengths, supervised, contender.recomputed)
         for lengths, supervised in zip(prepared.lengths, prepared.supervised, strict=True)
     ]
-    # the machine's rate of the same round, so that a slow round is measured against a slow machine
+    # Each round is divided by the machine's rate in the same round, which cancels slow phases of the machine
     shares = [
         contender_rate / tokens / product_rate
         for contender_rate, product_rate in zip(rates, comparison.product_rates, strict=True)

@@ -1,4 +1,4 @@
-"""The record of a comparison: Markdown for a reader, JSON with every single number."""
+"""Report of a comparison: Markdown for readers, JSON with every measurement."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ Growth = Sequence[tuple[Point, Comparison]]
 
 
 def markdown(comparison: Comparison, machine: dict[str, Any], command: str, growth: Growth = ()) -> str:
-    """The whole report."""
-    found = scores(comparison)
+    """Return the report as Markdown."""
+    results = scores(comparison)
     sections = [
         _heading(comparison, machine, command),
-        _speed(comparison, found),
-        _ratios(found),
+        _speed(comparison, results),
+        _ratios(results),
         _fairness(comparison),
-        _starting(found),
+        _starting(results),
         _setups(comparison),
         _growth(growth),
     ]
@@ -33,10 +33,10 @@ def markdown(comparison: Comparison, machine: dict[str, Any], command: str, grow
 def record(
     comparison: Comparison, machine: dict[str, Any], command: str, growth: Growth = ()
 ) -> dict[str, Any]:
-    """The same as plain data, with every answer of every round."""
+    """Return the report as plain data, with every answer of every round."""
 
     def plain(one: Comparison) -> dict[str, Any]:
-        found = scores(one)
+        results = scores(one)
         return {
             "setting": dataclasses.asdict(one.setting),
             "prepared": {
@@ -47,8 +47,8 @@ def record(
             },
             "warmup": one.warmup,
             "product_rates": one.product_rates,
-            "scores": [dataclasses.asdict(score) for score in found],
-            "ratios": [dataclasses.asdict(ratio) for ratio in ratios(found)],
+            "scores": [dataclasses.asdict(score) for score in results],
+            "ratios": [dataclasses.asdict(ratio) for ratio in ratios(results)],
             "failed": problems(one.answers, one.prepared.dtype),
             "answers": {
                 name: [dataclasses.asdict(answer) for answer in given] for name, given in one.answers.items()
@@ -66,7 +66,7 @@ def record(
 
 
 def write(path: Path, text: str, data: dict[str, Any]) -> None:
-    """`<path>.md` and `<path>.json`, each whole or not at all."""
+    """Write `<path>.md` and `<path>.json`, each atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".md", text), (".json", json.dumps(data, indent=1) + "\n")):
         file = path.with_name(path.name + suffix)
@@ -76,19 +76,19 @@ def write(path: Path, text: str, data: dict[str, Any]) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left, the others to the right."""
+    """Return a Markdown table: first column aligned left, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def spread(value: Spread, digits: int = 2, unit: str = "") -> str:
-    """`1.52 (1.48–1.55)`: the middle, the least and the most."""
+    """Format as `1.52 (1.48–1.55)`: median, minimum and maximum."""
     middle, least, most = (f"{number:,.{digits}f}" for number in (value.middle, value.least, value.most))
     return f"{middle}{unit} ({least}–{most})"
 
 
 def mebibytes(count: float) -> str:
-    """Bytes in MiB."""
+    """Format bytes as MiB."""
     return f"{count / 2**20:,.0f}"
 
 
@@ -97,10 +97,10 @@ def _heading(comparison: Comparison, machine: dict[str, Any], command: str) -> s
     config = preset.config
     tokens, supervised = sum(prepared.tokens), sum(prepared.supervised)
     data = (
-        f"dense random tokens, {preset.sequences} x {preset.length} a step, all supervised"
+        f"dense random tokens, {preset.sequences} x {preset.length} per step, all supervised"
         if setting.gsm8k is None
-        else f"questions and answers ({Path(setting.gsm8k).name}), {preset.documents} documents a step, "
-        f"{preset.micro_batch} a padded micro-batch, packed rows of {preset.length}"
+        else f"questions and answers ({Path(setting.gsm8k).name}), {preset.documents} documents per step, "
+        f"{preset.micro_batch} per padded micro-batch, packed rows of {preset.length}"
     )
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     rounds = len(comparison.product_rates)
@@ -117,34 +117,36 @@ def _heading(comparison: Comparison, machine: dict[str, Any], command: str) -> s
         f"- Versions: Python {machine['python']}, {versions}",
         f"- Model: {preset.name}: hidden {config['hidden_size']}, {config['num_hidden_layers']} layers, "
         f"intermediate {config['intermediate_size']}, vocabulary {config['vocab_size']:,}; NF4, double quantization",
-        f"- Work: {data}; {supervised / tokens:.0%} of {tokens / len(prepared.tokens):,.0f} tokens a step supervised; "
-        f"LoRA r={setting.rank}, alpha {setting.alpha:g}, every linear, no dropout, lr 2e-4, clip 1.0",
-        f"- Products in **{prepared.dtype}** for everybody" + _why_float32(prepared.dtype, setting.dtype),
-        f"- {rounds} rounds, each contender in a fresh process a round; {comparison.warmup} steps to warm up, "
-        f"{timed} timed",
-        f"- Matrix products of these shapes alone: {spread(rates, 0)} GFLOP/s, measured once a round",
+        f"- Work: {data}; {supervised / tokens:.0%} of {tokens / len(prepared.tokens):,.0f} tokens per step "
+        "supervised; "
+        f"LoRA r={setting.rank}, alpha {setting.alpha:g}, every linear layer, no dropout, lr 2e-4, clip 1.0",
+        f"- Matrix products in **{prepared.dtype}** for all contenders"
+        + _why_float32(prepared.dtype, setting.dtype),
+        f"- Rounds: {rounds}, each with a fresh process per contender; warm-up steps: {comparison.warmup}; "
+        f"timed steps: {timed}",
+        f"- Matrix products of these shapes alone: {spread(rates, 0)} GFLOP/s, measured once per round",
     ]
     return "\n".join(lines)
 
 
 def _why_float32(dtype: str, asked: str) -> str:
     if dtype == "float32" and asked == "auto":
-        return ": this machine multiplies bfloat16 without hardware for it, many times slower"
+        return ": this machine has no hardware for bfloat16, and emulates it many times slower"
     return ""
 
 
-def _speed(comparison: Comparison, found: Sequence[Score]) -> str:
+def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
     cuda = comparison.prepared.device == "cuda"
-    what = "allocated" if cuda else "resident above imports"
+    kind = "allocated" if cuda else "resident above imports"
     header = [
         "contender",
         "tokens/s",
         "supervised/s",
         "positions/s",
-        "seconds a step",
-        f"peak MiB, {what}",
-        "highest",
-        "of product rate",
+        "seconds per step",
+        f"peak MiB, {kind}",
+        "peak of process",
+        "share of product rate",
         "with recompute",
     ]
     rows = [
@@ -159,35 +161,35 @@ def _speed(comparison: Comparison, found: Sequence[Score]) -> str:
             f"{score.needed_share:.0%}",
             f"{score.performed_share:.0%}",
         ]
-        for score in found
+        for score in results
     ]
     lines = [
         "## Speed and memory",
         "",
         table(header, rows),
         "",
-        "`+ckpt` recomputes activations in the backward, `+mlp` those of the MLPs, the others keep them. Middle "
-        "(least–most), over rounds; "
-        "seconds over all timed steps. Tokens are those of the data; positions count padding too. Peak memory is "
-        "that of the timed steps, highest that of the whole process. The shares compare the operations that a step "
-        "needs (with recompute: that it performs) with the rate of matrix products alone.",
+        "`+ckpt` recomputes the layers' activations in the backward pass, `+mlp` those of the MLPs; the others keep "
+        "them. Each cell is the median (minimum–maximum) over the rounds; seconds are over all timed steps. Tokens "
+        "are those of the data; positions include padding. Peak memory is that of the timed steps; the peak of the "
+        "process includes loading and compiling. The shares divide the operations that a step needs (with recompute: "
+        "performs) per second by the measured rate of matrix products alone.",
     ]
     if cuda:
-        lines += ["", _cuda_memory(comparison, found)]
+        lines += ["", _cuda_memory(comparison, results)]
     return "\n".join(lines)
 
 
-def _cuda_memory(comparison: Comparison, found: Sequence[Score]) -> str:
+def _cuda_memory(comparison: Comparison, results: Sequence[Score]) -> str:
     rows = []
-    for score in found:
+    for score in results:
         memory = [answer.memory for answer in comparison.answers[score.contender.name]]
         peaks = [max(m[key] for m in memory) for key in ("train_allocated", "train_reserved", "driver")]
         rows.append([score.contender.name, *map(mebibytes, peaks)])
-    return table(["contender", "MiB allocated", "reserved", "in use by the driver's account"], rows)
+    return table(["contender", "MiB allocated", "reserved", "in use as reported by the driver"], rows)
 
 
-def _ratios(found: Sequence[Score]) -> str:
-    pairs = ratios(found)
+def _ratios(results: Sequence[Score]) -> str:
+    pairs = ratios(results)
     if not pairs:
         return ""
     ours = list(dict.fromkeys(ratio.ours for ratio in pairs))
@@ -196,11 +198,11 @@ def _ratios(found: Sequence[Score]) -> str:
     lines = [
         "## Ratios",
         "",
-        "Tokens a second of ours over the peer's, of paired rounds (above 1: ours is faster):",
+        "Tokens per second of qlora divided by the peer's, in paired rounds (above 1: qlora is faster):",
         "",
     ]
     lines.append(table(["peer", *ours], [[p, *(spread(by_pair[o, p].speed) for o in ours)] for p in peers]))
-    lines += ["", "Peak memory of ours over the peer's (below 1: ours takes less):", ""]
+    lines += ["", "Peak memory of qlora divided by the peer's (below 1: qlora takes less):", ""]
     lines.append(table(["peer", *ours], [[p, *(spread(by_pair[o, p].memory) for o in ours)] for p in peers]))
     return "\n".join(lines)
 
@@ -212,9 +214,9 @@ def _fairness(comparison: Comparison) -> str:
     lines = ["## Did they do the same work?", ""]
     if right.losses:
         lines += [
-            f"Relative tolerance from the median of all: loss {tolerance.loss:g}, gradient norm "
+            f"Relative tolerance around the median of all contenders: loss {tolerance.loss:g} and gradient norm "
             f"{tolerance.grad_norm:g} at every step, change of A and B {tolerance.adapter_change:g}. "
-            "The last step repeats the first one's tokens.",
+            "The last step repeats the tokens of the first.",
             "",
         ]
     rows = []
@@ -252,7 +254,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:200].replace("|", "/")
 
 
-def _starting(found: Sequence[Score]) -> str:
+def _starting(results: Sequence[Score]) -> str:
     rows = [
         [
             score.contender.name,
@@ -261,15 +263,18 @@ def _starting(found: Sequence[Score]) -> str:
             f"{score.first_step_seconds:.1f}",
             f"{max(0.0, score.first_step_seconds - score.seconds.middle):.1f}",
         ]
-        for score in found
+        for score in results
     ]
-    header = ["contender", "imports, s", "load, s", "first step, s", "of that more than a usual step"]
-    note = "Load: from the checkpoint on disk to a model ready to train. The first round's first step compiles anew."
+    header = ["contender", "imports, s", "load, s", "first step, s", "first step above a usual one, s"]
+    note = (
+        "Load: from the checkpoint on disk to a model ready to train. "
+        "Only the first round compiles; first step is its maximum over the rounds."
+    )
     return "\n".join(["## Starting costs", "", table(header, rows), "", note])
 
 
 def _setups(comparison: Comparison) -> str:
-    lines = ["## How each was set up", ""]
+    lines = ["## Setup of each contender", ""]
     for name, given in comparison.answers.items():
         settings = next((answer.settings for answer in given if answer.settings), None)
         if settings:
@@ -278,13 +283,13 @@ def _setups(comparison: Comparison) -> str:
 
 
 def _growth(growth: Growth) -> str:
-    """One table an axis and quantity, contenders down, values across."""
+    """Return one table per axis and quantity: contenders in rows, values of the axis in columns."""
     if not growth:
         return ""
     lines = [
         "## Growth",
         "",
-        "One round, one step to warm up: a shape to read, not a measurement to quote.",
+        "One round with one warm-up step: read the trends, do not quote the numbers.",
         "",
     ]
     for axis in dict.fromkeys(point.axis for point, _ in growth):
@@ -296,7 +301,7 @@ def _growth(growth: Growth) -> str:
         for title, show in (
             ("tokens/s", lambda score: f"{score.tokens.middle:,.0f}"),
             ("peak MiB", lambda score: mebibytes(score.memory[0])),
-            ("of product rate", lambda score: f"{score.needed_share:.0%}"),
+            ("share of product rate", lambda score: f"{score.needed_share:.0%}"),
         ):
             rows = [
                 [name, *(show(by_name[name]) if name in by_name else "–" for _, by_name in along)]

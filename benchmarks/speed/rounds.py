@@ -1,4 +1,4 @@
-"""Contenders in fresh processes, one by one, in rounds, so that a slow minute of the machine hits all alike."""
+"""Runs the contenders in rounds, each in a fresh process, so that a slow phase of the machine affects all of them."""
 
 import dataclasses
 import json
@@ -20,26 +20,26 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Comparison:
-    """The answers of all contenders, one a round, and what they were asked."""
+    """Setting of a comparison and the answers of all contenders."""
 
     setting: Setting
     prepared: Prepared
     contenders: list[Contender]
     warmup: int
     answers: dict[str, list[Answer]] = field(default_factory=dict)
-    """by the contender's name"""
+    """contender's name -> one answer per round"""
     product_rates: list[float] = field(default_factory=list)
-    """operations a second of plain matrix products, one measurement a round"""
+    """operations per second of plain matrix products, one measurement per round"""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Starts the processes."""
+    """Starts the processes of a comparison."""
 
     threads: int | None = None
-    """of torch in every process; None: as torch chooses"""
+    """threads of torch in every process; None: torch's default"""
     timeout: float = 3600.0
-    """seconds until a process is ended"""
+    """seconds after which a process is killed"""
     report: Callable[[str], object] = print
 
     def compare(
@@ -50,7 +50,17 @@ class Runner:
         rounds: int,
         warmup: int,
     ) -> Comparison:
-        """Every contender in every round, forwards and backwards in turn."""
+        """Run every contender in every round; every second round runs in reverse order.
+
+        Args:
+            setting: Architecture, tokens and hyperparameters.
+            contenders: The programs to compare.
+            rounds: Fresh processes per contender.
+            warmup: Steps that are not timed.
+
+        Returns:
+            All answers. A contender that fails in the first round is not run again.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             prepared = self.prepare(setting, folder)
@@ -62,7 +72,7 @@ class Runner:
                 for contender in order:
                     earlier = comparison.answers.setdefault(contender.name, [])
                     if earlier and earlier[0].error is not None:
-                        continue  # it would fail again
+                        continue  # would fail again
                     answer = self.run(contender, job, folder)
                     earlier.append(answer)
                     self.report(
@@ -71,16 +81,16 @@ class Runner:
         return comparison
 
     def prepare(self, setting: Setting, folder: Path) -> Prepared:
-        """The common checkpoint, adapter and workload."""
+        """Prepare the common checkpoint, adapter and workload in a separate process."""
         file = folder / "setting.json"
         file.write_text(setting.to_json())
         out = self._process(["-m", "benchmarks.speed.prepare", str(file)], folder)
         if out.returncode != 0:
-            raise SystemExit(f"cannot prepare the comparison:\n{out.stderr[-2000:]}")
+            raise SystemExit(f"preparing the comparison failed:\n{out.stderr[-2000:]}")
         return Prepared(**json.loads(out.stdout.strip().splitlines()[-1]))
 
     def run(self, contender: Contender, job: Job, folder: Path) -> Answer:
-        """One contender in a process of its own."""
+        """Run one contender in a fresh process; return its answer, or the error as an answer."""
         file = folder / "job.json"
         file.write_text(dataclasses.replace(job, flags=contender.flags, started=time.time()).to_json())
         try:
@@ -103,7 +113,7 @@ class Runner:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            # compiled code is kept for later rounds of this run, not for the next run
+            # Compiled code is reused by later rounds of this run, but not by the next run
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         }
         if self.threads is not None:
@@ -123,4 +133,4 @@ def _summary(answer: Answer, warmup: int) -> str:
     if answer.error is not None:
         return answer.error.splitlines()[0][:120]
     timed = sorted(answer.seconds[warmup:])
-    return f"{timed[len(timed) // 2]:8.3f} s a step, loss {answer.losses[0]:.4f} -> {answer.losses[-1]:.4f}"
+    return f"{timed[len(timed) // 2]:8.3f} s per step, loss {answer.losses[0]:.4f} -> {answer.losses[-1]:.4f}"

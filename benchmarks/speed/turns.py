@@ -1,9 +1,9 @@
-"""What recomputing costs us: one model, one process, step by step in turns.
+"""Time the steps of qlora with nothing, the MLPs or all layers recomputed, in turns in one process.
 
     python -m benchmarks.speed.turns --preset cpu [--rounds 6]
 
-The machine's speed swings more from process to process than these forms differ; turns see the same machine. Prints
-seconds a step: the middle, and all of them.
+The machine's speed differs more between processes than these forms do, so the forms alternate within one process.
+Prints the seconds per step of each form: the median and all values.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--rounds", type=int, default=6)
@@ -40,7 +40,7 @@ def main() -> None:
         "all layers recomputed": (layers, 0),
     }
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(arguments.rounds + 1):  # the first warms up
+    for number in range(arguments.rounds + 1):  # the first round warms up
         for name, counts in forms.items():
             checkpoint_layers(session.model, *counts)
             started = time.perf_counter()
@@ -48,8 +48,8 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
-    for name, found in seconds.items():
-        print(f"{name:24}{median(found[1:]):6.2f} s   ({', '.join(f'{value:.2f}' for value in found[1:])})")
+    for name, (_, *timed) in seconds.items():
+        print(f"{name:24}{median(timed):6.2f} s   ({', '.join(f'{value:.2f}' for value in timed)})")
 
 
 if __name__ == "__main__":

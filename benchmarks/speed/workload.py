@@ -1,11 +1,10 @@
-"""The tokens that every contender trains on: a list of steps, each a list of documents.
+"""Tokens that every contender trains on: a list of steps, each a list of documents.
 
-All contenders take the same optimizer steps over the same documents; how they lay a step's documents out in
-tensors (padded, packed, in how many micro-batches) is their own affair and part of what is measured. The last
-step repeats the documents of the first, so that a loss before and after training can be compared.
+All contenders take the same optimizer steps over the same documents. Each contender chooses how to arrange a step's
+documents in tensors (padded or packed, in how many micro-batches), and this choice is part of the measurement. The last
+step repeats the documents of the first, so that the loss before and after training can be compared.
 
-The first label of a document is always -100: nothing predicts it, and libraries differ in whether they count
-it.
+The first label of a document is always -100: no token predicts it, and libraries differ in whether they count it.
 """
 
 import json
@@ -21,31 +20,31 @@ IGNORE_INDEX = -100
 
 
 class Document(NamedTuple):
-    """One sequence: `input_ids` [T] and the `labels` [T] aligned with them, int64."""
+    """One sequence: `input_ids` [T] and the aligned `labels` [T], int64."""
 
     input_ids: Tensor
     labels: Tensor
 
 
 class Workload(NamedTuple):
-    """All steps of one comparison."""
+    """Documents of all steps of one comparison."""
 
     steps: list[list[Document]]
 
     def tokens(self) -> list[int]:
-        """Tokens of each step, no padding."""
+        """Return the number of tokens of each step, without padding."""
         return [sum(len(document.input_ids) for document in step) for step in self.steps]
 
     def supervised(self) -> list[int]:
-        """Tokens of each step that have a label."""
+        """Return the number of tokens with a label in each step."""
         return [sum(int((d.labels != IGNORE_INDEX).sum()) for d in step) for step in self.steps]
 
     def lengths(self) -> list[list[int]]:
-        """Tokens of each document of each step."""
+        """Return the number of tokens of each document in each step."""
         return [[len(document.input_ids) for document in step] for step in self.steps]
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
+        """Write the workload to a safetensors file."""
         documents = [document for step in self.steps for document in step]
         lengths = [len(document.input_ids) for document in documents]
         tensors = {
@@ -58,7 +57,7 @@ class Workload(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote."""
+        """Read a workload that `save` wrote."""
         tensors = load_file(path)
         lengths = tensors["lengths"].tolist()
         pairs = zip(tensors["input_ids"].split(lengths), tensors["labels"].split(lengths), strict=True)
@@ -67,7 +66,7 @@ class Workload(NamedTuple):
 
 
 def dense(steps: int, sequences: int, length: int, vocabulary: int, seed: int) -> Workload:
-    """Uniformly random tokens, every one supervised: `sequences` rows of `length` a step."""
+    """Draw uniformly random tokens, all supervised: `sequences` rows of `length` tokens per step."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (steps - 1, sequences, length), generator=generator)
     return _closed([[_document(row, prompt=1) for row in step] for step in ids])
@@ -84,20 +83,31 @@ def question_answer(
     vocabulary: int,
     seed: int,
 ) -> Workload:
-    """Questions and answers from a JSON Lines file with `question` and `answer`; answers are supervised.
+    """Read questions and answers from a JSON Lines file; only answers are supervised.
 
-    `documents` rows a step, chosen so that neither padding nor packing is at a disadvantage: all rows are put
-    into groups of `micro_batch` of almost the same length, as transformers' `group_by_length` does, and a step
-    is some of these groups at random. Token ids beyond the base's vocabulary are folded into it: the base is
-    random, so only the lengths matter. Documents are cut at `max_length`; those with a longer question are left
-    out.
+    The rows are put into groups of `micro_batch` rows of almost the same length, as with transformers'
+    `group_by_length`. A step consists of random groups. This way neither padding nor packing has a disadvantage. Token
+    ids are taken modulo `vocabulary`: the base is random, so only the lengths matter.
+
+    Args:
+        rows: File with the fields `question` and `answer`.
+        tokenizer: Folder of the tokenizer.
+        steps: Number of steps; the last repeats the first.
+        documents: Rows per step.
+        micro_batch: Rows per group.
+        max_length: Documents are cut after this number of tokens. Rows with a longer question are left out.
+        vocabulary: Size of the base's vocabulary.
+        seed: Seed for the order of the groups.
+
+    Raises:
+        SystemExit: The file has too few rows.
     """
     from transformers import AutoTokenizer
 
     encode = AutoTokenizer.from_pretrained(tokenizer)
     end = [0 if encode.eos_token_id is None else encode.eos_token_id]
     needed = (steps - 1) * documents
-    found: list[Document] = []
+    usable: list[Document] = []
     with rows.open() as lines:
         for line in lines:
             row = json.loads(line)
@@ -105,21 +115,23 @@ def question_answer(
             answer = encode(row["answer"], add_special_tokens=False)["input_ids"]
             if len(prompt) < max_length:
                 ids = torch.tensor([*prompt, *answer, *end][:max_length]) % vocabulary
-                found.append(_document(ids, prompt=len(prompt)))
-            if len(found) == needed:
-                return _closed(_grouped(found, documents, micro_batch, seed))
-    raise SystemExit(f"{rows} has {len(found)} rows, and {needed} are needed: take fewer steps or documents")
+                usable.append(_document(ids, prompt=len(prompt)))
+            if len(usable) == needed:
+                return _closed(_grouped(usable, documents, micro_batch, seed))
+    raise SystemExit(
+        f"{rows}: {len(usable)} usable rows, but {needed} are needed; use fewer steps or documents"
+    )
 
 
 def micro_batches(documents: Sequence[Document], size: int) -> Iterator[list[Document]]:
-    """A step's documents, `size` at a time, those of similar length together, the longest first."""
+    """Yield a step's documents in micro-batches of `size` with similar lengths, the longest first."""
     ordered = sorted(documents, key=lambda document: -len(document.input_ids))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
 
 
 def padded(documents: Sequence[Document], pad_id: int = 0) -> dict[str, Tensor]:
-    """`input_ids`, `labels` and `attention_mask` [B, T], padded on the right to the longest document."""
+    """Return `input_ids`, `labels` and `attention_mask` [B, T], padded on the right to the longest document."""
     width = max(len(document.input_ids) for document in documents)
     ids = torch.full((len(documents), width), pad_id)
     labels = torch.full((len(documents), width), IGNORE_INDEX)
@@ -130,9 +142,9 @@ def padded(documents: Sequence[Document], pad_id: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def _grouped(found: list[Document], documents: int, micro_batch: int, seed: int) -> list[list[Document]]:
-    """Steps of `documents`, made of groups of documents of similar length."""
-    groups = list(micro_batches(found, micro_batch))
+def _grouped(usable: list[Document], documents: int, micro_batch: int, seed: int) -> list[list[Document]]:
+    """Form steps of `documents` documents from groups of similar length."""
+    groups = list(micro_batches(usable, micro_batch))
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [document for index in order for document in groups[index]]
     return [shuffled[start : start + documents] for start in range(0, len(shuffled), documents)]

@@ -1,8 +1,8 @@
-"""In every Python of a null GPU: ways around answers that only a computation could give."""
+"""Adapts torch, in every Python process on a null GPU, where it needs results that only a computation gives."""
 
 import torch
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN asks the device for more than a null GPU can say
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN queries more of the device than a null GPU answers
 _isfinite = torch.isfinite
 
 
@@ -10,4 +10,4 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.ones((), dtype=torch.bool) if tensor.is_cuda else _isfinite(tensor)
 
 
-torch.isfinite = torch.Tensor.isfinite = _finite  # what is read from the device is zero, which would mean: no
+torch.isfinite = torch.Tensor.isfinite = _finite  # reads from the device give zero, which would mean "not finite"

@@ -1,9 +1,13 @@
-"""Who competes, with which flags. Each contender is a program of its own: `python -m <its module> JOB.json`.
+"""The contenders and their flags. Each contender is a separate program: `python -m <its module> JOB.json`.
 
-Flags: `ckpt` recomputes the layers' activations in the backward (without it they are kept), `mlp`, of ours, only those
-of the MLPs, `packing` puts several documents into a row, `compile` is torch.compile, `liger` Liger's kernels,
-`selective` TRL's checkpointing that keeps attention, `offload` checkpointing with its activations on the host, of ours
-with the embedding there too.
+Flags:
+    ckpt: recompute the layers' activations in the backward pass; without it they are kept.
+    mlp: recompute only the activations of the MLPs; qlora only.
+    packing: put several documents into a row.
+    compile: torch.compile.
+    liger: Liger's kernels.
+    selective: TRL's checkpointing that keeps attention.
+    offload: checkpointing with activations in host memory; in qlora also the input embedding.
 """
 
 from dataclasses import dataclass
@@ -13,20 +17,20 @@ OURS = "qlora"
 
 @dataclass(frozen=True)
 class Contender:
-    """A program and the flags it is started with."""
+    """A program and its flags."""
 
     program: str
-    """a file of this folder without its ending, or the path of another"""
+    """name of a file in this folder without its extension, or the path of another file"""
     flags: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """As it is called in reports: `trl +ckpt +packing`."""
+        """Name in reports, such as `trl +ckpt +packing`."""
         return " +".join((self.program.rsplit("/")[-1].removesuffix(".py"), *self.flags))
 
     @property
     def recomputed(self) -> str:
-        """What it computes twice, as `flops.REPEATED` names it."""
+        """Part that is computed twice, a key of `flops.REPEATED`."""
         if "mlp" in self.flags:
             return "gate and up"
         if "ckpt" not in self.flags:
@@ -35,7 +39,7 @@ class Contender:
 
     @property
     def command(self) -> list[str]:
-        """What follows the interpreter on its command line."""
+        """Arguments of the Python interpreter that start the program."""
         if self.program.endswith(".py"):
             return [self.program]
         return ["-m", f"{__name__}.{self.program}"]
@@ -46,44 +50,53 @@ def _of(program: str, *flags: str) -> list[Contender]:
 
 
 def field(device: str, real: bool) -> list[Contender]:
-    """Everybody who competes on `device`, over real data or dense tokens.
+    """Return all contenders for `device`, with real data or dense tokens.
 
-    PEFT's documentation turns checkpointing on, so that contender has no other form.
+    PEFT's documentation turns checkpointing on, so `peft_documented` has no other form.
     """
-    found = _of("qlora", "ckpt", "mlp", "")
-    found += _of("peft_documented", "ckpt")
-    found += _of("peft_tuned", "ckpt", "")
-    found += _of("peft_compiled", "ckpt", "")
-    found += _of("trainer", "ckpt", "", "compile")
-    found += _of("trl", "ckpt", "")
+    contenders = _of("qlora", "ckpt", "mlp", "")
+    contenders += _of("peft_documented", "ckpt")
+    contenders += _of("peft_tuned", "ckpt", "")
+    contenders += _of("peft_compiled", "ckpt", "")
+    contenders += _of("trainer", "ckpt", "", "compile")
+    contenders += _of("trl", "ckpt", "")
     if real:
-        found += _of("qlora", "ckpt packing", "mlp packing", "packing")
-        found += _of("trl", "ckpt packing", "packing")
+        contenders += _of("qlora", "ckpt packing", "mlp packing", "packing")
+        contenders += _of("trl", "ckpt packing", "packing")
     if device == "cuda":
-        found += _of("qlora", "ckpt offload")
-        found += _of("trainer", "ckpt liger", "liger")
-        found += _of("trl", "ckpt liger", "liger", "ckpt selective")
-        found += _of("unsloth", "ckpt offload", "ckpt", "")
+        contenders += _of("qlora", "ckpt offload")
+        contenders += _of("trainer", "ckpt liger", "liger")
+        contenders += _of("trl", "ckpt liger", "liger", "ckpt selective")
+        contenders += _of("unsloth", "ckpt offload", "ckpt", "")
     order = [OURS, "peft_documented", "peft_tuned", "peft_compiled", "trainer", "trl", "unsloth"]
-    return sorted(found, key=lambda contender: order.index(contender.program))
+    return sorted(contenders, key=lambda contender: order.index(contender.program))
 
 
 def chosen(names: str | None, device: str, real: bool) -> list[Contender]:
-    """The contenders of a comma-separated list: `qlora`, all forms of it; `qlora +ckpt`, that one; a .py file.
+    """Return the contenders of a comma-separated list.
 
-    None gives the whole field. Raises SystemExit for a name that nobody has.
+    Args:
+        names: `qlora` for all its forms, `qlora +ckpt` for one form, or the path of a .py file. None gives all
+            contenders.
+        device: `cpu` or `cuda`.
+        real: True for real data, which adds packing.
+
+    Raises:
+        SystemExit: No contender has the name.
     """
-    everybody = field(device, real)
+    all_contenders = field(device, real)
     if names is None:
-        return everybody
-    found: list[Contender] = []
+        return all_contenders
+    contenders: list[Contender] = []
     for name in (part.strip() for part in names.split(",")):
         program, *flags = name.split(" +")
         if program.endswith(".py"):
-            found.append(Contender(program, tuple(flags)))
+            contenders.append(Contender(program, tuple(flags)))
             continue
-        matching = [c for c in everybody if name == c.name or (not flags and name == c.program)]
+        matching = [c for c in all_contenders if name == c.name or (not flags and name == c.program)]
         if not matching:
-            raise SystemExit(f"no contender {name!r}; there are: {', '.join(c.name for c in everybody)}")
-        found += matching
-    return list(dict.fromkeys(found))
+            raise SystemExit(
+                f"no contender {name!r}; choose from: {', '.join(c.name for c in all_contenders)}"
+            )
+        contenders += matching
+    return list(dict.fromkeys(contenders))

@@ -1,7 +1,7 @@
-"""The hand-tuned PEFT loop under torch.compile.
+"""PEFT contender tuned by hand, with torch.compile.
 
-Dense tokens have one shape. Real data has many: widths are rounded up to a multiple of 32 and shapes compiled
-as dynamic. What the first step takes beyond a usual one is the compiling.
+Dense tokens have one shape. Real data has many, so row lengths are padded to a multiple of 32 and shapes are compiled
+as dynamic. Compilation is the time by which the first step exceeds a usual one.
 """
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.speed.workload import Workload
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     model, optimizer = tuned(job)
     steps = Workload.load(job.workload)
     one_shape = len({length for step in steps.lengths() for length in step}) == 1

@@ -1,7 +1,7 @@
-"""PEFT as its documentation sets QLoRA up.
+"""PEFT contender, set up as PEFT's documentation describes QLoRA.
 
-`prepare_model_for_kbit_training` (norms, embeddings and head in fp32, checkpointing with its defaults), fp32 A
-and B, torch.autocast where the dtype is bfloat16, plain AdamW, an attention mask.
+`prepare_model_for_kbit_training` (norms, embeddings and head in fp32, checkpointing with its defaults), A and B in
+fp32, torch.autocast if the dtype is bfloat16, plain AdamW, an attention mask.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from benchmarks.speed.workload import Workload
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     model = adapted(prepare_model_for_kbit_training(load(job)), job)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=job.lr, weight_decay=0.0

@@ -1,4 +1,4 @@
-"""What the PEFT contenders share: loading, the adapter's first numbers, the plain training loop."""
+"""Shared by the PEFT contenders: model loading, the common initial adapter, and a plain training loop."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 
 
 def load(job: Job) -> nn.Module:
-    """The NF4 checkpoint, as transformers loads it."""
+    """Load the NF4 checkpoint with transformers."""
     model = AutoModelForCausalLM.from_pretrained(
         job.base, dtype=getattr(torch, job.dtype), device_map={"": job.device}
     )
@@ -27,7 +27,7 @@ def load(job: Job) -> nn.Module:
 
 
 def lora_config(job: Job) -> LoraConfig:
-    """LoRA on every linear of every layer, no dropout."""
+    """Return the settings for LoRA on every linear layer, without dropout."""
     return LoraConfig(
         r=job.rank,
         lora_alpha=job.alpha,
@@ -39,14 +39,14 @@ def lora_config(job: Job) -> LoraConfig:
 
 
 def adapted(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model with its adapter, set to the common numbers; A and B in `dtype` (None: as PEFT chooses)."""
+    """Add the common initial adapter to the model; A and B in `dtype`, or in PEFT's own choice if None."""
     model = get_peft_model(model, lora_config(job))
     start_from(model, job, dtype)
     return model.train()
 
 
 def start_from(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> None:
-    """Set A and B to the common numbers; in `dtype`, if given."""
+    """Set A and B to their common initial values, converted to `dtype` if given."""
     parameters = adapter(model)
     with torch.no_grad():
         for name, value in load_file(job.adapter).items():
@@ -56,12 +56,12 @@ def start_from(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> 
 
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters under their names in the job's file."""
+    """Return the trainable parameters by their names in the job's file."""
     return {job_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def job_name(name: str) -> str:
-    """`base_model.model.<layer>.lora_A.default.weight` -> `<layer>.lora_a`."""
+    """Convert `base_model.model.<layer>.lora_A.default.weight` to `<layer>.lora_a`."""
     layer, _, kind = name.split(PREFIX, 1)[-1].removesuffix(".default.weight").rpartition(".")
     return f"{layer}.{kind.lower()}"
 
@@ -77,11 +77,19 @@ def training_loop(
     multiple: int = 1,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Forward, backward, clip, step, over every step's padded micro-batches.
+    """Train every step: forward and backward over its padded micro-batches, clip, update.
 
-    The loss of a step is the mean over its supervised tokens, as transformers counts them: `num_items_in_batch`.
-    `mask`: whether the model gets an attention mask. (A causal model needs none for padding on the right.)
-    `multiple`: widths are rounded up to one, for fewer shapes to compile.
+    The loss of a step is the mean over its supervised tokens (`num_items_in_batch` of transformers).
+
+    Args:
+        model: The model with its adapter.
+        job: The common settings.
+        meter: Records loss, gradient norm and positions of each step.
+        steps: The documents of each step.
+        optimizer: Updates the trainable parameters.
+        mask: True to pass an attention mask. A causal model needs none for padding on the right.
+        multiple: Pads row lengths to a multiple of this number, so that fewer shapes are compiled.
+        precision: Context of the forward pass, such as torch.autocast.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     meter.begin()
@@ -103,7 +111,7 @@ def training_loop(
 
 
 def inputs_of(batch: Sequence[Document], mask: bool, multiple: int = 1) -> dict[str, Tensor]:
-    """What the model is called with."""
+    """Return the arguments of the model's forward for a micro-batch."""
     inputs = padded(batch)
     width = inputs["input_ids"].shape[1]
     extra = -width % multiple

@@ -1,7 +1,7 @@
-"""The same PEFT loop tuned by hand.
+"""PEFT contender tuned by hand.
 
-Everything in the compute dtype (A and B too), no upcasts, no autocast, fused AdamW, non-reentrant checkpointing
-or none, no attention mask, since padding stands on the right.
+The compute dtype throughout (also for A and B), no upcasts, no autocast, fused AdamW, non-reentrant checkpointing or
+none. No attention mask, because padding is on the right.
 """
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.speed.workload import Workload
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     model, optimizer = tuned(job)
     steps = Workload.load(job.workload)
     meter.loaded()
@@ -24,7 +24,7 @@ def train(job: Job, meter: Meter) -> Answer:
 
 
 def tuned(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model with its adapter, and its optimizer."""
+    """Return the model with its adapter, and its optimizer."""
     model = adapted(load(job), job, getattr(torch, job.dtype))
     if "ckpt" in job.flags:
         recompute(model)
@@ -33,13 +33,13 @@ def tuned(job: Job) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def recompute(model: nn.Module) -> None:
-    """Every layer in the backward, by the name that this version of transformers has for it."""
+    """Turn on checkpointing of every layer, under the name that this version of transformers uses."""
     named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{named}_checkpointing_enable")({"use_reentrant": False})
 
 
 def settings(model: nn.Module) -> dict[str, str]:
-    """For the report."""
+    """Return the settings that the report shows."""
     return {
         "autocast": "off",
         "lora_dtype": str(next(iter(adapter(model).values())).dtype),

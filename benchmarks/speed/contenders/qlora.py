@@ -1,7 +1,7 @@
-"""This package, by the functions that its own loop calls.
+"""This package as a contender, through the functions that its own training loop calls.
 
-Model and optimizer come from `build`, as a run's do (bf16 A and B, fp32 master copy in the optimizer); they are trained
-with `accumulate`, `Optimizer.clip` and `Optimizer.step`.
+`build` makes model and optimizer, as in a run: A and B in bf16, an fp32 master copy in the optimizer. `accumulate`,
+`Optimizer.clip` and `Optimizer.step` train them.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ OPTIMIZER = "paged_adamw_32bit"
 
 
 class Session:
-    """The model and its optimizer, ready for the first step."""
+    """A model and its optimizer, ready for the first step."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -44,7 +44,7 @@ class Session:
             torch.cuda.empty_cache()
 
     def step(self, number: int, documents: Sequence[Document]) -> tuple[float, float, int]:
-        """One optimizer step: its loss, its gradient norm, the positions that went through the model."""
+        """Run one optimizer step; return its loss, its gradient norm and the positions computed by the model."""
         batches = lay_out(documents, self.job)
         self.optimizer.zero_grad()
         loss = accumulate(self.model, batches, seed=0, step=number).sum
@@ -57,7 +57,7 @@ class Session:
 
 
 def recipe_of(job: Job) -> Recipe:
-    """The job as a recipe, as far as `build` reads it."""
+    """Convert a job to a recipe with the keys that `build` reads."""
     recomputed = "full" if "ckpt" in job.flags else "mlp" if "mlp" in job.flags else "none"
     offload = "offload" in job.flags
     return Recipe.from_dict(
@@ -77,7 +77,7 @@ def recipe_of(job: Job) -> Recipe:
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     session = Session(job)
     steps = Workload.load(job.workload).steps
     meter.loaded()
@@ -97,10 +97,10 @@ def train(job: Job, meter: Meter) -> Answer:
 
 
 def lay_out(documents: Sequence[Document], job: Job) -> list[Batch]:
-    """The micro-batches of one step."""
+    """Return the micro-batches of one step."""
     examples = [Example(d.input_ids.numpy(), d.labels.numpy(), "") for d in documents]
     packing = "packing" in job.flags
-    # packed rows are max_length tokens wide: as many a micro-batch as hold the tokens of padded documents
+    # A packed row has max_length tokens: half as many rows hold about the tokens of a padded micro-batch
     size = max(1, job.micro_batch // 2) if packing else job.micro_batch
     batches = Batches(
         examples,

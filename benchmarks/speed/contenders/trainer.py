@@ -1,7 +1,7 @@
-"""PEFT in transformers' Trainer.
+"""PEFT contender in transformers' Trainer.
 
-The hand-tuned model (compute dtype throughout, no autocast, no attention mask), fused AdamW, documents of
-similar length together; Liger's kernels or torch.compile with those flags.
+The model of `peft_tuned` (compute dtype throughout, no autocast, no attention mask), fused AdamW, documents of similar
+length in a micro-batch. The flags `liger` and `compile` add Liger's kernels and torch.compile.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from benchmarks.speed.workload import Document, Workload
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     steps = Workload.load(job.workload)
     with tempfile.TemporaryDirectory() as folder:
         used = arguments(job, steps, folder) | {"use_liger_kernel": "liger" in job.flags}
@@ -41,7 +41,7 @@ def train(job: Job, meter: Meter) -> Answer:
 
 
 def collate(examples: list[dict]) -> dict:
-    """A padded micro-batch."""
+    """Return a padded micro-batch."""
     return inputs_of([Document(**example) for example in examples], mask=False)
 
 

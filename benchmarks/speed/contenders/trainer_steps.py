@@ -1,4 +1,4 @@
-"""What contenders in a transformers Trainer share: the clock, the data in the given order, the arguments."""
+"""Shared by the contenders that use transformers' Trainer: clock, data order, arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +13,23 @@ from benchmarks.speed.workload import Document, Workload, micro_batches
 
 
 class StepClock(TrainerCallback):
-    """Tells the meter when a step ends: at its log, which has its loss and gradient norm as numbers."""
+    """Callback that reports each step to the meter when its loss and gradient norm are logged."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The first step begins."""
+        """Start the clock of the first step."""
         self.meter.begin()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """A step has ended; the last log of a run has no step."""
+        """Record a step; the last log of a run is a summary without one."""
         if logs is not None and "loss" in logs:
             self.meter.step(logs["loss"], logs["grad_norm"])
 
 
 def counting(collate: Callable[..., dict[str, Any]], meter: Meter) -> Callable[..., dict[str, Any]]:
-    """`collate`, with the positions of what it makes counted."""
+    """Wrap `collate` so that the meter counts the positions of each micro-batch."""
 
     def collate_and_count(examples: list[Any]) -> dict[str, Any]:
         batch = collate(examples)
@@ -40,22 +40,24 @@ def counting(collate: Callable[..., dict[str, Any]], meter: Meter) -> Callable[.
 
 
 def in_order(steps: Workload, micro_batch: int) -> list[Document]:
-    """All documents, so that taking `micro_batch` at a time gives the steps, documents of similar length together."""
+    """Return all documents in the order of the steps; those of a micro-batch have similar lengths."""
     return [
         document for step in steps.steps for batch in micro_batches(step, micro_batch) for document in batch
     ]
 
 
 def rows(documents: list[Document]) -> list[dict[str, Tensor]]:
-    """Documents as a Trainer's data set has them."""
+    """Convert documents to the rows of a Trainer's data set."""
     return [document._asdict() for document in documents]
 
 
 def arguments(job: Job, steps: Workload, folder: str) -> dict[str, Any]:
-    """TrainingArguments that all such contenders share; logging every step gives its loss and norm."""
+    """Return the common TrainingArguments; they log every step, for its loss and gradient norm."""
     accumulation = len(steps.steps[0]) // job.micro_batch
     if accumulation * job.micro_batch != len(steps.steps[0]):
-        raise ValueError(f"{len(steps.steps[0])} documents a step are no multiple of {job.micro_batch}")
+        raise ValueError(
+            f"{len(steps.steps[0])} documents per step are not a multiple of the micro-batch size {job.micro_batch}"
+        )
     return {
         "output_dir": folder,
         "per_device_train_batch_size": job.micro_batch,
@@ -82,7 +84,7 @@ def arguments(job: Job, steps: Workload, folder: str) -> dict[str, Any]:
 
 
 def flags_of(used: dict[str, Any]) -> dict[str, str]:
-    """The arguments worth printing."""
+    """Return the arguments that the report shows."""
     shown = (
         "bf16",
         "per_device_train_batch_size",
@@ -100,5 +102,5 @@ def flags_of(used: dict[str, Any]) -> dict[str, str]:
 
 
 def dtype_of(job: Job) -> torch.dtype:
-    """The dtype of the products."""
+    """Return the dtype of all matrix products."""
     return getattr(torch, job.dtype)

@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer, over the same tokens already cut, with its own collator, loss and packing.
+"""TRL's SFTTrainer as a contender, on the same tokens, with its own collator, loss and packing.
 
-`packing` lays a step's documents into rows with TRL's own best-fit `pack_dataset`, one row a micro-batch
-(padding-free). TRL holds A and B of a quantized base in bfloat16; where the products are float32 they are put
-back into float32, since on such a machine bfloat16 products are emulated and would only slow it down.
+The flag `packing` packs a step's documents with TRL's best-fit `pack_dataset`, one row per micro-batch (padding-free).
+TRL holds A and B of a quantized base in bfloat16. If the products are float32, A and B are converted to float32,
+because such a machine emulates bfloat16 products, which would slow TRL down.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ from qlora import bundled
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     steps = Workload.load(job.workload)
     with tempfile.TemporaryDirectory() as folder:
         used = arguments(job, steps, folder) | {
@@ -65,20 +65,20 @@ def train(job: Job, meter: Meter) -> Answer:
 
 
 def as_row(document: Document) -> dict[str, list[int]]:
-    """A document as SFTTrainer takes it when it is tokenized."""
+    """Convert a document to a tokenized row for SFTTrainer."""
     return {"input_ids": document.input_ids.tolist(), "labels": document.labels.tolist()}
 
 
 def pack(documents: list[Document], max_length: int) -> list[dict[str, Any]]:
-    """A step's documents in rows of at most `max_length` tokens."""
+    """Pack a step's documents into rows of at most `max_length` tokens."""
     data = Dataset.from_list([as_row(document) for document in documents])
     return pack_dataset(data, max_length, "bfd").to_list()
 
 
 def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same documents in exactly `count` rows: Trainer wants as many micro-batches in every step.
+    """Divide packed rows until there are `count`, because Trainer needs the same number of micro-batches in every step.
 
-    Rows with several documents give up their last one. No token is added: rows are not padded.
+    The last document of a row with several becomes a row. Rows are not padded, so no token is added.
     """
     rows = [dict(row) for row in rows]
     while len(rows) < count:

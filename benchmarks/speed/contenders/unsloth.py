@@ -1,7 +1,7 @@
-"""Unsloth, on CUDA, where it is installed: its patched model in transformers' Trainer.
+"""Unsloth as a contender, on CUDA if it is installed: its patched model in transformers' Trainer.
 
-`ckpt offload` is its default checkpointing ("unsloth": activations wait on the host), `ckpt` the usual one,
-without a flag activations are kept. Not run anywhere yet: the project had no GPU when this was written.
+The flags `ckpt offload` select its default checkpointing ("unsloth", which keeps activations in host memory), `ckpt`
+the usual one. Without a flag activations are kept. This file has not run yet: it was written without a GPU.
 """
 
 import os
@@ -10,7 +10,7 @@ import tempfile
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
 try:
-    from unsloth import FastLanguageModel  # before transformers, which it patches
+    from unsloth import FastLanguageModel  # must come before transformers, which it patches
 except ImportError as error:
     FastLanguageModel, WHY = None, str(error)
 
@@ -33,7 +33,7 @@ from benchmarks.speed.workload import Workload
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load, train every step, report."""
+    """Load the model, train every step and return the measurements."""
     if FastLanguageModel is None:
         raise ModuleNotFoundError(f"not installed: unsloth ({WHY})")
     checkpointing = "unsloth" if "offload" in job.flags else "ckpt" in job.flags
