@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from qlora.recipe.loading import load
 OTHER_PROGRAMS = {
     ".", "pip", "git", "cd", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
 }  # fmt: skip
-LANGUAGES = {"console", "python", "yaml", "json", "diff", "text", ""}
+LANGUAGES = {"console", "python", "yaml", "json", "jsonl", "diff", "text", ""}
 
 
 def name_of(page: Path) -> str:
@@ -159,6 +160,13 @@ def check_fragment(block: Block) -> None:
         Recipe.from_dict(whole)
     except ValueError as error:
         pytest.fail(f"{block.place}: {error}")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)
+def test_links_lead_to_files_of_the_repository(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
 
 
 @pytest.mark.parametrize(
