@@ -23,7 +23,10 @@ CONFIG_FILE = "adapter_config.json"
 
 
 class LoraLayer(Protocol):
-    """Numbers of a layer that the config records; `LoRALinear` and the algebra's `Layer` provide them."""
+    """The numbers of an adapted layer that adapter_config.json records: rank, alpha and scaling.
+
+    `LoRALinear` has them, and so has the `Layer` of adapter/algebra, which exists without a model.
+    """
 
     @property
     def rank(self) -> int: ...

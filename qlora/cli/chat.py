@@ -104,7 +104,7 @@ class Plain:
         print(piece, end="", flush=True)
 
     def end(self) -> None:
-        """End the last line."""
+        """Print the newline that ends an answer."""
         print(flush=True)
 
     def note(self, text: str) -> None:

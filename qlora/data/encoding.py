@@ -200,7 +200,10 @@ def _renamed(token_id: int, token: AddedToken) -> AddedToken:
 
 
 def _token_at(encoding: Encoding, character: int, characters: int) -> int:
-    """Return the token at this character, or at the next character that the tokenizer does not drop."""
+    """Return the index of the token that covers `character`, or the next character that the tokenizer does not drop.
+
+    characters: length of the text. The result is the number of tokens if no such character is left.
+    """
     for position in range(character, characters):
         token = encoding.char_to_token(position)
         if token is not None:
@@ -209,7 +212,10 @@ def _token_at(encoding: Encoding, character: int, characters: int) -> int:
 
 
 def _token_from(encoding: Encoding, character: int, characters: int) -> int:
-    """Return the first token that starts at this character or later."""
+    """Return the index of the first token that starts at `character` or later; the number of tokens if none does.
+
+    characters: length of the text.
+    """
     token = _token_at(encoding, character, characters)
     while token < len(encoding.ids):
         span = encoding.token_to_chars(token)

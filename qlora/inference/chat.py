@@ -35,7 +35,7 @@ class Screen(Protocol):
         """End the answers: they are complete, or were stopped."""
 
     def note(self, text: str) -> None:
-        """Show a message that is not an answer."""
+        """Show a message of the program, in contrast to an answer of the model."""
 
 
 class Chat:

@@ -19,13 +19,13 @@ VOCABULARY_BLOCK = 4096
 
 
 def silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
-    """Launch the kernel of `gate.silu_product`."""
+    """Write silu(gate) * up into `product` with one kernel; see `gate.silu_product`."""
     with _on(gate):
         _silu_product[_blocks(gate)](gate, up, product, gate.numel(), BLOCK=ELEMENTS)
 
 
 def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
-    """Launch the kernel of `gate.silu_gradients`."""
+    """Overwrite `grad` with the gradient of gate, and `d_up` with that of up; see `gate.silu_gradients`."""
     with _on(gate):
         _silu_gradients[_blocks(gate)](gate, up, grad, d_up, gate.numel(), BLOCK=ELEMENTS)
 

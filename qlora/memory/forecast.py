@@ -190,7 +190,8 @@ class Forecaster:
     ) -> tuple[Batch, Trace, Trace | None]:
         """Return the micro-batch with the highest peak, the trace of its step and the trace of an evaluation.
 
-        The traces cover all layers (see `repeat_all` for `copies`), without the memory that is permanent in a run.
+        The model has a few of the layers only; `copies` says how often each is repeated to stand for all of them
+        (see `repeat_all`). Weights, adapters, gradients and optimizer state are not part of the traces.
         """
         objective = objective_of(recipe)
         layers = len(decoder_layers(model))

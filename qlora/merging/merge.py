@@ -189,7 +189,7 @@ def _sources(
 
 
 def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
-    """Check the free disk space: two choices are on the disk at a time, the best so far and the next."""
+    """Raise SaveError if the disk has no room for two merged models at a time: the best so far and the next."""
     needed = sum(sorted(source.bytes(name) for name, source in sources.items())[-2:])
     existing = next(parent for parent in (to, *to.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -188,7 +188,7 @@ def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
-    """Return the fingerprint of `model`, with the name and the revision from the recipe."""
+    """Return the base's fingerprint: digests of pretrained weights, or the seed of made-up ones; name and revision."""
     if base.init == "pretrained":
         identity = BaseIdentity.of(model)
     else:

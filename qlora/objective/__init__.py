@@ -8,5 +8,5 @@ __all__ = ["CausalLM", "Objective", "objective_of"]
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """Return the recipe's objective."""
+    """Return the object that computes the loss which the recipe trains; causal language modelling today."""
     return CausalLM(loss_chunk=recipe.training.loss_chunk)

@@ -181,7 +181,10 @@ def _gradients(
 def _widen(
     rows: Tensor, block: GatedMLP, updates: Sequence[Update], *, fold: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
-    """Return gate, up and their product [N, I], and the product [N, rank] of each A with its input."""
+    """Return gate, up and activation(gate) * up, each [N, I], and A x [N, rank] of each LoRA update, or None.
+
+    fold: allow adding an update to the dequantized weight, as in `products.project`.
+    """
     linears, normal = block.linears, normalized(rows, block.norm)
     lows = to_ranks(normal, linears[:2], updates[:2])
     gate, up = project(normal, linears[:2], updates[:2], lows, fold=fold)

@@ -94,7 +94,7 @@ class Comparison:
 
     @property
     def rows(self) -> list[Row]:
-        """A row for every part that is not zero in all columns."""
+        """A row of the memory table for each category (qlora.memory.parts) that is not zero in all columns."""
         sizes = {
             label: tuple(_size(column, part) for column in self.columns.values())
             for part, label in PARTS.items()

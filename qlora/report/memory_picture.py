@@ -112,7 +112,7 @@ def _bars(axes: "Axes", comparison: Comparison, *, labels: bool) -> None:
 
 
 def _inches(axes: "Axes") -> float:
-    """Return the width of the drawing in inches."""
+    """Return the width of the plotted area of `axes`, in inches."""
     return axes.bbox.width / axes.figure.dpi
 
 

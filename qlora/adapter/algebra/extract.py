@@ -198,6 +198,6 @@ def _not_captured(tuned: ShardReader, base: ShardReader, used: set[str]) -> dict
 
 
 def _distance(tuned: Tensor, base: Tensor) -> float:
-    """Return |tuned - base| in float64, computed in parts because an embedding can be the largest tensor of all."""
+    """Return the Frobenius norm of tuned - base in float64, part by part: an embedding can be the largest tensor."""
     pairs = zip(tuned.reshape(-1).split(PART), base.reshape(-1).split(PART), strict=True)
     return math.hypot(*(_norm(ours.double() - theirs.double()) for ours, theirs in pairs))
