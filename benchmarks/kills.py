@@ -37,7 +37,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
     parser.add_argument("--out", type=Path, help="folder for the report and its picture; default: only print")
     arguments = parser.parse_args()
@@ -161,7 +161,12 @@ def picture(whole: list[dict[str, Any]], killed: list[dict[str, Any]], kills: li
             points = [(record["step"], record["loss"]) for record in records if "loss" in record]
             axes.plot(*zip(*points, strict=True), **style)
         axes.plot(kills, [0] * len(kills), "x", color=SECOND, ms=5, clip_on=False, label="SIGKILL")
-        axes.set(xlabel="step", title="Training loss: both runs are the same line", ylim=(0, None))
+        axes.set(
+            xlabel="step",
+            title="Training loss: both runs are the same line",
+            xlim=(0, whole[-1]["step"]),
+            ylim=(0, None),
+        )
         axes.xaxis.label.set_color(MUTED)
         axes.grid(axis="y")
         axes.legend()

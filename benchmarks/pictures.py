@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py                      seconds; reads benchmarks/reports/*.json
 
-The third picture, safe.png, is drawn by benchmarks/kills.py from the runs that it compares.
+The third picture is in benchmarks/reports, where benchmarks/kills.py draws it from the runs that it compares.
 """
 
 import argparse

@@ -21,9 +21,10 @@ class Done:
     stderr: str
 
 
-def qlora(*arguments: object) -> Done:
-    """Run `qlora` with these arguments."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+def qlora(*arguments: object, one_stream: bool = False) -> Done:
+    """Run `qlora` with these arguments. With `one_stream`, `stdout` has both streams in the order of a terminal."""
+    out, code = io.StringIO(), 0
+    err = out if one_stream else io.StringIO()
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     with (
         redirect_stdout(out),
@@ -37,4 +38,4 @@ def qlora(*arguments: object) -> Done:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    return Done(code, out.getvalue(), err.getvalue())
+    return Done(code, out.getvalue(), "" if one_stream else err.getvalue())

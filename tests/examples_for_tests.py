@@ -91,11 +91,16 @@ class Command:
         return words[3:] if words[:3] == ["python", "-m", "qlora"] else None
 
     @property
+    def fails(self) -> bool:
+        """True if the page shows an error message as the output."""
+        return any(line.startswith("qlora: ") for line in self.printed)
+
+    @property
     def shortened(self) -> list[str] | None:
         """The arguments that a test uses."""
         arguments = self.arguments
         if arguments and arguments[0] in ("train", "profile"):
-            again = arguments[0] == "train" and not {"--resume", "--fresh"} & set(arguments)
+            again = arguments[0] == "train" and not self.fails and "--resume" not in arguments
             short = SHORT_QUICKSTART if "quickstart" in arguments else SHORT
             return [*arguments, *short, *(["--fresh"] if again else [])]
         return arguments

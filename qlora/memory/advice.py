@@ -103,29 +103,33 @@ class Advisor:
 def about_largest(size: Callable[[int], int], bound: int, fits: int, limit: int) -> int:
     """Return a number from `fits` to `limit` with `size(number) <= bound`, at most 2% below the largest such number.
 
-    `size` grows with its argument, but not evenly: beyond some length a step computes in pieces. So a straight line
-    through two points proposes the next number, and a number is never more than four times the last one that fits.
+    `size` grows with its argument, but not evenly: beyond some length a step computes in pieces. A straight line
+    through two points predicts the answer. The next number is 1% above the prediction until one number is known not
+    to fit, and 1% below it from then on, so that two numbers usually enclose the answer. Where the line misleads, the
+    interval is halved.
     """
     low, low_size = fits, size(fits)
-    high, high_size = limit + 1, None  # the smallest number known not to fit, and its size if it is known
-    number = min(2 * low, limit)
+    high, high_size = limit + 1, 0  # the smallest number known not to fit, if it is at most `limit`
+    number, sides = min(2 * fits, limit), [False, True]
     for _ in range(MOST_FORECASTS):
         if high - low <= max(1, low // 50):
-            if high > limit and size(limit) <= bound:
-                low = limit
             break
         found = size(number)
-        slope = max(1.0, (found - low_size) / (number - low))
+        sides.append(found <= bound)
+        slope = (found - low_size) / (number - low)
         if found <= bound:
             low, low_size = number, found
         else:
             high, high_size = number, found
-        if high_size is not None:
+        if high <= limit:
             slope = (high_size - low_size) / (high - low)
-        margin = max(1, (high - low) // 20)  # a number close to either end would teach little
-        proposed = low + int((bound - low_size) / slope)
-        number = min(max(proposed, low + margin), high - margin, max(4 * low, low + 1))
+        predicted = low + int((bound - low_size) / max(1.0, slope))
+        number = int(predicted * (1.01 if high > limit else 0.99))
+        if high <= limit and sides[-1] == sides[-2] == sides[-3]:
+            number = (low + high) // 2
         number = min(max(number, low + 1), high - 1)
+    if low < limit < high and size(limit) <= bound:
+        return limit
     return low
 
 
