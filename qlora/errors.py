@@ -6,6 +6,17 @@ shows a traceback.
 """
 
 
+def listed(names: list[str], most: int = 3) -> str:
+    """Join names for a message: the first `most`, and the number of the others.
+
+    Examples:
+        >>> listed(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 class QloraError(ValueError):
     """Base class of all errors for the user.
 

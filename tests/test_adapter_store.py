@@ -152,7 +152,7 @@ def test_loading_into_an_adapted_model_replaces_its_adapter(tmp_path: Path) -> N
     with pytest.raises(ModelError, match=r"blocks.0.up has rank 2 in the file and 3 in the model"):
         load_adapter(trained(rank=3), tmp_path / "second")
     with pytest.raises(
-        ModelError, match=r"no target for 2 of the layers with tensors, such as blocks.0.down"
+        ModelError, match=r"no target for 2 of the layers with tensors \(blocks.0.down, blocks.1.down\)"
     ):
         load_adapter(trained(targets=["up"]), tmp_path / "second")
 
@@ -207,14 +207,17 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer targets": (lambda f: edit(f, target_modules=["up"]), "no target for 2 of the layers with tensors"),
     "more targets": (
         lambda f: edit(f, target_modules="all-linear"),
-        "no tensors for 1 of the targeted layers, such as head",
+        r"no tensors for 1 of the targeted layers \(head\)",
     ),
     "layers of an expression": (
         lambda f: edit(f, target_modules=".*up", layers_to_transform=[0]),
         "need a list in target_modules",
     ),
     "pattern of no layers": (lambda f: edit(f, layers_pattern="blocks"), "needs layers_to_transform"),
-    "identity": (lambda f: (f / IDENTITY).write_text("{}"), "qlora.json: cannot be read"),
+    "identity": (
+        lambda f: (f / IDENTITY).write_text("{}"),
+        "qlora.json: the fingerprint of the base cannot be read",
+    ),
     "identity of tomorrow": (
         lambda f: edit_identity(f, format=2),
         "format 2 is not supported by this version",
@@ -298,12 +301,14 @@ def test_an_unusable_adapter_is_not_saved(tmp_path: Path) -> None:
             for x, s in (("a", "alpha/rank"), ("b", "alpha/sqrt(rank)"))
         }
     )
-    with pytest.raises(ModelError, match="PEFT's config cannot express that"):
+    with pytest.raises(
+        ModelError, match=r"a is scaled by alpha/rank, and b by alpha/sqrt\(rank\), but PEFT's config"
+    ):
         save_adapter(mixed, tmp_path / "c")
     mixed = trained(dropout=0.1)
     layer = mixed["blocks"][0]["up"]
     layer.spec = replace(layer.spec, dropout=0.2)
-    with pytest.raises(ModelError, match="different dropout: PEFT's config cannot express that"):
+    with pytest.raises(ModelError, match=r"different dropout .*Train all layers with one adapter.dropout"):
         save_adapter(mixed, tmp_path / "d")
     assert not list(tmp_path.iterdir())
 

@@ -169,14 +169,15 @@ def test_a_plan_recomputes_layers_of_transformers_whole(tmp_path: Path) -> None:
     wrong = with_training(made, activation_checkpointing="mlp")
     with pytest.raises(
         RecipeError,
-        match=r"no layers of ours, whose MLP can be recomputed alone.*activation_checkpointing=full, or none",
+        match=r"no fused layers, so its MLPs cannot be recomputed alone.*activation_checkpointing=full, or none",
     ):
         takes(wrong)
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) -> None:
     with pytest.raises(
-        OutOfMemoryError, match=r"training\.memory: one row .* [12]\.\d+ MiB, the budget is 0\.500 MiB"
+        OutOfMemoryError,
+        match=r"training\.memory: one row .* [12]\.\d+ MiB by forecast, but the budget is 0\.500 MiB",
     ):
         planned(made, MIB // 2)
 

@@ -49,7 +49,7 @@ def test_auto_judges_every_choice_and_keeps_one(recipe: Recipe, tmp_path: Path) 
     assert [one.name for one in merged.judged] == names
     expected = [
         "running base + adapter",
-        *(f"{doing} {name}" for name in names for doing in ("writing", "judging")),
+        *(f"{doing} {name}" for name in names for doing in ("writing", "comparing")),
     ]
     assert list(dict.fromkeys(stages)) == expected
     kl = {one.name: one.kl for one in merged.judged}
@@ -182,7 +182,7 @@ def test_an_nf4_base_needs_the_name_of_its_original(recipe: Recipe, tmp_path: Pa
     run = finished_run(recipe.model_copy(update={"base": base, "output": str(tmp_path / "second")}))
     with pytest.raises(UsageError, match="has no 16-bit weights: give them with --original MODEL"):
         merge(run, tmp_path / "m", onto="original")
-    with pytest.raises(ModelError, match="is in NF4 itself"):
+    with pytest.raises(ModelError, match="is an NF4 checkpoint too"):
         merge(run, tmp_path / "m", original=str(tmp_path / "base"))
     merged = merge(run, tmp_path / "m", original=recipe.base.model)
     assert sorted(one.name for one in merged.judged) == ["dequantized", "nf4", "original"]

@@ -268,9 +268,7 @@ def test_a_misfit_is_reported_before_anything_is_written(recipe: Recipe, tmp_pat
         MergeSource(base, run / "adapter")
     assert MergeSource(base, run / "adapter", any_base=True).keys
     save_file({f"other.{key}": tensor for key, tensor in stored.items()}, file)
-    with pytest.raises(
-        ModelError, match=r"such as model.layers.0.mlp.down_proj, have no weight of their own"
-    ):
+    with pytest.raises(ModelError, match=r"\(model.layers.0.mlp.down_proj.*\) have no weight of their own"):
         MergeSource(base, run / "adapter", any_base=True)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"model.safetensors: missing or damaged"):
@@ -283,5 +281,5 @@ def test_a_misfit_is_reported_before_anything_is_written(recipe: Recipe, tmp_pat
     with pytest.raises(ModelError, match=r"model-00001-of-00002.safetensors: missing or damaged"):
         MergeSource(base, run / "adapter", any_base=True)
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ModelError, match="no index"):
+    with pytest.raises(ModelError, match="cannot be read as an index"):
         MergeSource(base, run / "adapter", any_base=True)

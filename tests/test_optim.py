@@ -266,14 +266,17 @@ def test_state_is_named_by_parameter_and_independent_of_their_order() -> None:
         (lambda s: {"steps.lion": s.pop("steps.adamw")} | s, "belongs to lion, but optimizer.name is adamw"),
         (
             lambda s: s | {"a.moment1": torch.zeros(16, 640)},
-            r"a.moment1 is float32 \[16, 640\] there, float32 \[8, 640\]",
+            r"a.moment1 is float32 \[16, 640\] in the checkpoint, float32 \[8, 640\]",
         ),
         (lambda s: s | {"b.moment2": s["b.moment2"].bfloat16()}, "b.moment2 is bfloat16"),
         (
             lambda s: {k: v for k, v in s.items() if not k.startswith("norm.")},
-            "norm.moment1 is missing there",
+            "norm.moment1 is missing in the checkpoint",
         ),
-        (lambda s: s | {"d.moment1": torch.zeros(4)}, r"d.moment1 is float32 \[4\] there, missing here"),
+        (
+            lambda s: s | {"d.moment1": torch.zeros(4)},
+            r"d.moment1 is float32 \[4\] in the checkpoint, missing here",
+        ),
     ],
 )
 def test_a_foreign_state_is_refused_and_nothing_changes(

@@ -207,6 +207,8 @@ CASES = {
     "adapter: {targets: all_linear}": "(you wrote all_linear); did you mean all-linear?",
     "adapter: {targets: []}": "must be attention, all-linear or a list of one or more, each item text",
     "base: {model: m, revision: 1234567}": "must be text or null (you wrote 1234567); put it in quotes",
+    "training: {memory: 12}": "3:12: training.memory: must be auto, null or a size with a unit, such as 12GiB",
+    "training: {memory: '12'}": "training.memory: '12' is not a memory size; write it with a unit, such as 12GiB",
     "optimizer: {name: paged_adam_32bit}": "did you mean paged_adamw_32bit?",
     "data: {source: s, held_out: '0.1'}": "data.held_out: '0.1' is text; write a share as 0.02",
     "data: {source: s, held_out: 1.5}": "must be a number above 0 and below 1, an integer of at least 0 or",

@@ -1,5 +1,6 @@
 """Whole runs learn, repeat to the bit, survive kills, and overwrite nothing without a flag."""
 
+import errno
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ import pytest
 import torch
 from processes_for_tests import Process
 
+from qlora.cli.train import report
 from qlora.errors import DataError, DivergedError, RecipeError
 from qlora.inference.load import held_out_loss, load_trained
 from qlora.recipe import Recipe
-from qlora.storage import folders
+from qlora.storage import folders, manifest
+from qlora.tracking import Tracker
 from qlora.training import checkpoint
 from qlora.training import train as loop
 from qlora.training.result import TrainResult
@@ -155,6 +158,34 @@ def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(
     newest = checkpoint.newest(tmp_path / "run")
     assert newest is not None
     assert checkpoint.read_state(newest)["step"] == metrics(tmp_path / "run")[-1]["step"] >= 3
+
+
+@pytest.mark.parametrize("saved", [0, 2, 3])
+def test_a_stopped_run_reports_the_checkpoint_that_was_written(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, saved: int
+) -> None:
+    take_step, write = loop.take_step, manifest.write
+
+    def stopped(session: Session, step: int, tracker: Tracker) -> int:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(session, step, tracker)
+
+    def full(folder: Path, **about: Any) -> None:
+        if about.get("step", 0) > saved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        write(folder, **about)
+
+    monkeypatch.setattr(loop, "take_step", stopped)
+    monkeypatch.setattr(manifest, "write", full)
+    outcome = run(recipe_file(training={"save_every": 2}))
+    assert (outcome.steps, outcome.stopped_by) == (3, signal.SIGTERM)
+    last = report(outcome).splitlines()[-1]
+    assert ("checkpoint of step 3 not saved" in caplog.text) == (saved != 3)
+    if saved == 0:
+        assert last == "stopped early; no checkpoint could be saved, so --resume starts again at step 0"
+    else:
+        assert last == f"stopped early; a checkpoint of step {saved} is saved. Resume with --resume"
 
 
 def test_a_signal_at_the_very_end_leaves_a_run_finished(

@@ -42,7 +42,9 @@ class AdaptedLinear(nn.Module):
         """key of the layer's dropout masks, derived from the layer's name; None outside a model"""
         if not is_linear(base):
             kind = type(self).__name__
-            raise ModelError(f"{kind} wraps nn.Linear, Linear4bit and Conv1D, not {type(base).__name__}")
+            raise ModelError(
+                f"{kind} cannot wrap {type(base).__name__}; pass nn.Linear, Linear4bit or Conv1D"
+            )
         self.base: nn.Linear = base.requires_grad_(False)
         self.fan_in_fan_out = is_conv1d(base)
         """True if the base stores its weight as [in, out]; the name is PEFT's"""

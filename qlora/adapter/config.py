@@ -118,8 +118,13 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
     """
     rank = commonest([layer.rank for layer in layers.values()])
     alpha = commonest([layer.alpha for layer in layers.values()])
-    if len({layer.dropout for layer in layers.values()}) > 1:
-        raise ModelError("the layers have different dropout: PEFT's config cannot express that")
+    dropouts = {layer.dropout: name for name, layer in layers.items()}
+    if len(dropouts) > 1:
+        examples = ", ".join(f"{dropout} in {name}" for dropout, name in list(dropouts.items())[:3])
+        raise ModelError(
+            f"the layers have different dropout ({examples}), and PEFT's config holds only one. Train all layers with "
+            "one adapter.dropout"
+        )
     return {
         "alpha_pattern": {
             exactly(name): _plain(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha
@@ -151,13 +156,15 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
 def read_fields(path: Path) -> dict[str, Any]:
     """Read the fields of any method's adapter_config.json. Raises ModelError if it is missing or not a JSON object."""
     if not path.is_file():
-        raise ModelError(f"{path.parent}: there is no adapter: {path.name} is missing")
+        raise ModelError(
+            f"{path.parent}: there is no adapter: {path.name} is missing. Give the folder of an adapter"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ModelError(f"{path}: cannot be read as JSON: {error}. Restore the file") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
+        raise ModelError(f"{path}: not a JSON object. Restore the file")
     return config
 
 
@@ -181,8 +188,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         elif field not in INFORMATION and value not in NEUTRAL.get(field, NOTHING):
             meaning = REFUSED.get(field, "a field that this version of qlora does not know")
             raise ModelError(
-                f"{path}: {field} = {json.dumps(value)} is not supported ({meaning}). Only plain LoRA of linear "
-                "layers is supported"
+                f"{path}: {field} = {json.dumps(value)} is not supported ({meaning}). Use an adapter of plain "
+                "LoRA on linear layers"
             )
     _check_expressions(config, path)
     _check_choice_of_layers(config, path)
@@ -220,7 +227,8 @@ def targets_in(
     if not names:
         raise ModelError(
             f"{path}: the adapter does not fit this model: its target_modules, {json.dumps(targets)}, match no "
-            f"layer of {type(model).__name__}. {list_linears(linears)}"
+            f"layer of {type(model).__name__}. {list_linears(linears)} "
+            "Load the base that it was trained on"
         )
     return names
 
@@ -247,11 +255,19 @@ def _dropout(config: Mapping[str, Any], path: Path) -> float:
 
 def is_rslora(layers: Mapping[str, LoraLayer]) -> bool:
     """Return True if these layers are scaled by alpha/sqrt(rank). Raises ModelError if only some of them are."""
+    others = []
     for use_rslora, scale in ((False, SCALINGS["alpha/rank"]), (True, SCALINGS["alpha/sqrt(rank)"])):
-        if all(math.isclose(layer.scaling, scale(layer.alpha, layer.rank)) for layer in layers.values()):
+        differing = [
+            name
+            for name, layer in layers.items()
+            if not math.isclose(layer.scaling, scale(layer.alpha, layer.rank))
+        ]
+        if not differing:
             return use_rslora
+        others.append(differing[0])
     raise ModelError(
-        "some layers are scaled by alpha/rank, others by alpha/sqrt(rank): PEFT's config cannot express that"
+        f"{others[1]} is scaled by alpha/rank, and {others[0]} by alpha/sqrt(rank), but PEFT's config holds one "
+        "scaling for all layers. Train all layers with one adapter.scaling"
     )
 
 
@@ -295,9 +311,13 @@ def _check_choice_of_layers(config: Mapping[str, Any], path: Path) -> None:
     """Check PEFT's own rules for the fields that choose layers."""
     indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if isinstance(config.get("target_modules"), str) and (indices is not None or patterns):
-        raise ModelError(f"{path}: layers_to_transform and layers_pattern need a list in target_modules")
+        raise ModelError(
+            f"{path}: layers_to_transform and layers_pattern need a list in target_modules; write one"
+        )
     if patterns and indices is None:
-        raise ModelError(f"{path}: layers_pattern needs layers_to_transform")
+        raise ModelError(
+            f"{path}: layers_pattern needs layers_to_transform; add it, or remove layers_pattern"
+        )
 
 
 def _check_expressions(config: Mapping[str, Any], path: Path) -> None:

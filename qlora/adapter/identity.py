@@ -82,9 +82,14 @@ class BaseIdentity:
             base = {key: value for key, value in record["base"].items() if key in known}
             version, texts = record["format"], all(isinstance(v, str | None) for v in base.values())
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"cannot be read: {error}") from error
+            raise ModelError(
+                f"the fingerprint of the base cannot be read: {error}. Restore the file"
+            ) from error
         if version != FORMAT or not texts:
-            raise ModelError(f"format {version!r} is not supported by this version of qlora")
+            raise ModelError(
+                f"the fingerprint of the base: format {version!r} is not supported by this version of qlora. Update "
+                "qlora, or restore the file"
+            )
         return cls(**base)
 
     def as_json(self) -> str:
@@ -92,7 +97,7 @@ class BaseIdentity:
         return json.dumps({"base": asdict(self), "format": FORMAT}, indent=2, sort_keys=True) + "\n"
 
     def difference(self, other: "BaseIdentity") -> str | None:
-        """Return the first known difference with both values ("there" is self, "here" is other); None if there is none.
+        """Return the first known difference with both values, that of self first; None if there is none.
 
         Equal weights mean the same base under any name. If the weights are unknown, names are compared, but only
         names that identify one base. A folder's name does not identify its content.
@@ -101,14 +106,14 @@ class BaseIdentity:
             mine, theirs = getattr(self, key), getattr(other, key)
             if mine is not None and theirs is not None:
                 if mine != theirs:
-                    return f"{key}: {mine} there, {theirs} here"
+                    return f"{key}: {mine} and {theirs}"
             elif (
                 key == "weights"
                 and _is_unique(self.name)
                 and _is_unique(other.name)
                 and self.name != other.name
             ):
-                return f"name: {self.name} there, {other.name} here"
+                return f"name: {self.name} and {other.name}"
         return None
 
     def __str__(self) -> str:

@@ -32,7 +32,9 @@ def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
     for name, parts in layers.items():
         for suffix, tensor in parts.items():
             if not tensor.isfinite().all():
-                raise ModelError(f"{name}{suffix} is not finite: nothing was saved")
+                raise ModelError(
+                    f"{name}{suffix} is not finite: nothing was saved. Train again with a lower optimizer.lr"
+                )
             tensors[PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
     return tensors
 
@@ -63,23 +65,24 @@ def read_layers(folder: Path, suffixes: Collection[str]) -> dict[str, dict[str, 
                 f"{folder}: adapter_model.bin is a pickle. Loading a pickle can run any code, so qlora does not read "
                 f"it. Convert it with torch's restricted loader; run in that folder: {CONVERSION}"
             )
-        raise ModelError(f"{folder}: {TENSORS_FILE} is missing")
+        raise ModelError(f"{folder}: {TENSORS_FILE} is missing. Restore the file")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged, or not a safetensors file: {error}") from error
+        raise ModelError(f"{path}: damaged, or not a safetensors file: {error}. Restore the file") from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if not key.startswith(PREFIX) or suffix is None:
             raise ModelError(
-                f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}"
+                f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}. "
+                "Restore the file, or save the adapter without this tensor"
             )
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ModelError(f"{path}: {key} holds numbers that are not finite")
+            raise ModelError(f"{path}: {key} holds numbers that are not finite; use an earlier checkpoint")
         layers.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor
     for name, parts in layers.items():
         for suffix in suffixes:
             if suffix not in parts:
-                raise ModelError(f"{path}: {PREFIX}{name}{suffix} is missing")
+                raise ModelError(f"{path}: {PREFIX}{name}{suffix} is missing. Restore the file")
     return layers

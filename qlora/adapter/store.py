@@ -26,7 +26,7 @@ from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, named_tensors, read_layers
-from qlora.errors import ModelError, SaveError
+from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic
 
@@ -77,7 +77,10 @@ def save_adapter(
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
     if not all(key in back and torch.equal(tensors[key], back[key]) for key in tensors):
-        raise SaveError(f"{folder / TENSORS_FILE}: the numbers read back differ from the numbers written")
+        raise SaveError(
+            f"{folder / TENSORS_FILE}: the numbers read back differ from the numbers written; "
+            "check this disk, or write to another"
+        )
     return folder
 
 
@@ -112,8 +115,7 @@ def load_adapter(
     config = read_fields(file)
     method = ADAPTERS.get(str(config.get("peft_type")))
     if method is None:
-        known = " or ".join(f'"{name}"' for name in ADAPTERS)
-        raise ModelError(f"{file}: peft_type must be {known}")
+        raise _unknown_method(config, file)
     method.check(config, file)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
@@ -121,7 +123,9 @@ def load_adapter(
     stored = read_layers(folder, method.layer.SAVED)
     layers = AdaptedLinear.of(model)
     if layers and method_of(layers) is not method:
-        raise ModelError(f"{file}: the model has an adapter of another method than {method.name}")
+        raise ModelError(
+            f"{file}: the model has an adapter of another method than {method.name}; load it into a base"
+        )
     names = list(layers) or method.targets(model, config, stored, file)
     _check_names(names, stored, tensors_file)
     specs = {name: method.spec(config, name, file) for name in names}
@@ -146,9 +150,14 @@ def load_adapter(
 def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
     """Return the adapter method of these layers of a model. Raises ModelError if there are no layers."""
     if not layers:
-        raise ModelError("the model has no adapter: there is nothing to save")
+        raise ModelError("the model has no adapter: there is nothing to save. Add one with adapt")
     kind = type(next(iter(layers.values())))
     return next(method for method in ADAPTERS.values() if method.layer is kind)
+
+
+def _unknown_method(config: Mapping[str, Any], file: Path) -> ModelError:
+    known = " or ".join(f'"{name}"' for name in ADAPTERS)
+    return ModelError(f"{file}: peft_type must be {known}, not {json.dumps(config.get('peft_type'))}")
 
 
 def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> None:
@@ -156,11 +165,13 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
     unexpected = sorted(stored.keys() - names)
     if missing:
         raise ModelError(
-            f"{path}: no tensors for {len(missing)} of the targeted layers, such as {missing[0]}"
+            f"{path}: no tensors for {len(missing)} of the targeted layers ({listed(missing)}). Restore the file, or "
+            "load the adapter into a model without one"
         )
     if unexpected:
         raise ModelError(
-            f"{path}: no target for {len(unexpected)} of the layers with tensors, such as {unexpected[0]}"
+            f"{path}: no target for {len(unexpected)} of the layers with tensors ({listed(unexpected)}). Add them to "
+            f"target_modules in {CONFIG_FILE}, or load the adapter into a model without one"
         )
 
 
@@ -172,5 +183,6 @@ def _check_shapes(
     for suffix, shape in method.layer.shapes(module, spec).items():
         if tuple(stored[suffix].shape) != shape:
             raise ModelError(
-                f"{path}: {name}{suffix} is {list(stored[suffix].shape)}, the model needs {list(shape)}"
+                f"{path}: {name}{suffix} is {list(stored[suffix].shape)}, the model needs {list(shape)}. "
+                "Load the base that the adapter was trained on"
             )

@@ -57,7 +57,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         chosen = set(linears) - _heads_and_routers(model)
     else:
         if not targets:
-            raise UsageError("targets: the list is empty")
+            raise UsageError("targets: the list is empty; name a layer, or write all-linear")
         chosen = set()
         for entry in targets:
             chosen |= _match(model, linears, entry)

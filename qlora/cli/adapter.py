@@ -241,7 +241,7 @@ def _weighted(part: str) -> tuple[Path, float]:
 def _check_size(rank: int | None, energy: float | None, *, needed: bool) -> None:
     """Check --rank and --energy; if `needed`, one of them must be given."""
     if rank is not None and energy is not None:
-        raise UsageError("--rank and --energy cannot be used together")
+        raise UsageError("--rank and --energy cannot be used together; leave one out")
     if needed and rank is None and energy is None:
         raise UsageError("the new adapter needs a size: add --rank 8, say, or --energy 0.99")
     if energy is not None and not 0 < energy <= 1:

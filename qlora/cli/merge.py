@@ -21,7 +21,7 @@ CHOICES = ("auto", "original", "dequantized", "nf4")
 
 ONTO_HELP = (
     "Add the adapter to the 16-bit weights (original), to the dequantized NF4 weights (dequantized), or to these and "
-    "quantize again (nf4). auto judges each and keeps the best."
+    "quantize again (nf4). auto writes each, compares them with base + adapter on held-out text, and keeps the best."
 )
 
 
@@ -52,7 +52,7 @@ def merge(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=0, help="Maximum number of supervised tokens to judge on; 0 skips the verdict.")
+        int, typer.Option(min=0, help="Maximum number of tokens to compare on; 0 skips the comparison.")
     ] = 20_000,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -61,7 +61,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and write an ordinary Hugging Face model.
 
-    Each way is judged on held-out text, and the best is kept (--onto sets one).
+    Each way is compared on held-out text, and the best is kept (--onto sets one).
 
     [bold]qlora merge runs/quickstart --to models/tickets[/bold]
     """

@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora.cli.arguments import Json, Overrides, RecipeArgument
+from qlora.errors import ModelError
 
 if TYPE_CHECKING:
     from qlora.training.result import TrainResult
@@ -36,7 +38,7 @@ def train(
     [bold]qlora train my.yaml optimizer.lr=1e-4 training.max_steps=100[/bold]
     """
     if resume and fresh:
-        raise typer.BadParameter("--resume and --fresh cannot be used together")
+        raise typer.BadParameter("--resume and --fresh cannot be used together; leave one out")
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])  # before torch is imported: a wrong recipe fails at once
@@ -71,5 +73,19 @@ def report(outcome: "TrainResult") -> str:
         lines.append(f"result         {outcome.result}")
         lines.append(f'\nTry it:  qlora generate {outcome.run} --prompt "..."')
     else:
-        lines.append(f"stopped early; a checkpoint of step {outcome.steps} is saved. Resume with --resume")
+        lines.append(_stopped(outcome.run))
     return "\n".join(lines)
+
+
+def _stopped(run: Path) -> str:
+    """Return the line about a stopped run. Read the folder, because the last checkpoint could fail (a full disk)."""
+    from qlora.training import checkpoint
+
+    try:
+        newest = checkpoint.newest(run, checksums=False, report=lambda line: None)
+        step = None if newest is None else checkpoint.read_state(newest)["step"]
+    except ModelError:
+        return "stopped early; every checkpoint of the run is damaged. Start again with --fresh"
+    if step is None:
+        return "stopped early; no checkpoint could be saved, so --resume starts again at step 0"
+    return f"stopped early; a checkpoint of step {step} is saved. Resume with --resume"

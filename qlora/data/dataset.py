@@ -202,6 +202,9 @@ def _nothing_left(reading: Reading) -> str:
         "without a trained token": reading.unsupervised,
     }
     if not reading.read:
-        return f"{reading.source}: the source has no rows"
+        return f"{reading.source}: the source has no rows. Set data.source or data.held_out to a source with rows"
     counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
-    return f"{reading.source}: none of {reading.read} rows can be used: {counts}"
+    advice = ["set data.on_bad_row=error to see what is wrong with the bad rows"] if reading.bad else []
+    if reading.dropped or reading.unsupervised:
+        advice.append("raise data.max_length")
+    return f"{reading.source}: none of {reading.read} rows can be used: {counts}; {' and '.join(advice)}"

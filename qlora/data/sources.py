@@ -173,7 +173,7 @@ def _json_list(path: Path, name: str) -> Iterator[Record]:
         try:
             text = stream.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{name}: not UTF-8 at byte {error.start + 1}") from None
+            raise DataError(f"{name}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     position, line, line_start, counted = _skip(text, text.index("[") + 1), 1, 0, 0
     while not text.startswith("]", position):
         breaks = text.count("\n", counted, position)
@@ -247,7 +247,7 @@ def _csv(path: Path, name: str) -> Iterator[Record]:
         reader = csv.reader(text, delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
         header = next(reader, [])
         if len(set(header)) != len(header):
-            raise DataError(f"{name}:1: two columns have the same name: {', '.join(header)}")
+            raise DataError(f"{name}:1: two columns have the same name: {', '.join(header)}; rename one")
         while True:
             origin = f"{name}:{reader.line_num + 1}"
             try:
@@ -279,7 +279,9 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
                     number += 1
                     yield Record(f"{name}:row {number}", row)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: cannot be read as Parquet: {error}") from error
+        raise DataError(
+            f"{name}: cannot be read as Parquet: {error}. Write or download the file again"
+        ) from error
 
 
 def _hub(name: str, configuration: str | None, split: str) -> Iterator[Record]:

@@ -42,7 +42,7 @@ def template_text(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix not in (".jinja", ".jinja2", ".j2"):
         raise DataError(
-            f"data.template: {name!r} is neither a named template ({', '.join(NAMED)}) nor a .jinja file"
+            f"data.template: {name!r} is no template; set it to {', '.join(NAMED)} or the path of a .jinja file"
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -156,7 +156,9 @@ class Renderer:
         try:
             tail = self._after_probe([question, answer])
         except BadRow as error:
-            raise DataError(f"data.template cannot render a question and its answer: {error}") from None
+            raise DataError(
+                f"data.template cannot render a question and its answer: {error}. Correct it"
+            ) from None
         try:
             # Cut before the next question: the text after it does not belong to the answer.
             two = [question, answer, question, {**answer, "content": "!"}]
@@ -177,7 +179,10 @@ class Renderer:
         rendered = self._render(messages)
         _, probe, tail = rendered.rpartition(_PROBE)
         if not probe:
-            raise DataError(f"data.template does not render the answer; its output is {rendered!r}")
+            raise DataError(
+                f"data.template does not render the answer; its output is {rendered!r}. "
+                "Add the content of assistant messages to it"
+            )
         return tail
 
     def _needs_bos(self, text: str) -> bool:

@@ -95,7 +95,7 @@ def find_trained(folder: Path) -> Path:
         if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
             return place
     if (folder / "recipe.yaml").is_file():
-        raise ModelError(f"{folder}: the run is unfinished; resume with `qlora train ... --resume`")
+        raise ModelError(f"{folder}: the run is unfinished; resume it with `qlora train RECIPE --resume`")
     raise ModelError(
         f"{folder}: no trained adapter here. Give the folder of a run, or the folder adapter/ in it"
     )

@@ -106,7 +106,9 @@ def _installed() -> bool:
     installed = find_spec("triton") is not None or not torch.cuda.is_available()
     if not installed:
         warnings.warn(
-            "Triton is not installed. Plain torch is used instead of kernels, which is slower", stacklevel=2
+            "Triton is not installed. Plain torch is used instead of kernels, which is slower; "
+            "install it with `pip install triton`",
+            stacklevel=2,
         )
     return installed
 

@@ -113,9 +113,9 @@ def plan(
         least = Policy(1, arch.layers, 0, offload and arch.layers > 0, search.loss_chunks[-1])
         unit = unit_for(budget_bytes)
         raise OutOfMemoryError(
-            f"training.memory: one row at a time with every layer recomputed is forecast to need "
-            f"{unit.text(search.need(least).all_bytes)}, the budget is {unit.text(budget_bytes)}. Run `qlora estimate` "
-            "with --gpu to see what else can be changed"
+            "training.memory: one row at a time with every layer recomputed needs "
+            f"{unit.text(search.need(least).all_bytes)} by forecast, but the budget is {unit.text(budget_bytes)}. "
+            "Run `qlora estimate` with --gpu to see what else can be changed"
         )
     return Plan(
         **vars(best), layers=arch.layers, needed_bytes=search.need(best).all_bytes, budget_bytes=budget_bytes

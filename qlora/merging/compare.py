@@ -109,7 +109,7 @@ def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
     nf4s = [one for one in judged if one.name == "nf4"]
     dense = sorted((one for one in judged if one.name != "nf4"), key=lambda one: one.kl)
     if not dense:
-        return nf4s[0], "nothing else was judged"
+        return nf4s[0], "the only merged model that was compared"
     best = dense[0]
     why = f"closest to base + adapter (KL {best.kl:.4f} nats a token)"
     for other in dense[1:]:

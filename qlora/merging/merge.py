@@ -141,7 +141,8 @@ def _prepare(
     batches = _held_out(recipe, tokenizer, data, max_tokens)
     if onto == "auto" and not batches:
         raise UsageError(
-            "there is no held-out text to judge on: give a file with --data, or choose the weights with --onto"
+            "--onto auto compares the merged models on held-out rows, and there are none. Give a file with --data, or "
+            "choose one with --onto original, dequantized or nf4"
         )
     return _Plan(folder, recipe, sources, batches, Prompts(recipe.data, tokenizer), device, any_base)
 
@@ -154,10 +155,14 @@ def _check_mergeable(recipe: Recipe, folder: Path, onto: str, max_tokens: int) -
         )
     if recipe.base.init != "pretrained":
         raise ModelError(
-            f"{folder}: its base was made from a seed (base.init={recipe.base.init}), so it has no files to merge onto"
+            f"{folder}: its base was made from a seed (base.init={recipe.base.init}), so it has no files to merge "
+            "onto. Use base and adapter without merging"
         )
     if onto == "auto" and max_tokens == 0:
-        raise UsageError("--onto auto judges on held-out tokens, so --tokens must be above 0")
+        raise UsageError(
+            "--onto auto compares the merged models on held-out tokens, so --tokens must be above 0; or choose one "
+            "with --onto original, dequantized or nf4"
+        )
 
 
 def _sources(
@@ -170,7 +175,7 @@ def _sources(
         unquantized = base.model_copy(update={"model": original, "revision": None})
         sources["original"] = MergeSource(unquantized, adapter, device, any_base=True)
         if "original" not in sources["original"].choices:
-            raise ModelError(f"--original: {original} is in NF4 itself; give the 16-bit weights")
+            raise ModelError(f"--original: {original} is an NF4 checkpoint too; give the 16-bit weights")
     if not (onto == "original" and sources):  # then the recipe's own base is not needed
         source = MergeSource(base, adapter, device, any_base=any_base)
         sources = {**dict.fromkeys(source.choices, source), **sources}
@@ -196,7 +201,7 @@ def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
     if needed > free:
         raise SaveError(
             f"{to}: merging needs {needed / GiB:.1f} GiB of disk space there, and {free / GiB:.1f} GiB are free. "
-            "Free some space, or choose one way with --onto, which needs less than auto"
+            "Free some space, or use --onto original, dequantized or nf4, which need less than auto"
         )
 
 
@@ -239,7 +244,7 @@ def _judge(
     plan: _Plan, name: Onto, folder: Path, outputs: Reference, weight_bytes: int, progress: Progress
 ) -> Judgement:
     """Load a merged model from its files and judge it, on the CPU if the GPU has too little memory."""
-    progress(f"judging {name}", 0, 1)
+    progress(f"comparing {name}", 0, 1)
     _free_memory()
     device = plan.device
     if device.type == "cuda" and weight_bytes > 0.8 * torch.cuda.mem_get_info(device)[0]:
@@ -252,7 +257,8 @@ def _judge(
         )
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"the device has too little memory to judge {name}: use --device cpu, or --tokens 0 to skip the verdict"
+            f"the device has too little memory to compare the merged model ({name}) with base + adapter: use "
+            f"--device cpu, or skip the comparison with --onto {name} --tokens 0"
         ) from error
 
 

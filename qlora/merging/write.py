@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts
-from qlora.errors import ModelError
+from qlora.errors import ModelError, listed
 from qlora.model import load as bases
 from qlora.quantization import nf4
 from qlora.quantization.transformers_loader import nf4_config
@@ -176,8 +176,8 @@ class MergeSource:
         wanted = quantized | AdaptedLinear.of(meta_base.model).keys()
         if missing := sorted(wanted - located):
             raise ModelError(
-                f"{self.folder}: {len(missing)} of the model's layers, such as {missing[0]}, have no weight of "
-                "their own in these files (it is tied, or stored under another name), so the adapter cannot be added"
+                f"{self.folder}: {len(missing)} of the model's layers ({listed(missing)}) have no weight of their own "
+                "in these files (tied, or stored under another name). Use base and adapter without merging"
             )
         return matrices
 
@@ -189,7 +189,7 @@ class MergeSource:
         biases = {key: wanted[name] for key, name in names.items() if name in wanted}
         if missing := sorted(wanted.keys() - set(names.values())):
             raise ModelError(
-                f"{self.folder}: {len(missing)} of the adapted layers, such as {missing[0]}, have no bias in these "
+                f"{self.folder}: {len(missing)} of the adapted layers ({listed(missing)}) have no bias in these "
                 "files, and a merged model has the base's architecture. Use base and adapter without merging"
             )
         return biases
@@ -275,9 +275,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ModelError(f"{path}: cannot be read as JSON: {error}. Restore the file") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
+        raise ModelError(f"{path}: not a JSON object. Restore the file")
     return value
 
 

@@ -123,7 +123,7 @@ def load_tokenizer(base: Base) -> Tokenizer:
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        problem = _code_wanted(error) or _first_line(error)
+        problem = _code_wanted(error) or f"{_first_line(error)}. Use a model that has a tokenizer.json"
         raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
 
 
@@ -320,7 +320,8 @@ def _load_problem(base: Base, error: BaseException) -> str:
             "download it on a machine with network access, or use a local folder"
         )
     elif "architecture" in text:
-        text = f"transformers does not know this architecture ({_model_type(base)})"
+        kind = _model_type(base)
+        text = f"transformers does not know this architecture ({kind}). Update it, or use another model"
     return f"base.model: cannot load {base.model!r}: {text}"
 
 

@@ -145,8 +145,8 @@ def _check_supported(module: nn.Module, others: dict[str, Any]) -> None:
         "position_ids"
     }:  # document_lengths replaces the positions
         raise ModelError(
-            f"attention over documents does not support {', '.join(sorted(unsupported))}, which "
-            f"{type(module).__name__} uses"
+            f"{type(module).__name__} uses {', '.join(sorted(unsupported))}, which qlora's attention over packed rows "
+            "does not support. Use another model"
         )
 
 

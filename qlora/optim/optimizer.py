@@ -134,8 +134,8 @@ class Optimizer:
             mine, theirs = _describe(own.get(key)), _describe(saved.get(key))
             if mine != theirs:
                 raise ModelError(
-                    f"the saved optimizer state does not fit this run: {key} is {theirs} there, {mine} here. "
-                    "Resume with the base and adapter settings that wrote it, or start again with --fresh"
+                    f"the saved optimizer state does not fit this run: {key} is {theirs} in the checkpoint, {mine} "
+                    "here. Resume with the base and adapter settings that wrote it, or start again with --fresh"
                 )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

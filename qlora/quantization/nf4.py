@@ -167,7 +167,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
     try:
         state = QuantState.from_dict(statistics, device=packed.device)
     except (KeyError, ValueError) as error:
-        raise ModelError(f"statistics of a 4-bit weight are missing or unknown: {error}") from error
+        raise ModelError(
+            f"statistics of a 4-bit weight are missing or unknown: {error}. Download the model again"
+        ) from error
     return _parameter(packed, state)
 
 
@@ -236,7 +238,9 @@ class NF4Linear(Linear4bit):
         """Return an NF4Linear that shares the weight, quant state and bias of `linear`."""
         state = quant_state(linear)
         if state is None:
-            raise ModelError("this 4-bit layer is not quantized yet; move it to its device first")
+            raise ModelError(
+                "this 4-bit layer is not quantized yet; move it to its device first, with model.to(device)"
+            )
         linear.weight.quant_state = state
         adopted = cls(linear.weight, linear.bias)
         adopted.compute_dtype = linear.compute_dtype

@@ -22,7 +22,7 @@ def check(document: Document, name: str) -> Recipe:
     """
     if not isinstance(document.value, dict):
         if document.value is not UNUSABLE:
-            text = "a recipe is a mapping of sections, such as base: and data:"
+            text = "a recipe is a mapping of sections, such as base: and data:; write these"
             document.problems.append(Problem(document.place(()), (), text))
         raise _error(document.problems)
     if document.value.get("output") is None:

@@ -134,7 +134,10 @@ def _steps(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
     steps = settings.get("training.max_steps")
     if warmup and steps and warmup >= steps:
         key = "optimizer.warmup_steps" if "optimizer.warmup_steps" in given else "training.max_steps"
-        yield key, f"warmup_steps ({warmup}) must be below max_steps ({steps}), or the rate never reaches lr"
+        yield (
+            key,
+            f"warmup_steps ({warmup}) must be below max_steps ({steps}), or the learning rate never reaches lr",
+        )
 
 
 def _memory(settings: Settings) -> Iterator[KeyProblem]:

@@ -33,7 +33,7 @@ def parse_size(text: str) -> int:
         unit += "i"
     # a number without a unit is rejected: 24 would be 24 bytes, which is surely a mistake
     if not match or not unit or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a memory size; write it as 24GiB, 80GB or 512MiB")
+        raise ValueError(f"{text!r} is not a memory size; write it with a unit, such as 12GiB or 512MiB")
     return int(float(match[1]) * UNITS[unit])
 
 

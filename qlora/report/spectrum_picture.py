@@ -27,7 +27,7 @@ MOST_NAMED = 10
 def require_format(path: Path) -> None:
     """Raise UsageError unless the suffix of `path` is one of FORMATS."""
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}; choose one of these")
 
 
 def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:

@@ -26,7 +26,7 @@ def device_named(name: str) -> torch.device:
         UsageError: `name` is cuda, and there is no CUDA device.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("torch finds no CUDA device; leave out --device")
+        raise UsageError("--device cuda: torch finds no CUDA device; leave out --device")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -64,7 +64,7 @@ def limit_bytes() -> int:
     """
     text = os.environ.get("QLORA_CACHE_GIB") or "20"
     if not re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        raise UsageError(f"QLORA_CACHE_GIB: {text!r} is not a number of GiB")
+        raise UsageError(f"QLORA_CACHE_GIB: {text!r} is not a number of GiB; set it to one, such as 20")
     return int(float(text) * GIB)
 
 

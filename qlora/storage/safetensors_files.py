@@ -76,7 +76,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({folder / shard for shard in shards})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index}: cannot be read as an index of safetensors files ({error!r})") from error
+        raise ModelError(
+            f"{index}: cannot be read as an index of safetensors files ({error!r}). Restore the file"
+        ) from error
 
 
 class StoredTensor(NamedTuple):
@@ -201,7 +203,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{file}: missing or damaged: {error}") from error
+        raise ModelError(f"{file}: missing or damaged: {error}. Restore the file") from error
 
 
 class ShardWriter:

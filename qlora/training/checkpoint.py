@@ -144,7 +144,7 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
+        raise ModelError(f"{path}: cannot be read: {error}. Restore the file") from error
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -162,9 +162,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'state.json'}: cannot be read: {error}") from error
+        raise ModelError(f"{folder / 'state.json'}: cannot be read: {error}. Restore the file") from error
     if not isinstance(state, dict):
-        raise ModelError(f"{folder / 'state.json'}: not a JSON object")
+        raise ModelError(f"{folder / 'state.json'}: not a JSON object. Restore the file")
     return state
 
 

@@ -89,8 +89,8 @@ def read_weights(session: Session, folder: Path) -> None:
     recorded = BaseIdentity.read(folder) or session.base_identity
     if (difference := recorded.difference(session.base_identity)) is not None:
         raise ModelError(
-            f"{folder.parent}: the base has changed since this checkpoint ({difference}), so the run cannot be "
-            "resumed exactly. Restore the base, or start again with --fresh"
+            f"{folder.parent}: the base differs from that of this checkpoint in {difference}, so the run cannot "
+            "be resumed exactly. Restore the base, or start again with --fresh"
         )
     load_adapter(session.model, folder, any_base=True)
 

@@ -191,7 +191,7 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise DivergedError(
             f"step {step + 1}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}. No weight "
-            f"was updated; the newest checkpoint in {Path(session.recipe.output) / 'checkpoints'} is intact. Lower "
+            f"was updated; checkpoints in {Path(session.recipe.output) / 'checkpoints'} are intact. Lower "
             "optimizer.lr, or check the rows of this step with `qlora data`"
         )
     with announce(Phase.UPDATE):

@@ -119,8 +119,8 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
     bases = list(dict.fromkeys(adapter.base for adapter in adapters if adapter.base))
     if len(bases) > 1:
         raise ModelError(
-            f"the adapters were trained on different bases: {' and '.join(bases)}. If these have the same "
-            "weights, use --any-base"
+            f"the adapters were trained on different bases: {' and '.join(bases)}. Combine adapters of one base, "
+            "or use --any-base if these bases have the same weights"
         )
     identities = [
         BaseIdentity.parse(adapter.extra_files[IDENTITY_FILE])
@@ -130,7 +130,8 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
     for other in identities[1:]:
         if (difference := identities[0].difference(other)) is not None:
             raise ModelError(
-                f"the adapters were trained on different bases ({difference}). To combine them anyway, use --any-base"
+                f"the adapters were trained on different bases, which differ in {difference}. Combine adapters "
+                "of one base, or allow different bases with --any-base"
             )
 
 
@@ -138,7 +139,9 @@ def _check_shapes(name: str, terms: Sequence[LowRank]) -> None:
     shapes = list(dict.fromkeys((term.b.shape[0], term.a.shape[1]) for term in terms))
     if len(shapes) > 1:
         sizes = " and ".join(f"[{out}, {into}]" for out, into in shapes)
-        raise ModelError(f"{name} is {sizes} in different adapters: their bases differ in architecture")
+        raise ModelError(
+            f"{name} is {sizes} in different adapters: their bases differ in architecture. Combine adapters of one base"
+        )
 
 
 def _targets(adapters: Sequence[Adapter]) -> Any:

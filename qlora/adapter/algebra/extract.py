@@ -88,7 +88,9 @@ def extract(
         difference = _difference(tuned[ours].to(place), base[theirs].to(place))
         norm = _norm(difference)
         if not math.isfinite(norm):
-            raise ModelError(f"{tuned.folder} or {base.folder}: {ours} holds numbers that are not finite")
+            raise ModelError(
+                f"{tuned.folder} or {base.folder}: {ours} holds numbers that are not finite. Restore the file"
+            )
         if norm == 0:
             continue
         layer = Layer.store(name, _nearest(difference, rank, energy, name), dtype)
@@ -97,7 +99,8 @@ def extract(
         layers[name] = Layer(layer.a.cpu(), layer.b.cpu(), layer.alpha, layer.scaling)
     if not layers:
         raise ModelError(
-            f"{tuned.folder} and {base.folder} have the same linear weights: there is nothing to extract"
+            f"{tuned.folder} and {base.folder} have the same linear weights: there is nothing to extract. "
+            "Give the fine-tuned model first and its base second"
         )
     adapter = Adapter(_config(model, layers, base_model), layers)
     used = {key for pair in keys.values() for key in pair}
@@ -108,7 +111,9 @@ def _keys(layer: str, model: nn.Module, tuned: ShardReader, base: ShardReader) -
     """Return the names of a layer's weight in both checkpoints, after checking that the weights can be compared."""
     module = model.get_submodule(layer)
     if is_conv1d(module):
-        raise ModelError(f"{layer} is a Conv1D (GPT-2): extract supports only plain linear layers")
+        raise ModelError(
+            f"{tuned.folder}: {layer} is a Conv1D layer, as in GPT-2; extract supports only models with nn.Linear"
+        )
     assert isinstance(module, nn.Linear)
     shape = module.out_features, module.in_features
     names = []
@@ -116,7 +121,8 @@ def _keys(layer: str, model: nn.Module, tuned: ShardReader, base: ShardReader) -
         stored = weights.layer_weight(layer)
         if stored is None:
             raise ModelError(
-                f"{weights.folder}: {layer}.weight is missing; the architecture of {tuned.folder} needs it"
+                f"{weights.folder}: {layer}.weight is missing, but the architecture of {tuned.folder} has this layer. "
+                "Give two whole models of this architecture"
             )
         if stored.is_quantized:
             raise ModelError(
@@ -125,7 +131,7 @@ def _keys(layer: str, model: nn.Module, tuned: ShardReader, base: ShardReader) -
         if stored.shape != shape:
             raise ModelError(
                 f"{weights.folder}: {stored.name} is {list(stored.shape)}, but {list(shape)} in the architecture of "
-                f"{tuned.folder}"
+                f"{tuned.folder}. Give two models of this architecture"
             )
         names.append(stored.name)
     return names[0], names[1]

@@ -26,7 +26,7 @@ from qlora.adapter.config import (
 from qlora.adapter.identity import IDENTITY_FILE
 from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
-from qlora.errors import ModelError, SaveError
+from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
 
@@ -72,7 +72,9 @@ class Layer:
         """
         a, b = update.a.to(dtype), update.b.to(dtype)
         if not (a.isfinite().all() and b.isfinite().all()):
-            raise ModelError(f"the update of {name} is too large for {dtype_name(dtype)}")
+            raise ModelError(
+                f"the update of {name} is too large for {dtype_name(dtype)}; use a wider --dtype"
+            )
         return cls(a, b, float(update.rank), 1.0)
 
 
@@ -112,7 +114,9 @@ def read(path: str | Path) -> Adapter:
     config = read_config(folder / CONFIG_FILE)
     pairs = read_pairs(folder)
     if not pairs:
-        raise ModelError(f"{folder / TENSORS_FILE}: holds no tensors")
+        raise ModelError(
+            f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
+        )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, *pair, folder) for name, pair in pairs.items()}
     try:
@@ -152,7 +156,9 @@ def write(adapter: Adapter, path: str | Path) -> int:
             (draft / name).write_text(text, encoding="utf-8")
         back = load_file(draft / TENSORS_FILE)
         if not all(torch.equal(tensor, back[key]) for key, tensor in tensors.items()):
-            raise SaveError(f"{folder}: the numbers read back differ from the numbers written")
+            raise SaveError(
+                f"{folder}: the numbers read back differ from the numbers written; check this disk, or write to another"
+            )
         publish(draft, folder)
     return (folder / TENSORS_FILE).stat().st_size
 
@@ -167,7 +173,8 @@ def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: P
     for tensor, suffix, dim in ((a, SUFFIX_A, 0), (b, SUFFIX_B, 1)):
         if tensor.ndim != 2 or tensor.shape[dim] != spec.rank or not tensor.numel():
             raise ModelError(
-                f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, but the config's rank is {spec.rank}"
+                f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, but the rank in "
+                f"{CONFIG_FILE} is {spec.rank}. Restore both files from the same adapter"
             )
     return Layer(a, b, spec.resolved_alpha, spec.factor)
 
@@ -185,7 +192,8 @@ def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:
         raise ModelError(f"{path}: target_modules is not a valid regular expression ({error})") from error
     if outside:
         raise ModelError(
-            f"{path}: no target for {len(outside)} of the layers with tensors, such as {outside[0]}"
+            f"{path}: target_modules matches no name of {len(outside)} layers with tensors ({listed(outside)}). "
+            "Add them to target_modules"
         )
 
 

@@ -17,7 +17,7 @@ from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.targets import features, linear_names, list_linears, select
-from qlora.errors import ModelError
+from qlora.errors import ModelError, listed
 from qlora.quantization.nf4 import frozen_linear, use_nf4_linears
 from qlora.recipe import Adapter
 
@@ -94,7 +94,9 @@ class BitFit(AdapterMethod):
         """Raise ModelError if `config` has other fields than the method `config` writes."""
         known = {"base_model_name_or_path", "peft_type", "revision", "target_modules"}
         if unknown := sorted(config.keys() - known):
-            raise ModelError(f"{file}: {unknown[0]} is a field that this version of qlora does not know")
+            raise ModelError(
+                f"{file}: {unknown[0]} is a field that this version of qlora does not know; update qlora, or remove it"
+            )
         targets = config.get("target_modules")
         if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
             raise ModelError(f"{file}: target_modules must be a list of layer names")
@@ -107,9 +109,9 @@ class BitFit(AdapterMethod):
         missing = [name for name in names if name not in linears]
         if missing or not names:
             reason = (
-                f"no linear layer {missing[0]}. {list_linears(linears)}"
+                f"no linear layer {listed(missing)}. {list_linears(linears)} Load the base that it was trained on"
                 if names
-                else "target_modules is empty"
+                else "target_modules is empty. Restore the file"
             )
             raise ModelError(f"{file}: the adapter does not fit this model: {reason}")
         return list(names)

@@ -21,7 +21,7 @@ from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.adapter.targets import features, select
-from qlora.errors import ModelError, UsageError
+from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
@@ -100,7 +100,7 @@ class LoRALinear(AdaptedLinear):
         """Return why the layer cannot load tensors of another rank; None if the rank is the same."""
         if spec.rank == self.rank:
             return None
-        return f"has rank {spec.rank} in the file and {self.rank} in the model: the ranks must be equal"
+        return f"has rank {spec.rank} in the file and {self.rank} in the model: load it into a model without an adapter"
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return the dense weight W + scaling * B A, so that a plain linear computes the same without dropout.
@@ -198,11 +198,16 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
     """
     spec = spec or LoraSpec()
     if AdaptedLinear.of(model):
-        raise ModelError("the model has an adapter already: adapt a base, or load an adapter into this model")
+        raise ModelError(
+            "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
+        )
     names = select(model, spec.targets)
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
-            raise UsageError(f'rank_pattern or alpha_pattern: "{key}" matches no targeted layer')
+            pattern = "rank_pattern" if key in spec.rank_pattern else "alpha_pattern"
+            raise UsageError(
+                f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
+            )
     use_nf4_linears(model.requires_grad_(False))
     layers = {
         name: LoRALinear(model.get_submodule(name), spec.for_layer(name), layer_generator(seed, name))
