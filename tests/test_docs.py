@@ -22,8 +22,8 @@ from qlora.recipe.loading import load
 
 # Programs in examples that this file does not run: CI installs, tests and builds with these commands.
 OTHER_PROGRAMS = {
-    ".", "cd", "git", "pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest", "wandb",
-    "tensorboard",
+    ".", "cd", "git", "pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
+    "wandb", "tensorboard",
 }  # fmt: skip
 # Many pages begin with this command; it runs once, in its short form, for all of them.
 QUICKSTART = ["train", "quickstart"]

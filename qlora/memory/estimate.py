@@ -74,8 +74,9 @@ class Estimate:
             )
             rows = self.memory["workload"]
             yield (
-                f"The most that fits: micro-batches of {self.largest_micro_batch} rows of {rows['row_tokens']} "
-                f"tokens, or rows of {self.longest_rows:,} tokens in micro-batches of {rows['micro_batch_size']}."
+                f"The most that fits: training.micro_batch_size={self.largest_micro_batch} with rows of "
+                f"{rows['row_tokens']:,} tokens, or training.micro_batch_size={rows['micro_batch_size']} with rows of "
+                f"{self.longest_rows:,} tokens."
             )
             return
         yield f"Does not fit into {unit.text(self.capacity_bytes)}: {unit.text(-room)} too much."
