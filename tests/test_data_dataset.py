@@ -243,7 +243,7 @@ def test_counts_add_up(hundred: Path) -> None:
         (["{"] * 3, {"on_bad_row": "skip"}, "none of 3 rows can be used: 3 bad"),
         (pairs(3), {"held_out": 3}, "data.held_out: cannot hold out 3 rows, because only 3 rows are usable"),
         (pairs(3), {"columns": {"promt": "a"}}, "no field 'promt'"),
-        (pairs(3), {"template": "nothing"}, "is no template; set it to alpaca"),
+        (pairs(3), {"template": "nothing"}, "is not a template; set it to alpaca"),
     ],
 )
 def test_data_without_trained_tokens_are_an_error_with_a_reason(

@@ -296,7 +296,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
 
 
 def test_layers_that_cannot_be_wrapped_are_refused() -> None:
-    with pytest.raises(ModelError, match="not Conv1d"):
+    with pytest.raises(ModelError, match="cannot wrap Conv1d"):
         LoRALinear(nn.Conv1d(1, 1, 1))
     model = adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(targets="all-linear"))
     with pytest.raises(ModelError, match="has an adapter already"):

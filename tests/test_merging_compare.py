@@ -89,7 +89,7 @@ SMALL, LARGE = 0.5 * SIGNIFICANT_LOSS, 3 * SIGNIFICANT_LOSS
         ([("dequantized", 1.0, 0.1), ("nf4", 1 - LARGE, 0.2)], "nf4", "differs by -2.96%"),
         ([("dequantized", 1.0, 0.1), ("nf4", 1 + LARGE, 0.2)], "dequantized", "nf4, .* by [+]3.05%"),
         ([("original", 1.0, 0.2), ("dequantized", 1.0, 0.1), ("nf4", 1 + LARGE, 0.3)], "dequantized", "closest"),
-        ([("nf4", 1.0, 0.2)], "nf4", "nothing else"),
+        ([("nf4", 1.0, 0.2)], "nf4", "the only merged model"),
     ],
 )  # fmt: skip
 def test_the_choice(judged: list[tuple[Any, ...]], expected: str, why: str) -> None:

@@ -42,7 +42,7 @@ def template_text(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix not in (".jinja", ".jinja2", ".j2"):
         raise DataError(
-            f"data.template: {name!r} is no template; set it to {', '.join(NAMED)} or the path of a .jinja file"
+            f"data.template: {name!r} is not a template; set it to {', '.join(NAMED)} or the path of a .jinja file"
         )
     try:
         return path.read_text(encoding="utf-8")
