@@ -28,7 +28,6 @@ from typing import Any
 
 from qlora.report.pictures import ACCENT, MUTED, SECOND, figure, png
 
-REPORTS = Path(__file__).parent / "reports"
 TIMES = ("tokens_per_second", "peak_memory_bytes")
 """fields of metrics.jsonl that differ between any two runs"""
 
@@ -89,6 +88,7 @@ def kill_and_resume(run: Path, steps: int, kills: int, seconds: float, chance: r
                 sys.exit(f"the run failed on its own with exit code {process.returncode}")
             print("  the run ended before its kill; start again from step 0")
             shutil.rmtree(run)
+            reached.clear()
             continue
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

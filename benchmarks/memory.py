@@ -16,6 +16,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -131,7 +132,7 @@ def recipe_of(model: str, overrides: list[str]) -> Recipe:
 def measured(model: str, overrides: list[str]) -> dict[str, Any]:
     """Run two steps of QLoRA on full rows in a fresh process; return its memory, or its error."""
     length = int(next(o for o in overrides if "max_length" in o).split("=")[1])
-    rows = Path(f"/tmp/qlora-memory-rows-{length}.jsonl")
+    rows = Path(tempfile.gettempdir()) / f"qlora-memory-rows-{length}.jsonl"
     rows.write_text("".join(json.dumps({"text": "word " * 2 * length}) + "\n" for _ in range(4)))
     settings = [*overrides, "base.init=synthetic", "training.device=cuda"]
     settings = [o for o in settings if not o.startswith("data.source")]

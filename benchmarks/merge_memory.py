@@ -1,6 +1,6 @@
 """Measure the host memory and the time of a merge, on random weights in the shapes of a large model.
 
-    python benchmarks/merge_memory.py --model llama-65b --layers 1 --onto nf4 --folder /tmp/merge
+    python benchmarks/merge_memory.py --model llama-65b --layers 1 --onto nf4 --folder FOLDER
 
 Writes the checkpoint, an adapter for all linear layers and the merged model to FOLDER and removes them at the end. This
 needs twice the checkpoint's size on disk. A merge reads one tensor and holds one shard at a time, so its memory depends

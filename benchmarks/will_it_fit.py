@@ -5,7 +5,7 @@
 
 Each cell is a forecast of the shipped recipe (rank 64 on all linear layers, NF4 with double quantization, paged AdamW)
 with one row in a micro-batch and all layers recomputed: first with everything on the GPU, then with layer inputs and
-the input embedding in host memory. Writes benchmarks/reports/will_it_fit_<yyyy-mm>.md.
+the input embedding in host memory. `--out benchmarks/reports` writes will_it_fit_<yyyy-mm>.md there.
 """
 
 import argparse
@@ -37,7 +37,6 @@ COMMON = [
 ]
 WAYS = {"on the GPU": [], "with offloading": ["training.activation_offloading=true", "base.embedding=host"]}
 GIB = 2**30
-REPORTS = Path(__file__).parent / "reports"
 
 
 def main() -> None:

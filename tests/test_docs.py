@@ -16,6 +16,7 @@ import typer
 from commands_for_tests import Done, qlora
 from examples_for_tests import PAGES, ROOT, SHORT_QUICKSTART, Block, Command, blocks, missing_from
 
+from qlora import errors
 from qlora.cli import app
 from qlora.recipe import Recipe
 from qlora.recipe.loading import load
@@ -27,6 +28,7 @@ OTHER_PROGRAMS = {
 }  # fmt: skip
 # Many pages begin with this command; it runs once, in its short form, for all of them.
 QUICKSTART = ["train", "quickstart"]
+FULL_RUN = "output of the full run"
 LANGUAGES = {"console", "python", "yaml", "json", "jsonl", "diff", "text", ""}
 
 
@@ -61,6 +63,39 @@ def test_the_examples_of_a_page_run(
     page: Path, finished: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_all([block for block in blocks(page) if block.remark != "slow"], monkeypatch, finished[1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """Return a folder with the whole quickstart in runs/quickstart, and what its command printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_CACHE", "off")
+        patch.setenv("COLUMNS", "100")
+        done = qlora(*QUICKSTART, one_stream=True)
+    assert done.returncode == 0, done.stdout
+    return folder, done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_quickstart_prints_the_words_that_pages_show(
+    trained: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    shown = [block for page in PAGES for block in blocks(page) if block.remark == FULL_RUN]
+    assert shown
+    for block in shown:
+        for folder in ("models", "small", "extracted"):  # several pages make them
+            shutil.rmtree(folder, ignore_errors=True)
+        for command in block.commands:
+            if command.arguments:
+                quick = command.arguments == QUICKSTART
+                done = trained[1] if quick else typed_into(command.arguments, command.typed, monkeypatch)
+                missing = missing_from(done.stdout, command.printed)
+                assert missing is None, f"{block.place}: no line\n  {missing}\nin\n{done.stdout}"
 
 
 @pytest.mark.slow
@@ -114,7 +149,7 @@ def run(command: Command, monkeypatch: pytest.MonkeyPatch, quickstart: Done | No
         done = quickstart if known else typed_into(arguments, command.typed, monkeypatch)
         assert done is not None
         assert bool(done.returncode) == command.fails, f"{place}: {command.text}\n{done.stdout}"
-        if command.block.remark != "output of the full run":
+        if command.block.remark != FULL_RUN:  # the output is compared by a slow test
             missing = missing_from(done.stdout, command.printed)
             assert missing is None, (
                 f"{place}: `{command.text}` does not print\n  {missing}\nbut\n{done.stdout}"
@@ -202,8 +237,8 @@ def test_output_is_compared_by_words(printed: str, expected: list[str], missing:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("```console\n$ qlora estimate quickstart --gqu 24GiB\n```\n", "gqu"),
-        ("```console\n$ qlora recipes lst\n```\n", "lst"),
+        ("```console\n$ qlora estimate quickstart --gqu 24GiB\n```\n", "No such option"),
+        ("```console\n$ qlora recipes lst\n```\n", "No such command"),
         (
             "<!-- example: not run: needs a GPU -->\n```console\n$ qlora train quickstart adapter.rnk=3\n```\n",
             "rnk",
@@ -241,7 +276,10 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert 'id="trainingmemory"' in recipe
     assert 'id="qlora-adapter-compose"' in commands
-    assert "OutOfMemoryError" in codes
+    for kind in [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not errors.QloraError
+    ]:
+        assert re.search(rf"{kind.exit_code}</td>\s*<td><code>qlora.errors.{kind.__name__}</code>", codes)
 
 
 def test_the_readme_has_the_table_of_what_fits_from_its_report() -> None:

@@ -127,7 +127,7 @@ def command_reference() -> Iterator[str]:
     yield "# Command line\n"
     yield (
         "`qlora COMMAND --help` prints the same in a terminal. Errors go to standard error in one message; "
-        "the [exit codes](exit-codes.md) tell programs what has to change.\n"
+        "the [exit codes](exit-codes.md) tell programs what has to change. `qlora --version` prints the version.\n"
     )
     for names, command in _commands(typer.main.get_command(app), ()):
         text = get_docs_for_click(obj=command, ctx=typer.Context(command), name=" ".join(names))

@@ -195,7 +195,7 @@ def inspect(
 ) -> None:
     """Show each layer's norm, spectrum and effective rank, and judge the adapter's rank.
 
-    The verdict is that the rank was too small, right or too large.
+    The verdict is that the rank was too small, right or too large, or that the spectra do not tell.
 
     [bold]qlora adapter inspect runs/mine --picture spectra.png[/bold]
     """

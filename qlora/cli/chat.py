@@ -56,9 +56,7 @@ def chat(
             import readline  # noqa: F401  (gives input() line editing and history)
         screen.note(f"answering: {' and '.join(conversation.speakers)}; /help for help, Ctrl-D to end")
         if not conversation.history:
-            screen.note(
-                "each question is asked on its own, without the conversation so far; --history changes that"
-            )
+            screen.note("each question is asked on its own, without the conversation so far")
     while (line := _read(interactive)) not in (None, "/quit", "/exit"):
         assert line is not None
         stopped_by = conversation.say(line)

@@ -14,7 +14,7 @@ from qlora.recipe import Recipe
 SMALLEST_RANK = 8
 SHORTEST_ROW = 128
 MOST_FORECASTS = 12
-"""in one search"""
+"""in one search, in addition to those of its two ends"""
 LARGEST_ROWS, LARGEST_TOKENS = 1024, 131_072
 
 
@@ -101,7 +101,7 @@ class Advisor:
 
 
 def about_largest(size: Callable[[int], int], bound: int, fits: int, limit: int) -> int:
-    """Return a number from `fits` to `limit` with `size(number) <= bound`, at most 2% below the largest such number.
+    """Return a number from `fits` to `limit` with `size(number) <= bound`, rarely over 2% below the largest.
 
     `size` grows with its argument, but not evenly: beyond some length a step computes in pieces. A straight line
     through two points predicts the answer. The next number is 1% above the prediction until one number is known not

@@ -74,9 +74,8 @@ class Estimate:
             )
             rows = self.memory["workload"]
             yield (
-                f"The most that fits: training.micro_batch_size={self.largest_micro_batch} with rows of "
-                f"{rows['row_tokens']:,} tokens, or training.micro_batch_size={rows['micro_batch_size']} with rows of "
-                f"{self.longest_rows:,} tokens."
+                f"About the largest micro-batch that fits: {self.largest_micro_batch} × {rows['row_tokens']:,} tokens, "
+                f"or {rows['micro_batch_size']} × {self.longest_rows:,} tokens."
             )
             return
         yield f"Does not fit into {unit.text(self.capacity_bytes)}: {unit.text(-room)} too much."

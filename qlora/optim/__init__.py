@@ -3,7 +3,8 @@
 The trainable parameters of one device and dtype are stored end to end in *one* tensor. Their gradients are in
 another, and each optimizer state is in one too. One kernel then updates the 448 adapter matrices of an 8B model,
 instead of 448 kernels with a synchronisation after each, and one kernel computes their norm. Paging also takes
-effect: bitsandbytes pages only tensors of at least 100,000 elements, and no attention matrix of rank 16 is that large.
+effect: bitsandbytes pages only tensors of at least 100,000 elements, more than A or B of rank 16 have in the attention
+of an 8B model.
 
 Parameters in bf16 cannot represent small updates: near 1.0 the smallest step is 2^-8, and an update below half of
 it is lost. The optimizer therefore updates an fp32 master copy and rounds it to bf16, as in mixed-precision

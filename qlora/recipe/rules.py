@@ -146,7 +146,7 @@ def _memory(settings: Settings) -> Iterator[KeyProblem]:
         try:
             parse_size(memory)
         except ValueError as error:
-            yield "training.memory", f"{error}, or auto for all free memory"
+            yield "training.memory", f"{error}, or auto for 95% of the free memory"
 
 
 def _checkpointing(settings: Settings) -> Iterator[KeyProblem]:

@@ -147,7 +147,7 @@ class Training(Section):
     global_batch_size: Count = 16
     """Rows per optimizer step, packed or not (QLoRA, appendix B.2: 16); a multiple of `micro_batch_size`."""
     memory: Text | None = None
-    """Memory limit, as 24GiB, or auto: all free memory. A plan sets the next four keys; null: they apply as set."""
+    """Memory limit, as 24GiB, or auto: 95% of the free memory. A plan sets the next four keys; null: they apply."""
     micro_batch_size: Count = 4
     """Rows per forward and backward pass. Memory use grows with it."""
     activation_checkpointing: Literal["none", "mlp", "full"] | Checkpointing = "full"
@@ -248,7 +248,7 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     """Experiment trackers, in addition to the metrics in the run's folder."""
     output: Text = "runs/recipe"
-    """Folder of the run. If it is missing, a recipe file NAME.yaml gets runs/NAME."""
+    """Folder of the run. If this key is not set, a recipe file NAME.yaml gets runs/NAME."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

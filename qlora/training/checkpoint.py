@@ -2,7 +2,7 @@
 
     runs/<name>/checkpoints/step-000100/   any files, then manifest.json: run, step, sizes and SHA-256 of the files
 
-A checkpoint is written under a `.tmp-` name next to its final place: files, fsync, manifest, fsync, rename, fsync of
+A checkpoint is written under a `.tmp-` name next to its final place: files, manifest, fsync of all, rename, fsync of
 the parent. The rename is the commit. A kill or a power cut leaves a folder without a matching manifest, which is never
 loaded. safetensors has no checksum and does not fsync; the manifest and this order provide both. Nothing is pickled:
 tensors are safetensors, everything else is JSON.

@@ -23,7 +23,7 @@ MOST = 0.99
 TOO_LARGE, TOO_SMALL = 0.5, 0.75
 """Limits for the directions that hold this share of the energy, as a part of the rank. In the median layer, up to one
 half means that the rank was too large; from three quarters on, it may have been too small. Both limits come from the
-quickstart at ranks of 2 to 32 (README)."""
+quickstart at ranks of 2 to 32 (docs/guides/adapters.md)."""
 
 
 @dataclass(frozen=True)

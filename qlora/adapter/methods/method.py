@@ -24,7 +24,7 @@ class Method(ABC):
 
     @abstractmethod
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
-        """Freeze the base's weights and add the trainable parameters to `model`, in place.
+        """Freeze the weights that are not trained and add what is trained to `model`, in place.
 
         Args:
             model: a base without an adapter.
