@@ -178,3 +178,10 @@ def test_a_base_that_cannot_be_loaded_gives_one_clear_line(
         load_base(section(model))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 4
+
+
+def test_a_missing_model_is_not_reported_as_a_missing_tokenizer() -> None:
+    with pytest.raises(
+        ModelError, match="cannot load 'someone/no-such-model': the hub cannot be reached or has"
+    ):
+        load_tokenizer(Base(model="someone/no-such-model"))

@@ -78,7 +78,11 @@ class Estimate:
                 f"or {rows['micro_batch_size']} × {self.longest_rows:,} tokens."
             )
             return
-        yield f"Does not fit into {unit.text(self.capacity_bytes)}: {unit.text(-room)} too much."
+        paged = f", even with {unit.text(total - self.needed_bytes)} of optimizer state on the host"
+        yield (
+            f"Does not fit into {unit.text(self.capacity_bytes)}: {unit.text(-room)} too much"
+            f"{paged if total > self.needed_bytes else ''}."
+        )
         if not self.changes:
             yield "No micro-batch, checkpointing, optimizer, rank or row length makes it fit. Use a smaller model."
             return

@@ -123,7 +123,10 @@ def load_tokenizer(base: Base) -> Tokenizer:
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        problem = _code_wanted(error) or f"{_first_line(error)}. Use a model that has a tokenizer.json"
+        load_config(base)  # a model that is not there at all is reported as such
+        problem = (
+            _code_wanted(error) or f"{_first_line(error).rstrip('.')}. Use a model that has a tokenizer.json"
+        )
         raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
 
 

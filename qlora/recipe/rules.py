@@ -136,7 +136,8 @@ def _steps(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
         key = "optimizer.warmup_steps" if "optimizer.warmup_steps" in given else "training.max_steps"
         yield (
             key,
-            f"warmup_steps ({warmup}) must be below max_steps ({steps}), or the learning rate never reaches lr",
+            f"warmup_steps ({warmup}) must be below max_steps ({steps}), or the learning rate never reaches lr. Set "
+            "optimizer.warmup_steps=0, or take more steps",
         )
 
 
