@@ -21,8 +21,10 @@ SHORT = [
     "training.samples=1",
     "training.sample_tokens=4",
     "optimizer.warmup_steps=0",
+    "data.held_out=4",
+    "data.limit=64",
 ]
-SHORT_QUICKSTART = [*SHORT, "data.held_out=4", "data.limit=64"]
+SHORT_ANSWER = ["--max-new-tokens", "4"]
 
 _FENCE = re.compile(
     r"(?:^<!-- example: (?P<remark>.+?) -->\n)?^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$",
@@ -101,8 +103,9 @@ class Command:
         arguments = self.arguments
         if arguments and arguments[0] in ("train", "profile"):
             again = arguments[0] == "train" and not self.fails and "--resume" not in arguments
-            short = SHORT_QUICKSTART if "quickstart" in arguments else SHORT
-            return [*arguments, *short, *(["--fresh"] if again else [])]
+            return [*arguments, *SHORT, *(["--fresh"] if again else [])]
+        if arguments and arguments[0] in ("generate", "chat") and SHORT_ANSWER[0] not in arguments:
+            return [*arguments, *SHORT_ANSWER]
         return arguments
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 from commands_for_tests import Done, qlora
-from examples_for_tests import PAGES, ROOT, SHORT_QUICKSTART, Block, Command, blocks, missing_from
+from examples_for_tests import PAGES, ROOT, SHORT, Block, Command, blocks, missing_from
 
 from qlora import errors
 from qlora.cli import app
@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     folder = tmp_path_factory.mktemp("finished")
     with chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_CACHE", "off")
-        done = qlora(*QUICKSTART, *SHORT_QUICKSTART, one_stream=True)
+        done = qlora(*QUICKSTART, *SHORT, one_stream=True)
     assert done.returncode == 0, done.stdout
     return folder, done
 
@@ -135,7 +135,7 @@ def run_all(found: list[Block], monkeypatch: pytest.MonkeyPatch, quickstart: Don
 def load_shortened(_: type[Recipe], name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe as `Recipe.load` does, in the short form unless the example sets its own number of steps."""
     own = any(override.startswith("training.max_steps=") for override in overrides)
-    return load(name, [*overrides, *([] if own else SHORT_QUICKSTART)])
+    return load(name, [*overrides, *([] if own else SHORT)])
 
 
 def run(command: Command, monkeypatch: pytest.MonkeyPatch, quickstart: Done | None) -> None:
