@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
 @pytest.fixture
 def folder(finished: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Work in a new folder with a finished run, in which the examples of a page run."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True, symlinks=True)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("QLORA_CACHE", "off")
     with chdir(tmp_path):
@@ -83,7 +83,7 @@ def test_the_whole_quickstart_prints_the_words_that_pages_show(
     trained: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True, symlinks=True)
     monkeypatch.chdir(tmp_path)
     shown = [block for page in PAGES for block in blocks(page) if block.remark == FULL_RUN]
     assert shown
