@@ -1,7 +1,7 @@
 """Kill a training run at random times, resume it each time, and compare its result with an uninterrupted run.
 
-    python benchmarks/kills.py --kills 25              about ten minutes on two CPU cores
-    python benchmarks/kills.py --kills 2 --steps 8     a short try
+    python -m benchmarks.kills --kills 25              about ten minutes on two CPU cores
+    python -m benchmarks.kills --kills 2 --steps 8     a short try
 
 Both runs train the quickstart with dropout and checkpoints. SIGKILL ends the process after a random time, so that it
 cannot react; the kill can hit any work, from the first import to the last file. A process that ends before its kill is
@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -21,11 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.machine import describe
 from qlora.report.pictures import ACCENT, MUTED, SECOND, figure, png
 
 TIMES = ("tokens_per_second", "peak_memory_bytes")
@@ -49,7 +47,7 @@ def main() -> None:
         kills = kill_and_resume(
             killed, arguments.steps, arguments.kills, seconds, random.Random(arguments.seed)
         )
-        same = digest(whole) == digest(killed) and losses(whole) == losses(killed)
+        same = digest(whole) == digest(killed) and records_of(whole) == records_of(killed)
         print(
             f"killed {len(kills)} times: adapter {digest(killed)[:16]}, {'the same' if same else 'DIFFERENT'}"
         )
@@ -93,7 +91,7 @@ def kill_and_resume(run: Path, steps: int, kills: int, seconds: float, chance: r
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        records = losses(run)
+        records = records_of(run)
         reached.append(records[-1]["step"] if records else 0)
         print(f"  killed after {instant:5.2f} s, at step {reached[-1]}")
     train(run, steps, "--resume")
@@ -105,7 +103,7 @@ def digest(run: Path) -> str:
     return hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def losses(run: Path) -> list[dict[str, Any]]:
+def records_of(run: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl without times, and without a last line that a kill cut short."""
     file = run / "metrics.jsonl"
     records = []
@@ -122,20 +120,21 @@ def write_report(
     arguments: argparse.Namespace, whole: Path, killed: Path, kills: list[int], same: bool
 ) -> None:
     """Write the report and its picture."""
-    today = datetime.now(UTC)
-    name = f"kills_{today:%Y-%m}"
+    machine = describe("cpu", None)
+    name = f"kills_{machine['date'][:7]}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.png").write_bytes(picture(losses(whole), losses(killed), kills))
+    (arguments.out / f"{name}.png").write_bytes(picture(records_of(whole), records_of(killed), kills))
     versions = ", ".join(
-        f"{package} {version(package)}" for package in ("torch", "transformers", "bitsandbytes")
+        f"{package} {machine['versions'][package]}" for package in ("torch", "transformers", "bitsandbytes")
     )
     (arguments.out / f"{name}.md").write_text(
-        f"""# Killed {len(kills)} times, the same adapter
+        f"""# Killed {len(kills)} times
 
-`python benchmarks/kills.py --kills {len(kills)} --steps {arguments.steps} --seed {arguments.seed}`, {today:%Y-%m-%d},
-{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}.
+`python -m benchmarks.kills --kills {len(kills)} --steps {arguments.steps} --seed {arguments.seed}`, {machine["date"]},
+commit {machine["commit"]}, {machine["machine"]} with {machine["cores"]} cores ({machine["cpu_capability"]}), Python
+{machine["python"]}, {versions}.
 
-A run of {arguments.steps} steps was killed with SIGKILL at {len(kills)} random times and resumed each time. Last
+A run of {arguments.steps} steps was killed with SIGKILL and resumed, {len(kills)} times at random moments. Last
 recorded steps at the kills: {", ".join(map(str, kills))}.
 
 | | SHA-256 of the adapter |
@@ -163,7 +162,7 @@ def picture(whole: list[dict[str, Any]], killed: list[dict[str, Any]], kills: li
         axes.plot(kills, [0] * len(kills), "x", color=SECOND, ms=5, clip_on=False, label="SIGKILL")
         axes.set(
             xlabel="step",
-            title="Training loss: both runs are the same line",
+            title="Training loss of a run that was killed, over that of one that was not",
             xlim=(0, whole[-1]["step"]),
             ylim=(0, None),
         )

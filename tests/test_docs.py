@@ -21,7 +21,7 @@ from qlora.cli import app
 from qlora.recipe import Recipe
 from qlora.recipe.loading import load
 
-# Programs in examples that this file does not run: CI installs, tests and builds with these commands.
+# Programs in examples that this file does not run: those of CI and of developers, and the trackers' own.
 OTHER_PROGRAMS = {
     ".", "cd", "git", "pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
     "wandb", "tensorboard",
@@ -36,15 +36,26 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def quickstart_in(folder: Path, *overrides: str) -> tuple[Path, Done]:
+    """Train the quickstart in `folder`; return the folder and what the command printed."""
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_CACHE", "off")
+        patch.setenv("COLUMNS", "100")
+        done = qlora(*QUICKSTART, *overrides, one_stream=True)
+    assert done.returncode == 0, done.stdout
+    return folder, done
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """Return a folder with a short run in runs/quickstart, and what its command printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLORA_CACHE", "off")
-        done = qlora(*QUICKSTART, *SHORT, one_stream=True)
-    assert done.returncode == 0, done.stdout
-    return folder, done
+    return quickstart_in(tmp_path_factory.mktemp("finished"), *SHORT)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """Return a folder with the whole quickstart in runs/quickstart, and what its command printed."""
+    return quickstart_in(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
@@ -65,18 +76,6 @@ def test_the_examples_of_a_page_run(
     run_all([block for block in blocks(page) if block.remark != "slow"], monkeypatch, finished[1])
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """Return a folder with the whole quickstart in runs/quickstart, and what its command printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    with chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLORA_CACHE", "off")
-        patch.setenv("COLUMNS", "100")
-        done = qlora(*QUICKSTART, one_stream=True)
-    assert done.returncode == 0, done.stdout
-    return folder, done
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_quickstart_prints_the_words_that_pages_show(
@@ -88,8 +87,8 @@ def test_the_whole_quickstart_prints_the_words_that_pages_show(
     shown = [block for page in PAGES for block in blocks(page) if block.remark == FULL_RUN]
     assert shown
     for block in shown:
-        for folder in ("models", "small", "extracted"):  # several pages make them
-            shutil.rmtree(folder, ignore_errors=True)
+        for made in ("models", "small", "extracted"):  # several pages make them
+            shutil.rmtree(made, ignore_errors=True)
         for command in block.commands:
             if command.arguments:
                 quick = command.arguments == QUICKSTART
@@ -123,9 +122,8 @@ def run_all(found: list[Block], monkeypatch: pytest.MonkeyPatch, quickstart: Don
         elif block.language == "python" and not block.remark.startswith("not run"):
             code = compile(block.text, block.place, "exec")
             with monkeypatch.context() as patch, warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", FutureWarning
-                )  # PEFT uses a name that transformers will remove
+                # PEFT uses a name that transformers will remove
+                warnings.simplefilter("ignore", FutureWarning)
                 patch.setattr(Recipe, "load", classmethod(load_shortened))
                 exec(code, namespace)
         for command in block.commands if block.language == "console" else ():

@@ -103,11 +103,11 @@ def test_a_failed_load_changes_nothing(model: nn.Module, folders: dict[str, Path
     before = logits(model)
     small = update(adapt(nn.ModuleDict({"q_proj": nn.Linear(3, 3)}), LoraSpec(targets=["q_proj"])))
     save_adapter(small, tmp_path / "stranger")
-    save_adapter(small, tmp_path / "why_incompatible", base=BaseIdentity())
+    save_adapter(small, tmp_path / "misfit", base=BaseIdentity())
     for name, folder, error, said in [
         ("wide", folders["narrow"], UsageError, "already"),
         ("stranger", tmp_path / "stranger", ModelError, "trained on an unnamed base"),
-        ("why_incompatible", tmp_path / "why_incompatible", ModelError, "no tensors for|does not fit"),
+        ("misfit", tmp_path / "misfit", ModelError, "no tensors for|does not fit"),
         ("nowhere", tmp_path / "missing", ModelError, "no adapter"),
     ]:
         with pytest.raises(error, match=said):

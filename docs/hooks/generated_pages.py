@@ -43,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def shown_as_they_are() -> Iterator[tuple[Path, str]]:
-    """Files of the repository that are pages or pictures of the site, and the place of each."""
+    """Yield the files of the repository that the site shows as they are, each with its place there."""
     for report in sorted((ROOT / "benchmarks/reports").iterdir()):
         yield report, f"benchmarks/reports/{report.name}"
     yield ROOT / "benchmarks/speed/README.md", "benchmarks/speed.md"
@@ -52,7 +52,7 @@ def shown_as_they_are() -> Iterator[tuple[Path, str]]:
 
 
 def recipe_reference() -> Iterator[str]:
-    """Every section and key of a recipe: type, default, meaning."""
+    """Yield the page of every section and key of a recipe: meaning, default, values."""
     yield "# Recipe"
     yield ""
     yield (
@@ -72,7 +72,7 @@ def _section(section: type[BaseModel], prefix: str, definitions: dict[str, Any])
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             inner.append((kind, key, field.description))
             continue
-        yield f"\n{'#' * 3} {key} {{ #{key.replace('.', '')} }}\n"
+        yield f"\n### {key} {{ #{key.replace('.', '')} }}\n"
         yield f"{html.escape(field.description, quote=False)}\n"
         yield f"*{_default(field)} · Values: {_values(schema['properties'][name], definitions)}*"
     for kind, key, description in inner:
@@ -88,7 +88,7 @@ def _default(field: Any) -> str:
 
 
 def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What JSON schema allows for a key, in words."""
+    """Return the values that the JSON schema of a key allows, in words."""
     match schema:
         case {"$ref": reference}:
             keys = definitions[reference.rsplit("/", 1)[1]]["properties"]
@@ -123,7 +123,7 @@ def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def command_reference() -> Iterator[str]:
-    """Every command with its arguments and options, from typer."""
+    """Yield the page of every command with its arguments and options, from typer."""
     yield "# Command line\n"
     yield (
         "`qlora COMMAND --help` prints the same in a terminal. Errors go to standard error in one message; "
@@ -154,7 +154,7 @@ def _commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 
 
 def exit_codes() -> Iterator[str]:
-    """The exit codes: errors of the package, and signals."""
+    """Yield the page of the exit codes: errors of the package, and signals."""
     yield "# Exit codes\n"
     yield "Every command of `qlora` ends with one of these. The code follows what has to change.\n"
     yield "| code | error in Python | meaning |\n|---:|---|---|"
@@ -171,4 +171,4 @@ def exit_codes() -> Iterator[str]:
     }
     for number, meaning in signals.items():
         yield f"| {128 + number} | | {meaning}; `qlora train` saves a checkpoint first, `--resume` continues |"
-    yield "\nAnything else is a fault of ours and shows a traceback."
+    yield "\nAny other code comes with a traceback and is a bug in qlora."
