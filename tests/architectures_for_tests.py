@@ -47,6 +47,7 @@ def recipe(folder: Path, architecture: str, *, layers: int = 4, **sections: dict
     """Return a recipe for a small synthetic model; train a model in full if it cannot carry an adapter."""
     config(architecture, num_hidden_layers=layers).save_pretrained(folder)
     base: dict[str, Any] = {"model": str(folder), "init": "synthetic", "compute_dtype": "float32"}
+    base["allow_unquantized"] = True  # experts are not quantized
     adapter: dict[str, Any] = {"targets": "all-linear"}
     if architecture == "gpt2":
         base["quantization"], adapter = "none", {"method": "full"}

@@ -23,6 +23,7 @@ from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
 from qlora.memory.fake_tensors import MetaKernels, as_packed, faked, keep_all_layers
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
+from qlora.memory.no_forecast import failure_named
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
@@ -135,6 +136,7 @@ class Forecaster:
         self._traces: dict[Hashable, Trace] = {}
         self._updates: dict[Hashable, tuple[Row, Rows]] = {}
 
+    @failure_named()
     def forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
         """Forecast like the function `forecast`. The recipe's base and adapter must be those of the architecture."""
         arch, cuda = self.arch, self.cuda
@@ -170,7 +172,8 @@ class Forecaster:
         key = layers, *(part.model_dump_json() for part in (recipe.base, recipe.adapter, recipe.optimizer))
         if key not in self._models:
             dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
-            base = recipe.base.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
+            stored = self.arch.stored(recipe.base)
+            base = stored.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
             synthetic = recipe.model_copy(update={"base": base})
             self._models[key] = build(synthetic, "cpu", config=shortened(self.arch.config, layers))
             if not self.arch.padded:
