@@ -14,6 +14,7 @@ from qlora.errors import ModelError
 from qlora.memory.no_forecast import failure_named
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
+from qlora.model.document_bounds import keeps_state
 from qlora.model.head import head_of
 from qlora.model.load import (
     check_quantization,
@@ -125,7 +126,7 @@ def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
     """Return True if a run will use our attention over documents: the model needs no other kind of attention."""
-    if not reads_documents(model):
+    if not reads_documents(model) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     try:
