@@ -169,7 +169,8 @@ class Forecaster:
 
     def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:
         """Return a model of `layers` layers with the recipe's checkpointing, and its optimizer."""
-        key = layers, *(part.model_dump_json() for part in (recipe.base, recipe.adapter, recipe.optimizer))
+        parts = recipe.base, recipe.adapter, recipe.optimizer
+        key = layers, recipe.training.accumulates, *(part.model_dump_json() for part in parts)
         if key not in self._models:
             dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
             stored = self.arch.stored(recipe.base)
@@ -230,7 +231,8 @@ class Forecaster:
 
     def _update(self, recipe: Recipe) -> tuple[Row, Rows]:
         """Return `_trace_of_update`, cached for each optimizer."""
-        key = recipe.optimizer.model_dump_json(), recipe.training.max_grad_norm
+        training = recipe.training
+        key = recipe.optimizer.model_dump_json(), training.max_grad_norm, training.accumulates
         if key not in self._updates:
             self._updates[key] = _trace_of_update(self.arch, recipe)
         return self._updates[key]

@@ -175,6 +175,11 @@ class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: the GPU if there is one, else the CPU."""
 
+    @property
+    def accumulates(self) -> bool:
+        """True if an optimizer step sums the gradients of several micro-batches."""
+        return self.global_batch_size > self.micro_batch_size
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of a run: `max_steps`, or else `epochs` times `steps_per_epoch`."""
         return self.max_steps or self.epochs * steps_per_epoch
