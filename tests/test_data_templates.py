@@ -119,7 +119,7 @@ def test_if_no_answer_continues_its_prompt_not_even_eos_is_trained() -> None:
     tokenizer = byte_level(bos=True)
     encoder = Encoder(tokenizer)
     document = Renderer(tokenizer, encoder, counting).document(conversation(TWICE))
-    assert document.untrained_answers == 2
+    assert document.tallies["untrained answers"] == 2
     assert (encoder.encode([document])[0].labels == IGNORE_INDEX).all()
 
 
@@ -282,8 +282,8 @@ def test_an_answer_that_continues_no_prompt_is_context_only_and_counted() -> Non
     document = renderer.document(conversation([("system", "Be brief."), *TWICE]))
     (encoded,) = encoder.encode([document])
     assert trained(tokenizer, encoded) == ["on the log.</s>"]
-    assert document.untrained_answers == 1
-    assert renderer.document(conversation(TWICE)).untrained_answers == 0
+    assert document.tallies["untrained answers"] == 1
+    assert not renderer.document(conversation(TWICE)).tallies
 
 
 def test_a_template_that_refuses_a_conversation_makes_a_bad_row() -> None:

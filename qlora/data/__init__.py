@@ -5,6 +5,7 @@ from qlora.data.cache import load_dataset
 from qlora.data.dataset import Counts, Dataset, Prompt, held_out_batches, training_batches
 from qlora.data.prompt_digests import prompt_digests
 from qlora.data.prompts import Prompts, encode_prompt
+from qlora.data.remarks import remarks
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,5 +20,6 @@ __all__ = [
     "held_out_batches",
     "load_dataset",
     "prompt_digests",
+    "remarks",
     "training_batches",
 ]

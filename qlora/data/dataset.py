@@ -34,9 +34,11 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """Row counts by outcome: read = bad + dropped + unsupervised + train + held_out."""
+    """Row counts by outcome: read + split = bad + dropped + unsupervised + train + held_out."""
 
     read: int
+    split: int
+    """documents beyond the first of their row, for rows that give several"""
     bad: int
     """unusable rows, skipped (`on_bad_row: skip`)"""
     dropped: int
@@ -49,10 +51,6 @@ class Counts:
     held_out: int
     held_out_seen: int
     """held-out rows with exactly the tokens of a training row"""
-    untrained_answers: int
-    """answers in kept rows that serve as context only (see `Renderer.document`)"""
-    spelled_controls: int
-    """kept rows whose text spells a control token, such as "</s>"; it is encoded as ordinary text"""
     tokens: int
     """tokens in the training rows"""
     supervised: int
@@ -61,6 +59,8 @@ class Counts:
     """share of non-padding tokens in packed training rows padded to max_length; None without packing"""
     reasons: dict[str, int]
     """number of bad rows by reason"""
+    tallies: dict[str, int]
+    """parts of kept rows that are not trained or do not reach the model, by the names in `qlora.data.remarks`"""
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def _counts(
     reasons: Counter[str] = sum((reading.reasons for reading in readings), Counter())
     return Counts(
         read=sum(reading.read for reading in readings),
+        split=sum(reading.split for reading in readings),
         bad=reasons.total(),
         dropped=sum(reading.dropped for reading in readings),
         truncated=sum(reading.truncated for reading in readings),
@@ -175,12 +176,11 @@ def _counts(
         train=len(train),
         held_out=len(held_out),
         held_out_seen=sum(row.input_ids.tobytes() in seen for row in held_out),
-        untrained_answers=sum(reading.untrained_answers for reading in readings),
-        spelled_controls=sum(reading.spelled_controls for reading in readings),
         tokens=sum(lengths),
         supervised=sum(int((row.labels != IGNORE_INDEX).sum()) for row in train),
         packing_efficiency=sum(lengths) / (packed_rows * section.max_length) if packed_rows else None,
         reasons=dict(reasons.most_common()),
+        tallies=dict(sum((reading.tallies for reading in readings), Counter()).most_common()),
     )
 
 

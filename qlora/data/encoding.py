@@ -8,8 +8,9 @@ copy reads the public spelling as text.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class Document:
     """True if bos must be put in front (the text does not contain it)"""
     eos: bool
     """True if a trained eos must be appended"""
-    untrained_answers: int = 0
-    """number of answers that serve as context only"""
+    tallies: Counter[str] = field(default_factory=Counter)
+    """what of the row is not trained or does not reach the model, by the names in `qlora.data.remarks`"""
 
     @property
     def spells_control(self) -> bool:

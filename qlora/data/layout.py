@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder
+from qlora.data.remarks import SPELLED_CONTROLS
 from qlora.data.templates import RawText, Renderer, template_text
 from qlora.formats import FORMATS, Completion, Conversation, Message, Row
 from qlora.recipe import Data
@@ -45,8 +46,14 @@ class Layout:
             return Conversation((question, {"role": "assistant", "content": content.completion}))
         return content
 
-    def document(self, content: Conversation | Completion) -> Document:
-        """Render the whole row for training. Raises BadRow if the chat template refuses it."""
+    def documents(self, content: Conversation | Completion) -> list[Document]:
+        """Render a row for training, as one or several documents. Raises BadRow if the chat template refuses it."""
+        document = self._document(content)
+        if document.spells_control:
+            document.tallies[SPELLED_CONTROLS] += 1
+        return [document]
+
+    def _document(self, content: Conversation | Completion) -> Document:
         if isinstance(content, Completion):
             return self._raw.document(content, everything=self._everything)
         assert self._renderer is not None
@@ -80,9 +87,9 @@ class Layout:
     def shortest_row(self) -> Document:
         """Render the shortest possible row."""
         if self._renderer is None:
-            return self.document(Completion("?", "!"))
+            return self._document(Completion("?", "!"))
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        return self.document(Conversation((question, answer)))
+        return self._document(Conversation((question, answer)))
 
 
 def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:

@@ -19,7 +19,7 @@ _SHOWN = 10  # rows listed in an error message
 
 @dataclass
 class Reading:
-    """Examples and row counts of a source. read = len(examples) + len(bad) + dropped + unsupervised."""
+    """Examples and row counts of a source. read + split = len(examples) + len(bad) + dropped + unsupervised."""
 
     source: str
     examples: list[Example] = field(default_factory=list)
@@ -34,8 +34,10 @@ class Reading:
     dropped: int = 0
     truncated: int = 0
     unsupervised: int = 0
-    untrained_answers: int = 0
-    spelled_controls: int = 0
+    split: int = 0
+    """documents beyond the first of their row"""
+    tallies: Counter[str] = field(default_factory=Counter)
+    """sum of `Document.tallies` over the examples"""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -62,8 +64,7 @@ def read_examples(
             if (example := _example(origin, encoded, section, reading)) is not None:
                 reading.examples.append(example)
                 reading.contents.append(content)
-                reading.untrained_answers += document.untrained_answers
-                reading.spelled_controls += document.spells_control
+                reading.tallies += document.tallies
     if reading.bad and section.on_bad_row == "error":
         raise DataError(_bad_rows(reading))
     if reading.too_long and section.too_long == "error":
@@ -74,7 +75,7 @@ def read_examples(
 def _readable(
     records: Sequence[Record], layout: Layout, reading: Reading
 ) -> list[tuple[str, Conversation | Completion, Document]]:
-    """Return origin, content and document of the readable rows; record the others in `reading`."""
+    """Return origin, content and document of the readable rows, which can have several; record the others."""
     readable = []
     for record in records:
         reading.read += 1
@@ -82,7 +83,9 @@ def _readable(
             if isinstance(record.row, BadRow):
                 raise record.row
             content = layout.read(record.row)
-            readable.append((record.origin, content, layout.document(content)))
+            documents = layout.documents(content)
+            reading.split += len(documents) - 1
+            readable += [(record.origin, content, document) for document in documents]
         except BadRow as reason:
             reading.bad.append((record.origin, reason))
     return readable

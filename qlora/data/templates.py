@@ -6,6 +6,7 @@ the turn. Positions come from rendering prefixes of the conversation, not from s
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,6 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder, Part
+from qlora.data.remarks import UNTRAINED_ANSWERS
 from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation, Message
 
@@ -95,7 +97,7 @@ class Renderer:
 
         An answer is not trained if the template renders the messages before it differently on their own than
         within the whole conversation. (Mistral's template, for example, moves the system message to the last
-        question.) Such an answer does not continue a prompt used in generation. `untrained_answers` counts them.
+        question.) Such an answer does not continue a prompt used in generation, and is counted in the tallies.
 
         Args:
             conversation: messages that end with an answer.
@@ -117,7 +119,7 @@ class Renderer:
             tuple(part for part in parts if part.text),
             bos=self._needs_bos(whole),
             eos=answers[-1] in spans and not self._closing.ends_by_control,
-            untrained_answers=len(answers) - len(spans),
+            tallies=+Counter({UNTRAINED_ANSWERS: len(answers) - len(spans)}),
         )
 
     def prompt(self, messages: Sequence[Message]) -> Document:
