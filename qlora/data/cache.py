@@ -50,8 +50,7 @@ def load_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | None:
     """Hash everything that determines the Dataset; None if part of it is unknown, then nothing is cached."""
-    sources = [section.source, *([section.held_out] if isinstance(section.held_out, str) else [])]
-    contents = [identity(source, section.split) for source in sources]
+    contents = [identity(source, section.split) for source in section.all_sources]
     if None in contents or not getattr(tokenizer, "is_fast", False):
         return None
     splits = not isinstance(section.held_out, str) and section.held_out > 0

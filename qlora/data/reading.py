@@ -7,8 +7,9 @@ from itertools import islice
 
 from qlora.data.batches import IGNORE_INDEX, Example
 from qlora.data.encoding import Document, Encoded, Encoder
+from qlora.data.files import Record
 from qlora.data.layout import Layout
-from qlora.data.sources import Record, read
+from qlora.data.sources import read
 from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation
 from qlora.recipe import Data

@@ -16,6 +16,7 @@ from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS
 from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
+from qlora.recipe.source_names import is_local
 
 Settings = Mapping[str, Any]
 KeyProblem = tuple[str, str]
@@ -27,7 +28,6 @@ MAPPINGS = (
 
 PLAIN_TEXT = {name for name, format in FORMATS.items() if format.kind == "text"}
 
-LOCAL_FILE = re.compile(r"bundled/.*|.*\.(json|jsonl|ndjson|csv|tsv|parquet)(\.gz)?", re.DOTALL)
 LOCAL_FOLDER = re.compile(r"bundled/.*|[./~].*", re.DOTALL)
 
 
@@ -51,7 +51,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     (("base.double_quant", "base.block_size"), "base.quantization", lambda name: name == "none"),
     (("base.revision",), "base.model", lambda model: LOCAL_FOLDER.fullmatch(model) is not None),
     (("data.template", "data.train_on"), "data.format", lambda name: name in PLAIN_TEXT),
-    (("data.split",), "data.source", lambda source: LOCAL_FILE.fullmatch(source) is not None),
+    (("data.split",), "data.source", is_local),
     (
         ("training.eval_every", "training.samples", "training.sample_tokens"),
         "data.held_out",

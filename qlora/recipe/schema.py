@@ -127,6 +127,11 @@ class Data(Section):
     limit: Count | None = None
     """Number of rows to read, from the first; null: all."""
 
+    @property
+    def all_sources(self) -> list[str]:
+        """The sources of all rows, for training and for evaluation."""
+        return [self.source, *([self.held_out] if isinstance(self.held_out, str) else [])]
+
 
 class Checkpointing(Section):
     """Numbers of decoder layers that recompute activations in the backward pass; the other layers keep them."""
