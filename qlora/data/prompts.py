@@ -32,6 +32,7 @@ class Prompts:
     """
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast) -> None:
+        section = section.parts[0]  # several sources: prompts have the layout of the first
         self._encoder = Encoder(tokenizer)
         self._layout = Layout(section, tokenizer, self._encoder)
         self._section = section
@@ -75,7 +76,7 @@ class Prompts:
     @cached_property
     def trained_on_history(self) -> bool:
         """True if `accepts_history`, and a row near the start has several questions or no row can be read here."""
-        source = self._section.source
+        source = self._section.source_name
         if not self.accepts_history or on_hub(source) or source in STANDARD_INPUT:
             return self.accepts_history
         parse = FORMATS[self._section.format].parser(self._section.columns)

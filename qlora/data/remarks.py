@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 UNTRAINED_ANSWERS = "untrained answers"
 SPELLED_CONTROLS = "spelled controls"
+SPLIT_TEXTS = "split texts"
 
 _SENTENCES = {
     UNTRAINED_ANSWERS: (
@@ -19,6 +20,7 @@ _SENTENCES = {
     SPELLED_CONTROLS: (
         '{count:,} rows contain the text of a control token, such as "</s>"; it is tokenized as ordinary text'
     ),
+    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and were split into several rows",
 }
 
 

@@ -161,7 +161,7 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
 
 def _local_dataset(recipe: Recipe) -> Dataset | None:
     """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
-    if any(on_hub(source) for source in recipe.data.all_sources):
+    if any(on_hub(part.source_name) for part in [*recipe.data.parts, recipe.data.evaluation] if part):
         return None
     base = recipe.base
     if base.model.endswith(".json"):  # a config file has no tokenizer
