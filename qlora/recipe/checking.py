@@ -35,9 +35,10 @@ def check(document: Document, name: str) -> Recipe:
         del given[dotted(path)]
         settings[dotted(path)] = DEFAULTS[dotted(path)]
         _remove(document.value, path)
+    broken = {problem.path for problem in problems}  # such as a section that is missing
     for key, text in conflicts(settings, given):
         path = tuple(key.split("."))
-        if not any(dotted(path[:end]) in unusable for end in range(1, len(path))):
+        if path[:1] not in broken:
             problems.append(Problem(document.place(path), path, text))
     if problems:
         raise _error(problems)
