@@ -4,7 +4,7 @@ Only the tokens of a row are kept. The texts of held-out rows are read again, by
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,7 +65,13 @@ def records_of(section: Data, rows: Sequence[Row] | None = None) -> Iterator[Rec
     if rows is None:
         return read(section.source_name, section.split, section.limit)
     numbered = enumerate(rows[: section.limit], 1)
-    return (Record(f"{section.source}:row {number}", row) for number, row in numbered)
+    return (
+        Record(
+            f"{section.source}:row {number}",
+            row if isinstance(row, Mapping) else BadRow("not an object", "a row must be a dictionary"),
+        )
+        for number, row in numbered
+    )
 
 
 def read_examples(
