@@ -89,7 +89,7 @@ def test_the_reasons_are_given_even_if_bad_rows_are_skipped_and_nothing_is_left(
     assert "looks like data.format=messages" in message
     assert "data.on_bad_row=skip" not in message
     with pytest.raises(DataError, match=r"(?s)b\.jsonl:1: (\d+) tokens.*the longest row has \1 tokens"):
-        load(write(tmp_path / "b.jsonl", pairs(3)), max_length=8)
+        load(write(tmp_path / "b.jsonl", [{"prompt": "a long question" * 9, "completion": "a"}]), max_length=8)
 
 
 def test_a_long_text_is_split_so_that_each_token_is_trained_once(tmp_path: Path) -> None:
