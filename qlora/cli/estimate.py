@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.arguments import Json, Overrides, RecipeArgument
+from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
 
 if TYPE_CHECKING:
     from qlora.memory.estimate import Estimate
@@ -19,7 +19,12 @@ Gpu = Annotated[
 
 
 def estimate(
-    recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = None, json_output: Json = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Gpu = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Forecast the memory of a run, part by part, and check whether it fits.
 
@@ -30,6 +35,7 @@ def estimate(
     [bold]qlora estimate llama-65b --gpu 48GiB[/bold]
     [bold]qlora estimate my.yaml training.micro_batch_size=8[/bold]
     """
+    startup = startup_for(quiet=quiet, verbose=verbose, json_output=json_output)
     from qlora.recipe import Recipe
     from qlora.recipe.sizes import parse_size
 
@@ -38,10 +44,10 @@ def estimate(
         capacity = None if gpu is None else parse_size(gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
-    from qlora.memory.estimate import estimate as forecast
-    from qlora.tracking.status import status
+    with startup.stage(IMPORTS):
+        from qlora.memory.estimate import estimate as forecast
 
-    with status("reading the recipe", wanted=not json_output) as progress:
+    with startup.stage("forecasting memory") as progress:
         result = forecast(loaded, capacity, progress)
     if json_output:
         print(json.dumps(result.as_json()))
