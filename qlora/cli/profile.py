@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
+from qlora.cli.memory import print_memory
 
 
 def profile(
@@ -32,7 +33,7 @@ def profile(
 
     loaded = Recipe.load(recipe, overrides or [])
     with startup.stage(IMPORTS):
-        from qlora.report.memory_files import table, write
+        from qlora.report.memory_files import write
         from qlora.training.profile import profile as measured
 
     memory = measured(loaded, steps, startup=startup)
@@ -42,9 +43,6 @@ def profile(
     if json_output:
         print(json.dumps({**memory, "stages": startup.seconds}))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(table(memory))
+    print_memory(memory)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in startup.seconds.items())
-    console.print(f"Start: {stages}.", soft_wrap=True, markup=False)
+    print(f"Start: {stages}.")
