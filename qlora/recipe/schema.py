@@ -111,7 +111,7 @@ class Data(Section):
     columns: dict[Text, Text] = {}
     """Column names that differ from the format's fields, each as field: column."""
     template: Text | None = None
-    """Chat template: alpaca, chatml, plain or a .jinja file; null: the tokenizer's, or else the format's."""
+    """Chat template: a name such as llama-3 or chatml, or a .jinja file; null: the tokenizer's or the format's."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Maximum length of a row, packed or not, in tokens (QLoRA, appendix B.2: 512 for most runs)."""
     too_long: Literal["error", "drop", "truncate"] = "drop"
