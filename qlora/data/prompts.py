@@ -35,6 +35,7 @@ class Prompts:
         self._encoder = Encoder(tokenizer)
         self._layout = Layout(section, tokenizer, self._encoder)
         self._section = section
+        self.tokenizer = tokenizer
         name = template_name(section, tokenizer)
         self.template = None if name is None else self._with_bos(template_text(name))
         """jinja source with which transformers renders the same prompts; None: the tokenizer's own"""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
+from qlora.data import Prompts
+from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import DataError, ModelError, SaveError
 from qlora.report import memory_files, page
 from qlora.storage import folders
@@ -75,7 +77,6 @@ def write_weights(session: Session, folder: Path) -> None:
         save_adapter(session.model, folder, base=session.base_identity)
     else:
         session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
-        session.tokenizer.save_pretrained(folder)
     # So that the folder can be used without the run
     (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
 
@@ -96,10 +97,12 @@ def read_weights(session: Session, folder: Path) -> None:
 
 
 def write_result(session: Session, run: RunFolder) -> Path:
-    """Write the trained weights to <run>/adapter or <run>/model, and return that folder."""
+    """Write the trained weights, tokenizer and template to <run>/adapter or <run>/model, and return that folder."""
     if session.processes.is_main:
         with folders.replacing(run.path, session.result_name) as folder:
             write_weights(session, folder)
+            session.tokenizer.save_pretrained(folder)
+            write_prompt_files(folder, Prompts(session.recipe.data, session.tokenizer))
     return run.path / session.result_name
 
 
