@@ -4,6 +4,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora.adapter.algebra import plain
+from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.data import Prompts
@@ -96,14 +98,19 @@ def read_weights(session: Session, folder: Path) -> None:
     load_adapter(session.model, folder, any_base=True)
 
 
-def write_result(session: Session, run: RunFolder) -> Path:
+def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
     """Write the trained weights, tokenizer and template to <run>/adapter or <run>/model, and return that folder."""
+    result = run.path / session.result_name
     if session.processes.is_main:
         with folders.replacing(run.path, session.result_name) as folder:
             write_weights(session, folder)
             session.tokenizer.save_pretrained(folder)
             write_prompt_files(folder, Prompts(session.recipe.data, session.tokenizer))
-    return run.path / session.result_name
+        if (result / CONFIG_FILE).is_file() and (
+            note := plain.note(read_fields(result / CONFIG_FILE), run.path)
+        ):
+            tracker.note(note)
+    return result
 
 
 def write_memory(session: Session, run: RunFolder, tracker: Tracker) -> None:

@@ -132,7 +132,7 @@ def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bo
         if progress.step < total:
             save(session, run, progress, tracker)
 
-        result = write_result(session, run) if progress.step == total else None
+        result = write_result(session, run, tracker) if progress.step == total else None
         write_memory(session, run, tracker)
         outcome = TrainResult(
             run=run.path,
