@@ -134,7 +134,7 @@ class Data(Section):
     columns: dict[Text, Text] = {}
     """Column names that differ from the format's fields, each as field: column."""
     template: Text | None = None
-    """Chat template: alpaca, chatml, plain or a .jinja file; null: the tokenizer's, or else the format's."""
+    """Chat template: a name such as llama-3, a .jinja file, or tokenizer: its own; null: its own or the format's."""
     template_options: dict[Text, bool | int | float | str] = {}
     """Variables of the template, in training and generation, such as {enable_thinking: false}."""
     system: Text | None = None
