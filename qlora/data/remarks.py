@@ -29,7 +29,7 @@ SPLIT_TEXTS = "split texts"
 _SENTENCES = {
     UNKNOWN_MARKERS: (
         "the template writes {first}, but the tokenizer has no such token: it becomes ordinary pieces, which the model "
-        "has never seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use a "
+        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use a "
         "base whose tokenizer has this token"
     ),
     NOT_TRAINED: "{count:,} rows are left out because they are marked as not to be trained ({details})",
