@@ -136,6 +136,8 @@ def _printable(text: str) -> str:
 
 
 def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
+    from qlora.data import remarks
+
     lengths = sorted(len(example.input_ids) for example in batches.examples)
     lines = [
         f"rows     {counts.read} read: {counts.train} to train on, {counts.held_out} held out, "
@@ -151,15 +153,6 @@ def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
             f"packing  {len(batches.rows)} packed rows, {counts.packing_efficiency:.1%} of their tokens used"
         )
     lines.append(f"steps    {batches.steps_per_epoch} per epoch")
-    remarks = {
-        "held-out rows are identical to a training row": counts.held_out_seen,
-        'rows contain the text of a control token, such as "</s>"; it is tokenized as ordinary text': (
-            counts.spelled_controls
-        ),
-        "answers are not trained: the template renders the messages before them differently in later turns": (
-            counts.untrained_answers
-        ),
-    }
-    lines += [f"note     {count} {remark}" for remark, count in remarks.items() if count]
+    lines += [f"note     {remark}" for remark in remarks(counts)]
     lines += [f"bad      {count} {reason}" for reason, count in counts.reasons.items()]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from qlora.data.cache import load_dataset
 from qlora.data.dataset import Counts, Dataset, Prompt, held_out_batches, training_batches
 from qlora.data.prompt_digests import prompt_digests
 from qlora.data.prompts import Prompts, encode_prompt
+from qlora.data.remarks import remarks
+from qlora.data.sources import on_hub
 
 __all__ = [
     "IGNORE_INDEX",
@@ -18,6 +20,8 @@ __all__ = [
     "encode_prompt",
     "held_out_batches",
     "load_dataset",
+    "on_hub",
     "prompt_digests",
+    "remarks",
     "training_batches",
 ]
