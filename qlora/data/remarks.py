@@ -29,8 +29,8 @@ SPLIT_TEXTS = "split texts"
 _SENTENCES = {
     UNKNOWN_MARKERS: (
         "the template writes {first}, but the tokenizer has no such token: it becomes ordinary pieces, which the model "
-        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use a "
-        "base whose tokenizer has this token"
+        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use "
+        "a base whose tokenizer has this token"
     ),
     NOT_TRAINED: "{count:,} rows are left out because they are marked as not to be trained ({details})",
     UNTRAINED_ANSWERS: (
