@@ -24,11 +24,12 @@ UNUSED = "unused"
 MOVED_SYSTEM = "moved system messages"
 SPELLED_CONTROLS = "spelled controls"
 PARSED_CONTROLS = "parsed controls"
+SPLIT_TEXTS = "split texts"
 
 _SENTENCES = {
     UNKNOWN_MARKERS: (
         "the template writes {first}, but the tokenizer has no such token: it becomes ordinary pieces, which the model "
-        "has never seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use a "
+        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use a "
         "base whose tokenizer has this token"
     ),
     NOT_TRAINED: "{count:,} rows are left out because they are marked as not to be trained ({details})",
@@ -44,7 +45,7 @@ _SENTENCES = {
         "{count:,} answers are trained in part or not at all, because the template's {{% generation %}} blocks leave "
         "the rest out"
     ),
-    ZERO_WEIGHT: "{count:,} answers are context only, because their rows give them no weight",
+    ZERO_WEIGHT: "{count:,} answers are context only, because their rows say so",
     AFTER_LAST_ANSWER: "{count:,} messages after the last trained answer of their rows are not used",
     OPEN_THOUGHTS: (
         "{count:,} answers begin within a thought: the generation prompt opens one, and the rows have no reasoning. If "
@@ -60,6 +61,7 @@ _SENTENCES = {
     PARSED_CONTROLS: (
         '{count:,} rows contain control tokens such as "{first}", which take effect (data.control_tokens: parse)'
     ),
+    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and were split into several rows",
 }
 
 

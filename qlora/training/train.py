@@ -121,7 +121,7 @@ def fit(
         if progress.step < total:
             save(session, run, progress, tracker)
 
-        result = write_result(session, run) if progress.step == total else None
+        result = write_result(session, run, tracker) if progress.step == total else None
         write_memory(session, run, tracker)
         outcome = TrainResult(
             run=run.path,
