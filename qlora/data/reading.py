@@ -22,7 +22,7 @@ from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation, NotTrained, Row
 from qlora.recipe import Data
 
-Progress = Callable[[str], None]
+Progress = Callable[[str], object]
 """shows a line such as "tokenizing rows.jsonl: 12,000 rows", which replaces the line before it"""
 
 _ROWS = 1024  # rows encoded at a time: enough for the tokenizer's threads
