@@ -89,7 +89,9 @@ def test_the_reasons_are_given_even_if_bad_rows_are_skipped_and_nothing_is_left(
     assert "looks like data.format=messages" in message
     assert "data.on_bad_row=skip" not in message
     with pytest.raises(DataError, match=r"(?s)b\.jsonl:1: (\d+) tokens.*the longest row has \1 tokens"):
-        load(write(tmp_path / "b.jsonl", [{"prompt": "a long question" * 9, "completion": "a"}]), max_length=8)
+        load(
+            write(tmp_path / "b.jsonl", [{"prompt": "a long question" * 9, "completion": "a"}]), max_length=8
+        )
 
 
 def test_a_long_text_is_split_so_that_each_token_is_trained_once(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_a_long_text_is_split_so_that_each_token_is_trained_once(tmp_path: Path)
         len(pieces) - 1,
         0,
     )
-    assert "1 texts are longer than data.max_length and were split into several rows" in remarks(counts)
+    assert "1 texts are longer than data.max_length and are split into several rows" in remarks(counts)
 
 
 @pytest.mark.parametrize("length", range(8, 30))

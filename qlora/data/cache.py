@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data.dataset import Counts, Dataset, Prompt, make_dataset
 from qlora.data.examples import TOKEN_BYTES, Examples
+from qlora.data.layout import template_of
 from qlora.data.mixture import Share
 from qlora.data.reading import Progress
 from qlora.data.sources import identity
-from qlora.data.templates import template_text
 from qlora.errors import DataError
 from qlora.formats import Row
 from qlora.recipe import Data
@@ -72,7 +72,7 @@ def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | 
     return cache.digest(
         contents=contents,
         section=section.model_dump(mode="json"),
-        templates=[template_text(part.template) if part.template else None for part in parts],
+        templates=[template_of(part, tokenizer) for part in parts],
         seed=seed if splits else None,
         tokenizer=type(tokenizer).__name__,
         vocabulary=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -100,6 +100,7 @@ def _save(dataset: Dataset, folder: Path) -> None:
         "fingerprint": dataset.fingerprint,
         "pad_id": dataset.pad_id,
         "stop_ids": sorted(dataset.stop_ids),
+        "system": dataset.system,
         "mixture": [asdict(share) for share in dataset.mixture],
     }
     (folder / "rest.json").write_text(json.dumps(rest))
@@ -115,5 +116,6 @@ def _load(folder: Path) -> Dataset:
         fingerprint=rest["fingerprint"],
         pad_id=rest["pad_id"],
         stop_ids=frozenset(rest["stop_ids"]),
+        system=rest["system"],
         mixture=tuple(Share(**share) for share in rest["mixture"]),
     )

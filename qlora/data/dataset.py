@@ -10,13 +10,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batches import Batch, Batches
-from qlora.data.encoding import Encoder
 from qlora.data.examples import Examples, ExampleWriter
 from qlora.data.layout import Layout
 from qlora.data.mixture import Share, shares
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
-from qlora.data.prompts import answer_ends
 from qlora.data.reading import Progress, Reading, contents, read_examples
 from qlora.errors import DataError
 from qlora.formats import Row
@@ -85,6 +83,8 @@ class Dataset:
     """tokens that end an answer"""
     mixture: tuple[Share, ...] = ()
     """share of each source in an epoch; empty: an epoch has all rows"""
+    system: str | None = None
+    """system message that all training rows share; None if there is none"""
 
 
 @dataclass
@@ -109,14 +109,13 @@ def make_dataset(
     progress: Progress | None = None,
 ) -> Dataset:
     """Read, render, tokenise and split the rows of a `data` section. Arguments and errors as in `load_dataset`."""
-    encoder = Encoder(tokenizer)
     parts = [*section.parts, *([section.evaluation] if section.evaluation else [])]
     with ExampleWriter() as writer:
         sources = []
         for part in parts:
             given = None if part is section.evaluation else rows
-            layout = Layout(part, tokenizer, encoder)
-            reading = read_examples(part, layout, encoder, writer, given, progress)
+            layout = Layout(part, tokenizer)
+            reading = read_examples(part, layout, writer, given, progress)
             if not reading.examples:
                 raise DataError(_nothing_left(reading, part))
             sources.append(_Source(part, layout, reading, given))
@@ -128,12 +127,13 @@ def make_dataset(
     return Dataset(
         train=train,
         held_out=held_out,
-        prompts=[prompt for source in sources for prompt in _prompts(source, encoder)],
+        prompts=[prompt for source in sources for prompt in _prompts(source)],
         counts=_counts(sources, train, held_out, mixture, section),
         fingerprint=_fingerprint(train, held_out, mixture),
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        stop_ids=frozenset().union(*(answer_ends(source.layout, encoder) for source in sources)),
+        stop_ids=frozenset().union(*(source.layout.answer_ends for source in sources)),
         mixture=mixture,
+        system=_shared_system(sources),
     )
 
 
@@ -191,6 +191,11 @@ def _held_out(rows: int, held_out: int | float | str, seed: int) -> set[int]:
     return set(permutation(rows, seed, SPLIT)[:wanted].tolist())
 
 
+def _shared_system(sources: Sequence[_Source]) -> str | None:
+    systems = set().union(*(source.reading.systems for source in sources if source.train))
+    return systems.pop() if len(systems) == 1 else None
+
+
 def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:
     weights = [source.weight for source in section.sources]
     rows = [source.rows for source in section.sources]
@@ -206,7 +211,7 @@ def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:
     return shares(totals, weights, rows)
 
 
-def _prompts(source: _Source, encoder: Encoder) -> list[Prompt]:
+def _prompts(source: _Source) -> list[Prompt]:
     """Return the held-out rows of a source as prompts. Their texts are read again, because only tokens are kept."""
     first = source.reading.examples.start
     wanted = {source.reading.rows[number - first] for number in source.held_out}
@@ -214,7 +219,7 @@ def _prompts(source: _Source, encoder: Encoder) -> list[Prompt]:
     for _, origin, content in contents(source.section, source.layout, wanted, source.rows):
         origins.append(origin)
         questions.append(source.layout.question(content))
-    encoded = encoder.encode([question.document for question in questions])
+    encoded = source.layout.encoder.encode([question.document for question in questions])
     return [
         Prompt(tokens.input_ids.tolist(), question.text, question.reference, origin)
         for origin, question, tokens in zip(origins, questions, encoded, strict=True)

@@ -11,15 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora.data.encoding import Document, Encoded, Encoder
+from qlora.data.encoding import Document, Encoded
 from qlora.data.examples import IGNORE_INDEX, ExampleWriter
 from qlora.data.files import Record
 from qlora.data.layout import Layout
 from qlora.data.refusals import Refusals
-from qlora.data.remarks import SPLIT_TEXTS
+from qlora.data.remarks import NOT_TRAINED, SPLIT_TEXTS
 from qlora.data.sources import read
 from qlora.errors import DataError
-from qlora.formats import BadRow, Completion, Conversation, Row
+from qlora.formats import BadRow, Completion, Conversation, NotTrained, Row
 from qlora.recipe import Data
 
 Progress = Callable[[str], None]
@@ -52,6 +52,8 @@ class Reading:
     """documents beyond the first of their row"""
     tallies: Counter[str] = field(default_factory=Counter)
     """sum of `Document.tallies` over the examples"""
+    systems: set[str | None] = field(default_factory=set)
+    """system messages of the examples; not complete from the second on"""
 
 
 class _Rendered(NamedTuple):
@@ -77,7 +79,6 @@ def records_of(section: Data, rows: Sequence[Row] | None = None) -> Iterator[Rec
 def read_examples(
     section: Data,
     layout: Layout,
-    encoder: Encoder,
     writer: ExampleWriter,
     rows: Sequence[Row] | None = None,
     progress: Progress | None = None,
@@ -91,7 +92,7 @@ def read_examples(
     reading = Reading(section.source_name)
     first = len(writer)
     for chunk in _chunks(_rendered(records_of(section, rows), layout, reading)):
-        encodings = encoder.encode([rendered.document for rendered in chunk])
+        encodings = layout.encoder.encode([rendered.document for rendered in chunk])
         for (row, origin, document), encoded in zip(chunk, encodings, strict=True):
             pieces = _pieces(origin, encoded, section, reading)
             for ids, labels in pieces:
@@ -99,6 +100,8 @@ def read_examples(
                 reading.rows.append(row)
             if pieces:
                 reading.tallies += document.tallies
+                if len(reading.systems) < 2:
+                    reading.systems.add(document.system)
         if progress is not None:
             progress(f"tokenizing {section.source}: {reading.read:,} rows")
     reading.examples = range(first, len(writer))
@@ -140,6 +143,10 @@ def _rendered(records: Iterable[Record], layout: Layout, reading: Reading) -> It
             if isinstance(record.row, BadRow):
                 raise record.row
             documents = layout.documents(layout.read(record.row))
+        except NotTrained as mark:
+            reading.unsupervised += 1
+            reading.tallies[f"{NOT_TRAINED}: {mark.detail}"] += 1
+            continue
         except BadRow as reason:
             reading.bad.add(record.origin, reason, record.row)
             continue
