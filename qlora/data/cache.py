@@ -101,6 +101,8 @@ def _save(dataset: Dataset, folder: Path) -> None:
         "pad_id": dataset.pad_id,
         "stop_ids": sorted(dataset.stop_ids),
         "system": dataset.system,
+        "lengths": list(dataset.lengths.items()),
+        "left_out": dataset.left_out,
         "mixture": [asdict(share) for share in dataset.mixture],
     }
     (folder / "rest.json").write_text(json.dumps(rest))
@@ -117,5 +119,7 @@ def _load(folder: Path) -> Dataset:
         pad_id=rest["pad_id"],
         stop_ids=frozenset(rest["stop_ids"]),
         system=rest["system"],
+        lengths=dict(rest["lengths"]),
+        left_out=rest["left_out"],
         mixture=tuple(Share(**share) for share in rest["mixture"]),
     )

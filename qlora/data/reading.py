@@ -43,8 +43,8 @@ class Reading:
     """rows that cannot be used"""
     too_long: Refusals = field(default_factory=Refusals)
     """rows longer than max_length"""
-    longest: int = 0
-    """tokens of the longest row"""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """number of documents by length in tokens, before they are cut or left out"""
     dropped: int = 0
     truncated: int = 0
     unsupervised: int = 0
@@ -178,7 +178,7 @@ def _pieces(
     """
     ids, labels = encoded.input_ids, encoded.labels
     longest = section.max_length
-    reading.longest = max(reading.longest, len(ids))
+    reading.lengths[len(ids)] += 1
     if encoded.forged:
         reason = BadRow("control token in text", "this tokenizer cannot write its spelling as ordinary text")
         reading.bad.add(origin, reason, {})
@@ -219,6 +219,6 @@ def _long_rows(reading: Reading, max_length: int) -> str:
     lines = [f"{reading.source}: {total} of {reading.read} rows have more than {max_length} tokens"]
     lines += reading.too_long.lines()
     lines.append(
-        f"Set data.max_length={reading.longest} to keep them whole, or set data.too_long to drop or truncate"
+        f"Set data.max_length={max(reading.lengths)} to keep them whole, or set data.too_long to drop or truncate"
     )
     return "\n".join(lines)
