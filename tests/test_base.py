@@ -136,7 +136,7 @@ def test_random_depends_on_its_seed(tiny_llama: Path, quantization: str) -> None
 def test_every_known_architecture_needs_no_network() -> None:
     for hub_id in KNOWN_ARCHITECTURES:
         config = load_config(section(hub_id, init="synthetic"))
-        assert config.hidden_size >= 4096
+        assert config.get_text_config().hidden_size >= 1024
 
 
 def test_the_compute_dtype_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

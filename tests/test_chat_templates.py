@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers_for_tests import with_markers_of
+from tokenizers import Tokenizer
+from tokenizers_for_tests import byte_level, with_markers_of
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data import IGNORE_INDEX
 from qlora.data.encoding import Encoder
+from qlora.data.layout import Layout
 from qlora.data.rendering import Renderer
 from qlora.data.templates import NAMED, template_text
 from qlora.formats import BadRow, Conversation, Message
+from qlora.recipe import Recipe
 
 
 def _sources() -> dict[str, str]:
@@ -250,3 +253,129 @@ def test_templates_that_refuse_a_system_message_are_few() -> None:
         except BadRow:
             refusing.append(name)
     assert refusing == ["trl/gemma", "trl/gemma_training"]
+
+
+def trained(document_of: Reference, conversation: Conversation) -> list[str]:
+    (encoded,) = document_of.encoder.encode([document_of.renderer.document(conversation)])
+    return [
+        document_of.tokenizer.decode(encoded.input_ids[start:end])
+        for start, end in runs(encoded.labels.tolist())
+    ]
+
+
+def talk(*contents: str, **more: Any) -> Conversation:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return Conversation((*messages[:-1], {**messages[-1], **more}))
+
+
+TWO = talk("q1", "b1", "q2", "b2")
+SUM = talk("2+2?", "4")
+THOUGHT = talk("2+2?", "<think>a</think>b")
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation", "expected", "tallies"),
+    [
+        # an answer of a conversation is trained through its end, or counted
+        ("trl/qwen3_6", TWO, ["\n</think>\n\nb2<|im_end|>"], {"untrained answers": 1}),
+        ("trl/qwen3_5_nothink", TWO, ["b2<|im_end|>"], {"untrained answers": 1}),
+        ("trl/qwen3", TWO, ["b1<|im_end|>", "<think>\n\n</think>\n\nb2<|im_end|>"], {}),
+        ("trl/nemotron_3_nano", TWO, ["b2<|im_end|>"], {"untrained answers": 1, "answers within a thought": 1}),
+        # a trained answer follows the prompt of generation
+        ("trl/deepseek_r1_distill", SUM, ["4<｜end▁of▁sentence｜>"], {"answers within a thought": 1}),
+        ("trl/deepseek_r1_distill", THOUGHT, ["a\n</think>\n\nb<｜end▁of▁sentence｜>"], {}),
+        ("trl/nemotron_3_nano", SUM, ["4<|im_end|>"], {"answers within a thought": 1}),
+        ("trl/qwen3_8", THOUGHT, ["a\n</think>\n\nb<|im_end|>"], {}),
+        ("trl/qwen3", THOUGHT, ["<think>\na\n</think>\n\nb<|im_end|>"], {}),
+        # no control token is cut
+        (
+            "trl/gptoss", TWO,
+            ["<|channel|>final<|message|>b1", "<|channel|>final<|message|>b2<|return|>"], {"untrained ends": 1},
+        ),
+        ("trl/glm4moe", TWO, ["\n<think></think>\nb1", "\n<think></think>\nb2</s>"], {"untrained ends": 1}),
+        # tokens that are not special end answers too
+        ("trl/gemma3", TWO, ["b1<end_of_turn>", "b2<end_of_turn>"], {}),
+        # text that a template drops is counted
+        ("trl/llama3", talk("q", "b", reasoning_content="thoughts"), ["b<|eot_id|>"], {"unwritten: reasoning": 1}),
+    ],
+)  # fmt: skip
+def test_trained_text_of_known_templates(
+    name: str, conversation: Conversation, expected: list[str], tallies: dict[str, int]
+) -> None:
+    subject = reference(name)
+    assert trained(subject, conversation) == expected
+    assert subject.renderer.document(conversation).tallies == tallies
+
+
+def test_one_example_an_answer_trains_every_answer() -> None:
+    tokenizer = with_markers_of(SOURCES["trl/qwen3_6"])
+    recipe = Recipe.from_dict(
+        {"base": {"model": "m"}, "data": {"source": "s", "format": "messages", "examples": "answer"}}
+    )
+    layout = Layout(recipe.data, tokenizer)
+    documents = layout.documents(TWO)
+    encoded = layout.encoder.encode(documents)
+    ends = [tokenizer.decode(one.input_ids[one.labels != IGNORE_INDEX]) for one in encoded]
+    assert ends == ["\n</think>\n\nb1<|im_end|>", "\n</think>\n\nb2<|im_end|>"]
+    assert not any(document.tallies for document in documents)
+
+
+def test_generation_blocks_decide_what_is_trained() -> None:
+    blocks = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n{% else %}{{ m.content }}<|im_end|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = with_markers_of(blocks)
+    encoder = Encoder(tokenizer, blocks)
+    subject = Reference(tokenizer, Renderer(tokenizer, encoder, None), encoder)
+    assert trained(subject, TWO) == ["b1", "b2"]
+    assert subject.renderer.document(TWO).tallies == {"answers trained in part": 2}
+
+
+def test_a_marker_that_the_tokenizer_lacks_is_told() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = template_text("chatml")
+    renderer = Renderer(tokenizer, Encoder(tokenizer, tokenizer.chat_template), None)
+    assert renderer.unknown_markers == ["<|im_start|>", "<|im_end|>"]
+    assert renderer.document(SUM).tallies == {
+        "unknown markers: <|im_start|>": 1,
+        "unknown markers: <|im_end|>": 1,
+    }
+
+
+def test_rendered_text_is_parsed_if_the_recipe_says_so() -> None:
+    tokenizer = byte_level(chatml=True, bos=True)
+    rendered = "<s><|im_start|>user\nhi<|im_end|>\n</s>"
+    for parse, count in (("text", 0), ("parse", 1)):
+        data = {"source": "s", "format": "text", "control_tokens": parse}
+        layout = Layout(Recipe.from_dict({"base": {"model": "m"}, "data": data}).data, tokenizer)
+        (document,) = layout.documents(layout.read({"text": rendered}))
+        (encoded,) = layout.encoder.encode([document])
+        ids = encoded.input_ids.tolist()
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == count
+        assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == 1
+        assert document.tallies == {f"{'parsed' if count else 'spelled'} controls: <s>": 1}
+
+
+def test_a_hole_in_the_ids_does_not_matter() -> None:
+    tokenizer = byte_level(chatml=True)
+    layout = json.loads(tokenizer.backend_tokenizer.to_str())
+    layout["added_tokens"][-1]["id"] = 5000
+    holed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(layout)), eos_token="</s>", bos_token="<s>"
+    )
+    holed.chat_template = template_text("chatml")
+    encoder = Encoder(holed, holed.chat_template)
+    (encoded,) = encoder.encode([Renderer(holed, encoder, None).document(SUM)])
+    assert encoded.input_ids[-1] == encoded.labels[-1] == holed.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_system_message_before_the_first_question() -> None:
+    tokenizer = with_markers_of(SOURCES["trl/gemma"])
+    data = {"source": "s", "format": "messages", "system": "Be brief.", "system_as": "user"}
+    layout = Layout(Recipe.from_dict({"base": {"model": "m"}, "data": data}).data, tokenizer)
+    (document,) = layout.documents(layout.read({"messages": list(TWO.messages)}))
+    assert document.parts[0].text.endswith("user\nBe brief.\n\nq1<end_of_turn>\n<start_of_turn>model\n")
+    assert document.tallies == {"moved system messages": 1}
+    assert layout.prompt("q1").parts[0].text == document.parts[0].text

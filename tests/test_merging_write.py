@@ -234,6 +234,8 @@ def test_tokenizer_template_and_answer_ends_are_saved(
     settings = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert settings == {"eos_token_id": sorted({1, *ends}), "top_p": 0.5}
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == sorted({1, *ends})
+    assert theirs.eos_token == "<|im_end|>"
     assert not (tmp_path / "m" / "README.md").exists()
 
 

@@ -4,19 +4,53 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from commands_for_tests import qlora
 
-from qlora.recipe import Recipe, shipped
+from qlora.memory.estimate import estimate
+from qlora.model.load import KNOWN_ARCHITECTURES, load_config, meta_model
+from qlora.recipe import Base, Recipe, shipped
 from qlora.recipe.checking import DEFAULTS
 from qlora.recipe.reading import read
 from qlora.recipe.rules import flatten
 
 ROOT = Path(__file__).parents[1]
-EXPECTED = [
-    "bundled-base", "llama-13b", "llama-3.1-70b", "llama-3.1-8b", "llama-33b", "llama-65b", "llama-7b",
-    "mistral-7b", "quickstart", "qwen3-8b",
+ON_ALPACA_UP_TO_13B = ["llama-7b", "llama-13b", "llama-3.1-8b", "mistral-7b", "qwen3-8b"]
+ON_ALPACA_ABOVE_13B = ["llama-33b", "llama-65b", "llama-3.1-70b"]
+CHAT_UP_TO_13B = [
+    "gemma-3-12b-it", "gemma-3-1b-it", "gemma-3-4b-it", "llama-3.1-8b-instruct", "llama-3.2-1b-instruct",
+    "llama-3.2-3b-instruct", "mistral-7b-instruct", "mistral-nemo-12b-instruct", "phi-3.5-mini-instruct",
+    "phi-4-mini-instruct", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b-instruct",
 ]  # fmt: skip
-UP_TO_13B = ["llama-7b", "llama-13b", "llama-3.1-8b", "mistral-7b", "qwen3-8b"]
-ABOVE_13B = ["llama-33b", "llama-65b", "llama-3.1-70b"]
+CHAT_ABOVE_13B = [
+    "gemma-3-27b-it", "llama-3.3-70b-instruct", "mistral-small-24b-instruct", "phi-4", "qwen3-14b", "qwen3-32b",
+]  # fmt: skip
+UP_TO_13B = ON_ALPACA_UP_TO_13B + CHAT_UP_TO_13B
+ABOVE_13B = ON_ALPACA_ABOVE_13B + CHAT_ABOVE_13B
+EXPECTED = sorted(["bundled-base", "quickstart", *UP_TO_13B, *ABOVE_13B])
+
+# Parameters as their publishers count them, from the model cards and the index files of the checkpoints
+PARAMETERS = {
+    "gemma-3-1b-it": 999_885_952,
+    "gemma-3-4b-it": 4_300_079_472,
+    "gemma-3-12b-it": 12_187_325_040,
+    "gemma-3-27b-it": 27_432_406_640,
+    "llama-3.1-8b-instruct": 8_030_261_248,
+    "llama-3.2-1b-instruct": 1_235_814_400,
+    "llama-3.2-3b-instruct": 3_212_749_824,
+    "llama-3.3-70b-instruct": 70_553_706_496,
+    "mistral-7b-instruct": 7_248_023_552,
+    "mistral-nemo-12b-instruct": 12_247_782_400,
+    "mistral-small-24b-instruct": 23_572_403_200,
+    "phi-3.5-mini-instruct": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini-instruct": 3_836_021_760,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b-instruct": 4_022_468_096,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+}
 SECTIONS = list(Recipe.model_fields)
 
 
@@ -51,10 +85,12 @@ def test_a_shipped_recipe_sets_only_differences_in_pipeline_order(name: str) -> 
 
 
 @pytest.mark.parametrize("name", [*UP_TO_13B, *ABOVE_13B])
-def test_large_models_are_tuned_as_in_the_qlora_paper(name: str) -> None:
+def test_models_from_the_hub_are_tuned_as_in_the_qlora_paper(name: str) -> None:
     recipe = Recipe.load(name)
     adapter, optimizer = recipe.adapter, recipe.optimizer
-    assert (adapter.method, adapter.targets, adapter.rank, adapter.alpha) == ("lora", "all-linear", 64, 16)
+    text_only = [".*language_model.*_proj"]  # of checkpoints that also read images
+    assert adapter.targets in ("all-linear", text_only)
+    assert (adapter.method, adapter.rank, adapter.alpha) == ("lora", 64, 16)
     assert adapter.dropout == (0.1 if name in UP_TO_13B else 0.05)
     assert optimizer.lr == (2e-4 if name in UP_TO_13B else 1e-4)
     assert (optimizer.name, optimizer.schedule, optimizer.betas) == (
@@ -64,6 +100,43 @@ def test_large_models_are_tuned_as_in_the_qlora_paper(name: str) -> None:
     )
     assert (recipe.training.global_batch_size, recipe.training.max_grad_norm) == (16, 0.3)
     assert (recipe.base.quantization, recipe.base.double_quant, recipe.base.block_size) == ("nf4", True, 64)
+
+
+@pytest.mark.parametrize("name", [*CHAT_UP_TO_13B, *CHAT_ABOVE_13B])
+def test_a_chat_recipe_reads_conversations_and_needs_no_network_to_be_forecast(name: str) -> None:
+    recipe = Recipe.load(name, ["data.source=my.jsonl"])
+    assert (recipe.data.format, recipe.data.max_length, recipe.data.template) == ("messages", 2048, None)
+    assert recipe.base.model in KNOWN_ARCHITECTURES
+    base = Base(model=recipe.base.model, init="synthetic")
+    model = meta_model(base, load_config(base), torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_the_list_shows_the_forecast_of_every_recipe_with_a_base_from_the_hub() -> None:
+    assert shipped.memory().keys() == {*UP_TO_13B, *ABOVE_13B}
+    lines = qlora("recipes", "list").stdout.splitlines()
+    shown = {line.split()[0]: line for line in lines if line.split()[0] in EXPECTED}
+    assert sorted(shown) == EXPECTED
+    for name, needed_bytes in shipped.memory().items():
+        assert f"{needed_bytes / 2**30:.1f} GiB" in shown[name]
+        assert shown[name].endswith(shipped.summary(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3-0.6b",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*UP_TO_13B, *ABOVE_13B]
+            if name != "qwen3-0.6b"
+        ),
+    ],
+)
+def test_the_stored_forecast_is_todays(name: str) -> None:
+    today = estimate(Recipe.load(name, ["training.device=cuda"])).needed_bytes
+    stored = shipped.memory()[name]
+    assert stored == pytest.approx(today, rel=0.01), "run python benchmarks/recipe_memory.py"
 
 
 def test_the_quickstart_needs_nothing_from_outside() -> None:

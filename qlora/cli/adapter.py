@@ -1,4 +1,4 @@
-"""`qlora adapter`: compose, compress, inspect and extract adapters without loading a model."""
+"""`qlora adapter`: compose, compress, export, inspect and extract adapters without loading a model."""
 
 import json
 import math
@@ -119,6 +119,30 @@ def compress(
     result, deviations = composing.compress(whole, rank=rank, energy=energy, dtype=stored_in)
     made = _made_by(result, "compress", str(adapter), f"--rank {rank}" if rank else f"--energy {energy}")
     _save(made, to, deviations, per_layer, json_output)
+
+
+@app.command("export")
+def export(
+    adapter: AdapterArgument,
+    to: To,
+    dtype: DtypeOption = "float32",
+    per_layer: PerLayer = False,
+    json_output: Json = False,
+) -> None:
+    """Write an adapter for vLLM, llama.cpp and other servers that read one alpha and one rank for all layers.
+
+    rsLoRA's scaling and the alphas and ranks of single layers become part of A and B.
+    The update of each layer stays the same; the rounding error is printed.
+
+    [bold]qlora adapter export runs/mine --to served[/bold]
+    """
+    from qlora.adapter.algebra import tensors
+    from qlora.adapter.algebra.plain import plain
+    from qlora.storage.draft import check_absent
+
+    check_absent(to)
+    result, deviations = plain(tensors.read(adapter), dtype=tensors.DTYPES[dtype])
+    _save(_made_by(result, "export", str(adapter)), to, deviations, per_layer, json_output)
 
 
 @app.command("extract")
@@ -300,10 +324,12 @@ def _save(
     not_captured: dict[str, float | None] | None = None,
 ) -> None:
     """Write the adapter, then print its ranks, its size and its error."""
-    from qlora.adapter.algebra import tensors
+    from qlora.adapter.algebra import plain, tensors
     from qlora.adapter.algebra.compose import relative_error
+    from qlora.adapter.config import CONFIG_FILE, read_config
 
     written_bytes = tensors.write(adapter, to)
+    note = plain.note(read_config(to / CONFIG_FILE), to)
     dtype = tensors.dtype_name(next(iter(adapter.layers.values())).a.dtype)
     total = relative_error(deviations.values())
     if json_output:
@@ -313,6 +339,7 @@ def _save(
             "dtype": dtype,
             "bytes": written_bytes,
             "relative_error": total,
+            "note": note,
             "layers": layers,
         }
         if not_captured is not None:
@@ -328,6 +355,8 @@ def _save(
     if not_captured:
         _print_not_captured(not_captured, deviations, per_layer)
     print(f"wrote  {to}  ({len(deviations)} layers, {written_bytes / MiB:.2f} MiB)")
+    if note is not None:
+        say(f"note   {note}")
     if adapter.extra_files:
         print(f"\nTry it:  qlora eval {to}")
 

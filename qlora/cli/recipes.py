@@ -10,6 +10,8 @@ app = typer.Typer(
     help="List, show and copy the shipped recipes; print the schema of a recipe.", no_args_is_help=True
 )
 
+GIB = 2**30
+
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of a shipped recipe (see `qlora recipes list`).")
 ]
@@ -17,13 +19,14 @@ Name = Annotated[
 
 @app.command("list")
 def list_recipes() -> None:
-    """List the shipped recipes, with the purpose of each."""
+    """List the shipped recipes, with the GPU memory that each needs (a forecast) and its purpose."""
     from qlora.recipe import shipped
 
-    names = shipped.names()
+    names, memory = shipped.names(), shipped.memory()
     width = max(map(len, names))
     for name in names:
-        print(f"{name:{width}}  {shipped.summary(name)}")
+        needed = f"{memory[name] / GIB:.1f} GiB" if name in memory else ""
+        print(f"{name:{width}}  {needed:>8}  {shipped.summary(name)}")
 
 
 @app.command("show")

@@ -83,8 +83,8 @@ class Dataset:
     """tokens that end an answer"""
     mixture: tuple[Share, ...] = ()
     """share of each source in an epoch; empty: an epoch has all rows"""
-    system: str | None = None
-    """system message that all training rows share; None if there is none"""
+    shared_system: str | None = None
+    """system message that all training rows have; None if they differ or have none"""
     lengths: dict[int, int] = field(default_factory=dict)
     """number of documents by length in tokens, before they are cut or left out as too long"""
     left_out: list[str] = field(default_factory=list)
@@ -137,10 +137,16 @@ def make_dataset(
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         stop_ids=frozenset().union(*(source.layout.answer_ends for source in sources)),
         mixture=mixture,
-        system=_shared_system(sources),
+        shared_system=_shared_system([source.reading for source in sources if source.train]),
         lengths=dict(sorted(sum((source.reading.lengths for source in sources), Counter[int]()).items())),
         left_out=[line.strip() for source in sources for line in _left_out(source.reading)],
     )
+
+
+def _shared_system(readings: Sequence[Reading]) -> str | None:
+    """Return the system message that all training rows have, or None."""
+    systems = set().union(*(reading.systems for reading in readings))
+    return systems.pop() if len(systems) == 1 else None
 
 
 def training_batches(dataset: Dataset, recipe: Recipe) -> Batches:
@@ -199,11 +205,6 @@ def _held_out(rows: int, held_out: int | float | str, seed: int) -> set[int]:
 
 def _left_out(reading: Reading) -> list[str]:
     return [*reading.bad.lines(), *(reading.too_long.lines() if reading.dropped else [])]
-
-
-def _shared_system(sources: Sequence[_Source]) -> str | None:
-    systems = set().union(*(source.reading.systems for source in sources if source.train))
-    return systems.pop() if len(systems) == 1 else None
 
 
 def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder
 from qlora.data.raw_text import RawText
-from qlora.data.remarks import MOVED_SYSTEM, PARSED_CONTROLS, SPELLED_CONTROLS, UNUSED
+from qlora.data.remarks import MOVED_SYSTEM, PARSED_CONTROLS, SPELLED_CONTROLS, UNUSED, ZERO_WEIGHT
 from qlora.data.rendering import Renderer
 from qlora.data.templates import OWN, template_text
 from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
@@ -79,6 +79,8 @@ class Layout:
         contents = _answer_by_answer(content) if self._section.examples == "answer" else [content]
         documents = [self._document(part) for part in contents]
         documents[0].tallies.update(f"{UNUSED}: {name}" for name in content.unused)
+        if isinstance(content, Conversation) and content.context:
+            documents[0].tallies[ZERO_WEIGHT] += len(content.context)
         return documents
 
     def _document(self, content: Conversation | Completion) -> Document:
@@ -154,9 +156,11 @@ def _answer_by_answer(content: Conversation | Completion) -> list[Conversation |
     """Return one conversation for each trained answer, in which the earlier answers are context."""
     if isinstance(content, Completion):
         return [content]
+    answers = content.trained
+    ends = [*(last + 1 for last in answers[:-1]), len(content.messages)]
     return [
-        replace(content, messages=content.messages[: last + 1], context=frozenset(range(last)))
-        for last in content.trained
+        replace(content, messages=content.messages[:end], context=frozenset(range(last)))
+        for last, end in zip(answers, ends, strict=True)
     ]
 
 

@@ -40,6 +40,7 @@ class Prompts:
         self.system = system
         """system message of a conversation that has none; empty for none at all"""
         self._section = section
+        self.tokenizer = tokenizer
         name = template_name(section, tokenizer)
         self.template = None if name is None else self._with_bos(template_text(name))
         """jinja source with which transformers renders the same prompts; None: the tokenizer's own"""

@@ -45,7 +45,7 @@ _SENTENCES = {
         "{count:,} answers are trained in part or not at all, because the template's {{% generation %}} blocks leave "
         "the rest out"
     ),
-    ZERO_WEIGHT: "{count:,} answers are context only, because their rows give them no weight",
+    ZERO_WEIGHT: "{count:,} answers are context only, because their rows say so",
     AFTER_LAST_ANSWER: "{count:,} messages after the last trained answer of their rows are not used",
     OPEN_THOUGHTS: (
         "{count:,} answers begin within a thought: the generation prompt opens one, and the rows have no reasoning. If "

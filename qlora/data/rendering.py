@@ -24,7 +24,6 @@ from qlora.data.remarks import (
     UNTRAINED_BY_BLOCKS,
     UNTRAINED_ENDS,
     UNWRITTEN,
-    ZERO_WEIGHT,
 )
 from qlora.data.templates import NAMED
 from qlora.errors import DataError
@@ -110,7 +109,7 @@ class Renderer:
         messages = messages[: last + 1]
         text, start, blocks = self._last_answer(messages, tools)
         closed = self.closing.ends_by_control and self._encoder.control_at_end(text) is not None
-        tallies = Counter({AFTER_LAST_ANSWER: following, ZERO_WEIGHT: len(conversation.context)})
+        tallies = Counter({AFTER_LAST_ANSWER: following})
         spans = {last: (start, len(text))}
         for index in answers[:-1]:
             span, has_end = self._earlier_answer(text, messages[: index + 1], tools)

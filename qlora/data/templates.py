@@ -5,8 +5,10 @@ from pathlib import Path
 
 from qlora.errors import DataError
 
-NAMED = ("alpaca", "chatml", "plain")
-"""Templates that ship with qlora."""
+_FOLDER = files("qlora.data") / "chat_templates"
+
+NAMED = tuple(sorted(file.name.removesuffix(".jinja") for file in _FOLDER.iterdir()))
+"""Templates that ship with qlora: the names of the files in chat_templates/."""
 
 OWN = "tokenizer"
 """Value of `data.template` for the tokenizer's own chat template."""
@@ -19,7 +21,7 @@ def template_text(name: str) -> str:
         DataError: No template has this name, or the file cannot be read.
     """
     if name in NAMED:
-        return (files("qlora.data") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     path = Path(name).expanduser()
     if path.suffix not in (".jinja", ".jinja2", ".j2"):
         raise DataError(

@@ -11,17 +11,26 @@ import torch
 from torch import nn
 
 from qlora.data import Batches, Dataset
-from qlora.errors import QloraError
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.architecture import architecture
 from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecast, Forecaster, forecast
+from qlora.memory.no_forecast import NoForecastError
 from qlora.memory.plan import Plan, Progress, needed, plan
 from qlora.memory.workload import Workload, of_epoch, of_run
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
+
+PHASES = {
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "update": "the optimizer step",
+    "evaluation": "an evaluation",
+}
+"""phases of a step in words"""
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,9 @@ class RunMemory:
             arch = architecture(recipe, cuda=cuda)
             workload = of_run(recipe, dataset, batches, steps, arch)
             made = forecast(recipe, workload, arch, cuda=cuda)
-        except QloraError:
-            raise  # an error in the recipe, which would also stop the run
-        except Exception as error:  # noqa: BLE001 - unknown architectures can fail in any way
+        except NoForecastError as error:
             workload = workload or of_run(recipe, dataset, batches, steps, None)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
+            return cls(recipe, workload, device, None, str(error))
         return cls(recipe, workload, device, made, _summary(made, device))
 
     def with_watch(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
@@ -130,7 +136,7 @@ def _summary(forecast: Forecast, device: torch.device) -> str:
     phase, parts = forecast.trace.peak()
     total, paged = sum(parts.values()), parts["optimizer_state_paged"]
     unit = unit_for(total)
-    line = f"memory forecast {unit.text(total)}, peak in {phase}"
+    line = f"{unit.text(total)} forecast, at the peak in {PHASES.get(phase, phase)}"
     if paged:
         line += f"; {unit.text(paged)} of it can move to the host"
     if forecast.host_bytes:
@@ -141,7 +147,7 @@ def _summary(forecast: Forecast, device: torch.device) -> str:
     capacity = measure.capacity_bytes(device)
     if capacity is not None and needed(forecast) > capacity:
         line += (
-            f". This GPU has {unit.text(capacity)}: the run will not fit. Run `qlora estimate` for changes "
+            f". THE RUN WILL NOT FIT: this GPU has {unit.text(capacity)}. Run `qlora estimate` for changes "
             "that make it fit, or set training.memory=auto"
         )
     return line

@@ -10,7 +10,6 @@ experts) are stored unchanged. Only one tensor and one shard are in memory at a 
 read.
 """
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +23,14 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts
+from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import ModelError, listed
 from qlora.model import load as bases
 from qlora.quantization import nf4
 from qlora.quantization.transformers_loader import nf4_config
 from qlora.recipe import Base
 from qlora.storage.folders import save_errors
+from qlora.storage.json_files import read_object, write_object
 from qlora.storage.safetensors_files import INDEX, ShardReader, ShardWriter
 
 Onto = Literal["original", "dequantized", "nf4"]
@@ -213,8 +214,7 @@ def write_merged(
     """Write the merged model into `folder`, with config, tokenizer, chat template and generation config.
 
     Args:
-        prompts: prompts of the training data. Their template becomes the model's chat template, and the tokens that
-            end their answers also end generation.
+        prompts: prompts of the training data, which the files describe; see `write_prompt_files`.
         progress: called once for each of `source.keys`.
 
     Returns:
@@ -234,52 +234,17 @@ def write_merged(
             for file in source.folder.glob(pattern):
                 if file.is_file() and file.name != INDEX:
                     shutil.copyfile(file, folder / file.name)
-        _write_json(folder / "config.json", _config(source, onto))
-        _end_answers(folder / "generation_config.json", prompts, source.folder / "config.json")
-        if prompts.template is not None:
-            _replace_template(folder, prompts.template)
+        write_object(folder / "config.json", _config(source, onto))
+        write_prompt_files(folder, prompts)
     return writer.total_bytes
 
 
 def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
     """Return the base's config.json with the dtype and quantization of the merged files."""
-    config = _read_json(source.folder / "config.json")
+    config = read_object(source.folder / "config.json")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = "bfloat16"
     if onto == "nf4":
         config["quantization_config"] = nf4_config(source.base, torch.bfloat16).to_dict()
     return config
-
-
-def _end_answers(path: Path, prompts: Prompts, config: Path) -> None:
-    """Add the tokens that ended the training answers to the tokens that end generation."""
-    settings = _read_json(path) if path.is_file() else {}
-    before = settings.get("eos_token_id", _read_json(config).get("eos_token_id"))
-    ends = {before} if isinstance(before, int) else set(before or ())
-    settings["eos_token_id"] = sorted(ends | prompts.stop_ids)
-    _write_json(path, settings)
-
-
-def _replace_template(folder: Path, template: str) -> None:
-    """Write the chat template, and remove an older one from the tokenizer's config."""
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        settings = _read_json(path)
-        settings.pop("chat_template", None)
-        _write_json(path, settings)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}. Restore the file") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object. Restore the file")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -45,6 +45,25 @@ KNOWN_ARCHITECTURES = {
     "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
     "mistralai/Mistral-7B-v0.3": "mistral-7b",
     "Qwen/Qwen3-8B": "qwen3-8b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "meta-llama/Llama-3.3-70B-Instruct": "llama-3.1-70b",
+    "Qwen/Qwen3-0.6B": "qwen3-0.6b",
+    "Qwen/Qwen3-1.7B": "qwen3-1.7b",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
+    "Qwen/Qwen3-14B": "qwen3-14b",
+    "Qwen/Qwen3-32B": "qwen3-32b",
+    "google/gemma-3-1b-it": "gemma-3-1b",
+    "google/gemma-3-4b-it": "gemma-3-4b",
+    "google/gemma-3-12b-it": "gemma-3-12b",
+    "google/gemma-3-27b-it": "gemma-3-27b",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b",
+    "mistralai/Mistral-Nemo-Instruct-2407": "mistral-nemo-12b",
+    "mistralai/Mistral-Small-24B-Instruct-2501": "mistral-small-24b",
+    "microsoft/Phi-3.5-mini-instruct": "phi-3.5-mini",
+    "microsoft/Phi-4-mini-instruct": "phi-4-mini",
+    "microsoft/phi-4": "phi-4",
 }
 
 
@@ -153,6 +172,7 @@ def load_base(
     """
     device = torch.device(device)
     config = load_config(base) if config is None else config
+    check_quantization(base, config)
     torch.manual_seed(seed)
     build = {"pretrained": _pretrained, "synthetic": random_init.synthetic, "random": random_init.random}[
         base.init
@@ -165,6 +185,12 @@ def load_base(
     model.base_identity = _identity(base, model, seed)
     model.config.use_cache = False
     return model.train()
+
+
+def check_quantization(base: Base, config: Any) -> None:
+    """Check that the recipe can use the checkpoint's own quantization, if it has one; see `require_nf4`."""
+    if (stored := getattr(config, "quantization_config", None)) is not None:
+        require_nf4(base, stored)
 
 
 def embedding_is_untied(model: PreTrainedModel) -> bool:
@@ -201,8 +227,6 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
 
 def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
-    if prequantized is not None:
-        require_nf4(base, prequantized)
     quantize = prequantized is None and base.quantization == "nf4"
     if not quantize or base.trust_remote_code:  # a cache key cannot cover foreign code
         model = _read(base, device, dtype, quantize=quantize)
@@ -258,11 +282,10 @@ def meta_base(base: Base) -> MetaBase:
         ModelError: the configuration is missing, unknown, or quantized in another way.
     """
     config = load_config(base)
+    check_quantization(base, config)
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        require_nf4(base, stored)
     model = meta_model(base, config, torch.bfloat16)
-    with _quiet():
+    with _quiet(), block_size_applied():
         quantizer = AutoHfQuantizer.from_config(
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
         )

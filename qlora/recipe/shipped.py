@@ -1,11 +1,15 @@
 """The shipped recipes: next to the package in a checkout, inside it in a wheel."""
 
+import json
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
 from qlora.errors import RecipeError, SaveError, UsageError
 
 PACKAGE = Path(__file__).parents[1]
+
+MEMORY_FILE = PACKAGE / "bundled/recipe_memory.json"
 
 
 def folder() -> Path:
@@ -42,6 +46,16 @@ def text(name: str) -> str:
 def summary(name: str) -> str:
     """Return the one-line summary of a shipped recipe, the comment in its second line."""
     return text(name).splitlines()[1].removeprefix("# ")
+
+
+def memory() -> dict[str, int]:
+    """Return the forecast bytes that each recipe needs on a GPU, as benchmarks/recipe_memory.py stored them."""
+    return dict(json.loads(MEMORY_FILE.read_text(encoding="utf-8"))) if MEMORY_FILE.is_file() else {}
+
+
+def write_memory(found: Mapping[str, int]) -> None:
+    """Store what `memory` returns, sorted by name."""
+    MEMORY_FILE.write_text(json.dumps(dict(found), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def nearest(name: str) -> str | None:

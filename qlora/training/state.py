@@ -4,8 +4,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora.adapter.algebra import plain
+from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
+from qlora.data import Prompts
+from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import DataError, ModelError, SaveError
 from qlora.report import memory_files, page
 from qlora.storage import folders
@@ -23,6 +27,8 @@ class Progress:
     """optimizer steps taken"""
     loss_before: float | None = None
     """held-out loss before the first step"""
+    seconds: float = 0.0
+    """duration of the run so far, all sessions together"""
 
 
 def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> None:
@@ -38,7 +44,9 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                 folder,
                 {
                     "step": progress.step,
+                    "total_steps": session.total_steps,
                     "loss_before": progress.loss_before,
+                    "seconds": progress.seconds,
                     "data": session.dataset.fingerprint,
                     "plan": session.plan,  # for a resume after run.json was lost
                 },
@@ -66,7 +74,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
         )
     read_weights(session, folder / session.result_name)
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
-    return Progress(state["step"], state["loss_before"])
+    return Progress(state["step"], state["loss_before"], state.get("seconds", 0.0))
 
 
 def write_weights(session: Session, folder: Path) -> None:
@@ -75,7 +83,6 @@ def write_weights(session: Session, folder: Path) -> None:
         save_adapter(session.model, folder, base=session.base_identity)
     else:
         session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
-        session.tokenizer.save_pretrained(folder)
     # So that the folder can be used without the run
     (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
 
@@ -95,12 +102,19 @@ def read_weights(session: Session, folder: Path) -> None:
     load_adapter(session.model, folder, any_base=True)
 
 
-def write_result(session: Session, run: RunFolder) -> Path:
-    """Write the trained weights to <run>/adapter or <run>/model, and return that folder."""
+def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
+    """Write the trained weights, tokenizer and template to <run>/adapter or <run>/model, and return that folder."""
+    result = run.path / session.result_name
     if session.processes.is_main:
         with folders.replacing(run.path, session.result_name) as folder:
             write_weights(session, folder)
-    return run.path / session.result_name
+            session.tokenizer.save_pretrained(folder)
+            write_prompt_files(folder, Prompts(session.recipe.data, session.tokenizer))
+        if (result / CONFIG_FILE).is_file() and (
+            note := plain.note(read_fields(result / CONFIG_FILE), run.path)
+        ):
+            tracker.note(note)
+    return result
 
 
 def write_memory(session: Session, run: RunFolder, tracker: Tracker) -> None:

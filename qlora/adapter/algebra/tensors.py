@@ -30,8 +30,10 @@ from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
 
-COMPANIONS = ("recipe.yaml", IDENTITY_FILE)
-"""Text files of qlora that are copied along with an adapter."""
+COMPANIONS = (
+    "recipe.yaml", IDENTITY_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""Text files that are copied along with an adapter."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Allowed dtypes of A and B, by name."""

@@ -1,0 +1,87 @@
+"""Files with which other programs ask a trained model as its training rows did, and stop where its answers end.
+
+    chat_template.jinja      the template that the rows were written with
+    tokenizer_config.json    eos_token: the token that closes an answer
+    config.json              eos_token_id: every token that ends an answer
+    generation_config.json   eos_token_id: the same
+
+Servers differ in the file that they read, so all of them must agree.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora.data.prompts import Prompts
+from qlora.storage.json_files import read_object, write_object
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def write_prompt_files(folder: Path, prompts: Prompts) -> None:
+    """Change these files in a folder with a tokenizer, and with a model if it has a config.json, to agree.
+
+    A file that needs no change keeps its bytes. generation_config.json is made if there is none.
+
+    Args:
+        folder: folder of a model, or of an adapter with its tokenizer.
+        prompts: prompts of the training data.
+
+    Raises:
+        ModelError: a file is not a JSON object.
+    """
+    eos = prompts.tokenizer.eos_token
+    closing = closing_token(prompts)
+    template = prompts.template
+    if closing != eos:
+        own = prompts.tokenizer.chat_template and prompts.tokenizer.get_chat_template()
+        template = _with_old_eos(template if template is not None else own, eos)
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        _change(folder / "tokenizer_config.json", chat_template=None)
+    if closing != eos:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            _change(folder / name, eos_token=closing)
+    if (folder / "config.json").is_file():
+        _end_generation(folder, prompts)
+
+
+def closing_token(prompts: Prompts) -> str:
+    """Return the token that closes an answer: the template's own if it has one, else eos."""
+    tokenizer = prompts.tokenizer
+    others = prompts.stop_ids - {tokenizer.eos_token_id}
+    return str(tokenizer.convert_ids_to_tokens(min(others)) if len(others) == 1 else tokenizer.eos_token)
+
+
+def _end_generation(folder: Path, prompts: Prompts) -> None:
+    """Name the tokens that end an answer, next to those that the model already names."""
+    config = read_object(folder / "config.json")
+    path = folder / "generation_config.json"
+    generation = read_object(path) if path.is_file() else {}
+    named = [settings.get("eos_token_id") for settings in (config, generation)]
+    before = {
+        end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None
+    }
+    ends = sorted(before | prompts.stop_ids)
+    for file, settings in ((folder / "config.json", config), (path, generation)):
+        if settings.get("eos_token_id") not in (ends, ends[0] if len(ends) == 1 else ends):
+            write_object(file, {**settings, "eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
+def _with_old_eos(template: str | None, eos: str) -> str | None:
+    """Let a template that writes the tokenizer's old eos still write it, after another token became eos."""
+    if template is None or "eos_token" not in template:
+        return template
+    return f"{{%- set eos_token = {json.dumps(eos, ensure_ascii=False)} -%}}" + template
+
+
+def _change(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file, or remove those with None. A file that is missing or needs no change is left alone."""
+    if not path.is_file():
+        return
+    before = read_object(path)
+    after = {
+        key: value for key, value in {**before, **values}.items() if key not in values or value is not None
+    }
+    if after != before:
+        write_object(path, after)
