@@ -61,7 +61,7 @@ _SENTENCES = {
     PARSED_CONTROLS: (
         '{count:,} rows contain control tokens such as "{first}", which take effect (data.control_tokens: parse)'
     ),
-    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and were split into several rows",
+    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and are split into several rows",
 }
 
 
