@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data import IGNORE_INDEX
 from qlora.data.encoding import Encoded, Encoder
-from qlora.data.templates import RawText, Renderer, template_text
+from qlora.data.raw_text import RawText
+from qlora.data.rendering import Renderer
+from qlora.data.templates import template_text
 from qlora.errors import DataError, ModelError
 from qlora.formats import BadRow, Completion, Conversation
 
@@ -92,7 +94,7 @@ def text(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
         (LLAMA_2, [" the cat </s>", " on the log. </s>"]),
         (PHI, ["the cat<|im_end|>", "on the log.<|im_end|>\n</s>"]),
         (THINKING, ["the cat<|im_end|>", "<think>\n\n</think>\n\non the log.<|im_end|>"]),
-        (REASONING, ["\nBot: the cat</s>", "\nBot: on the log.</s>"]),
+        (REASONING, ["on the log.</s>"]),
         (UNCLOSED, ["assistant: the cat", "assistant: on the log.</s>"]),
     ],
 )
@@ -116,13 +118,19 @@ def test_a_control_token_that_swallows_the_space_after_it_is_trained() -> None:
     assert encoded.labels[encoded.input_ids == end].tolist() == [IGNORE_INDEX, end, IGNORE_INDEX, end]
 
 
-def test_if_no_answer_continues_its_prompt_not_even_eos_is_trained() -> None:
+def test_an_answer_that_the_template_writes_elsewhere_is_put_behind_its_prompt() -> None:
     counting = "{{ messages|length }} messages\n" + UNCLOSED
     tokenizer = byte_level(bos=True)
     encoder = Encoder(tokenizer)
-    document = Renderer(tokenizer, encoder, counting).document(conversation(TWICE))
-    assert document.tallies["untrained answers"] == 2
-    assert (encoder.encode([document])[0].labels == IGNORE_INDEX).all()
+    renderer = Renderer(tokenizer, encoder, counting)
+    document, prompt = (
+        renderer.document(conversation(TWICE)),
+        renderer.prompt(conversation(TWICE).messages[:-1]),
+    )
+    assert document.tallies["untrained answers"] == 1
+    encoded, posed = encoder.encode([document, prompt])
+    assert encoded.input_ids[: len(posed.input_ids)].tolist() == posed.input_ids.tolist()
+    assert trained(tokenizer, encoded) == ["on the log.</s>"]
 
 
 @pytest.mark.parametrize(
@@ -138,8 +146,6 @@ def test_training_continues_exactly_the_generation_prompt(
     whole, prompt = encoder.encode(
         [renderer.document(conversation(TWICE)), renderer.prompt(conversation(TWICE[:-1]).messages)]
     )
-    if template is REASONING:
-        return  # renders no thought, but its generation prompt opens one
     first = next(i for i in reversed(range(len(whole.labels))) if whole.labels[i] == IGNORE_INDEX) + 1
     assert text(tokenizer, whole).startswith(text(tokenizer, prompt))
     assert whole.input_ids[:first].tolist() == prompt.input_ids[:first].tolist()

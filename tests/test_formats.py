@@ -1,5 +1,6 @@
 """Rows of every format, and every reason to refuse a row."""
 
+import json
 from pkgutil import iter_modules
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from qlora import formats
 from qlora.errors import DataError
-from qlora.formats import FORMATS, BadRow, Completion, Conversation
+from qlora.formats import FORMATS, BadRow, Completion, Conversation, NotTrained
 from qlora.recipe import Recipe
 
 QUESTION = {"role": "user", "content": "2+2?"}
@@ -25,7 +26,7 @@ def turns(content: Conversation | Completion) -> list[tuple[str, str]]:
 
 def test_every_file_with_a_format_is_in_the_registry_under_its_name() -> None:
     files = {info.name.replace("_", "-") for info in iter_modules(formats.__path__)}
-    assert files - set(FORMATS) == {"format", "turns", "values"}
+    assert files - set(FORMATS) == {"format", "tool-calls", "turns", "values", "weights"}
     assert all(name == format.name for name, format in FORMATS.items())
 
 
@@ -123,17 +124,55 @@ BAD = [
     ("messages", {"messages": "hi"}, "wrong type: 'messages' must be a list of messages, not text"),
     ("messages", {"messages": "[{"}, "broken JSON: in 'messages'"),
     ("messages", {"messages": []}, "empty conversation"),
-    ("messages", chat(QUESTION), "roles out of order: ends with a user message, not with an answer"),
+    ("messages", chat(QUESTION), "no answer: no message is the assistant's"),
     (
         "messages",
-        chat(ANSWER, QUESTION, ANSWER),
-        "roles out of order: message 1: assistant as the first message",
+        {**chat(QUESTION), "chosen": ANSWER, "rejected": ANSWER},
+        "no answer: no message is the assistant's; 'chosen' and 'rejected' are preference data",
     ),
-    ("messages", chat(QUESTION, QUESTION, ANSWER), "roles out of order: message 2: user after user"),
-    ("messages", chat(QUESTION, ANSWER, ANSWER), "roles out of order: message 3: assistant after assistant"),
-    ("messages", chat(QUESTION, SYSTEM, ANSWER), "roles out of order: message 2: system after user"),
-    ("messages", chat(SYSTEM, ANSWER), "roles out of order: message 2: assistant after system"),
-    ("messages", chat(QUESTION, {**ANSWER, "role": "tool"}), "unknown role: message 2: 'tool' is not one of"),
+    (
+        "messages",
+        chat(QUESTION, {**ANSWER, "role": "judge"}),
+        "unknown role: message 2: 'judge' is not one of",
+    ),
+    ("messages", chat(QUESTION, {**ANSWER, "content": None}), "missing field: message 2: 'content' is null"),
+    (
+        "messages",
+        chat(QUESTION, {**ANSWER, "weight": 0.5}),
+        "unknown weight: message 2: weight: 0.5; use 0 or 1",
+    ),
+    ("messages", chat({**QUESTION, "train": True}, ANSWER), "weight of a question: message 1: train: True"),
+    (
+        "messages",
+        chat({**QUESTION, "tool_calls": [{"name": "f", "arguments": {}}]}, ANSWER),
+        "wrong role: message 1",
+    ),
+    (
+        "messages",
+        {**chat(SYSTEM, QUESTION, ANSWER), "system": "Be long."},
+        "two system messages: in the column",
+    ),
+    (
+        "messages",
+        {**chat(QUESTION, ANSWER), "images": ["1.jpg"]},
+        "not text: 'images'; only text is supported",
+    ),
+    ("messages", {**chat(QUESTION, ANSWER), "tools": "[{"}, "broken JSON: 'tools'"),
+    (
+        "messages",
+        {**chat(QUESTION, ANSWER), "tools": [{"type": "function"}]},
+        "unknown tools: 'tools', entry 1",
+    ),
+    (
+        "messages",
+        chat({**QUESTION, "content": [{"type": "text"}]}, ANSWER),
+        "missing field: message 1: part 1: 'text' or 'value' (the part has 'type')",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": ["c"]},
+        "wrong type: 'history', entry 1: must be [question",
+    ),
     ("messages", chat(QUESTION, {**ANSWER, "content": ""}), "empty answer: message 2"),
     ("messages", chat({**QUESTION, "content": " "}, ANSWER), "empty prompt: message 1"),
     (
@@ -143,22 +182,21 @@ BAD = [
     ),
     ("messages", chat(QUESTION, {**ANSWER, "content": 4}), "wrong type: message 2: 'content' must be text"),
     ("messages", chat(QUESTION, {**ANSWER, "content": "\0"}), "NUL character: message 2: in 'content'"),
-    ("messages", chat(QUESTION, {**ANSWER, "tool_calls": [1]}), "tool call: message 2"),
+    (
+        "messages",
+        chat(QUESTION, {**ANSWER, "tool_calls": [1]}),
+        "unknown tool call: message 2: must have a name",
+    ),
     (
         "messages",
         chat({**QUESTION, "content": [{"type": "image"}]}, ANSWER),
-        "not text: message 1: contains 'image'",
+        "not text: message 1: part 1: is 'image'",
     ),
     ("messages", {"messages": ["hi"]}, "wrong type: message 1: must be an object"),
     (
         "sharegpt",
         {"conversations": [{"from": "dog", "value": "wow"}]},
         "unknown role: message 1: 'dog' is not one of",
-    ),
-    (
-        "sharegpt",
-        {"conversations": [{"from": "gpt", "value": "hi"}]},
-        "roles out of order: message 1: assistant as the first",
     ),
     ("sharegpt", {"conversation": []}, "missing field: 'conversations' (the row has 'conversation')"),
 ]
@@ -172,3 +210,123 @@ def test_errors_for_bad_rows_name_the_problem_and_the_place(
         parse(format, row)
     assert str(raised.value).startswith(reason)
     assert raised.value.kind == reason.partition(":")[0]
+
+
+def unused(format: str, row: dict[str, Any]) -> tuple[str, ...]:
+    return parse(format, row).unused
+
+
+def test_columns_and_message_keys_that_nothing_reads_are_named() -> None:
+    row = {"instruction": "a", "output": "b", "text": "ab", "id": 7, "empty": "", "note": None, "tags": []}
+    assert unused("alpaca", row) == ("column text", "column id")
+    assert unused("messages", chat({**QUESTION, "speaker": "Ann"}, ANSWER)) == ("message key speaker",)
+    assert unused("completion", {"text": "a", "label": 0}) == ("column label",)
+    assert unused("prompt-completion", {"prompt": "a", "completion": "b", "system": "c"}) == (
+        "column system",
+    )
+    assert unused("messages", {**chat(QUESTION, ANSWER), "weight": 72.5}) == ("column weight",)
+    assert unused("messages", chat(SYSTEM, QUESTION, ANSWER)) == ()
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"loss_weight": 0.0}])
+def test_an_answer_without_weight_is_context(mark: dict[str, Any]) -> None:
+    content = parse("messages", chat(QUESTION, {**ANSWER, **mark}, QUESTION, {**ANSWER, "weight": 1}))
+    assert isinstance(content, Conversation)
+    assert content.trained == [3]
+    with pytest.raises(NotTrained, match="every answer has weight 0"):
+        parse("messages", chat(QUESTION, {**ANSWER, **mark}))
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"label": False}])
+@pytest.mark.parametrize("format", ["messages", "alpaca", "prompt-completion"])
+def test_a_row_without_weight_is_not_trained(mark: dict[str, Any], format: str) -> None:
+    rows = {
+        "messages": chat(QUESTION, ANSWER),
+        "alpaca": {"instruction": "a", "output": "b"},
+        "prompt-completion": {"prompt": "a", "completion": "b"},
+    }
+    with pytest.raises(NotTrained):
+        parse(format, {**rows[format], **mark})
+    assert parse(format, {**rows[format], "label": True, "train": True, "weight": 1}).unused == ()
+    assert parse(format, {**rows[format], "label": 0}).unused == ("column label",)  # a class, not a judgement
+
+
+def test_columns_beside_a_conversation() -> None:
+    tool = {"name": "f", "parameters": {}}
+    row = {
+        "instruction": "c",
+        "output": "d",
+        "system": "Be brief.",
+        "history": [["a", "b"]],
+        "tools": json.dumps([tool]),
+    }
+    content = parse("alpaca", row)
+    assert isinstance(content, Conversation)
+    assert turns(content) == [
+        ("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
+    ]  # fmt: skip
+    assert content.tools == ({"type": "function", "function": tool},)
+    marked = parse(
+        "messages", {**chat({**QUESTION}, {**ANSWER, "weight": 0}, QUESTION, ANSWER), "system": "Be brief."}
+    )
+    assert isinstance(marked, Conversation)
+    assert marked.trained == [4]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 2}'}}],
+        },
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]},
+        {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": '{"a": 2}'}},
+        {"role": "function_call", "content": '{"name": "add", "arguments": {"a": 2}}'},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'}],
+        },
+    ],
+)
+def test_tool_calls_in_every_layout(message: dict[str, Any]) -> None:
+    result = {"role": "tool", "content": "4", "tool_call_id": "1"}
+    content = parse("messages", chat(QUESTION, message, result, ANSWER))
+    assert isinstance(content, Conversation)
+    assert content.messages[1:3] == ({"role": "assistant", "content": "", "tool_calls": [CALL]}, result)
+    assert content.trained == [1, 3]
+    said = [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": json.dumps(CALL)}]
+    said += [{"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"}]
+    shared = parse("sharegpt", {"conversations": said})
+    assert isinstance(shared, Conversation)
+    assert shared.messages[1] == content.messages[1]
+
+
+def test_reasoning_in_every_layout() -> None:
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        content = parse("messages", chat(QUESTION, {**ANSWER, key: "two and two"}))
+        assert isinstance(content, Conversation)
+        assert content.messages[1] == {**ANSWER, "reasoning_content": "two and two"}
+    parts = [{"type": "reasoning", "value": "two and two"}, {"type": "text", "value": "4"}]
+    assert parse("messages", chat(QUESTION, {**ANSWER, "content": parts})) == content
+
+
+def test_message_lists_in_every_layout() -> None:
+    expected = parse("messages", chat(QUESTION, ANSWER))
+    columns = {"role": ["user", "assistant"], "content": ["2+2?", "4"]}
+    assert parse("messages", {"messages": columns}) == expected
+    halves = parse("prompt-completion", {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]})
+    assert isinstance(halves, Conversation)
+    assert halves.trained == [3]
+
+
+def test_the_order_of_roles_is_free() -> None:
+    content = parse("messages", chat(ANSWER, QUESTION, QUESTION, ANSWER, ANSWER, QUESTION))
+    assert isinstance(content, Conversation)
+    assert content.trained == [0, 3, 4]
+    developer = parse("messages", chat({"role": "developer", "content": "Be brief."}, QUESTION, ANSWER))
+    assert turns(developer)[0] == ("system", "Be brief.")

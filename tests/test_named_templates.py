@@ -9,11 +9,12 @@ from mistral_common.integrations.chat_templates.chat_templates import generate_c
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy, TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from tokenizers_for_tests import byte_level
+from tokenizers_for_tests import byte_level, with_markers_of
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Encoder
-from qlora.data.templates import NAMED, Renderer, template_text
+from qlora.data.rendering import Renderer
+from qlora.data.templates import NAMED, template_text
 from qlora.errors import DataError
 from qlora.formats import BadRow, Conversation, Message
 
@@ -216,8 +217,9 @@ def test_every_answer_follows_the_prompt_that_poses_its_question(name: str) -> N
 
 @pytest.mark.parametrize("name", NAMED)
 def test_each_answer_and_its_end_are_trained(name: str) -> None:
-    using = tokenizer()
-    document = Renderer(using, Encoder(using), template_text(name)).document(
+    using = with_markers_of(template_text(name))
+    encoder = Encoder(using, template_text(name))
+    document = Renderer(using, encoder, template_text(name)).document(
         Conversation((SYSTEM, QUESTION, ANSWER, AGAIN, LAST))
     )
     trained = [part.text for part in document.parts if part.trained]

@@ -1,5 +1,6 @@
 """Creates tokenizers of each kind that models use. Nothing is downloaded."""
 
+import re
 from functools import cache
 
 from tokenizers import (
@@ -53,6 +54,19 @@ def byte_level(
     if bos:
         _put_bos_in_front(tokenizer)
     return _wrapped(tokenizer, pad=pad, chat_template=chat_template)
+
+
+_MARKER = re.compile(r"</?[|｜]?[\w▁]+[|｜]?>|\[/?[A-Z_]+\]")
+
+
+def with_markers_of(template: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer that has the markers of a chat template as tokens, special if they have bars."""
+    tokenizer = byte_level(chatml=True, chat_template=template)
+    markers = [name for name in dict.fromkeys(_MARKER.findall(template)) if name not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(
+        [AddedToken(name, normalized=False, special=bool({*"|｜"} & {*name})) for name in markers]
+    )
+    return tokenizer
 
 
 def sentencepiece(*, pad: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerFast:

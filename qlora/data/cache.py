@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batches import Example
 from qlora.data.dataset import Counts, Dataset, Prompt, make_dataset
+from qlora.data.layout import template_of
 from qlora.data.sources import identity
-from qlora.data.templates import template_text
 from qlora.recipe import Data
 from qlora.storage import cache
 
@@ -58,7 +58,7 @@ def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | 
     return cache.digest(
         contents=contents,
         section=section.model_dump(mode="json"),
-        template=template_text(section.template) if section.template else None,
+        template=template_of(section, tokenizer),
         seed=seed if splits else None,
         tokenizer=type(tokenizer).__name__,
         vocabulary=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

@@ -14,7 +14,6 @@ from qlora.data.encoding import Encoder
 from qlora.data.layout import Layout
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
-from qlora.data.prompts import answer_ends
 from qlora.data.reading import Reading, read_examples
 from qlora.errors import DataError
 from qlora.formats import Completion, Conversation
@@ -82,8 +81,8 @@ class Dataset:
 
 def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
     """Read, render, tokenise and split the rows of a `data` section. Arguments and errors as in `load_dataset`."""
-    encoder = Encoder(tokenizer)
-    layout = Layout(section, tokenizer, encoder)
+    layout = Layout(section, tokenizer)
+    encoder = layout.encoder
     readings = [read_examples(section, section.source, layout, encoder, section.limit)]
     if isinstance(section.held_out, str):
         readings.append(read_examples(section, section.held_out, layout, encoder))
@@ -105,7 +104,7 @@ def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -
         counts=_counts(readings, train, held_out, section),
         fingerprint=_fingerprint(train, held_out),
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        stop_ids=answer_ends(layout, encoder),
+        stop_ids=layout.answer_ends,
     )
 
 

@@ -1,10 +1,11 @@
 """Encodes rendered text as token ids and labels. Labels follow from positions in the text, never from token ids.
 
-Control tokens (bos, eos, <|im_end|>, ...) take effect only where the template wrote them. If a user's text
-spells one, such as a forum post about "</s>", it is encoded as ordinary text. Otherwise anybody who writes into
-a data set could end a turn or speak as the system. To tell the two apart, the encoder uses a copy of the
-tokenizer in which each control token has a private name with NUL characters, which data must not contain. The
-copy reads the public spelling as text.
+Control tokens (bos, eos, <|im_end|>, ...) are the special tokens and all other added tokens that the template
+writes, such as Qwen's <think>. They take effect only where the template wrote them. If a user's text spells one, such
+as a forum post about "</s>", it is encoded as ordinary text. Otherwise anybody who writes into a data set could end a
+turn or speak as the system. `data.control_tokens: parse` switches that off. To tell the two apart, the encoder uses a
+copy of the tokenizer in which each control token has a private name with NUL characters, which data must not contain.
+The copy reads the public spelling as text.
 """
 
 import re
@@ -46,10 +47,8 @@ class Document:
     tallies: Counter[str] = field(default_factory=Counter)
     """what of the row is not trained or does not reach the model, by the names in `qlora.data.remarks`"""
 
-    @property
-    def spells_control(self) -> bool:
-        """True if the user's text spells a control token, which is encoded as ordinary text."""
-        return any(_OPEN in part.text for part in self.parts)
+    system: str | None = None
+    """the system message of the row"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +66,16 @@ class Encoder:
 
     Args:
         tokenizer: a fast tokenizer with an eos token. It is not changed.
+        template: jinja source of the chat template, or empty.
+        parse_controls: True makes the control tokens that a user's text spells take effect.
 
     Raises:
         ModelError: The tokenizer is not a fast one or has no eos token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, template: str = "", *, parse_controls: bool = False
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"base.model: {type(tokenizer).__name__} is not a fast tokenizer, so it cannot map "
@@ -93,12 +96,15 @@ class Encoder:
         self._controls = {
             token_id: token
             for token_id, token in self._backend.get_added_tokens_decoder().items()
-            if token.special
+            if token.special or token.content in template
         }
+        self._parse_controls = parse_controls
+        self._vocabulary = tokenizer.get_vocab()
         self._id_of = {token.content: token_id for token_id, token in self._controls.items()}
         self._backend.add_tokens([_renamed(token_id, token) for token_id, token in self._controls.items()])
         private = {self._backend.token_to_id(_name(token_id)): token_id for token_id in self._controls}
-        self._public = np.arange(max([self._backend.get_vocab_size(), *private]) + 1, dtype=np.int32)
+        # the highest id, not the number of tokens: ids can have holes
+        self._public = np.arange(max([*self._vocabulary.values(), *private]) + 1, dtype=np.int32)
         self._public[list(private)] = list(private.values())
         self._is_control = np.zeros(len(self._public), dtype=bool)
         self._is_control[[*self._controls]] = True
@@ -110,25 +116,56 @@ class Encoder:
         }
         self._is_control[[*harmless]] = False
         spellings = [re.escape(content) for content in sorted(self._id_of, key=len, reverse=True)]
+        self._longest = max(map(len, self._id_of), default=0)
         self._spelled = re.compile("|".join(spellings) or r"(?!)")
         self._guarded_or_spelled = re.compile("|".join([f"{_OPEN}(\\d+){_CLOSE}", *spellings]))
 
     def guard(self, text: str) -> str:
         """Hide the control tokens that a user's text spells, so that `encode` encodes them as text."""
+        if self._parse_controls:
+            return text
         return self._spelled.sub(lambda match: f"{_OPEN}{self._id_of[match[0]]}{_CLOSE}", text)
 
-    def find_control(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """Find the first control token in a rendered text, from `start` on."""
-        return self._spelled.search(text, start)
+    def spelled_control(self, texts: Sequence[str]) -> str | None:
+        """Return the first control token that a user's texts spell; None without one."""
+        found = next((match for text in texts if (match := self._spelled.search(text))), None)
+        return None if found is None else found[0]
 
-    def last_control_end(self, text: str, start: int) -> int | None:
-        """Return the end position of the last control token from `start` on in a rendered text; None without one."""
-        return max((match.end() for match in self._spelled.finditer(text, start)), default=None)
+    def last_control_end(self, text: str) -> int | None:
+        """Return the end position of the last control token in a rendered text; None without one."""
+        return max((match.end() for match in self._spelled.finditer(text)), default=None)
+
+    def control_at_end(self, text: str) -> tuple[int, str] | None:
+        """Return start and text of the control token at the end of a rendered text; None without one."""
+        for start in range(max(0, len(text) - self._longest), len(text)):
+            if text[start:] in self._id_of:
+                return start, text[start:]
+        return None
+
+    def uncut(self, text: str, start: str) -> str:
+        """Shorten the first part of a rendered text so that it does not end within a control token."""
+        for match in self._spelled.finditer(text):
+            if match.start() < len(start) < match.end():
+                return text[: match.start()]
+        return start
 
     def starts_with_bos(self, text: str) -> bool:
         """Return True if a rendered text starts with bos."""
         match = self._spelled.match(text)
         return match is not None and self._id_of[match[0]] == self.bos_id
+
+    def ends_with_eos(self, text: str) -> bool:
+        """Return True if a rendered text ends with eos."""
+        control = self.control_at_end(text)
+        return control is not None and self._id_of[control[1]] == self.eos_id
+
+    def control_id(self, control: str) -> int:
+        """Return the id of a control token."""
+        return self._id_of[control]
+
+    def knows(self, marker: str) -> bool:
+        """Return True if the vocabulary has `marker` as one token."""
+        return marker in self._vocabulary
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Return token ids and labels of each document.
@@ -160,7 +197,7 @@ class Encoder:
                 trained[len(front) + first : len(front) + _token_from(encoding, end, characters)] = True
         trained[:1] = False  # no token predicts the first one
         labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
-        return Encoded(ids, labels, forged=bool(self._is_control[private].any()))
+        return Encoded(ids, labels, forged=not self._parse_controls and bool(self._is_control[private].any()))
 
     def _spell(self, rendered: str) -> str:
         """Replace control tokens by their private names, and guarded spellings by the user's text."""

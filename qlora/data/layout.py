@@ -1,15 +1,19 @@
 """Reads rows with the recipe's format and writes them with its template."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder
-from qlora.data.remarks import SPELLED_CONTROLS
-from qlora.data.templates import RawText, Renderer, template_text
-from qlora.formats import FORMATS, Completion, Conversation, Message, Row
+from qlora.data.raw_text import RawText
+from qlora.data.remarks import MOVED_SYSTEM, PARSED_CONTROLS, SPELLED_CONTROLS, UNUSED, ZERO_WEIGHT
+from qlora.data.rendering import Renderer
+from qlora.data.templates import OWN, template_text
+from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
 from qlora.recipe import Data
 
 
@@ -30,73 +34,151 @@ class Layout:
 
     Raises:
         DataError: See `Format.parser`, `template_text` and `Renderer`.
+        ModelError: See `Encoder`.
     """
 
-    def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
+    def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._section = section
         self._parse = FORMATS[section.format].parser(section.columns)
         self._everything = section.train_on == "all"
-        self._raw = RawText(encoder)
-        self._renderer = _renderer(section, tokenizer, encoder)
+        parse = section.control_tokens == "parse"
+        self.encoder = Encoder(tokenizer, template_of(section, tokenizer) or "", parse_controls=parse)
+        """the tokenizer, with the control tokens that the template writes"""
+        self._raw = RawText(self.encoder)
+        self._renderer = _renderer(section, tokenizer, self.encoder)
+
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        """Tokens that end an answer: eos, and the tokens with which the template closes an answer (<|im_end|>)."""
+        ends = {self.encoder.eos_id}
+        if self._renderer is not None:
+            for text in (self._renderer.closing.last, self._renderer.closing.between):
+                control = self.encoder.control_at_end(text)
+                if control:
+                    ends.add(self.encoder.control_id(control[1]))
+        return frozenset(ends)
 
     def read(self, row: Row) -> Conversation | Completion:
         """Parse a row; with a template, convert a prompt and completion to a conversation. Raises BadRow."""
         content = self._parse(row)
-        if self._renderer and isinstance(content, Completion):
+        if isinstance(content, Completion):
+            if self._renderer is None:
+                return content
             question = {"role": "user", "content": content.prompt}
-            return Conversation((question, {"role": "assistant", "content": content.completion}))
-        return content
+            answer = {"role": "assistant", "content": content.completion}
+            content = Conversation((question, answer), unused=content.unused)
+        elif self._renderer is None:
+            raise BadRow(
+                "no chat template", "prompt and completion are messages; set data.template=tokenizer"
+            )
+        return replace(content, messages=self._with_system(content.messages))
 
     def documents(self, content: Conversation | Completion) -> list[Document]:
         """Render a row for training, as one or several documents. Raises BadRow if the chat template refuses it."""
-        document = self._document(content)
-        if document.spells_control:
-            document.tallies[SPELLED_CONTROLS] += 1
-        return [document]
+        contents = _answer_by_answer(content) if self._section.examples == "answer" else [content]
+        documents = [self._document(part) for part in contents]
+        documents[0].tallies.update(f"{UNUSED}: {name}" for name in content.unused)
+        if isinstance(content, Conversation) and content.context:
+            documents[0].tallies[ZERO_WEIGHT] += len(content.context)
+        return documents
 
     def _document(self, content: Conversation | Completion) -> Document:
         if isinstance(content, Completion):
-            return self._raw.document(content, everything=self._everything)
-        assert self._renderer is not None
-        return self._renderer.document(content, everything=self._everything)
+            document = self._raw.document(content, everything=self._everything)
+        else:
+            assert self._renderer is not None
+            moved, messages = self._placed(content.messages)
+            content = replace(content, messages=messages)
+            document = self._renderer.document(content, everything=self._everything)
+            document = replace(document, system=_system(content.messages))
+            document.tallies.update(Counter({MOVED_SYSTEM: 1} if moved else {}))
+        if spelled := self.encoder.spelled_control(_texts(content)):
+            parsed = self._section.control_tokens == "parse"
+            document.tallies[f"{PARSED_CONTROLS if parsed else SPELLED_CONTROLS}: {spelled}"] += 1
+        return document
 
     def question(self, content: Conversation | Completion) -> Question:
         """Split a row into the prompt before its last answer, and that answer. A plain text is split near its start."""
         if isinstance(content, Conversation):
             assert self._renderer is not None
-            *before, answer = content.messages
-            return Question(self._renderer.prompt(before), before[-1]["content"], answer["content"])
-        prompt, reference = content.prompt, content.completion
-        if not prompt:
-            prompt, reference = _beginning(reference)
-        return Question(self._raw.prompt(prompt), prompt, reference)
+            last = content.trained[-1]
+            before, answer = content.messages[:last], content.messages[last]
+            prompt = self._renderer.prompt(self._placed(before)[1], content.tools)
+            return Question(prompt, before[-1]["content"], answer["content"])
+        text, reference = content.prompt, content.completion
+        if not text:
+            text, reference = _beginning(reference)
+        return Question(self._raw.prompt(text), text, reference)
 
-    def prompt(self, text: str, before: Sequence[Message] = ()) -> Document:
-        """Render a user's `text` as a prompt in the layout of the training rows.
+    def prompt(self, text: str, before: Sequence[Message] = (), system: str | None = None) -> Document:
+        """Render a user's `text` as a prompt in the layout of the training rows. Without a template, `text` is all.
 
         Args:
             text: the new question.
-            before: earlier messages of the conversation; ignored without a template.
+            before: earlier messages of the conversation.
+            system: system message in place of the one in `before` or in `data.system`; empty: none.
 
         Raises:
             BadRow: The chat template refuses the conversation.
         """
         if self._renderer is None:
             return self._raw.prompt(text)
-        return self._renderer.prompt([*before, {"role": "user", "content": text}])
+        messages: tuple[Message, ...] = (*before, {"role": "user", "content": text})
+        if system is None:
+            messages = self._with_system(messages)
+        else:
+            rest = messages[messages[0]["role"] == "system" :]
+            messages = ({"role": "system", "content": system}, *rest) if system else rest
+        return self._renderer.prompt(self._placed(messages)[1])
 
-    def shortest_row(self) -> Document:
-        """Render the shortest possible row."""
-        if self._renderer is None:
-            return self._document(Completion("?", "!"))
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        return self._document(Conversation((question, answer)))
+    def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Put `data.system` in front of messages without a system message."""
+        if self._section.system is None or messages[0]["role"] == "system":
+            return tuple(messages)
+        return ({"role": "system", "content": self._section.system}, *messages)
+
+    def _placed(self, messages: Sequence[Message]) -> tuple[bool, tuple[Message, ...]]:
+        """Put the system message before the first question, if `data.system_as` says so. Return True if it moved."""
+        if self._section.system_as == "system" or messages[0]["role"] != "system":
+            return False, tuple(messages)
+        system, *rest = messages
+        if not system["content"].strip() or not rest or rest[0]["role"] != "user":
+            return False, tuple(messages)
+        question = {
+            key: f"{system['content']}\n\n{value}" if key in ("content", "instruction") else value
+            for key, value in rest[0].items()
+        }
+        return True, (question, *rest[1:])
+
+
+def _answer_by_answer(content: Conversation | Completion) -> list[Conversation | Completion]:
+    """Return one conversation for each trained answer, in which the earlier answers are context."""
+    if isinstance(content, Completion):
+        return [content]
+    answers = content.trained
+    ends = [*(last + 1 for last in answers[:-1]), len(content.messages)]
+    return [
+        replace(content, messages=content.messages[:end], context=frozenset(range(last)))
+        for last, end in zip(answers, ends, strict=True)
+    ]
+
+
+def _texts(content: Conversation | Completion) -> list[str]:
+    if isinstance(content, Completion):
+        return [content.prompt, content.completion]
+    keys = ("content", "reasoning_content")
+    return [message[key] for message in content.messages for key in keys if key in message]
+
+
+def _system(messages: Sequence[Message]) -> str | None:
+    return messages[0]["content"] if messages[0]["role"] == "system" else None
 
 
 def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Return the template that replaces the tokenizer's own; None to keep the tokenizer's."""
     if section.template is None and not tokenizer.chat_template:
         return FORMATS[section.format].template
-    return section.template
+    return None if section.template == OWN else section.template
 
 
 def template_of(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -111,7 +193,8 @@ def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encode
     if _stays_raw(section):
         return None
     name = template_name(section, tokenizer)
-    return Renderer(tokenizer, encoder, None if name is None else template_text(name))
+    template = None if name is None else template_text(name)
+    return Renderer(tokenizer, encoder, template, section.template_options)
 
 
 def _stays_raw(section: Data) -> bool:

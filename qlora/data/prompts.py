@@ -7,8 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.batches import IGNORE_INDEX
-from qlora.data.encoding import Document, Encoder
+from qlora.data.encoding import Document
 from qlora.data.layout import Layout, template_name
 from qlora.data.sources import read
 from qlora.data.templates import template_text
@@ -28,34 +27,42 @@ class Prompts:
         >>> prompts = Prompts(recipe.data, tokenizer)
         >>> ids = prompts.encode("And on Sunday?", before=messages)
 
+    Args:
+        system: system message of conversations that have none, usually the one that all training rows share.
+
     Raises DataError if the template cannot be used.
     """
 
-    def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._encoder = Encoder(tokenizer)
-        self._layout = Layout(section, tokenizer, self._encoder)
+    def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, system: str | None = None) -> None:
+        self._layout = Layout(section, tokenizer)
+        self._encoder = self._layout.encoder
+        self.system = system
+        """system message of a conversation that has none; empty for none at all"""
         self._section = section
         self.tokenizer = tokenizer
         name = template_name(section, tokenizer)
         self.template = None if name is None else self._with_bos(template_text(name))
         """jinja source with which transformers renders the same prompts; None: the tokenizer's own"""
-        self.stop_ids = answer_ends(self._layout, self._encoder)
+        self.stop_ids = self._layout.answer_ends
         """tokens that end an answer: eos, and the token with which the template closes an answer"""
 
-    def encode(self, text: str, before: Sequence[Message] = ()) -> list[int]:
+    def encode(self, text: str, before: Sequence[Message] = (), *, system: str | None = None) -> list[int]:
         """Return the token ids of a prompt that asks for an answer to `text`.
 
         Args:
             text: the new question.
             before: the conversation so far, as messages with `role` and `content`.
+            system: system message; None: the one of `before`, else `self.system`. Empty: none, not even `data.system`.
 
         Raises:
             DataError: The text contains a NUL character, or the template refuses the conversation.
         """
         if "\0" in text:
             raise DataError("the prompt contains a NUL character; remove it")
+        if system is None and not (before and before[0]["role"] == "system"):
+            system = self.system
         try:
-            document = self._layout.prompt(text, before)
+            document = self._layout.prompt(text, before, system)
         except BadRow as error:
             raise DataError(f"the prompt is {error}") from error
         (encoded,) = self._encoder.encode([document])
@@ -100,12 +107,6 @@ def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) 
         DataError: The template cannot be used, or the text contains a NUL character.
     """
     return Prompts(section, tokenizer).encode(text)
-
-
-def answer_ends(layout: Layout, encoder: Encoder) -> frozenset[int]:
-    """Return the tokens that end an answer: eos and, if different, the template's closing token (<|im_end|>)."""
-    (row,) = encoder.encode([layout.shortest_row()])
-    return frozenset({encoder.eos_id, int(row.input_ids[row.labels != IGNORE_INDEX][-1])})
 
 
 def _questions(parse: Callable[[Row], Conversation | Completion], row: Row | BadRow) -> int:

@@ -8,9 +8,10 @@ from itertools import islice
 from qlora.data.batches import IGNORE_INDEX, Example
 from qlora.data.encoding import Document, Encoded, Encoder
 from qlora.data.layout import Layout
+from qlora.data.remarks import NOT_TRAINED
 from qlora.data.sources import Record, read
 from qlora.errors import DataError
-from qlora.formats import BadRow, Completion, Conversation
+from qlora.formats import BadRow, Completion, Conversation, NotTrained
 from qlora.recipe import Data
 
 _CHUNK = 1024  # rows encoded at a time: enough for the tokenizer's threads, few for the memory
@@ -86,6 +87,9 @@ def _readable(
             documents = layout.documents(content)
             reading.split += len(documents) - 1
             readable += [(record.origin, content, document) for document in documents]
+        except NotTrained as mark:
+            reading.unsupervised += 1
+            reading.tallies[f"{NOT_TRAINED}: {mark.detail}"] += 1
         except BadRow as reason:
             reading.bad.append((record.origin, reason))
     return readable

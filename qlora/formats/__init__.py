@@ -1,9 +1,9 @@
 """The data formats by name: each is a layout of rows, with its parser."""
 
 from qlora.formats import alpaca, completion, messages, prompt_completion, sharegpt, text
-from qlora.formats.format import BadRow, Completion, Conversation, Format, Message, Row
+from qlora.formats.format import BadRow, Completion, Conversation, Format, Message, NotTrained, Row
 
-__all__ = ["FORMATS", "BadRow", "Completion", "Conversation", "Format", "Message", "Row"]
+__all__ = ["FORMATS", "BadRow", "Completion", "Conversation", "Format", "Message", "NotTrained", "Row"]
 
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT

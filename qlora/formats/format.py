@@ -1,13 +1,13 @@
 """Data formats, and the contents of a row: a conversation, or a prompt and its completion."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qlora.errors import DataError
 
 Row = Mapping[str, Any]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class BadRow(ValueError):
@@ -20,17 +20,38 @@ class BadRow(ValueError):
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+        self.kind, self.detail = kind, detail
+
+
+class NotTrained(BadRow):
+    """A row says itself that it must not be trained, as `label: false` does. It is left out and counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with `role` (system, user or assistant) and `content`; the last one is the assistant's.
+    """Messages with `role` (system, user, assistant or tool) and `content`; at least one answer is trained.
 
-    The user message of an Alpaca row also has `instruction` and `input`, for templates that use them separately.
+    A message can also have `reasoning_content`, `tool_calls`, `tool_call_id` and `name`, as transformers passes them
+    to chat templates. The user message of an Alpaca row has `instruction` and `input`, for templates that use them
+    separately.
     """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the functions that the assistant can call"""
+    context: frozenset[int] = frozenset()
+    """indices of answers that are context only, because the row gives them no weight"""
+    unused: tuple[str, ...] = ()
+    """columns and message keys with content that nothing reads"""
+
+    @property
+    def trained(self) -> list[int]:
+        """Indices of the answers to train."""
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] == "assistant" and index not in self.context
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +60,8 @@ class Completion:
 
     prompt: str
     completion: str
+    unused: tuple[str, ...] = ()
+    """columns with content that nothing reads"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +79,8 @@ class Format:
     pair: a prompt and its completion, raw unless `data.template` is set. text: plain text, always raw."""
     template: str | None = None
     """template to use if neither the recipe nor the tokenizer has one"""
+    optional: tuple[str, ...] = ()
+    """further columns that the parser reads if a row has them; they keep their names"""
 
     def parser(self, columns: Mapping[str, str]) -> Callable[[Row], Conversation | Completion]:
         """Return a function that parses a row of this format and raises BadRow if it cannot.
@@ -73,4 +98,16 @@ class Format:
                 f"its fields are {', '.join(self.fields)}, each written as field: column"
             )
         names = {field: columns.get(field, field) for field in self.fields}
-        return lambda row: self.parse(row, names)
+        used = {*names.values(), *self.optional}
+
+        def parse(row: Row) -> Conversation | Completion:
+            content = self.parse(row, names)
+            unused = [f"column {key}" for key in row if key not in used and not is_empty(row[key])]
+            return replace(content, unused=(*content.unused, *unused)) if unused else content
+
+        return parse
+
+
+def is_empty(value: Any) -> bool:
+    """Return True for null, blank text and an empty list or object."""
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())

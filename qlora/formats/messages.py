@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 
 from qlora.formats.format import Conversation, Format, Row
-from qlora.formats.turns import conversation
-
-_ROLES = {role: role for role in ("system", "user", "assistant")}
+from qlora.formats.turns import OPTIONAL, conversation
 
 
 def _parse(row: Row, names: Mapping[str, str]) -> Conversation:
-    return conversation(row, names["messages"], speaker="role", content="content", roles=_ROLES)
+    return conversation(row, names["messages"], speaker="role", content="content")
 
 
-FORMAT = Format("messages", ("messages",), _parse, "chat")
+FORMAT = Format("messages", ("messages",), _parse, "chat", optional=OPTIONAL)

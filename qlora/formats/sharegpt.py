@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 
 from qlora.formats.format import Conversation, Format, Row
-from qlora.formats.turns import conversation
+from qlora.formats.turns import OPTIONAL, ROLES, conversation
 
 _ROLES = {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
     "model": "assistant",
     "bot": "assistant",
-    "system": "system",
+    **ROLES,
 }
 
 
@@ -21,4 +19,4 @@ def _parse(row: Row, names: Mapping[str, str]) -> Conversation:
     return conversation(row, names["conversations"], speaker="from", content="value", roles=_ROLES)
 
 
-FORMAT = Format("sharegpt", ("conversations",), _parse, "chat")
+FORMAT = Format("sharegpt", ("conversations",), _parse, "chat", optional=OPTIONAL)

@@ -16,7 +16,9 @@ def filled(row: Row, name: str, empty: str) -> str:
 
 def present(row: Row, name: str, where: str = "") -> Any:
     """Return a value that is not missing or null. `where` is the place within the row, such as `message 2: `."""
-    if row.get(name) is None:
+    if name in row and row[name] is None:
+        raise BadRow("missing field", f"{where}{name!r} is null")
+    if name not in row:
         has = textwrap.shorten(", ".join(repr(key) for key in row), 200, placeholder=" ...") or "nothing"
         raise BadRow("missing field", f"{where}{name!r} (the {'message' if where else 'row'} has {has})")
     return row[name]

@@ -21,7 +21,8 @@ Settings = Mapping[str, Any]
 KeyProblem = tuple[str, str]
 
 MAPPINGS = (
-    "adapter.rank_pattern", "adapter.alpha_pattern", "data.columns", "training.activation_checkpointing",
+    "adapter.rank_pattern", "adapter.alpha_pattern", "data.columns", "data.template_options",
+    "training.activation_checkpointing",
 )  # fmt: skip
 """settings whose value is or can be a mapping"""
 
@@ -50,7 +51,11 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     ),
     (("base.double_quant", "base.block_size"), "base.quantization", lambda name: name == "none"),
     (("base.revision",), "base.model", lambda model: LOCAL_FOLDER.fullmatch(model) is not None),
-    (("data.template", "data.train_on"), "data.format", lambda name: name in PLAIN_TEXT),
+    (
+        ("data.template", "data.template_options", "data.system", "data.system_as", "data.examples", "data.train_on"),
+        "data.format",
+        lambda name: name in PLAIN_TEXT,
+    ),
     (("data.split",), "data.source", lambda source: LOCAL_FILE.fullmatch(source) is not None),
     (
         ("training.eval_every", "training.samples", "training.sample_tokens"),

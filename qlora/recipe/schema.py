@@ -112,6 +112,16 @@ class Data(Section):
     """Column names that differ from the format's fields, each as field: column."""
     template: Text | None = None
     """Chat template: a name such as llama-3 or chatml, or a .jinja file; null: the tokenizer's or the format's."""
+    template_options: dict[Text, bool | int | float | str] = {}
+    """Variables of the template, in training and generation, such as {enable_thinking: false}."""
+    system: Text | None = None
+    """System message of rows and questions that have none."""
+    system_as: Literal["system", "user"] = "system"
+    """Place of system messages: their own, or user: before the first question, for templates that refuse them."""
+    control_tokens: Literal["text", "parse"] = "text"
+    """Control tokens spelled in rows, such as </s>: ordinary text, or parse: they take effect (rendered data)."""
+    examples: Literal["conversation", "answer"] = "conversation"
+    """One example a conversation, or one an answer: each answer is then trained after its own prompt."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Maximum length of a row, packed or not, in tokens (QLoRA, appendix B.2: 512 for most runs)."""
     too_long: Literal["error", "drop", "truncate"] = "drop"
