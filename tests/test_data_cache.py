@@ -201,7 +201,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     assert cache.entries() == []
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "rest.json"])
+@pytest.mark.parametrize("name", ["train.tokens", "held_out.trained", "train.npz", "rest.json"])
 def test_damaged_data_are_made_again(rows: Path, made: list[str], name: str) -> None:
     expected = load_dataset(section(rows), TOKENIZERS["bytes"], 0)
     (entry,) = cache.entries()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,7 +264,7 @@ def test_a_control_token_that_cannot_be_written_as_text_makes_a_bad_row(tmp_path
 
 def test_one_row_is_trained_on_and_none_held_out(tmp_path: Path) -> None:
     dataset = load(write(tmp_path / "a.jsonl", pairs(1)), held_out=0.5)
-    assert (len(dataset.train), dataset.held_out, dataset.prompts) == (1, [], [])
+    assert (len(dataset.train), len(dataset.held_out), dataset.prompts) == (1, 0, [])
 
 
 def test_fewer_rows_than_a_global_batch_make_one_smaller_step(tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
     return write(tmp_path_factory.mktemp("data") / "mistakes.jsonl", list(rows)), list(fates), list(rows)
 
 
-def test_bad_rows_are_all_counted_and_the_first_ten_shown(
+def test_bad_rows_are_all_counted_and_the_first_ten_reasons_shown(
     mistaken: tuple[Path, list[str], list[Any]],
 ) -> None:
     file, fates, _ = mistaken
@@ -341,9 +342,19 @@ def test_bad_rows_are_all_counted_and_the_first_ten_shown(
     assert first.startswith(f"{file}: {len(bad)} of 10000 rows cannot be used: ")
     totals = Counter(fate for _, fate in bad)
     assert all(f"{count} {kind}" in first for kind, count in totals.items())
-    assert [line.split(": ")[0].strip() for line in shown[:10]] == [f"{file}:{line}" for line, _ in bad[:10]]
-    assert [line.split(": ")[1] for line in shown[:10]] == [fate for _, fate in bad[:10]]
-    assert shown[10].strip() == f"... and {len(bad) - 10} more"
+    fate_of = dict(bad)
+    places, kinds, reasons = zip(*(line.strip().split(": ", 2) for line in shown[:10]), strict=True)
+    found = [int(place.removeprefix(f"{file}:")) for place in places]
+    assert found == sorted(found)
+    assert found[0] == bad[0][0]
+    assert [fate_of[line] for line in found] == list(kinds)
+    same = [
+        re.search(rf" \(the same in (\d+) more rows?, next {file}:(\d+)\)$", reason) for reason in reasons
+    ]
+    assert any(same)
+    assert all(fate_of[int(match[2])] == kind for match, kind in zip(same, kinds, strict=True) if match)
+    listed = 10 + sum(int(match[1]) for match in same if match)
+    assert shown[10].strip() == f"... and {len(bad) - listed} more"
     assert raised.value.exit_code == 3
 
 

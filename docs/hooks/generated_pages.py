@@ -101,6 +101,8 @@ def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             return f"`{value}`"
         case {"type": "array", "prefixItems": items}:
             return f"a list of {len(items)} numbers"
+        case {"type": "array", "items": {"$ref": _} as section}:
+            return _values(section, definitions).replace("a section", "a list of sections")
         case {"type": "array", "items": items}:
             return f"a list of {_values(items, definitions).removeprefix('a ')}s"
         case {"type": "object", "additionalProperties": values}:

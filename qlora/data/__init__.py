@@ -6,6 +6,7 @@ from qlora.data.dataset import Counts, Dataset, Prompt, held_out_batches, traini
 from qlora.data.prompt_digests import prompt_digests
 from qlora.data.prompts import Prompts, encode_prompt
 from qlora.data.remarks import remarks
+from qlora.data.sources import on_hub
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,6 +20,7 @@ __all__ = [
     "encode_prompt",
     "held_out_batches",
     "load_dataset",
+    "on_hub",
     "prompt_digests",
     "remarks",
     "training_batches",

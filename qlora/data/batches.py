@@ -3,30 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qlora.data.examples import IGNORE_INDEX as IGNORE_INDEX
+from qlora.data.examples import Example as Example
+from qlora.data.examples import Examples
+from qlora.data.mixture import Share, epoch_rows
 from qlora.data.order import permutation
 from qlora.data.packing import best_fit
 
-IGNORE_INDEX = -100
-"""Label of a token that does not count in the loss."""
-
 LARGEST_WITHIN = 3
-"""epochs searched for the largest micro-batch; every epoch contains all rows"""
-
-
-class Example(NamedTuple):
-    """One tokenised document, ready to train on."""
-
-    input_ids: NDArray[np.int32]  # [T]
-    labels: NDArray[np.int32]  # [T], aligned with input_ids; IGNORE_INDEX where untrained, always at 0
-    origin: str
-    """place in the source, as file:line"""
+"""least number of epochs searched for the largest micro-batch"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +79,8 @@ class Batch:
 class Batches:
     """All optimizer steps over a list of examples.
 
-    A row is one example or, with `packing`, several. Every row is used exactly once an epoch. Step i is a pure
-    function of (examples, arguments, i), so steps can be built in any order.
+    A row is one example or, with `packing`, several. Every row is used exactly once an epoch, unless `mixture` says
+    otherwise. Step i is a pure function of (examples, arguments, i), so steps can be built in any order.
 
     Args:
         examples: each has 1..max_length tokens, at least one of them supervised.
@@ -100,6 +91,8 @@ class Batches:
         packing: put several examples into a row. The packing is the same in every epoch.
         pad_id: token used as padding. Padding is never trained, even if this token has another meaning.
         seed: seed of the row order.
+        mixture: the shares of several sources, whose examples follow each other; empty: an epoch has all rows. With
+            `packing`, a row has examples of one source only, and the shares are those of packed rows.
 
     Examples:
         >>> batches = Batches(dataset.train, micro_batch_size=4, global_batch_size=16, max_length=512,
@@ -118,27 +111,47 @@ class Batches:
         packing: bool,
         pad_id: int,
         seed: int,
+        mixture: Sequence[Share] = (),
     ) -> None:
         assert global_batch_size % micro_batch_size == 0
-        self.examples = examples
+        self.examples = Examples.of(examples)
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
         self.packing = packing
         self.pad_id = pad_id
         self.seed = seed
-        lengths = [len(example.input_ids) for example in examples]
-        self.rows = best_fit(lengths, max_length) if packing else [[index] for index in range(len(examples))]
+        lengths = self.examples.lengths.tolist()
+        self.rows: list[list[int]] = []
         """indices into `examples`, per row"""
+        self._shares: list[Share] = []
+        start = 0
+        for share in mixture or [Share(len(lengths), len(lengths))]:
+            stop = start + share.total
+            packed = (
+                best_fit(lengths[start:stop], max_length) if packing else [[i] for i in range(share.total)]
+            )
+            self.rows += [[start + index for index in row] for row in packed]
+            self._shares.append(share.of_packed(len(packed)))
+            start = stop
+        assert start == len(lengths)
         self._row_lengths = [sum(lengths[index] for index in row) for row in self.rows]
-        # A cache, not state: the permutation is a function of the epoch.
-        self._order = lru_cache(maxsize=2)(
-            lambda epoch: permutation(len(self.rows), self.seed, epoch).tolist()
-        )
+        # A cache, not state: the order is a function of the epoch.
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        rows = epoch_rows(self._shares, self.seed, epoch)
+        order: list[int] = rows[permutation(len(rows), self.seed, epoch)].tolist()
+        return order
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Number of rows that an epoch uses; a row that it uses twice counts twice."""
+        return sum(share.per_epoch for share in self._shares)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of optimizer steps that use every row once."""
-        return -(-len(self.rows) // self.global_batch_size)
+        """Number of optimizer steps of an epoch."""
+        return -(-self.rows_per_epoch // self.global_batch_size)
 
     def step(self, i: int) -> list[Batch]:
         """Return the micro-batches of optimizer step i (0-based, counted over all epochs), longest rows first.
@@ -159,7 +172,8 @@ class Batches:
         """Find the micro-batch with the most tokens in the first `steps` steps.
 
         Args:
-            steps: number of steps to search; the search ends after LARGEST_WITHIN epochs.
+            steps: number of steps to search; the search ends after LARGEST_WITHIN epochs, or later if not all rows have
+                been used by then.
             padded: count padding tokens too.
 
         Returns:
@@ -180,7 +194,8 @@ class Batches:
         return self._most(steps, density)
 
     def _most(self, steps: int, weigh: Callable[[Sequence[int]], Any]) -> tuple[int, Batch]:
-        seen = range(min(steps, self.steps_per_epoch * LARGEST_WITHIN))
+        epochs = max(LARGEST_WITHIN, *(-(-share.total // max(1, share.per_epoch)) for share in self._shares))
+        seen = range(min(steps, self.steps_per_epoch * epochs))
         step, rows = max(
             ((step, rows) for step in seen for rows in self.step_rows(step)),
             key=lambda candidate: weigh(candidate[1]),
@@ -194,7 +209,7 @@ class Batches:
     @cached_property
     def _row_supervised(self) -> list[int]:
         """Number of supervised tokens in each row; the first token of a document is never predicted."""
-        counts = [int(np.count_nonzero(example.labels[1:] != IGNORE_INDEX)) for example in self.examples]
+        counts = self.examples.supervised.tolist()
         return [sum(counts[index] for index in row) for row in self.rows]
 
     def evaluation(self) -> list[Batch]:

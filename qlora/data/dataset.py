@@ -3,20 +3,21 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.batches import IGNORE_INDEX, Batch, Batches, Example
-from qlora.data.encoding import Encoder
+from qlora.data.batches import Batch, Batches
+from qlora.data.examples import Examples, ExampleWriter
 from qlora.data.layout import Layout
+from qlora.data.mixture import Share, shares
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
-from qlora.data.reading import Reading, read_examples
+from qlora.data.reading import Progress, Reading, contents, read_examples
 from qlora.errors import DataError
-from qlora.formats import Completion, Conversation
+from qlora.formats import Row
 from qlora.recipe import Data, Recipe
 
 
@@ -60,14 +61,17 @@ class Counts:
     """number of bad rows by reason"""
     tallies: dict[str, int]
     """parts of kept rows that are not trained or do not reach the model, by the names in `qlora.data.remarks`"""
+    sources: list[dict[str, Any]]
+    """of each source of training rows: source, and the counts read, bad, dropped, unsupervised, train, held_out and
+    per_epoch, the number of its rows in an epoch"""
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Training rows and held-out rows of a run. No row is in both."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     prompts: list[Prompt]
     """one per held-out row"""
     counts: Counts
@@ -77,40 +81,65 @@ class Dataset:
     """padding token; padding is never trained, even if this token has another meaning"""
     stop_ids: frozenset[int]
     """tokens that end an answer"""
+    mixture: tuple[Share, ...] = ()
+    """share of each source in an epoch; empty: an epoch has all rows"""
+    system: str | None = None
+    """system message that all training rows share; None if there is none"""
 
 
-def make_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
+@dataclass
+class _Source:
+    """A source on its way to examples."""
+
+    section: Data
+    layout: Layout
+    reading: Reading
+    rows: Sequence[Row] | None = None
+    train: list[int] = field(default_factory=list)
+    """numbers of its examples for training"""
+    held_out: list[int] = field(default_factory=list)
+    """numbers of its examples for evaluation"""
+
+
+def make_dataset(
+    section: Data,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    rows: Sequence[Row] | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
     """Read, render, tokenise and split the rows of a `data` section. Arguments and errors as in `load_dataset`."""
-    layout = Layout(section, tokenizer)
-    encoder = layout.encoder
-    readings = [read_examples(section, section.source, layout, encoder, section.limit)]
-    if isinstance(section.held_out, str):
-        readings.append(read_examples(section, section.held_out, layout, encoder))
-    for reading in readings:
-        if not reading.examples:
-            raise DataError(_nothing_left(reading))
-    examples, contents = readings[0].examples, readings[-1].contents
-    if isinstance(section.held_out, str):
-        train, held_out = examples, readings[1].examples
-    else:
-        chosen = _held_out(len(examples), section.held_out, seed)
-        train = [example for index, example in enumerate(examples) if index not in chosen]
-        held_out = [examples[index] for index in sorted(chosen)]
-        contents = [contents[index] for index in sorted(chosen)]
+    parts = [*section.parts, *([section.evaluation] if section.evaluation else [])]
+    with ExampleWriter() as writer:
+        sources = []
+        for part in parts:
+            given = None if part is section.evaluation else rows
+            layout = Layout(part, tokenizer)
+            reading = read_examples(part, layout, writer, given, progress)
+            if not reading.examples:
+                raise DataError(_nothing_left(reading, part))
+            sources.append(_Source(part, layout, reading, given))
+        examples = writer.examples()
+    _split(sources, section, seed)
+    mixture = _mixture(section, sources)
+    train = examples.select(number for source in sources for number in source.train)
+    held_out = examples.select(number for source in sources for number in source.held_out)
     return Dataset(
         train=train,
         held_out=held_out,
-        prompts=_prompts(held_out, contents, layout, encoder),
-        counts=_counts(readings, train, held_out, section),
-        fingerprint=_fingerprint(train, held_out),
+        prompts=[prompt for source in sources for prompt in _prompts(source)],
+        counts=_counts(sources, train, held_out, mixture, section),
+        fingerprint=_fingerprint(train, held_out, mixture),
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        stop_ids=layout.answer_ends,
+        stop_ids=frozenset().union(*(source.layout.answer_ends for source in sources)),
+        mixture=mixture,
+        system=_shared_system(sources),
     )
 
 
 def training_batches(dataset: Dataset, recipe: Recipe) -> Batches:
     """Return the optimizer steps over the training rows, with the batch sizes of the recipe."""
-    return _batches(dataset.train, dataset, recipe)
+    return _batches(dataset.train, dataset, recipe, dataset.mixture)
 
 
 def held_out_batches(dataset: Dataset, recipe: Recipe) -> list[Batch]:
@@ -118,7 +147,7 @@ def held_out_batches(dataset: Dataset, recipe: Recipe) -> list[Batch]:
     return _batches(dataset.held_out, dataset, recipe).evaluation()
 
 
-def _batches(examples: list[Example], dataset: Dataset, recipe: Recipe) -> Batches:
+def _batches(examples: Examples, dataset: Dataset, recipe: Recipe, mixture: Sequence[Share] = ()) -> Batches:
     return Batches(
         examples,
         micro_batch_size=recipe.training.micro_batch_size,
@@ -127,10 +156,28 @@ def _batches(examples: list[Example], dataset: Dataset, recipe: Recipe) -> Batch
         packing=recipe.data.packing,
         pad_id=dataset.pad_id,
         seed=recipe.training.seed,
+        mixture=mixture,
     )
 
 
-def _held_out(rows: int, held_out: int | float, seed: int) -> set[int]:
+def _split(sources: Sequence[_Source], section: Data, seed: int) -> None:
+    """Divide the examples of each source into those for training and those for evaluation.
+
+    All examples of one row go to the same side.
+    """
+    training = sources[:-1] if section.evaluation else sources
+    for source in sources[len(training) :]:
+        source.held_out = list(source.reading.examples)
+    usable = [(source, row) for source in training for row in dict.fromkeys(source.reading.rows)]
+    chosen = set() if section.evaluation else _held_out(len(usable), section.held_out, seed)
+    held_out = {(id(source), row) for index, (source, row) in enumerate(usable) if index in chosen}
+    for source in training:
+        for number, row in zip(source.reading.examples, source.reading.rows, strict=True):
+            side = source.held_out if (id(source), row) in held_out else source.train
+            side.append(number)
+
+
+def _held_out(rows: int, held_out: int | float | str, seed: int) -> set[int]:
     """Choose the held-out row numbers, by count or by share. A share is rounded to at least one row on each side."""
     if isinstance(held_out, int):
         if held_out >= rows:
@@ -140,31 +187,57 @@ def _held_out(rows: int, held_out: int | float, seed: int) -> set[int]:
             )
         wanted = held_out
     else:
-        wanted = min(max(1, round(rows * held_out)), rows - 1)
+        wanted = min(max(1, round(rows * float(held_out))), rows - 1)
     return set(permutation(rows, seed, SPLIT)[:wanted].tolist())
 
 
-def _prompts(
-    examples: Sequence[Example],
-    contents: Sequence[Conversation | Completion],
-    layout: Layout,
-    encoder: Encoder,
-) -> list[Prompt]:
-    questions = [layout.question(content) for content in contents]
-    encoded = encoder.encode([question.document for question in questions])
+def _shared_system(sources: Sequence[_Source]) -> str | None:
+    systems = set().union(*(source.reading.systems for source in sources if source.train))
+    return systems.pop() if len(systems) == 1 else None
+
+
+def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:
+    weights = [source.weight for source in section.sources]
+    rows = [source.rows for source in section.sources]
+    if not any(weights) and not any(rows):
+        return ()
+    totals = [len(source.train) for source in sources[: len(weights)]]
+    for source, total in zip(sources, totals, strict=False):
+        if not total:
+            raise DataError(
+                f"{source.section.source}: all usable rows are held out, so none is left to mix; set a smaller "
+                "data.held_out"
+            )
+    return shares(totals, weights, rows)
+
+
+def _prompts(source: _Source) -> list[Prompt]:
+    """Return the held-out rows of a source as prompts. Their texts are read again, because only tokens are kept."""
+    first = source.reading.examples.start
+    wanted = {source.reading.rows[number - first] for number in source.held_out}
+    origins, questions = [], []
+    for _, origin, content in contents(source.section, source.layout, wanted, source.rows):
+        origins.append(origin)
+        questions.append(source.layout.question(content))
+    encoded = source.layout.encoder.encode([question.document for question in questions])
     return [
-        Prompt(tokens.input_ids.tolist(), question.text, question.reference, example.origin)
-        for example, question, tokens in zip(examples, questions, encoded, strict=True)
+        Prompt(tokens.input_ids.tolist(), question.text, question.reference, origin)
+        for origin, question, tokens in zip(origins, questions, encoded, strict=True)
     ]
 
 
 def _counts(
-    readings: Sequence[Reading], train: Sequence[Example], held_out: Sequence[Example], section: Data
+    sources: Sequence[_Source],
+    train: Examples,
+    held_out: Examples,
+    mixture: Sequence[Share],
+    section: Data,
 ) -> Counts:
-    lengths = [len(row.input_ids) for row in train]
+    readings = [source.reading for source in sources]
+    lengths = train.lengths.tolist()
     packed_rows = len(best_fit(lengths, section.max_length)) if section.packing else 0
-    seen = {row.input_ids.tobytes() for row in train}
-    reasons: Counter[str] = sum((reading.reasons for reading in readings), Counter())
+    seen = {_digest(row.input_ids) for row in train} if len(held_out) else set()
+    reasons: Counter[str] = sum((reading.bad.kinds for reading in readings), Counter())
     return Counts(
         read=sum(reading.read for reading in readings),
         split=sum(reading.split for reading in readings),
@@ -174,16 +247,33 @@ def _counts(
         unsupervised=sum(reading.unsupervised for reading in readings),
         train=len(train),
         held_out=len(held_out),
-        held_out_seen=sum(row.input_ids.tobytes() in seen for row in held_out),
+        held_out_seen=sum(_digest(row.input_ids) in seen for row in held_out),
         tokens=sum(lengths),
-        supervised=sum(int((row.labels != IGNORE_INDEX).sum()) for row in train),
+        supervised=int(train.supervised.sum(dtype=np.int64)),
         packing_efficiency=sum(lengths) / (packed_rows * section.max_length) if packed_rows else None,
         reasons=dict(reasons.most_common()),
         tallies=dict(sum((reading.tallies for reading in readings), Counter()).most_common()),
+        sources=[
+            {
+                "source": source.section.source_name,
+                "read": source.reading.read,
+                "bad": source.reading.bad.total,
+                "dropped": source.reading.dropped,
+                "unsupervised": source.reading.unsupervised,
+                "train": len(source.train),
+                "held_out": len(source.held_out),
+                "per_epoch": mixture[number].per_epoch if mixture else len(source.train),
+            }
+            for number, source in enumerate(sources[: len(section.parts)])
+        ],
     )
 
 
-def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+def _digest(tokens: "np.ndarray[Any, Any]") -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def _fingerprint(train: Examples, held_out: Examples, mixture: Sequence[Share]) -> str:
     digest = hashlib.sha256()
     for rows in (train, held_out):
         digest.update(len(rows).to_bytes(8, "little"))
@@ -191,19 +281,25 @@ def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
             # the length first, so that different splits of the same tokens differ; little-endian on every machine
             digest.update(len(row.input_ids).to_bytes(8, "little"))
             digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
+    for share in mixture:
+        digest.update(np.array([share.total, share.per_epoch], dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
-def _nothing_left(reading: Reading) -> str:
+def _nothing_left(reading: Reading, section: Data) -> str:
     outcomes = {
-        "bad": len(reading.bad),
+        "bad": reading.bad.total,
         "longer than data.max_length": reading.dropped,
         "without a trained token": reading.unsupervised,
     }
     if not reading.read:
         return f"{reading.source}: the source has no rows. Set data.source or data.held_out to a source with rows"
     counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
-    advice = ["set data.on_bad_row=error to see what is wrong with the bad rows"] if reading.bad else []
+    lines = [f"{reading.source}: none of {reading.read} rows can be used: {counts}"]
+    if reading.bad:
+        lines.append(reading.bad.explained(reading, section))
+    if reading.too_long:
+        lines += reading.too_long.lines()
     if reading.dropped or reading.unsupervised:
-        advice.append("raise data.max_length")
-    return f"{reading.source}: none of {reading.read} rows can be used: {counts}; {' and '.join(advice)}"
+        lines.append(f"Raise data.max_length; the longest row has {reading.longest} tokens")
+    return "\n".join(lines)

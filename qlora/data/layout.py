@@ -38,6 +38,7 @@ class Layout:
     """
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast) -> None:
+        section = section.parts[0]
         self._section = section
         self._parse = FORMATS[section.format].parser(section.columns)
         self._everything = section.train_on == "all"
@@ -176,6 +177,7 @@ def _system(messages: Sequence[Message]) -> str | None:
 
 def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Return the template that replaces the tokenizer's own; None to keep the tokenizer's."""
+    section = section.parts[0]
     if section.template is None and not tokenizer.chat_template:
         return FORMATS[section.format].template
     return None if section.template == OWN else section.template
@@ -183,6 +185,7 @@ def template_name(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | No
 
 def template_of(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Return the jinja source that rows are written with; None if rows stay raw or no template exists."""
+    section = section.parts[0]
     if _stays_raw(section):
         return None
     name = template_name(section, tokenizer)

@@ -3,17 +3,17 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document
 from qlora.data.layout import Layout, template_name
-from qlora.data.sources import read
+from qlora.data.sources import on_hub, read
 from qlora.data.templates import template_text
 from qlora.errors import DataError
 from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
 from qlora.recipe import Data
+from qlora.recipe.source_names import STANDARD_INPUT
 
 _ROWS = 200
 """rows searched for a conversation with several questions"""
@@ -34,6 +34,7 @@ class Prompts:
     """
 
     def __init__(self, section: Data, tokenizer: PreTrainedTokenizerFast, system: str | None = None) -> None:
+        section = section.parts[0]  # several sources: prompts have the layout of the first
         self._layout = Layout(section, tokenizer)
         self._encoder = self._layout.encoder
         self.system = system
@@ -83,8 +84,8 @@ class Prompts:
     @cached_property
     def trained_on_history(self) -> bool:
         """True if `accepts_history`, and a row near the start has several questions or no row can be read here."""
-        source = self._section.source
-        if not (self.accepts_history and (source.startswith("bundled/") or Path(source).exists())):
+        source = self._section.source_name
+        if not self.accepts_history or on_hub(source) or source in STANDARD_INPUT:
             return self.accepts_history
         parse = FORMATS[self._section.format].parser(self._section.columns)
         with suppress(DataError):

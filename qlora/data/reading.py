@@ -1,37 +1,50 @@
-"""Reads a source in one pass: rows become examples, and each row left out is counted with its reason."""
+"""Reads a source in one pass: rows become examples, and each row left out is counted with its reason.
+
+Only the tokens of a row are kept. The texts of held-out rows are read again, by `contents`.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from typing import NamedTuple
 
-from qlora.data.batches import IGNORE_INDEX, Example
-from qlora.data.encoding import Document, Encoded, Encoder
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora.data.encoding import Document, Encoded
+from qlora.data.examples import IGNORE_INDEX, ExampleWriter
+from qlora.data.files import Record
 from qlora.data.layout import Layout
-from qlora.data.remarks import NOT_TRAINED
-from qlora.data.sources import Record, read
+from qlora.data.refusals import Refusals
+from qlora.data.remarks import NOT_TRAINED, SPLIT_TEXTS
+from qlora.data.sources import read
 from qlora.errors import DataError
-from qlora.formats import BadRow, Completion, Conversation, NotTrained
+from qlora.formats import BadRow, Completion, Conversation, NotTrained, Row
 from qlora.recipe import Data
 
-_CHUNK = 1024  # rows encoded at a time: enough for the tokenizer's threads, few for the memory
-_SHOWN = 10  # rows listed in an error message
+Progress = Callable[[str], None]
+"""shows a line such as "tokenizing rows.jsonl: 12,000 rows", which replaces the line before it"""
+
+_ROWS = 1024  # rows encoded at a time: enough for the tokenizer's threads
+_CHARACTERS = 2**21  # characters encoded at a time: a tokenizer needs about a hundred bytes for each token
 
 
 @dataclass
 class Reading:
-    """Examples and row counts of a source. read + split = len(examples) + len(bad) + dropped + unsupervised."""
+    """Row counts of a source. read + split = kept examples + bad + dropped + unsupervised."""
 
     source: str
-    examples: list[Example] = field(default_factory=list)
-    """the usable rows"""
-    contents: list[Conversation | Completion] = field(default_factory=list)
-    """parsed content of each example"""
+    examples: range = range(0)
+    """numbers of the examples in the writer"""
+    rows: list[int] = field(default_factory=list)
+    """number of the row of each example, from 0"""
     read: int = 0
-    bad: list[tuple[str, BadRow]] = field(default_factory=list)
-    """(file:line, reason) of rows that cannot be used"""
-    too_long: list[tuple[str, int]] = field(default_factory=list)
-    """(file:line, tokens) of rows longer than max_length"""
+    bad: Refusals = field(default_factory=Refusals)
+    """rows that cannot be used"""
+    too_long: Refusals = field(default_factory=Refusals)
+    """rows longer than max_length"""
+    longest: int = 0
+    """tokens of the longest row"""
     dropped: int = 0
     truncated: int = 0
     unsupervised: int = 0
@@ -39,108 +52,173 @@ class Reading:
     """documents beyond the first of their row"""
     tallies: Counter[str] = field(default_factory=Counter)
     """sum of `Document.tallies` over the examples"""
+    systems: set[str | None] = field(default_factory=set)
+    """system messages of the examples; not complete from the second on"""
 
-    @property
-    def reasons(self) -> Counter[str]:
-        """Number of bad rows per kind of reason."""
-        return Counter(reason.kind for _, reason in self.bad)
+
+class _Rendered(NamedTuple):
+    row: int
+    origin: str
+    document: Document
+
+
+def records_of(section: Data, rows: Sequence[Row] | None = None) -> Iterator[Record]:
+    """Yield the rows of `section.source`, or those given, which its name then stands for in messages."""
+    if rows is None:
+        return read(section.source_name, section.split, section.limit)
+    numbered = enumerate(rows[: section.limit], 1)
+    return (
+        Record(
+            f"{section.source}:row {number}",
+            row if isinstance(row, Mapping) else BadRow("not an object", "a row must be a dictionary"),
+        )
+        for number, row in numbered
+    )
 
 
 def read_examples(
-    section: Data, source: str, layout: Layout, encoder: Encoder, limit: int | None = None
+    section: Data,
+    layout: Layout,
+    writer: ExampleWriter,
+    rows: Sequence[Row] | None = None,
+    progress: Progress | None = None,
 ) -> Reading:
-    """Read, render and encode the first `limit` rows of `source` (None: all rows).
+    """Read, render and encode the rows of one source, and write the usable ones as examples.
 
     Raises:
         DataError: The source cannot be read, or a row is bad or too long and the section treats that as an
-            error. The message has totals and the first ten such rows as file:line: reason.
+            error. The message has totals, and the first rows of each kind as file:line: reason.
     """
-    reading = Reading(source)
-    records = read(source, section.split, limit)
-    while chunk := list(islice(records, _CHUNK)):
-        rows = _readable(chunk, layout, reading)
-        for (origin, content, document), encoded in zip(
-            rows, encoder.encode([document for _, _, document in rows]), strict=True
-        ):
-            if (example := _example(origin, encoded, section, reading)) is not None:
-                reading.examples.append(example)
-                reading.contents.append(content)
+    reading = Reading(section.source_name)
+    first = len(writer)
+    for chunk in _chunks(_rendered(records_of(section, rows), layout, reading)):
+        encodings = layout.encoder.encode([rendered.document for rendered in chunk])
+        for (row, origin, document), encoded in zip(chunk, encodings, strict=True):
+            pieces = _pieces(origin, encoded, section, reading)
+            for ids, labels in pieces:
+                writer.append(ids, labels, origin)
+                reading.rows.append(row)
+            if pieces:
                 reading.tallies += document.tallies
+                if len(reading.systems) < 2:
+                    reading.systems.add(document.system)
+        if progress is not None:
+            progress(f"tokenizing {section.source}: {reading.read:,} rows")
+    reading.examples = range(first, len(writer))
     if reading.bad and section.on_bad_row == "error":
-        raise DataError(_bad_rows(reading))
+        raise DataError(reading.bad.explained(reading, section))
     if reading.too_long and section.too_long == "error":
         raise DataError(_long_rows(reading, section.max_length))
     return reading
 
 
-def _readable(
-    records: Sequence[Record], layout: Layout, reading: Reading
-) -> list[tuple[str, Conversation | Completion, Document]]:
-    """Return origin, content and document of the readable rows, which can have several; record the others."""
-    readable = []
-    for record in records:
+def contents(
+    section: Data, layout: Layout, wanted: Collection[int], rows: Sequence[Row] | None = None
+) -> Iterator[tuple[int, str, Conversation | Completion]]:
+    """Read the source again, and yield number, origin and parsed content of the wanted rows, in their order.
+
+    Raises:
+        DataError: The source has changed, so that a row cannot be read any more.
+    """
+    last = max(wanted, default=-1)
+    for number, record in enumerate(records_of(section, rows) if wanted else ()):
+        if number in wanted:
+            try:
+                if isinstance(record.row, BadRow):
+                    raise record.row
+                yield number, record.origin, layout.read(record.row)
+            except BadRow as error:
+                raise DataError(
+                    f"{record.origin}: the row has changed while the data were read: {error}"
+                ) from None
+        if number == last:
+            return
+
+
+def _rendered(records: Iterable[Record], layout: Layout, reading: Reading) -> Iterator[_Rendered]:
+    """Yield the documents of the readable rows, which can have several; record the other rows."""
+    for number, record in enumerate(records):
         reading.read += 1
         try:
             if isinstance(record.row, BadRow):
                 raise record.row
-            content = layout.read(record.row)
-            documents = layout.documents(content)
-            reading.split += len(documents) - 1
-            readable += [(record.origin, content, document) for document in documents]
+            documents = layout.documents(layout.read(record.row))
         except NotTrained as mark:
             reading.unsupervised += 1
             reading.tallies[f"{NOT_TRAINED}: {mark.detail}"] += 1
+            continue
         except BadRow as reason:
-            reading.bad.append((record.origin, reason))
-    return readable
+            reading.bad.add(record.origin, reason, record.row)
+            continue
+        reading.split += len(documents) - 1
+        yield from (_Rendered(number, record.origin, document) for document in documents)
 
 
-def _example(origin: str, encoded: Encoded, section: Data, reading: Reading) -> Example | None:
-    """Return the row as an Example, or None with the reason counted in `reading`.
+def _chunks(rendered: Iterable[_Rendered]) -> Iterator[list[_Rendered]]:
+    """Group documents so that their encodings need little memory."""
+    chunk: list[_Rendered] = []
+    characters = 0
+    for item in rendered:
+        chunk.append(item)
+        characters += sum(len(part.text) for part in item.document.parts)
+        if len(chunk) == _ROWS or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _pieces(
+    origin: str, encoded: Encoded, section: Data, reading: Reading
+) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Return token ids and labels of a document's examples: one, none with the reason counted, or several if it is
+    split.
 
     A truncated row has no eos, so the model does not learn to stop at the cut.
     """
     ids, labels = encoded.input_ids, encoded.labels
+    longest = section.max_length
+    reading.longest = max(reading.longest, len(ids))
     if encoded.forged:
         reason = BadRow("control token in text", "this tokenizer cannot write its spelling as ordinary text")
-        reading.bad.append((origin, reason))
-        return None
-    if len(ids) > section.max_length:
-        reading.too_long.append((origin, len(ids)))
+        reading.bad.add(origin, reason, {})
+        return []
+    if len(ids) > longest:
+        reading.too_long.add(origin, BadRow(f"{len(ids)} tokens"), {})
+        if section.too_long == "split":
+            reading.tallies[SPLIT_TEXTS] += 1
+            # A piece begins with the last token of the piece before it, so that every token is trained once.
+            starts = range(0, len(ids) - 1, longest - 1)
+            reading.split += len(starts) - 1
+            return [
+                _without_first(ids[start : start + longest], labels[start : start + longest])
+                for start in starts
+            ]
         if section.too_long != "truncate":
             reading.dropped += 1
-            return None
+            return []
         reading.truncated += 1
-        # copies, so that the long arrays can be freed
-        ids, labels = ids[: section.max_length].copy(), labels[: section.max_length].copy()
+        ids, labels = ids[:longest], labels[:longest]
     if (labels == IGNORE_INDEX).all():
         reading.unsupervised += 1
-        return None
-    return Example(ids, labels, origin)
+        return []
+    return [(ids, labels)]
 
 
-def _bad_rows(reading: Reading) -> str:
-    totals = ", ".join(f"{count} {kind}" for kind, count in reading.reasons.most_common())
-    lines = [f"{reading.source}: {len(reading.bad)} of {reading.read} rows cannot be used: {totals}"]
-    lines += _first([f"{origin}: {reason}" for origin, reason in reading.bad])
-    if reading.reasons["missing field"]:
-        lines.append("If a field has another name in the data, set data.columns to {field: its column}.")
-        lines.append("If the rows have another structure, choose another data.format.")
-    lines.append("Correct the rows, or skip them with data.on_bad_row=skip")
-    return "\n".join(lines)
+def _without_first(
+    ids: NDArray[np.int32], labels: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return ids and labels of a piece, in which the first token is context."""
+    labels = labels.copy()
+    labels[0] = IGNORE_INDEX
+    return ids, labels
 
 
 def _long_rows(reading: Reading, max_length: int) -> str:
-    rows = reading.too_long
-    lines = [f"{reading.source}: {len(rows)} of {reading.read} rows have more than {max_length} tokens"]
-    lines += _first([f"{origin}: {length} tokens" for origin, length in rows])
-    longest = max(length for _, length in rows)
+    total = reading.too_long.total
+    lines = [f"{reading.source}: {total} of {reading.read} rows have more than {max_length} tokens"]
+    lines += reading.too_long.lines()
     lines.append(
-        f"Set data.max_length={longest} to keep them whole, or set data.too_long to drop or truncate"
+        f"Set data.max_length={reading.longest} to keep them whole, or set data.too_long to drop or truncate"
     )
     return "\n".join(lines)
-
-
-def _first(lines: list[str]) -> list[str]:
-    rest = len(lines) - _SHOWN
-    return [f"  {line}" for line in lines[:_SHOWN]] + ([f"  ... and {rest} more"] if rest > 0 else [])

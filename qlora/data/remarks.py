@@ -24,6 +24,7 @@ UNUSED = "unused"
 MOVED_SYSTEM = "moved system messages"
 SPELLED_CONTROLS = "spelled controls"
 PARSED_CONTROLS = "parsed controls"
+SPLIT_TEXTS = "split texts"
 
 _SENTENCES = {
     UNKNOWN_MARKERS: (
@@ -60,6 +61,7 @@ _SENTENCES = {
     PARSED_CONTROLS: (
         '{count:,} rows contain control tokens such as "{first}", which take effect (data.control_tokens: parse)'
     ),
+    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and are split into several rows",
 }
 
 

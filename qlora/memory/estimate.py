@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora import bundled
-from qlora.data import Dataset, load_dataset, training_batches
+from qlora.data import Dataset, load_dataset, on_hub, training_batches
 from qlora.errors import UsageError
 from qlora.memory import measure
 from qlora.memory.account import account
@@ -19,7 +19,6 @@ from qlora.memory.plan import Plan, Progress, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
 from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
 from qlora.recipe import Recipe
-from qlora.recipe.rules import LOCAL_FILE
 from qlora.recipe.sizes import unit_for
 
 
@@ -162,12 +161,7 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
 
 def _local_dataset(recipe: Recipe) -> Dataset | None:
     """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
-    source = recipe.data.source
-    held_out = recipe.data.held_out
-    local = LOCAL_FILE.fullmatch(source) and not (
-        isinstance(held_out, str) and not LOCAL_FILE.fullmatch(held_out)
-    )
-    if not local:
+    if any(on_hub(part.source_name) for part in [*recipe.data.parts, recipe.data.evaluation] if part):
         return None
     base = recipe.base
     if base.model.endswith(".json"):  # a config file has no tokenizer

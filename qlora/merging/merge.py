@@ -213,7 +213,7 @@ def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int)
     if data is None and isinstance(section.held_out, str):
         data = section.held_out  # the training rows need not be read
     if data is not None:
-        section = section.model_copy(update={"source": data, "held_out": 0, "limit": None})
+        section = section.parts[0].model_copy(update={"source": data, "held_out": 0, "limit": None})
     dataset = load_dataset(section, tokenizer, recipe.training.seed)
     if data is not None:
         dataset = replace(dataset, held_out=dataset.train)

@@ -10,7 +10,7 @@ from qlora.errors import RecipeError
 from qlora.recipe.messages import explain
 from qlora.recipe.overrides import COMMAND_LINE
 from qlora.recipe.problems import UNUSABLE, Document, Problem, dotted
-from qlora.recipe.rules import conflicts, flatten, keys_without_effect
+from qlora.recipe.rules import ALTERNATIVES, conflicts, flatten, keys_without_effect
 from qlora.recipe.schema import Recipe, Section
 
 
@@ -33,10 +33,13 @@ def check(document: Document, name: str) -> Recipe:
     settings = {key: value for key, value in DEFAULTS.items() if key not in unusable} | given
     for path in _overruled(document, settings, given):
         del given[dotted(path)]
+        settings[dotted(path)] = DEFAULTS[dotted(path)]
         _remove(document.value, path)
+    broken = {problem.path for problem in problems}  # such as a section that is missing
     for key, text in conflicts(settings, given):
         path = tuple(key.split("."))
-        problems.append(Problem(document.place(path), path, text))
+        if path[:1] not in broken:
+            problems.append(Problem(document.place(path), path, text))
     if problems:
         raise _error(problems)
     return Recipe.model_validate(document.value)
@@ -68,9 +71,10 @@ def _overruled(
     def overridden(key: str) -> bool:
         return document.place(tuple(key.split("."))).source == COMMAND_LINE
 
+    causes = [*keys_without_effect(settings).items(), *ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)]
     return [
         tuple(key.split("."))
-        for key, cause in keys_without_effect(settings).items()
+        for key, cause in causes
         if key in given and overridden(cause) and not overridden(key)
     ]
 

@@ -107,6 +107,7 @@ def _any_of(words: list[str]) -> str:
 
 def _allowed(node: Schema, schema: Schema) -> list[str]:
     """Describe each value that a part of the schema allows: `an integer of at least 1`, `null`."""
+    node = resolved(node, schema)
     if "anyOf" in node:
         return [words for option in options(node, schema) for words in _allowed(option, schema)]
     if "const" in node:
@@ -151,4 +152,4 @@ def _hint(value: Any, allowed: list[str]) -> str:
             return f"; write {plain}" if plain != value else "; leave the quotes out"
     if near := get_close_matches(value, [words for words in allowed if " " not in words], n=1):
         return f"; did you mean {near[0]}?"
-    return f"; write [{shorten(value)}]" if allowed[-1].startswith("a list") else ""
+    return f"; write [{shorten(value)}]" if re.match("a list.* item text", allowed[-1]) else ""

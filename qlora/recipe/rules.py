@@ -16,6 +16,7 @@ from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS
 from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
+from qlora.recipe.source_names import is_local
 
 Settings = Mapping[str, Any]
 KeyProblem = tuple[str, str]
@@ -26,9 +27,11 @@ MAPPINGS = (
 )  # fmt: skip
 """settings whose value is or can be a mapping"""
 
+ALTERNATIVES = (("data.source", "data.sources"),)
+"""settings of which a recipe has only one; an override of one replaces the other of the file"""
+
 PLAIN_TEXT = {name for name, format in FORMATS.items() if format.kind == "text"}
 
-LOCAL_FILE = re.compile(r"bundled/.*|.*\.(json|jsonl|ndjson|csv|tsv|parquet)(\.gz)?", re.DOTALL)
 LOCAL_FOLDER = re.compile(r"bundled/.*|[./~].*", re.DOTALL)
 
 
@@ -56,7 +59,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
         "data.format",
         lambda name: name in PLAIN_TEXT,
     ),
-    (("data.split",), "data.source", lambda source: LOCAL_FILE.fullmatch(source) is not None),
+    (("data.split",), "data.source", lambda source: source is not None and is_local(source)),
     (
         ("training.eval_every", "training.samples", "training.sample_tokens"),
         "data.held_out",
@@ -95,6 +98,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
         *_idle(settings, given),
         *_method(settings, given),
         *_steps(settings, given),
+        *_sources(settings),
         *_rows(settings),
         *_memory(settings),
         *_checkpointing(settings),
@@ -173,9 +177,38 @@ def _checkpointing(settings: Settings) -> Iterator[KeyProblem]:
         )
 
 
+def _sources(settings: Settings) -> Iterator[KeyProblem]:
+    sources = settings.get("data.sources")
+    if sources is None or "data.source" not in settings:
+        return  # unusable, which the schema reports
+    if not sources:
+        if settings["data.source"] is None:
+            text = "is required: A file, a folder, bundled/<name> or a hub id; or data.sources for several of them"
+            yield "data.source", text
+        return
+    if settings["data.source"] is not None:
+        yield "data.sources", "and data.source are both set; leave one of them out"
+    counted = [[key for key in ("weight", "rows") if source.get(key) is not None] for source in sources]
+    if any(len(keys) == 2 for keys in counted):
+        yield "data.sources", "a source has a weight and a number of rows; leave one of them out"
+    elif ["weight"] in counted and any(keys != ["weight"] for keys in counted):
+        yield "data.sources", "some sources have a weight, so give each of them one"
+    for source in sources:
+        yield from _columns({"data.format": settings.get("data.format"), **_prefixed(source)}, "data.sources")
+
+
+def _prefixed(source: Settings) -> dict[str, Any]:
+    return {f"data.{key}": value for key, value in source.items() if value is not None}
+
+
 def _rows(settings: Settings) -> Iterator[KeyProblem]:
     held_out = settings.get("data.held_out")
     limit = settings.get("data.limit")
+    if settings.get("data.too_long") == "split":
+        formats = [source.get("format") for source in settings.get("data.sources") or [{}]]
+        raw = [format or settings.get("data.format") for format in formats]
+        if not PLAIN_TEXT.issuperset(raw):
+            yield "data.too_long", f"split needs a format of plain text ({' or '.join(sorted(PLAIN_TEXT))})"
     if isinstance(held_out, int) and limit and held_out >= limit:
         yield "data.held_out", f"must be below data.limit ({limit}), or no row is left to train on"
     if isinstance(held_out, str):
@@ -189,7 +222,7 @@ def _rows(settings: Settings) -> Iterator[KeyProblem]:
             yield "data.held_out", text
 
 
-def _columns(settings: Settings) -> Iterator[KeyProblem]:
+def _columns(settings: Settings, key: str = "data.columns") -> Iterator[KeyProblem]:
     format = FORMATS.get(str(settings.get("data.format")))
     if format is None:
         return
@@ -197,7 +230,7 @@ def _columns(settings: Settings) -> Iterator[KeyProblem]:
         if name not in format.fields:
             near = get_close_matches(name, format.fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(format.fields)}"
-            yield "data.columns", f"the {format.name} format has no field {shorten(name)!r}; {hint}"
+            yield key, f"the {format.name} format has no field {shorten(name)!r}; {hint}"
 
 
 def _patterns(settings: Settings) -> Iterator[KeyProblem]:

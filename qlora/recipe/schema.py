@@ -100,11 +100,32 @@ class Adapter(Section):
         return self.facts.summary.format(rank=self.rank, targets=targets)
 
 
+class Source(Section):
+    """One of several sources of rows. The keys that it leaves out are those of `data`."""
+
+    source: Text
+    """A file, a folder, a pattern, bundled/<name> or the id of a hub set, as in `data.source`."""
+    split: Text | None = None
+    """Split of a hub data set."""
+    format: FormatName | None = None
+    """As `data.format`."""
+    columns: dict[Text, Text] | None = None
+    """As `data.columns`."""
+    template: Text | None = None
+    """As `data.template`."""
+    weight: Positive | None = None
+    """Share of an epoch relative to the other weights. An epoch has as many rows as all sources together."""
+    rows: Count | None = None
+    """Number of rows of this source in an epoch; more than it has: rows repeat. null: all."""
+
+
 class Data(Section):
     """The data set: its rows, their format, and their conversion to tokens."""
 
-    source: Text
-    """A JSON, JSONL, CSV, TSV or Parquet file, bundled/<name>, or the id of a hub data set."""
+    source: Text | None = None
+    """A data file, a folder, a pattern such as rows/*.jsonl, - for a pipe, bundled/<name>, or the id of a hub set."""
+    sources: list[Source] = []
+    """Several sources instead of `source`, each with a weight or a number of rows, or with all its rows."""
     split: Text = "train"
     """Split of a hub data set; a local file has none."""
     format: Annotated[FormatName, _FORMAT] = "alpaca"
@@ -124,8 +145,8 @@ class Data(Section):
     """One example a conversation, or one an answer: each answer is then trained after its own prompt."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Maximum length of a row, packed or not, in tokens (QLoRA, appendix B.2: 512 for most runs)."""
-    too_long: Literal["error", "drop", "truncate"] = "drop"
-    """Handling of rows longer than `max_length`: stop with an error, drop, or truncate. Their number is reported."""
+    too_long: Literal["error", "drop", "truncate", "split"] = "drop"
+    """Rows longer than `max_length`: stop with an error, drop, truncate, or split (plain text). They are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Handling of unusable rows: stop with an error that gives file and line, or skip them."""
     packing: bool = False
@@ -136,6 +157,35 @@ class Data(Section):
     """Rows for evaluation: a fraction such as 0.02, a number of rows such as 100, or another source."""
     limit: Count | None = None
     """Number of rows to read, from the first; null: all."""
+
+    @property
+    def parts(self) -> list["Data"]:
+        """The section with the keys of each of its sources in place; one for each source."""
+        return [self._with(source) for source in self.sources] or [self]
+
+    @property
+    def evaluation(self) -> "Data | None":
+        """The section with the source of the held-out rows; None if they are training rows."""
+        if not isinstance(self.held_out, str):
+            return None
+        return self.parts[0].model_copy(update={"source": self.held_out, "limit": None})
+
+    @property
+    def source_name(self) -> str:
+        """`source` of one of `parts`, which always has one."""
+        assert self.source is not None, "a section with several sources"
+        return self.source
+
+    @property
+    def names(self) -> str:
+        """The sources of the training rows, for messages and reports."""
+        return ", ".join(part.source_name for part in self.parts)
+
+    def _with(self, source: Source) -> "Data":
+        given = {key: value for key, value in source if value is not None and key in type(self).model_fields}
+        if "format" in given:  # the columns of `data` are fields of another format
+            given.setdefault("columns", {})
+        return self.model_copy(update={**given, "sources": []})
 
 
 class Checkpointing(Section):

@@ -77,9 +77,7 @@ def render(run: Path) -> str:
 def _lead(recipe: Recipe) -> str:
     """Return the base, the adapter and the data of the recipe in one line."""
     base, adapter, data = recipe.base, recipe.adapter, recipe.data
-    return (
-        f"{base.model}{' in NF4' if base.quantization == 'nf4' else ''} · {adapter.summary} · {data.source}"
-    )
+    return f"{base.model}{' in NF4' if base.quantization == 'nf4' else ''} · {adapter.summary} · {data.names}"
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""Reads rows from Parquet files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora.data.files.record import Record
+from qlora.errors import DataError
+
+_ROWS = 256
+"""rows converted at a time"""
+
+
+def read(path: Path, name: str) -> Iterator[Record]:
+    """Read the rows of a Parquet file, numbered from 1.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{name}:row {number}", row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{name}: cannot be read as Parquet: {error}. Write or download the file again"
+        ) from error

@@ -1,0 +1,244 @@
+"""Rows become examples in one pass: reasons in groups, other formats by name, split texts, rows in memory."""
+
+import errno
+import io
+import json
+import weakref
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers_for_tests import byte_level
+
+from qlora.data import IGNORE_INDEX, Dataset, Example, load_dataset, remarks
+from qlora.data import reading as reading_module
+from qlora.data.examples import Examples, ExampleWriter
+from qlora.data.layout import Layout
+from qlora.errors import DataError, SaveError
+from qlora.formats import Completion
+from qlora.recipe import Data
+
+TOKENIZER = byte_level(bos=True, pad="</s>")
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def load(source: Path | str, **section: Any) -> Dataset:
+    given = {key: section.pop(key) for key in ("rows", "progress") if key in section}
+    arguments = {"format": "prompt-completion", "max_length": 64, "held_out": 0, **section}
+    return load_dataset(Data(source=str(source), **arguments), TOKENIZER, 0, **given)
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"Question {number}?", "completion": f" {number * 7}"} for number in range(count)]
+
+
+def test_rows_with_the_same_reason_are_one_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": "a"}] * 40 + pairs(2) + [{"prompt": "a", "completion": 1}])
+    with pytest.raises(DataError) as raised:
+        load(file)
+    assert str(raised.value).splitlines() == [
+        f"{file}: 41 of 43 rows cannot be used: 40 missing field, 1 wrong type",
+        f"  {file}:1: missing field: 'completion' (the row has 'prompt') (the same in 39 more rows, next {file}:2)",
+        f"  {file}:43: wrong type: 'completion' must be text, not a number",
+        "If a field has another name in the data, set data.columns to {field: its column}.",
+        "If the rows have another structure, choose another data.format.",
+        "Correct the rows, or skip them with data.on_bad_row=skip",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        (CHAT, "messages"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sharegpt"),
+        ({"instruction": "a", "input": "", "output": "b", "text": "c"}, "alpaca"),
+        ({"text": "c", "id": 3}, "completion"),
+    ],
+)
+def test_rows_of_another_format_are_recognised(tmp_path: Path, row: Any, format: str) -> None:
+    file = write(tmp_path / "a.jsonl", [row] * 12)
+    with pytest.raises(
+        DataError, match=rf"The row at .*a\.jsonl:1 looks like data\.format={format}; set that"
+    ):
+        load(file)
+
+
+def test_rows_in_an_object_of_one_line_are_located(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", [{"version": 1, "data": pairs(3)}])
+    with pytest.raises(
+        DataError, match=r"The rows seem to be a list under the key 'data'; save that list alone"
+    ):
+        load(file)
+
+
+def test_the_reasons_are_given_even_if_bad_rows_are_skipped_and_nothing_is_left(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [CHAT] * 3)
+    with pytest.raises(DataError) as raised:
+        load(file, on_bad_row="skip")
+    message = str(raised.value)
+    assert "none of 3 rows can be used: 3 bad" in message
+    assert f"{file}:1: missing field: 'prompt' (the row has 'messages')" in message
+    assert "looks like data.format=messages" in message
+    assert "data.on_bad_row=skip" not in message
+    with pytest.raises(DataError, match=r"(?s)b\.jsonl:1: (\d+) tokens.*the longest row has \1 tokens"):
+        load(
+            write(tmp_path / "b.jsonl", [{"prompt": "a long question" * 9, "completion": "a"}]), max_length=8
+        )
+
+
+def test_a_long_text_is_split_so_that_each_token_is_trained_once(tmp_path: Path) -> None:
+    text = "".join(chr(97 + n % 26) for n in range(1000))
+    file = write(tmp_path / "a.jsonl", [{"text": text}, {"text": "short"}])
+    whole = load(file, format="text", max_length=2048).train[0]
+    dataset = load(file, format="text", too_long="split")
+    *pieces, short = dataset.train
+    assert max(len(piece.input_ids) for piece in pieces) == 64
+    assert TOKENIZER.decode(short.input_ids) == "<s>short</s>"
+    trained = np.concatenate([piece.labels[piece.labels != IGNORE_INDEX] for piece in pieces])
+    assert trained.tolist() == whole.input_ids[1:].tolist()
+    for before, after in pairwise(pieces):
+        assert after.input_ids[0] == before.input_ids[-1]
+        assert after.labels[0] == IGNORE_INDEX
+    counts = dataset.counts
+    assert (counts.read, counts.train, counts.split, counts.dropped) == (
+        2,
+        len(pieces) + 1,
+        len(pieces) - 1,
+        0,
+    )
+    assert "1 texts are longer than data.max_length and are split into several rows" in remarks(counts)
+
+
+@pytest.mark.parametrize("length", range(8, 30))
+def test_no_piece_of_a_split_text_is_empty(tmp_path: Path, length: int) -> None:
+    file = write(tmp_path / "a.jsonl", [{"text": "a" * length}])
+    dataset = load(file, format="text", too_long="split", max_length=8)
+    assert all((row.labels != IGNORE_INDEX).any() for row in dataset.train)
+    assert dataset.counts.supervised == load(file, format="text").counts.supervised
+
+
+def test_the_pieces_of_a_row_are_held_out_together(tmp_path: Path) -> None:
+    rows = [{"text": f"{number} " * 90} for number in range(100, 120)]
+    dataset = load(write(tmp_path / "a.jsonl", rows), format="text", too_long="split", held_out=5)
+    train, held_out = ({row.origin for row in part} for part in (dataset.train, dataset.held_out))
+    assert (len(train), len(held_out)) == (15, 5)
+    assert not train & held_out
+    assert [prompt.origin for prompt in dataset.prompts] == list(dict.fromkeys(dataset.held_out.origins))
+
+
+def test_rows_in_memory_are_read_as_those_of_a_file(tmp_path: Path) -> None:
+    rows = pairs(30)
+    from_file = load(write(tmp_path / "a.jsonl", rows), held_out=4)
+    for given in (rows, iter(rows)):
+        in_memory = load("my rows", rows=given, held_out=4)
+        assert in_memory.fingerprint == from_file.fingerprint
+        assert [prompt[:3] for prompt in in_memory.prompts] == [prompt[:3] for prompt in from_file.prompts]
+        assert in_memory.train[0].origin == f"my rows:row {from_file.train[0].origin.rpartition(':')[2]}"
+    assert load("my rows", rows=rows[:7]).counts.train == 7  # no cache returns the earlier rows
+    with pytest.raises(DataError, match="my rows:row 2: missing field: 'completion'"):
+        load("my rows", rows=[rows[0], {"prompt": "a"}])
+    with pytest.raises(DataError, match="my rows:row 1: not an object"):
+        load("my rows", rows=["text"])
+
+
+def test_progress_counts_the_rows(tmp_path: Path) -> None:
+    lines: list[str] = []
+    file = write(tmp_path / "a.jsonl", pairs(3000))
+    load(file, progress=lines.append)
+    assert lines[0] == f"tokenizing {file}: 1,024 rows"
+    assert lines[-1] == f"tokenizing {file}: 3,000 rows"
+
+
+def test_no_text_of_a_training_row_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold a reference to nothing but the rows of a chunk, however many there are."""
+
+    class Traced(Completion):
+        __slots__ = ("__weakref__",)
+
+    alive: weakref.WeakSet[Traced] = weakref.WeakSet()
+    most = 0
+    read = Layout.read
+
+    def traced(self: Layout, row: Any) -> Any:
+        nonlocal most
+        content = read(self, row)
+        content = Traced(content.prompt, content.completion)  # type: ignore[union-attr]
+        alive.add(content)
+        most = max(most, len(alive))
+        return content
+
+    monkeypatch.setattr(Layout, "read", traced)
+    monkeypatch.setattr(reading_module, "_ROWS", 16)
+    dataset = load(write(tmp_path / "a.jsonl", pairs(500)), held_out=3)
+    assert (len(dataset.train), len(dataset.prompts)) == (497, 3)
+    assert most <= 32
+
+
+def test_a_chunk_is_limited_by_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "_CHARACTERS", 100)
+    lines: list[str] = []
+    load(
+        write(tmp_path / "a.jsonl", [{"text": "a" * 60}] * 7),
+        format="text",
+        max_length=128,
+        progress=lines.append,
+    )
+    assert [line.rpartition(": ")[2] for line in lines] == ["2 rows", "4 rows", "6 rows", "7 rows"]
+
+
+def examples(count: int) -> Iterator[Example]:
+    generator = np.random.default_rng(count)
+    for number in range(count):
+        ids = generator.integers(1, 99, generator.integers(1, 9)).astype(np.int32)
+        labels = np.where(generator.random(len(ids)) < 0.5, ids, np.int32(IGNORE_INDEX))
+        yield Example(ids, labels, f"a:{number}")
+
+
+def plain(examples: Any) -> list[Any]:
+    return [(row.input_ids.tolist(), row.labels.tolist(), row.origin) for row in examples]
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_examples_are_what_was_written(tmp_path: Path, count: int) -> None:
+    rows = list(examples(count))
+    with ExampleWriter() as writer:
+        for row in rows:
+            writer.append(*row)
+        written = writer.examples()
+    written.save(tmp_path, "part")
+    loaded = Examples.load(tmp_path, "part", list(written.origins))
+    chosen = written.select(range(0, count, 3))
+    chosen.save(tmp_path, "chosen")
+    for found, expected in [
+        (written, rows),
+        (loaded, rows),
+        (Examples.of(rows), rows),
+        (chosen, rows[::3]),
+        (written[1:4], rows[1:4]),
+        (Examples.load(tmp_path, "chosen", list(chosen.origins)), rows[::3]),
+    ]:
+        assert len(found) == len(expected)
+        assert plain(found) == plain(expected)
+        assert found.lengths.tolist() == [len(row.input_ids) for row in expected]
+        assert found.supervised.tolist() == [int((row.labels[1:] != IGNORE_INDEX).sum()) for row in expected]
+    with pytest.raises(ValueError, match="documents with"):
+        Examples.load(tmp_path, "part", ["one more", *written.origins])
+
+
+class FullDisk(io.BytesIO):
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora.data.examples._temporary_file", FullDisk)
+    with pytest.raises(SaveError, match=r"cannot be written to .*No space left.*set QLORA_CACHE"):
+        Examples.of(list(examples(1)))
