@@ -15,6 +15,7 @@ PROGRAM = """
 import kernels, sys
 import qlora.training.train
 assert sys.modules["kernels"] is kernels
+assert "torch._inductor.lowering" not in sys.modules, "torch's compiler takes seconds to import"
 kernels.get_kernel("nothing")
 """
 

@@ -15,6 +15,7 @@ from qlora.objective.causal_lm import CausalLM, supervised_states
 from qlora.objective.objective import Loss
 from qlora.objective.step import accumulate, evaluate
 from qlora.recipe import Recipe
+from qlora.training import prepare
 from qlora.training import train as loop
 
 
@@ -33,7 +34,7 @@ class WithAccuracy(CausalLM):
 def test_metrics_are_means_over_the_step_and_recorded(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "objective_of", lambda recipe: WithAccuracy())
+    monkeypatch.setattr(prepare, "objective_of", lambda recipe: WithAccuracy())
     with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
         file = recipe_file(training={"max_steps": 8}, optimizer={"lr": 1e-2})
         run = loop.train(Recipe.load(file), terminal=False).run

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import masking_utils
 from transformers.quantizers import HfQuantizer, auto
@@ -22,6 +23,7 @@ Patch = Callable[[], AbstractContextManager[None]]
 
 PATCHES: dict[str, tuple[Patch, Callable[[], Any]]] = {
     "kernels_hidden": (patches.kernels_hidden, lambda: sys.modules.get("kernels", "not imported")),
+    "compilation_postponed": (patches.compilation_postponed, lambda: torch.compile),
     "parameters_on_meta": (patches.parameters_on_meta, lambda: nn.Module.register_parameter),
     "rows_packed": (
         lambda: patches.rows_packed(packed=False),
@@ -98,3 +100,26 @@ def test_transformers_prepares_4_bit_weights_as_expected() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is Bnb4BitHfQuantizer
     prepare = Bnb4BitHfQuantizer._process_model_before_weight_loading
     assert list(inspect.signature(prepare).parameters)[:2] == ["self", "model"]
+
+
+def test_a_postponed_function_is_compiled_once_with_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[dict[str, Any]] = []
+
+    def compiled(function: Callable[[int], int], **settings: Any) -> Callable[[int], int]:
+        log.append(settings)
+        return lambda number: 10 * function(number)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with patches.compilation_postponed():
+
+        @torch.compile
+        def plain(number: int) -> int:
+            return number
+
+        @torch.compile(dynamic=False)
+        def fixed(number: int) -> int:
+            return number
+
+    assert not log
+    assert [plain(1), plain(2), fixed(3)] == [10, 20, 30]
+    assert log == [{}, {"dynamic": False}]

@@ -11,6 +11,7 @@ from qlora.cli import adapter, cache, recipes
 from qlora.cli.chat import chat
 from qlora.cli.check import check
 from qlora.cli.data import data
+from qlora.cli.env import env
 from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
 from qlora.cli.generate import generate
@@ -22,13 +23,10 @@ from qlora.errors import QloraError
 from qlora.runtime.signals import not_ignored
 from qlora.runtime.streams import unbreakable_output
 
-DISTRIBUTION = "qlora-train"
-"""name of the package on the package index, where `qlora` is another project"""
-
 app = typer.Typer(
     help="Fine-tune 7B-65B language models on one GPU from a recipe.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -42,6 +40,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge)
 app.command("report")(report)
+app.command("env")(env)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")
@@ -64,13 +63,9 @@ def main() -> None:
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    from importlib import metadata
+    from qlora.runtime.environment import DISTRIBUTION, package_version
 
-    try:
-        version = metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        version = "unknown (not installed)"
-    print(f"{DISTRIBUTION} {version}")
+    print(f"{DISTRIBUTION} {package_version()}")
     raise typer.Exit
 
 

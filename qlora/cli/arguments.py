@@ -1,8 +1,12 @@
 """Arguments and options shared by several commands."""
 
-from typing import Annotated
+import os
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from qlora.tracking.startup import Startup
 
 RecipeArgument = Annotated[
     str,
@@ -32,3 +36,22 @@ TrustRemoteCode = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")
 ]
+IMPORTS = "loading torch and transformers"
+"""name of the stage in which a command imports large libraries"""
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only warnings and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show how long each stage takes.")]
+
+
+def startup_for(*, quiet: bool = False, verbose: bool = False, json_output: bool = False) -> "Startup":
+    """Return the display of a command's stages for its options. Only the main process of a run shows them.
+
+    Raises:
+        BadParameter: quiet and verbose are both set.
+    """
+    from qlora.tracking.startup import Startup
+
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose cannot be used together; leave one out")
+    main = int(os.environ.get("RANK", "0")) == 0
+    return Startup(shown=main and not (quiet or json_output), verbose=verbose)

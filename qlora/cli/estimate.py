@@ -5,21 +5,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.arguments import Json, Overrides, RecipeArgument
+from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
 
 if TYPE_CHECKING:
     from qlora.memory.estimate import Estimate
 
+
+def _list_cards(gpu: str | None) -> str | None:
+    if gpu == "list":
+        from qlora.memory.gpus import listed_cards
+
+        print(listed_cards())
+        raise typer.Exit
+    return gpu
+
+
 Gpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="SIZE", help="Memory of the GPU, such as 24GiB. Default: the GPU of this machine."
+        "--gpu",
+        metavar="CARD_OR_SIZE",
+        is_eager=True,
+        callback=_list_cards,
+        help="Name of a GPU, such as rtx4090, or its memory, such as 24GiB; list shows the known names. "
+        "Default: the GPU of this machine.",
     ),
 ]
 
 
 def estimate(
-    recipe: RecipeArgument, overrides: Overrides = None, gpu: Gpu = None, json_output: Json = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Gpu = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Forecast the memory of a run, part by part, and check whether it fits.
 
@@ -28,20 +48,20 @@ def estimate(
     are assumed to be as long as the recipe allows.
 
     [bold]qlora estimate llama-65b --gpu 48GiB[/bold]
+    [bold]qlora estimate llama-3.1-8b --gpu rtx4090[/bold]
     [bold]qlora estimate my.yaml training.micro_batch_size=8[/bold]
     """
+    startup = startup_for(quiet=quiet, verbose=verbose, json_output=json_output)
     from qlora.recipe import Recipe
-    from qlora.recipe.sizes import parse_size
 
     loaded = Recipe.load(recipe, overrides or [])
-    try:
-        capacity = None if gpu is None else parse_size(gpu)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--gpu") from error
-    from qlora.memory.estimate import estimate as forecast
-    from qlora.tracking.status import status
+    from qlora.memory.gpus import capacity_bytes
 
-    with status("reading the recipe", wanted=not json_output) as progress:
+    capacity = None if gpu is None else capacity_bytes(gpu)
+    with startup.stage(IMPORTS):
+        from qlora.memory.estimate import estimate as forecast
+
+    with startup.stage("forecasting memory") as progress:
         result = forecast(loaded, capacity, progress)
     if json_output:
         print(json.dumps(result.as_json()))
@@ -50,11 +70,8 @@ def estimate(
 
 
 def _print(result: "Estimate") -> None:
-    from rich.console import Console
+    from qlora.cli.memory import assumptions, print_memory
 
-    from qlora.report.memory_files import table
-
-    console = Console(highlight=False)
-    console.print(table(result.memory))
-    for line in result.lines():
-        console.print(line, soft_wrap=True, markup=False)
+    print_memory(result.memory)
+    for line in (*assumptions(result.memory), *result.lines()):
+        print(line)

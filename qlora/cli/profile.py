@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import Json, Overrides, RecipeArgument
+from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
+from qlora.cli.memory import print_memory
 
 
 def profile(
@@ -17,27 +18,31 @@ def profile(
         Path | None, typer.Option("--out", help="Write memory.json, memory.md and memory.png to this folder.")
     ] = None,
     json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train for a few steps and compare the measured memory with the forecast.
 
-    Every tensor is counted. The run itself is discarded; pass --out to keep
+    Every tensor is counted; the stages of the start are timed. The run itself is discarded; pass --out to keep
     the memory report.
 
     [bold]qlora profile quickstart --steps 5[/bold]
     """
+    startup = startup_for(quiet=quiet, verbose=verbose, json_output=json_output)
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
-    from qlora.report.memory_files import table, write
-    from qlora.training.profile import profile as measured
+    with startup.stage(IMPORTS):
+        from qlora.report.memory_files import write
+        from qlora.training.profile import profile as measured
 
-    memory = measured(loaded, steps, terminal=not json_output)
+    memory = measured(loaded, steps, startup=startup)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write(out, memory)
     if json_output:
-        print(json.dumps(memory))
+        print(json.dumps({**memory, "stages": startup.seconds}))
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(table(memory))
+    print_memory(memory)
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in startup.seconds.items())
+    print(f"Start: {stages}.")

@@ -3,18 +3,37 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.arguments import Json, Overrides, RecipeArgument
+from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
 from qlora.errors import ModelError
 
 if TYPE_CHECKING:
     from qlora.training.result import TrainResult
 
 GiB = 2**30
+
+MEANINGS = {
+    "adapter": "the trained adapter",
+    "model": "the trained model",
+    "report.html": "the run on one page: curves, samples, memory, recipe",
+    "result.json": "the summary of the run",
+    "metrics.jsonl": "losses and speed of each step, evaluations and samples",
+    "facts.json": "device, base, rows, steps and software of the run",
+    "recipe.yaml": "the recipe with every default",
+    "run.json": "the id of the run",
+    "memory.json": "memory by part: forecast and measured",
+    "memory.md": "the same as a table",
+    "memory.png": "the same as a picture",
+    "checkpoints": "checkpoints, for --resume",
+    "wandb": "the copy for Weights & Biases",
+    "tensorboard": "the copy for TensorBoard",
+}
+"""everything that a run writes, in the order of interest"""
 
 
 def train(
@@ -27,6 +46,8 @@ def train(
         bool, typer.Option("--fresh", help="Remove the existing run in the folder and start again.")
     ] = False,
     json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fine-tune a model with a recipe.
 
@@ -39,16 +60,20 @@ def train(
     """
     if resume and fresh:
         raise typer.BadParameter("--resume and --fresh cannot be used together; leave one out")
+    startup = startup_for(quiet=quiet, verbose=verbose, json_output=json_output)
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])  # before torch is imported: a wrong recipe fails at once
-    from qlora.training.train import train as run
+    with startup.stage(IMPORTS):
+        from qlora.training.train import train as run
 
-    outcome = run(loaded, resume=resume, fresh=fresh, terminal=not json_output)
+    outcome = run(loaded, resume=resume, fresh=fresh, terminal=startup.shown, startup=startup)
     if int(os.environ.get("RANK", "0")) > 0:
         pass  # only the main process prints
     elif json_output:
         print(json.dumps(outcome.as_json()))
+    elif quiet:
+        print(outcome.result or _stopped(outcome.run))
     else:
         print(report(outcome))
     if outcome.stopped_by:
@@ -56,7 +81,9 @@ def train(
 
 
 def report(outcome: "TrainResult") -> str:
-    """Summarize a run for the user: losses, memory, time, and where the result is."""
+    """Summarize a run for the user: losses, memory, time, and every file that it wrote."""
+    from qlora.report.headlines import duration
+
     lines = []
     if outcome.result is not None and outcome.loss_before is not None:
         lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after")
@@ -67,14 +94,25 @@ def report(outcome: "TrainResult") -> str:
             f"{memory.reserved_bytes / GiB:.2f} GiB peak reserved"
         )
     lines.append(f"host memory    {memory.resident_bytes / GiB:.2f} GiB peak resident, libraries included")
-    lines.append(f"time           {outcome.seconds:.0f} s for {outcome.steps} of {outcome.total_steps} steps")
-    lines.append(f"run            {outcome.run}  (metrics.jsonl, recipe.yaml)")
+    lines.append(
+        f"time           {duration(outcome.seconds)} for {outcome.steps} of {outcome.total_steps} steps"
+    )
+    lines.append(f"files          {outcome.run}/")
+    lines += [f"  {name:15}{meaning}" for name, meaning in written(outcome.run)]
     if outcome.result is not None:
-        lines.append(f"result         {outcome.result}")
         lines.append(f'\nTry it:  qlora generate {outcome.run} --prompt "..."')
     else:
         lines.append(_stopped(outcome.run))
     return "\n".join(lines)
+
+
+def written(run: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name, meaning) of each file and folder that a run wrote into its folder."""
+    for name, meaning in MEANINGS.items():
+        path = run / name
+        if path.exists():
+            inside = f" ({len(list(path.glob('step-*')))})" if name == "checkpoints" else ""
+            yield f"{name}/" if path.is_dir() else name, meaning + inside
 
 
 def _stopped(run: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qlora.memory import rule_of_thumb
+from qlora.memory.architecture import dtype_on
 from qlora.memory.forecast import Forecast
 from qlora.memory.workload import Workload
 from qlora.recipe import Recipe
@@ -49,6 +50,7 @@ def account(
             "layers": forecast.layers,
             "loss_chunk": forecast.loss_chunk,
             "basis": workload.basis,
+            "compute_dtype": str(dtype_on(recipe, cuda)).removeprefix("torch."),
         },
         "documents": rule_of_thumb.as_json(
             "lora" if frozen_base else "full",

@@ -23,6 +23,15 @@ from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
 
+PHASES = {
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "update": "the optimizer step",
+    "evaluation": "an evaluation",
+}
+"""phases of a step in words"""
+
 
 @dataclass(frozen=True)
 class RunMemory:
@@ -130,7 +139,7 @@ def _summary(forecast: Forecast, device: torch.device) -> str:
     phase, parts = forecast.trace.peak()
     total, paged = sum(parts.values()), parts["optimizer_state_paged"]
     unit = unit_for(total)
-    line = f"memory forecast {unit.text(total)}, peak in {phase}"
+    line = f"{unit.text(total)} forecast, at the peak in {PHASES.get(phase, phase)}"
     if paged:
         line += f"; {unit.text(paged)} of it can move to the host"
     if forecast.host_bytes:
@@ -141,7 +150,7 @@ def _summary(forecast: Forecast, device: torch.device) -> str:
     capacity = measure.capacity_bytes(device)
     if capacity is not None and needed(forecast) > capacity:
         line += (
-            f". This GPU has {unit.text(capacity)}: the run will not fit. Run `qlora estimate` for changes "
+            f". THE RUN WILL NOT FIT: this GPU has {unit.text(capacity)}. Run `qlora estimate` for changes "
             "that make it fit, or set training.memory=auto"
         )
     return line

@@ -72,7 +72,8 @@ def _steps(recipe: Recipe, history: History, result: Json | None) -> Headline:
 def _time(history: History, result: Json | None) -> Iterator[Headline]:
     """Yield the run's time.
 
-    The result of a resumed run covers only its last session. If the steps took longer, their time is shown.
+    In an earlier version, the result of a resumed run covered only its last session. If the steps took longer, their
+    time is shown.
     """
     if result and result["seconds"] >= history.seconds:
         yield Headline("Time", duration(result["seconds"]), f"{duration(history.seconds)} of it in steps")

@@ -11,6 +11,7 @@ from qlora.errors import ModelError
 from qlora.recipe import Recipe
 from qlora.report import history
 from qlora.report.curves import BOTTOM, LEFT, RIGHT, TOP, charts
+from qlora.report.facts import Row, RunFacts
 from qlora.report.headlines import headlines
 from qlora.report.memory_comparison import COLUMNS, RULE_OF_THUMB, Comparison
 from qlora.report.samples import prompts
@@ -20,7 +21,8 @@ HERE = Path(__file__).parent
 
 
 def write_page(run: Path) -> Path:
-    """Write `<run>/report.html` from those of recipe.yaml, metrics.jsonl, result.json and memory.json that exist.
+    """Write `<run>/report.html` from those of recipe.yaml, metrics.jsonl, result.json, facts.json and memory.json that
+    exist.
 
     The run can be unfinished.
 
@@ -67,6 +69,7 @@ def render(run: Path) -> str:
         charts=charts(records),
         plot=f"inset: {1 - TOP:.1%} {1 - RIGHT:.1%} {BOTTOM:.1%} {LEFT:.1%}",
         prompts=prompts(records.samples),
+        facts=_facts(run, result),
         memory=None if memory is None else _memory(memory),
         style=Markup((HERE / "page.css").read_text()),
         script=Markup(script),
@@ -78,6 +81,19 @@ def _lead(recipe: Recipe) -> str:
     """Return the base, the adapter and the data of the recipe in one line."""
     base, adapter, data = recipe.base, recipe.adapter, recipe.data
     return f"{base.model}{' in NF4' if base.quantization == 'nf4' else ''} · {adapter.summary} · {data.names}"
+
+
+def _facts(run: Path, result: Mapping[str, Any] | None) -> list[Row]:
+    """Return the rows of the facts that are known before the first step; none for a run of an earlier version."""
+    facts = (result or {}).get("facts") or _json(run / "facts.json")
+    if facts is None:
+        return []
+    try:
+        return RunFacts.from_json(facts).rows()
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{run / 'facts.json'}: damaged: {error}. Remove the file or restore it from a copy"
+        ) from error
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:

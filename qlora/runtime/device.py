@@ -36,6 +36,15 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def automatic_dtype() -> tuple[str, str]:
+    """Return the dtype that `base.compute_dtype: auto` gives on this machine, and the reason."""
+    if torch.cuda.is_available():
+        return "bfloat16", "torch finds a GPU"
+    if multiplies_bfloat16():
+        return "bfloat16", "this CPU multiplies bfloat16 in hardware"
+    return "float32", "this CPU would emulate bfloat16, which is 8 to 100 times slower"
+
+
 def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """Return the multiple to which the number of tokens in a pass over documents is padded; 1 means no padding.
 

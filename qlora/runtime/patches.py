@@ -6,10 +6,12 @@ Libraries are imported inside the functions, so that one patch does not load the
 
 import logging
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 KERNELS_FAILED = "Failed to load CPU gemm_4bit_forward from kernels-community"
@@ -35,6 +37,33 @@ def kernels_hidden() -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(_is_not_about_kernels)
+
+
+@contextmanager
+def compilation_postponed() -> Iterator[None]:
+    """Let `torch.compile` compile at the first call of a function that is decorated here, not at the decoration.
+
+    Changes: `torch.compile`.
+    Needed by: bitsandbytes 0.50, which decorates four functions of its CPU code when it is imported. Each import then
+        loads torch's compiler, which takes longer than all else that bitsandbytes does.
+    Source: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/backends/default/ops.py
+    Unnecessary once: bitsandbytes compiles when it computes, or `torch.compile` loads its compiler at the first call.
+    """
+    compiled = torch.compile
+
+    def postponed(function: Callable[..., Any] | None = None, **settings: Any) -> Callable[..., Any]:
+        if function is None:
+            return lambda decorated: postponed(decorated, **settings)
+        ready = cache(lambda: compiled(function, **settings))
+
+        @wraps(function)
+        def first_call(*args: Any, **kwargs: Any) -> Any:
+            return ready()(*args, **kwargs)
+
+        return first_call
+
+    with _attribute(torch, "compile", postponed):
+        yield
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Tracker:
         sections: the recipe's sections of `tracking` by name; a tracker without a section is off.
         total_steps: optimizer steps of the whole run.
         resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
+        loss_before: held-out loss before the first step, of a run that resumes.
         terminal: show progress on standard error; otherwise only notes are shown, in the log `qlora`.
         main: False in all processes of a distributed run except the first; these record and show nothing.
 
@@ -44,6 +45,7 @@ class Tracker:
         sections: Mapping[str, Any],
         total_steps: int,
         resume_step: int = 0,
+        loss_before: float | None = None,
         terminal: bool = True,
         main: bool = True,
     ) -> None:
@@ -51,7 +53,7 @@ class Tracker:
         if not main:
             return
         self._sinks.append(Record(run / "metrics.jsonl", resume_step))
-        self._sinks.append(_terminal(total_steps, resume_step) if terminal else _Log())
+        self._sinks.append(_terminal(total_steps, resume_step, loss_before) if terminal else _Log())
         tracked = Run(run, config, resume_step, self.note)
         for name, section in sections.items():
             self._sinks.append(Guarded(BACKENDS[name], section, tracked))
@@ -106,7 +108,7 @@ class _Log(Sink):
         logging.getLogger("qlora").warning(text)
 
 
-def _terminal(total_steps: int, first_step: int) -> Sink:
+def _terminal(total_steps: int, first_step: int, loss_before: float | None) -> Sink:
     from qlora.tracking.terminal import open_terminal
 
-    return open_terminal(total_steps, first_step)
+    return open_terminal(total_steps, first_step, loss_before)

@@ -21,11 +21,17 @@ MAX_TEXT = 240
 """maximum length of a shown prompt or answer, in characters"""
 
 
-def open_terminal(total_steps: int, first_step: int = 0) -> Sink:
-    """Open the progress display on standard error: a bar on a terminal, else lines."""
+def open_terminal(total_steps: int, first_step: int = 0, loss_before: float | None = None) -> Sink:
+    """Open the progress display on standard error: a bar on a terminal, else lines.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        first_step: step that the run resumes from; 0 for a new run.
+        loss_before: held-out loss before step 1, if the run has computed it already.
+    """
     console = Console(file=cast(IO[str], Unbreakable(sys.stderr)), highlight=False)
     kind = Bar if console.is_terminal else Lines
-    return kind(console, Pace(total_steps, first_step))
+    return kind(console, Pace(total_steps, first_step), loss_before)
 
 
 class Pace:
@@ -50,32 +56,42 @@ class Pace:
 class _Printing(Sink):
     """Printing of evaluations, samples and notes, shared by `Bar` and `Lines`."""
 
-    def __init__(self, console: Console, pace: Pace) -> None:
-        self.console, self.pace = console, pace
-        self._first_loss: tuple[int, float] | None = None
+    def __init__(self, console: Console, pace: Pace, loss_before: float | None = None) -> None:
+        self.console, self.pace, self.loss_before = console, pace, loss_before
 
     def evaluation(self, record: Metrics) -> None:
         """Print the held-out loss, and the first one for comparison."""
         step, loss = record["step"], record["eval_loss"]
         text = Text.assemble((f"step {step}", "bold"), f"  held-out loss {loss:.4f}")
-        if self._first_loss is None:
-            self._first_loss = step, loss
-        else:
-            text.append(f"  ({self._first_loss[1]:.4f} at step {self._first_loss[0]})", "dim")
+        if step == 0:
+            self.loss_before = loss
+        elif self.loss_before is not None:
+            text.append(f"  ({self.loss_before:.4f} at step 0)", "dim")
         self._print(text)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """Print prompt, expected answer and answer below each other, with a tick if the two answers are equal."""
         for sample in samples:
             same = sample.answer.strip() == sample.reference.strip()
-            rows = Table.grid(padding=(0, 2))
-            rows.add_row(Text("prompt", "dim"), one_line(sample.prompt))
+            rows = [(Text("prompt", "dim"), one_line(sample.prompt))]
             if sample.reference:
-                rows.add_row(Text("expected", "dim"), one_line(sample.reference))
-            rows.add_row(
-                Text("answer ✓" if same else "answer", "green" if same else "dim"), one_line(sample.answer)
-            )
-            self._print(Padding(rows, (0, 0, 1, 2), expand=False))
+                rows.append((Text("expected", "dim"), one_line(sample.reference)))
+            mark = Text("answer ✓" if same else "answer", "green" if same else "dim")
+            rows.append((mark, one_line(sample.answer)))
+            self._rows(rows)
+
+    def _rows(self, rows: list[tuple[Text, Text]]) -> None:
+        """Print a block of two columns; in a log each row is a line, without padding at its end."""
+        if self.console.is_terminal:
+            grid = Table.grid(padding=(0, 2))
+            for row in rows:
+                grid.add_row(*row)
+            self._print(Padding(grid, (0, 0, 1, 2), expand=False))
+            return
+        width = max(len(label) for label, _ in rows)
+        for label, text in rows:
+            self._print(Text(f"  {label.plain:{width}}  {text.plain}".rstrip()))
+        self._print(Text())
 
     def note(self, text: str) -> None:
         """Print a line that starts with the word `note`."""
@@ -104,8 +120,8 @@ class Lines(_Printing):
 class Bar(_Printing):
     """Progress for a terminal: a bar on the last line, everything else above it."""
 
-    def __init__(self, console: Console, pace: Pace) -> None:
-        super().__init__(console, pace)
+    def __init__(self, console: Console, pace: Pace, loss_before: float | None = None) -> None:
+        super().__init__(console, pace, loss_before)
         fixed = Column(no_wrap=True)
         self.progress = Progress(
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),

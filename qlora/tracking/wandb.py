@@ -169,6 +169,15 @@ def choose_mode(
     return "online"
 
 
+def login() -> str:
+    """Return whether runs of this machine go online, in words and without the key. Contacts no server."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return f"{mode}, by WANDB_MODE"
+    if _has_key(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"):
+        return "an API key is configured: runs are online"
+    return "no API key: runs are kept offline; `wandb login` stores a key"
+
+
 def _has_key(url: str) -> bool:
     """Return True if an API key is configured, by `wandb login` or by the environment."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -22,8 +22,11 @@ class TrainResult:
     loss_after: float | None
     memory: Peak
     seconds: float
+    """duration of the whole run, all sessions together, without the work that a kill lost"""
     stopped_by: int | None = None
     """the signal that stopped the run early"""
+    facts: dict[str, Any] | None = None
+    """facts known before the first step (see `qlora.report.facts`); None for a run of an earlier version"""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, as stored in a run's result.json."""

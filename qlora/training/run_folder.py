@@ -26,14 +26,14 @@ from qlora.training import checkpoint
 
 # Everything that a run writes, and the only names that --fresh removes.
 CONTENTS = (
-    "run.json", "recipe.yaml", "metrics.jsonl", "result.json", "checkpoints", "adapter", "model", *BACKENDS,
-    "report.html", "memory.json", "memory.md", "memory.png",
+    "run.json", "recipe.yaml", "facts.json", "metrics.jsonl", "result.json", "checkpoints", "adapter", "model",
+    *BACKENDS, "report.html", "memory.json", "memory.md", "memory.png",
 )  # fmt: skip
 
 RESULTS = ("adapter", "model")
 
 # Those of CONTENTS that only qlora writes: next to one of them, folders named like a run's are a run's.
-RUN_ONLY_FILES = {"metrics.jsonl", "result.json", "memory.json", "report.html"}
+RUN_ONLY_FILES = {"facts.json", "metrics.jsonl", "result.json", "memory.json", "report.html"}
 
 # Names inside the folders of a run.
 NAME_PATTERNS = {
@@ -65,6 +65,10 @@ class RunFolder:
     run_id: str
     plan: dict[str, Any] | None = None
     """settings that the memory budget chose when the run began; a resumed run keeps them"""
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Store the facts about the run that are known before its first step."""
+        atomic.write(self.path / "facts.json", (json.dumps(facts, indent=2) + "\n").encode())
 
     def write_result(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -120,6 +124,16 @@ def earlier_plan(path: Path) -> dict[str, Any] | None:
     """
     earlier = _earlier(path)
     return None if earlier is None else earlier.plan
+
+
+def earlier_run_id(path: Path) -> str | None:
+    """Return the id of the run in `path`; None if there is none, or it has only begun to replace another one.
+
+    Raises:
+        ModelError: run.json is damaged, and no other file in the folder can replace it.
+    """
+    earlier = _earlier(path)
+    return None if earlier is None or earlier.starting else earlier.run_id
 
 
 def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bool:
@@ -193,7 +207,7 @@ def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
     """Rewrite run.json and recipe.yaml if they are damaged or have changed; leave correct files untouched."""
     if source != run.path / "run.json":
         _warn(f"{run.path / 'run.json'} was missing or damaged; rewritten with the run id from {source}")
-    if _recorded(run.path / "recipe.yaml") is None:
+    if recorded(run.path / "recipe.yaml") is None:
         _warn(f"{run.path / 'recipe.yaml'} was missing or damaged; rewritten from the given recipe")
     elif recipe.adapter.dropout and not (run.path / "recipe.yaml").read_text().startswith("version:"):
         _warn(
@@ -302,7 +316,7 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
     If recipe.yaml is missing or damaged, use the copy in the newest checkpoint, which already contains the plan.
     """
     file = path / "recipe.yaml"
-    if (recipe := _recorded(file)) is not None:
+    if (recipe := recorded(file)) is not None:
         return recipe.to_dict(), RESUMABLE_KEYS
     folder = checkpoint.newest(path, run_id=earlier.run_id, checksums=False)
     if folder is None:
@@ -316,7 +330,7 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
     return Recipe.recorded(copy).to_dict(), RESUMABLE_KEYS | planned
 
 
-def _recorded(file: Path) -> Recipe | None:
+def recorded(file: Path) -> Recipe | None:
     """Read the recipe in a file; return None if it is missing or damaged."""
     try:
         return Recipe.recorded(file)

@@ -15,6 +15,7 @@ from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.runtime.distributed import DataParallel
 from qlora.tracking import Tracker
+from qlora.tracking.startup import Startup
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Session:
     """settings of `training` that the memory budget chose; None without a budget"""
     notes: list[str]
     """messages for the user before the first step"""
+    startup: Startup
+    """shows the stages of the start, and measures them"""
 
     @property
     def total_steps(self) -> int:
@@ -51,14 +54,25 @@ class Session:
         """Fingerprint of the base, the tokenizer and the template, stored with the adapter."""
         return replace(BaseIdentity.of(self.model), **prompt_digests(self.recipe.data, self.tokenizer))
 
-    def tracker(self, run: Path, first_step: int, *, terminal: bool, trackers: bool) -> Tracker:
-        """Open the tracker of the run in folder `run`. `trackers=False` leaves out the trackers of the recipe."""
+    def tracker(
+        self, run: Path, first_step: int, loss_before: float | None, *, terminal: bool, trackers: bool
+    ) -> Tracker:
+        """Open the tracker of the run in folder `run`.
+
+        Args:
+            run: the run's folder.
+            first_step: step of the checkpoint that the run resumes from; 0 for a new run.
+            loss_before: held-out loss before the first step, if the run has computed it already.
+            terminal: show progress on standard error.
+            trackers: False leaves out the trackers of the recipe.
+        """
         return Tracker(
             run,
             config=self.recipe.to_dict(),
             sections=dict(self.recipe.tracking) if trackers else {},
             total_steps=self.total_steps,
             resume_step=first_step,
+            loss_before=loss_before,
             terminal=terminal,
             main=self.processes.is_main,
         )

@@ -27,6 +27,8 @@ class Progress:
     """optimizer steps taken"""
     loss_before: float | None = None
     """held-out loss before the first step"""
+    seconds: float = 0.0
+    """duration of the run so far, all sessions together"""
 
 
 def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> None:
@@ -42,7 +44,9 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                 folder,
                 {
                     "step": progress.step,
+                    "total_steps": session.total_steps,
                     "loss_before": progress.loss_before,
+                    "seconds": progress.seconds,
                     "data": session.dataset.fingerprint,
                     "plan": session.plan,  # for a resume after run.json was lost
                 },
@@ -70,7 +74,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
         )
     read_weights(session, folder / session.result_name)
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
-    return Progress(state["step"], state["loss_before"])
+    return Progress(state["step"], state["loss_before"], state.get("seconds", 0.0))
 
 
 def write_weights(session: Session, folder: Path) -> None:

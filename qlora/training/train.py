@@ -9,39 +9,40 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qlora.adapter.methods import METHODS
-from qlora.data import Batch, load_dataset, training_batches
+from qlora.data import Batch
 from qlora.errors import DivergedError
 from qlora.memory import measure
 from qlora.memory.oom import out_of_memory_explained
-from qlora.memory.plan import changed
-from qlora.memory.run_memory import RunMemory, budgeted
-from qlora.model.load import load_tokenizer
-from qlora.model.prepare import build
-from qlora.objective import objective_of
-from qlora.objective.checks import check_model
 from qlora.objective.step import accumulate
 from qlora.optim import learning_rate
 from qlora.recipe import Recipe
-from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import DataParallel
 from qlora.runtime.phases import Phase, announce
 from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
-from qlora.tracking.status import status
+from qlora.tracking.startup import Startup, silent
 from qlora.training.evaluation import held_out_loss
+from qlora.training.facts import facts_of
+from qlora.training.prepare import prepare
 from qlora.training.result import TrainResult
-from qlora.training.run_folder import RunFolder, check_output, claim, earlier_plan, finished
+from qlora.training.resuming import check_finished, nothing_to_resume, resume_point
+from qlora.training.run_folder import RunFolder, check_output, claim, earlier_plan, finished, recorded
 from qlora.training.session import Session
 from qlora.training.state import restore, save, write_memory, write_page, write_result
 
 
-def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal: bool = True) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    terminal: bool = True,
+    startup: Startup | None = None,
+) -> TrainResult:
     """Fine-tune with a recipe, until the last step or a signal, and return the outcome.
 
     Args:
@@ -49,6 +50,7 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
         resume: continue an existing run from its newest checkpoint, or start it if it has none.
         fresh: remove an existing run first.
         terminal: show progress on standard error.
+        startup: shows the stages before the first step; None: as `terminal` says.
 
     Raises:
         QloraError: contains a message for the user and the exit code; see `qlora.errors`.
@@ -58,75 +60,62 @@ def train(recipe: Recipe, *, resume: bool = False, fresh: bool = False, terminal
         >>> outcome.loss_before, outcome.loss_after
     """
     processes = DataParallel.of(recipe)
+    startup = (startup or Startup(shown=terminal)) if processes.is_main else silent()
     path = Path(recipe.output)
     check_output(recipe, path, resume=resume, fresh=fresh)
     with folders.lock(path) if processes.is_main else nullcontext():
         if resume and (summary := finished(path)) is not None:
-            return TrainResult.from_json(summary, path / "result.json")
+            outcome = TrainResult.from_json(summary, path / "result.json")
+            check_finished(recipe, outcome, recorded(path / "recipe.yaml"))
+            startup.warn(
+                f"{path}: the run is finished ({outcome.total_steps:,} steps); nothing is left to train"
+            )
+            return outcome
         with out_of_memory_explained(recipe):
-            session = prepare(recipe, processes, earlier_plan(path) if resume else None, terminal=terminal)
+            session = prepare(recipe, processes, earlier_plan(path) if resume else None, startup=startup)
+            point = resume_point(path, session.total_steps) if resume else None
+            if resume and point is None:
+                startup.warn(nothing_to_resume(path))
             # An older run is replaced only now, after all input has been checked
             run = processes.from_main(
                 lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
             )
-            return fit(session, run, terminal=terminal)
+            return fit(session, run, point.total_steps if point else None, terminal=terminal)
 
 
-def prepare(
-    recipe: Recipe,
-    processes: DataParallel,
-    plan: dict[str, Any] | None = None,
+def fit(
+    session: Session,
+    run: RunFolder,
+    length_before: int | None = None,
     *,
     terminal: bool = True,
-    watch_all: bool = False,
-) -> Session:
-    """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
+    trackers: bool = True,
+) -> TrainResult:
+    """Take steps, with evaluations and checkpoints on the way, until the last step or a signal.
 
-    plan: memory settings of the run that is resumed. watch_all: measure memory in every step, not only in the largest.
+    length_before: total steps of the resumed run before this session.
     """
-    device = processes.device
-    tokenizer = load_tokenizer(recipe.base)
-    dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed)
-    notes = []
-    if recipe.training.memory is not None:
-        if plan is None:
-            with status("planning", wanted=terminal and processes.is_main) as progress:
-                choice = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
-            notes, plan = [choice.why], choice.settings
-        recipe = changed(recipe, memory=None, **plan)
-    batches = training_batches(dataset, recipe)
-    steps = recipe.training.total_steps(batches.steps_per_epoch)
-    memory = RunMemory.of(recipe, dataset, batches, steps, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model, optimizer = build(recipe, device)
-    model = processes.shard(model)
-    check_model(model, tokenizer, recipe)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
-    notes += [*METHODS[recipe.adapter.method].notes(model), memory.note]
-    memory = memory.with_watch(model, optimizer, every_step=watch_all)
-    return Session(
-        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory, plan, notes,
-    )  # fmt: skip
-
-
-def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bool = True) -> TrainResult:
-    """Take steps, with evaluations and checkpoints on the way, until the last step or a signal."""
     training, total, began = session.recipe.training, session.total_steps, time.monotonic()
     progress = restore(session, run)
-    tracker = session.tracker(run.path, progress.step, terminal=terminal, trackers=trackers)
+    seconds_before = progress.seconds
+    facts = facts_of(session, progress.step, length_before)
+    if session.processes.is_main:
+        run.write_facts(facts.as_json())
+    session.startup.table(facts.header())
+    tracker = session.tracker(
+        run.path, progress.step, progress.loss_before, terminal=terminal, trackers=trackers
+    )
     with StopRequest() as stop, tracker:
-        for note in session.notes if terminal else ():
-            tracker.note(note)
         latest_loss = progress.loss_before
-        if progress.step == 0:
-            latest_loss = progress.loss_before = held_out_loss(session, tracker, 0)
+        if progress.step in (0, total):
+            latest_loss = held_out_loss(session, tracker, progress.step)
+            progress.loss_before = progress.loss_before if progress.step else latest_loss
         while progress.step < total and stop.signal_number is None:
             progress.step = take_step(session, progress.step, tracker)
             last = progress.step == total
             if last or (training.eval_every and progress.step % training.eval_every == 0):
                 latest_loss = held_out_loss(session, tracker, progress.step)
+            progress.seconds = seconds_before + time.monotonic() - began
             if not last and training.save_every and progress.step % training.save_every == 0:
                 save(session, run, progress, tracker)
         if progress.step < total:
@@ -142,8 +131,9 @@ def fit(session: Session, run: RunFolder, *, terminal: bool = True, trackers: bo
             loss_before=progress.loss_before,
             loss_after=latest_loss,
             memory=measure.peak(session.processes.device),
-            seconds=time.monotonic() - began,
+            seconds=seconds_before + time.monotonic() - began,
             stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
+            facts=facts.as_json(),
         )
         if result is not None and session.processes.is_main:
             run.write_result(outcome.as_json())

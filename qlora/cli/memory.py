@@ -1,0 +1,31 @@
+"""The memory table and its assumptions as commands print them: without padding in a file or a pipe."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def print_memory(memory: Mapping[str, Any]) -> None:
+    """Print the table of a memory.json on standard output."""
+    from rich.console import Console
+
+    from qlora.report.memory_files import table
+
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(table(memory))
+        return
+    with console.capture() as shown:
+        console.print(table(memory))
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
+
+
+def assumptions(memory: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the assumptions of a forecast as sentences."""
+    from qlora.recipe.sizes import unit_for
+    from qlora.report.memory_comparison import Comparison
+
+    yield f"Assumed: {Comparison(memory).workload}; computed in {memory['workload']['compute_dtype']}."
+    context_bytes = memory["forecast"]["parts"].get("device_context", 0)
+    if context_bytes:
+        context = unit_for(context_bytes).text(context_bytes)
+        yield f"The GPU is otherwise empty; CUDA itself takes {context}, which is counted above."

@@ -1,0 +1,139 @@
+"""Collects the facts about a prepared run; `qlora.report.facts` shows and stores them."""
+
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from qlora.data import Batches, Dataset, remarks
+from qlora.memory import measure
+from qlora.memory.run_memory import RunMemory
+from qlora.model.load import compute_dtype
+from qlora.recipe import Base, Recipe
+from qlora.report.facts import (
+    BaseFacts,
+    DataFacts,
+    DeviceFacts,
+    MemoryFacts,
+    RunFacts,
+    SessionFacts,
+    StepFacts,
+)
+from qlora.runtime import environment
+from qlora.training.session import Session
+
+
+def facts_of(session: Session, resumed_step: int = 0, length_before: int | None = None) -> RunFacts:
+    """Return the facts about a run.
+
+    Args:
+        session: the prepared run.
+        resumed_step: step of the checkpoint that the run continues from.
+        length_before: total steps of the run before this session; None for a new run.
+    """
+    recipe, machine = session.recipe, environment.hardware()
+    return RunFacts(
+        device=device_facts(session.processes.device, session.processes.count),
+        base=_base(recipe, session.model, session.processes.device),
+        data=data_facts(recipe, session.dataset),
+        steps=step_facts(recipe, session.batches, resumed_step, length_before),
+        memory=memory_facts(session.memory),
+        output=recipe.output,
+        notes=session.notes,
+        session=SessionFacts(
+            began=environment.now(),
+            command=environment.command(),
+            versions=environment.versions(),
+            hardware=machine,
+            stages=dict(session.startup.seconds),
+        ),
+    )
+
+
+def data_facts(recipe: Recipe, dataset: Dataset) -> DataFacts:
+    """Return the facts about the rows of a run."""
+    section = recipe.data
+    return DataFacts(
+        source=section.source,
+        format=section.format,
+        held_out_source=section.held_out if isinstance(section.held_out, str) else None,
+        max_length=section.max_length,
+        packing=section.packing,
+        counts=asdict(dataset.counts),
+        remarks=remarks(dataset.counts),
+    )
+
+
+def step_facts(
+    recipe: Recipe, batches: Batches, resumed_step: int = 0, length_before: int | None = None
+) -> StepFacts:
+    """Return the facts about the optimizer steps of a run; the last two arguments as in `facts_of`."""
+    settings, training = recipe.optimizer, recipe.training
+    total = training.total_steps(batches.steps_per_epoch)
+    return StepFacts(
+        rows_per_step=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=total,
+        resumed_step=resumed_step,
+        length_before=None if length_before == total else length_before,
+        optimizer=settings.name,
+        lr=settings.lr,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+    )
+
+
+def memory_facts(memory: RunMemory) -> MemoryFacts:
+    """Return the facts about the memory forecast of a run."""
+    forecast = memory.forecast
+    return MemoryFacts(None if forecast is None else forecast.total_bytes, memory.note)
+
+
+def device_facts(device: torch.device, processes: int = 1) -> DeviceFacts:
+    """Return the facts about a device that is here, used by a number of processes."""
+    cuda = device.type == "cuda"
+    host_bytes = environment.hardware()["memory_bytes"]
+    return DeviceFacts(
+        kind=device.type,
+        name=torch.cuda.get_device_name(device) if cuda else f"CPU, {environment.cpu_name()}",
+        memory_bytes=measure.capacity_bytes(device) or host_bytes,
+        free_bytes=measure.free_bytes(device),
+        processes=processes,
+    )
+
+
+def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
+    base, adapter = recipe.base, recipe.adapter
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    everything = sum(map(_numbers, model.parameters())) + _embedding_on_host(model)
+    return BaseFacts(
+        name=base.model,
+        revision=base.revision,
+        init=base.init,
+        parameters=everything - trained if adapter.facts.frozen_base else everything,
+        precision=_precision(base),
+        compute_dtype=str(compute_dtype(base, device)).removeprefix("torch."),
+        kept="",
+        method=adapter.summary,
+        trained_parameters=trained,
+    )
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """Return the number of weights in a parameter; one in NF4 stores two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def _embedding_on_host(model: nn.Module) -> int:
+    """Return the number of weights of an input embedding that is kept on the host, as no parameter of the model."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return 0 if isinstance(weight, nn.Parameter) else weight.numel()
+
+
+def _precision(base: Base) -> str:
+    if base.quantization == "none":
+        return "not quantized"
+    double = " with double quantization" if base.double_quant else ""
+    return f"NF4 in blocks of {base.block_size}{double}"

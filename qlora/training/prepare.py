@@ -1,0 +1,92 @@
+"""Preparation of a run: data, memory plan and forecast, base, adapter and optimizer."""
+
+from typing import Any
+
+import torch
+
+from qlora.adapter.methods import METHODS
+from qlora.data import load_dataset, training_batches
+from qlora.errors import RecipeError
+from qlora.memory.plan import changed
+from qlora.memory.run_memory import RunMemory, budgeted
+from qlora.model.load import load_tokenizer
+from qlora.model.prepare import build
+from qlora.model.progress import download, is_on_hub, tensors_counted
+from qlora.objective import objective_of
+from qlora.objective.checks import check_model
+from qlora.recipe import Recipe
+from qlora.runtime.allocators import keep_freed_memory
+from qlora.runtime.distributed import DataParallel
+from qlora.tracking.startup import Startup, silent
+from qlora.training.session import Session
+
+
+def prepare(
+    recipe: Recipe,
+    processes: DataParallel,
+    plan: dict[str, Any] | None = None,
+    *,
+    startup: Startup | None = None,
+    watch_all: bool = False,
+) -> Session:
+    """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
+
+    Args:
+        recipe: the recipe.
+        processes: the processes of the run.
+        plan: memory settings of the run that is resumed.
+        startup: shows the stages; None shows nothing.
+        watch_all: measure memory in every step, not only in the largest.
+
+    Raises:
+        QloraError: as `train`.
+    """
+    device, startup = processes.device, startup or silent()
+    with startup.stage("reading the data"):
+        tokenizer = load_tokenizer(recipe.base)
+        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed)
+    notes = []
+    if recipe.training.memory is not None:
+        if plan is None:
+            with startup.stage("planning memory") as progress:
+                choice = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
+            notes, plan = [choice.why], choice.settings
+        recipe = changed(recipe, memory=None, **plan)
+    batches = training_batches(dataset, recipe)
+    steps = recipe.training.total_steps(batches.steps_per_epoch)
+    check_warmup(recipe, steps)
+    with startup.stage("forecasting memory"):
+        memory = RunMemory.of(recipe, dataset, batches, steps, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if is_on_hub(recipe.base):
+        with startup.stage(f"downloading {recipe.base.model}", own_bars=True):
+            download(recipe.base)
+    with startup.stage("loading the base") as progress, tensors_counted(progress):
+        model, optimizer = build(recipe, device)
+        model = processes.shard(model)
+    with startup.stage("checking the model"):
+        check_model(model, tokenizer, recipe)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
+    notes += METHODS[recipe.adapter.method].notes(model)
+    memory = memory.with_watch(model, optimizer, every_step=watch_all)
+    return Session(
+        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory, plan, notes,
+        startup,
+    )  # fmt: skip
+
+
+def check_warmup(recipe: Recipe, steps: int) -> None:
+    """Check that a run of `steps` steps is longer than its warm-up; a run of `epochs` knows its steps only now.
+
+    Raises:
+        RecipeError: the learning rate would never reach `optimizer.lr`.
+    """
+    warmup = recipe.optimizer.warmup_steps
+    if warmup and warmup >= steps:
+        raise RecipeError(
+            f"optimizer.warmup_steps: warmup_steps ({warmup}) must be below the {steps} steps of this run "
+            f"({recipe.training.epochs} epochs), or the learning rate never reaches lr. Set optimizer.warmup_steps=0, "
+            "or take more steps"
+        )
