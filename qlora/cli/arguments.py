@@ -33,6 +33,13 @@ TrustRemoteCode = Annotated[
         help="Let the base run its own Python code in this call. A recipe stored with results cannot allow that.",
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="System prompt. Default: that of all training rows, if they share one; '' for none.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")
 ]

@@ -1,5 +1,6 @@
 """Preparation of a run: data, memory plan and forecast, base, adapter and optimizer."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from qlora.adapter.methods import METHODS
 from qlora.data import load_dataset, training_batches
 from qlora.errors import RecipeError
+from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.model.load import load_config, load_tokenizer
@@ -29,6 +31,7 @@ def prepare(
     *,
     startup: Startup | None = None,
     watch_all: bool = False,
+    rows: Iterable[Row] | None = None,
 ) -> Session:
     """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
 
@@ -38,6 +41,7 @@ def prepare(
         plan: memory settings of the run that is resumed.
         startup: shows the stages; None shows nothing.
         watch_all: measure memory in every step, not only in the largest.
+        rows: rows in memory, as in `load_dataset`.
 
     Raises:
         QloraError: as `train`.
@@ -45,7 +49,7 @@ def prepare(
     device, startup = processes.device, startup or silent()
     with startup.stage("reading the data") as progress:
         tokenizer = load_tokenizer(recipe.base)
-        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, progress=progress)
+        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
     notes = overruled_settings(recipe.base, load_config(recipe.base))
     if recipe.training.memory is not None:
         if plan is None:
