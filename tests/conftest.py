@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run block by block in numpy; Triton reads this at import
 
 from deprecations_for_tests import heard_deprecations, say_once_again
+from tokenizers_for_tests import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import bundled
@@ -80,6 +81,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in bundled.path("bundled/base").glob("tokenizer*"):
         shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def chatml_base(tiny_llama: Path, tmp_path: Path) -> Path:
+    """Return the tiny model with a tokenizer that has ChatML's tokens, the eos </s> and no template."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    byte_level(bos=True, chatml=True).save_pretrained(folder)
     return folder
 
 

@@ -105,7 +105,7 @@ def test_a_conversation_is_remembered_if_rows_are_conversations(runs: dict[str, 
     ]
     posed: list[list[int]] = []
     encode = chat.prompts.encode
-    chat.prompts.encode = lambda *arguments: posed.append(encode(*arguments)) or posed[-1]  # type: ignore
+    chat.prompts.encode = lambda *a, **k: posed.append(encode(*a, **k)) or posed[-1]  # type: ignore
     chat.say("Second question")
     assert chat.tokenizer.decode(posed[0]) == (
         f"Question: First question\nAnswer: {said}</s>Question: Second question\nAnswer:"

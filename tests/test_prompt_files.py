@@ -1,7 +1,6 @@
 """A result's folder tells other programs how it was asked and where its answers end."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -23,15 +22,6 @@ WITH_EOS = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QUESTION = [{"role": "user", "content": "Where is the cat?"}]
-
-
-@pytest.fixture
-def chatml_base(tiny_llama: Path, tmp_path: Path) -> Path:
-    """Return the tiny model with a tokenizer that has ChatML's tokens, the eos </s> and no template."""
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_llama, folder)
-    byte_level(bos=True, chatml=True).save_pretrained(folder)
-    return folder
 
 
 def settings(file: Path) -> dict[str, object]:

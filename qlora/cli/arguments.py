@@ -1,11 +1,12 @@
 """Arguments and options shared by several commands."""
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.tracking.startup import Startup
+if TYPE_CHECKING:
+    from qlora.tracking.startup import Startup
 
 RecipeArgument = Annotated[
     str,
@@ -32,6 +33,13 @@ TrustRemoteCode = Annotated[
         help="Let the base run its own Python code in this call. A recipe stored with results cannot allow that.",
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="System prompt. Default: that of all training rows, if they share one; '' for none.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")
 ]
@@ -42,12 +50,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, on
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show how long each stage takes.")]
 
 
-def startup_for(*, quiet: bool = False, verbose: bool = False, json_output: bool = False) -> Startup:
+def startup_for(*, quiet: bool = False, verbose: bool = False, json_output: bool = False) -> "Startup":
     """Return the display of a command's stages for its options. Only the main process of a run shows them.
 
     Raises:
         BadParameter: quiet and verbose are both set.
     """
+    from qlora.tracking.startup import Startup
+
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose cannot be used together; leave one out")
     main = int(os.environ.get("RANK", "0")) == 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.arguments import AnyBase, TrustRemoteCode
+from qlora.cli.arguments import AnyBase, System, TrustRemoteCode
 
 
 def chat(
@@ -33,6 +33,7 @@ def chat(
             help="Ask each question after the conversation so far, or on its own. Default: as in the training rows.",
         ),
     ] = None,
+    system: System = None,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
@@ -40,23 +41,27 @@ def chat(
     """Chat with a fine-tuned model, its base, and other adapters.
 
     Type /help for the commands that switch between them, Ctrl-D to end.
+    The system prompt is the one that all training rows share, if they share one.
 
     [bold]qlora chat runs/quickstart --adapter poet=runs/poet[/bold]
     """
     named = dict(_pair(other) for other in others or [])
+    from qlora.data.prompts import NO_SYSTEM
     from qlora.inference.chat import open_chat
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Terminal() if interactive else Plain()
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"device": device, "any_base": any_base, "trust_remote_code": trust_remote_code}
-    conversation = open_chat(adapter, named, screen, history=history, **settings)
+    conversation = open_chat(adapter, named, screen, history=history, system=system, **settings)
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)
         screen.note(f"answering: {' and '.join(conversation.speakers)}; /help for help, Ctrl-D to end")
         if not conversation.history:
             screen.note("each question is asked on its own, without the conversation so far")
+    if interactive or conversation.system_prompt != NO_SYSTEM:
+        screen.note(conversation.system_prompt)
     while (line := _read(interactive)) not in (None, "/quit", "/exit"):
         assert line is not None
         stopped_by = conversation.say(line)
@@ -148,7 +153,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Print a note, dimmed."""
-        self._console.print(text, style="dim", soft_wrap=True)
+        self._console.print(_harmless(text), style="dim", soft_wrap=True)
 
     def _columns(self) -> Any:
         from rich.table import Table

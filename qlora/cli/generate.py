@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase, TrustRemoteCode
+from qlora.cli.arguments import AnyBase, System, TrustRemoteCode
 
 
 def generate(
@@ -13,6 +13,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt; `-` reads it from standard input.")],
     base_only: Annotated[bool, typer.Option("--base", help="Use the base without the adapter.")] = False,
+    system: System = None,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer in tokens.")] = 128,
@@ -22,12 +23,13 @@ def generate(
 
     The same model and prompt always give the same answer (greedy decoding).
     `qlora chat` answers more than one question.
+    The system prompt is the one that all training rows share, if they share one.
 
     [bold]qlora generate runs/quickstart --prompt "Send two red lamps to Anna."[/bold]
     """
     import sys
 
-    from qlora.data import Prompts
+    from qlora.data.prompts import NO_SYSTEM
     from qlora.inference.generate import answer
     from qlora.inference.load import load_trained
 
@@ -39,6 +41,8 @@ def generate(
         any_base=any_base,
         trust_remote_code=trust_remote_code,
     )
-    prompts = Prompts(trained.recipe.data, trained.tokenizer)
-    ids = prompts.encode(text)
+    prompts = trained.prompts
+    ids = prompts.encode(text, system=system)
+    if system is None and (described := prompts.describe_system()) != NO_SYSTEM:
+        print(described, file=sys.stderr)
     print(answer(trained.model, trained.tokenizer, ids, max_new_tokens, stop_ids=prompts.stop_ids))

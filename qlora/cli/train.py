@@ -11,7 +11,6 @@ import typer
 
 from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
 from qlora.errors import ModelError
-from qlora.report.headlines import duration
 
 if TYPE_CHECKING:
     from qlora.training.result import TrainResult
@@ -83,6 +82,8 @@ def train(
 
 def report(outcome: "TrainResult") -> str:
     """Summarize a run for the user: losses, memory, time, and every file that it wrote."""
+    from qlora.report.headlines import duration
+
     lines = []
     if outcome.result is not None and outcome.loss_before is not None:
         lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after")

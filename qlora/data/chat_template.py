@@ -15,7 +15,7 @@ from qlora.formats import BadRow, Message
 Span = tuple[int, int]
 """start and end of a part of a text, in characters"""
 
-_FIXED_DATE = (
+FIXED_DATE = (
     '{%- macro strftime_now(format) -%}{{ "2024-07-26" if format == "%Y-%m-%d" else "26 Jul 2024" }}'
     "{%- endmacro %}"
 )
@@ -101,7 +101,7 @@ class ChatTemplate:
     def _source(self, tools: list[Any]) -> str:
         """Return the jinja source; a tokenizer can have another template for conversations with tools."""
         source: str = self._own_source or self._tokenizer.get_chat_template(tools=tools or None)
-        return _FIXED_DATE + source if "strftime_now" in source else source
+        return FIXED_DATE + source if "strftime_now" in source else source
 
 
 def _with_arguments_as_text(message: Message) -> Message:

@@ -4,6 +4,7 @@
     tokenizer_config.json    eos_token: the token that closes an answer
     config.json              eos_token_id: every token that ends an answer
     generation_config.json   eos_token_id: the same
+    system_prompt.txt        the system message that all training rows share, if they share one; only qlora reads it
 
 Servers differ in the file that they read, so all of them must agree.
 """
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.prompts import Prompts
+from qlora.errors import ModelError
 from qlora.storage.json_files import read_object, write_object
 
 TEMPLATE_FILE = "chat_template.jinja"
+SYSTEM_FILE = "system_prompt.txt"
 
 
 def write_prompt_files(folder: Path, prompts: Prompts) -> None:
@@ -42,8 +45,26 @@ def write_prompt_files(folder: Path, prompts: Prompts) -> None:
     if closing != eos:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             _change(folder / name, eos_token=closing)
+    if prompts.system:
+        (folder / SYSTEM_FILE).write_text(prompts.system, encoding="utf-8", newline="")
     if (folder / "config.json").is_file():
         _end_generation(folder, prompts)
+
+
+def shared_system(folder: Path) -> str | None:
+    """Return the system message that all training rows of this result share; None if they share none.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    path = folder / SYSTEM_FILE
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}. Restore the file, or remove it") from error
 
 
 def closing_token(prompts: Prompts) -> str:

@@ -1,11 +1,13 @@
 """Encodes new questions as prompts in the layout of a recipe's training rows."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
+from qlora.data.chat_template import FIXED_DATE
 from qlora.data.encoding import Document
 from qlora.data.layout import Layout, template_name
 from qlora.data.sources import on_hub, read
@@ -14,6 +16,8 @@ from qlora.errors import DataError
 from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
 from qlora.recipe import Data
 from qlora.recipe.source_names import STANDARD_INPUT
+
+NO_SYSTEM = "no system prompt"
 
 _ROWS = 200
 """rows searched for a conversation with several questions"""
@@ -42,7 +46,7 @@ class Prompts:
         self._section = section
         self.tokenizer = tokenizer
         name = template_name(section, tokenizer)
-        self.template = None if name is None else self._with_bos(template_text(name))
+        self.template = self._fixed(None if name is None else self._with_bos(template_text(name)))
         """jinja source with which transformers renders the same prompts; None: the tokenizer's own"""
         self.stop_ids = self._layout.answer_ends
         """tokens that end an answer: eos, and the token with which the template closes an answer"""
@@ -56,18 +60,35 @@ class Prompts:
             system: system message; None: the one of `before`, else `self.system`. Empty: none, not even `data.system`.
 
         Raises:
-            DataError: The text contains a NUL character, or the template refuses the conversation.
+            DataError: The text contains a NUL character, the template refuses the conversation, or `system` is given
+                and not written.
         """
-        if "\0" in text:
+        if "\0" in text + (system or ""):
             raise DataError("the prompt contains a NUL character; remove it")
+        asked = system
         if system is None and not (before and before[0]["role"] == "system"):
             system = self.system
         try:
             document = self._layout.prompt(text, before, system)
         except BadRow as error:
             raise DataError(f"the prompt is {error}") from error
+        if asked and self._encoder.guard(asked).strip() not in _text(document):
+            raise DataError(
+                f"format {self._section.format} or its template writes no system message, so the model would not see "
+                "it; leave the system message out"
+            )
         (encoded,) = self._encoder.encode([document])
         return [int(token) for token in encoded.input_ids]
+
+    def describe_system(self, system: str | None = None) -> str:
+        """Return one line about the system prompt with which `encode(..., system=system)` asks, for the user."""
+        if system is not None:
+            return f"system prompt: {_shown(system)}" if system else NO_SYSTEM
+        if self.system:
+            return f"system prompt: {_shown(self.system)} (that of all training rows)"
+        if self.system is None and self._section.system:
+            return f"system prompt: {_shown(self._section.system)} (data.system)"
+        return NO_SYSTEM
 
     @cached_property
     def accepts_history(self) -> bool:
@@ -96,6 +117,19 @@ class Prompts:
             return False
         return True
 
+    def _fixed(self, template: str | None) -> str | None:
+        """Make the date and the options of training the template's own, for programs that do not know them."""
+        own = self.tokenizer.chat_template and self.tokenizer.get_chat_template()
+        source = template if template is not None else own
+        if not source:
+            return template
+        date = FIXED_DATE if "strftime_now" in source else ""
+        options = "".join(
+            f"{{%- set {name} = {name} if {name} is defined else {json.dumps(value)} -%}}"
+            for name, value in self._section.template_options.items()
+        )
+        return date + options + source if date or options else template
+
     def _with_bos(self, template: str) -> str:
         """Add bos to a template if the encoder puts it in front: transformers expects the template to write it."""
         return ("{{- bos_token -}}" if self._layout.prompt(_FIRST).bos else "") + template
@@ -116,6 +150,12 @@ def _questions(parse: Callable[[Row], Conversation | Completion], row: Row | Bad
     content = parse(row)
     assert isinstance(content, Conversation)
     return sum(message["role"] == "user" for message in content.messages)
+
+
+def _shown(text: str) -> str:
+    """Return a text as one line of at most 200 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:200]} …"
 
 
 def _text(document: Document) -> str:

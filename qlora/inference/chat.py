@@ -48,6 +48,7 @@ class Chat:
     Args:
         adapters: the adapters of `model`; the active one answers first.
         history: True asks each question after the conversation so far, False asks it on its own.
+        system: system message of the conversation; None: the one of `prompts`, empty: none.
         max_new_tokens: maximum length of an answer in tokens.
         temperature: see `answer`.
     """
@@ -61,12 +62,15 @@ class Chat:
         screen: Screen,
         *,
         history: bool = False,
+        system: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
     ) -> None:
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.adapters, self.screen, self.history = adapters, screen, history
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.system = system
+        """system message that was given for this chat; None: that of the training rows, empty: none"""
         self.both = False
         """True if the base and the adapter both answer"""
         self.messages: list[Mapping[str, str]] = []
@@ -75,6 +79,7 @@ class Chat:
             "adapter": self._adapter,
             "base": self._base,
             "both": self._both,
+            "system": self._system,
             "reset": self._reset,
             "help": self._help,
         }
@@ -141,11 +146,11 @@ class Chat:
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
         room = getattr(config, "max_position_embeddings", None)
         dropped = 0
-        ids = self.prompts.encode(text, self.messages)
+        ids = self.prompts.encode(text, self.messages, system=self.system)
         while room is not None and len(ids) + self.max_new_tokens > room and self.messages:
             del self.messages[:2]
             dropped += 1
-            ids = self.prompts.encode(text, self.messages)
+            ids = self.prompts.encode(text, self.messages, system=self.system)
         if dropped:
             self.screen.note(f"(the conversation is too long; its oldest questions were dropped: {dropped})")
         if room is not None and len(ids) >= room:
@@ -190,6 +195,21 @@ class Chat:
         self.both = True
         self.screen.note(f"answering: {self._who()}")
 
+    def _system(self, text: str = "") -> None:
+        """/system TEXT: set the system prompt; none: ask without; trained: as in the training rows; alone: show it."""
+        if text:
+            system = {"none": "", "trained": None}.get(text, text)
+            self.prompts.encode(
+                "?", system=system
+            )  # refuses a system prompt that the template does not write
+            self.system = system
+        self.screen.note(self.system_prompt)
+
+    @property
+    def system_prompt(self) -> str:
+        """Description of the system prompt in use."""
+        return self.prompts.describe_system(self.system)
+
     def _reset(self) -> None:
         """/reset: forget the conversation."""
         self.messages = []
@@ -216,6 +236,7 @@ def open_chat(
     screen: Screen,
     *,
     history: bool | None = None,
+    system: str | None = None,
     device: str = "auto",
     any_base: bool = False,
     trust_remote_code: bool = False,
@@ -228,6 +249,7 @@ def open_chat(
         others: folders of other adapters of the same base, by name.
         screen: output of the chat.
         history: see `Chat`; None follows the training rows (conversations, or single questions).
+        system: see `Chat`.
         device: auto, cpu or cuda.
         any_base: accept adapters that were trained on another base. For the run's own adapter this also covers its
             tokenizer and template.
@@ -236,6 +258,7 @@ def open_chat(
 
     Raises:
         ModelError: an adapter is missing, does not fit, or was trained on another base; or as `load_trained`.
+        DataError: the template of the training rows writes no system message, and `system` is one.
         UsageError: a name is taken; or `history` is True, but the rows or the template have single questions only.
     """
     recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
@@ -255,10 +278,23 @@ def open_chat(
         adapters.load(name, path, base=identity, any_base=any_base)
     if own:
         adapters.activate(recipe.name)
-    prompts = Prompts(recipe.data, trained.tokenizer)
+    prompts = trained.prompts
+    if system:
+        prompts.encode(
+            "?", system=system
+        )  # a template that does not write it is an error before the first question
     if history and not prompts.accepts_history:
         raise UsageError(
             f"--history: format {recipe.data.format} or its template has single questions only. Leave --history out"
         )
     history = prompts.trained_on_history if history is None else history
-    return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)
+    return Chat(
+        trained.model,
+        trained.tokenizer,
+        prompts,
+        adapters,
+        screen,
+        history=history,
+        system=system,
+        **settings,
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
-from qlora.data import held_out_batches, load_dataset, prompt_digests
+from qlora.data import Prompts, held_out_batches, load_dataset, prompt_digests
+from qlora.data.prompt_files import shared_system
 from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base, load_tokenizer
@@ -27,6 +29,13 @@ class Trained:
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: Any
+    system: str | None = None
+    """system message that all training rows share; None if they share none"""
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """Prompts as in the training rows, by default after the system message that all of these share."""
+        return Prompts(self.recipe.data, self.tokenizer, self.system)
 
     @property
     def identity(self) -> BaseIdentity:
@@ -61,7 +70,7 @@ def load_trained(
     if with_adapter and not recipe.adapter.facts.frozen_base:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
     model = load_base(base, device_named(device), seed=recipe.training.seed)
-    trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base))
+    trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base), shared_system(adapter))
     if with_adapter and recipe.adapter.facts.frozen_base:
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)
         model.eval()

@@ -141,7 +141,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     budget_bytes = None if budget is None else resolve_budget(budget, here, capacity_bytes)
     if capacity_bytes is None:
         capacity_bytes = measure.capacity_bytes(here)
-    recipe = _from_config_alone(recipe)
+    recipe = from_config_alone(recipe)
     arch = architecture(recipe, cuda=cuda)
     dataset = _local_dataset(recipe)
     forecaster = Forecaster(arch, cuda=cuda)
@@ -171,7 +171,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     )  # fmt: skip
 
 
-def _from_config_alone(recipe: Recipe) -> Recipe:
+def from_config_alone(recipe: Recipe) -> Recipe:
     """Return the recipe with the bundled architecture in place of the hub's, if the package has one for its model."""
     known = KNOWN_ARCHITECTURES.get(recipe.base.model)
     if known is None:
@@ -182,9 +182,15 @@ def _from_config_alone(recipe: Recipe) -> Recipe:
     )
 
 
+def is_local(recipe: Recipe) -> bool:
+    """Return True if all rows of the recipe are in files of this machine, and none on the hub."""
+    parts = [*recipe.data.parts, recipe.data.evaluation]
+    return not any(on_hub(part.source_name) for part in parts if part)
+
+
 def _local_dataset(recipe: Recipe) -> Dataset | None:
     """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
-    if any(on_hub(part.source_name) for part in [*recipe.data.parts, recipe.data.evaluation] if part):
+    if not is_local(recipe):
         return None
     base = recipe.base
     if base.model.endswith(".json"):  # a config file has no tokenizer

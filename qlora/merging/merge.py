@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 
 from qlora.data import Batch, Prompts, held_out_batches, load_dataset
+from qlora.data.prompt_files import shared_system
 from qlora.errors import ModelError, OutOfMemoryError, SaveError, UsageError
 from qlora.inference.load import find_trained, load_trained, recipe_of
 from qlora.merging.compare import Judgement, Reference, choose, judge, reference, stored_bytes
@@ -144,7 +145,15 @@ def _prepare(
             "--onto auto compares the merged models on held-out rows, and there are none. Give a file with --data, or "
             "choose one with --onto original, dequantized or nf4"
         )
-    return _Plan(folder, recipe, sources, batches, Prompts(recipe.data, tokenizer), device, any_base)
+    return _Plan(
+        folder,
+        recipe,
+        sources,
+        batches,
+        Prompts(recipe.data, tokenizer, shared_system(folder)),
+        device,
+        any_base,
+    )
 
 
 def _check_mergeable(recipe: Recipe, folder: Path, onto: str, max_tokens: int) -> None:

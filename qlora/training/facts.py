@@ -5,9 +5,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from qlora.data import remarks
+from qlora.data import Batches, Dataset, remarks
 from qlora.memory import measure
+from qlora.memory.run_memory import RunMemory
 from qlora.model.load import compute_dtype
+from qlora.model.precision import precision_of
 from qlora.recipe import Base, Recipe
 from qlora.report.facts import (
     BaseFacts,
@@ -19,7 +21,6 @@ from qlora.report.facts import (
     StepFacts,
 )
 from qlora.runtime import environment
-from qlora.runtime.distributed import DataParallel
 from qlora.training.session import Session
 
 
@@ -31,37 +32,13 @@ def facts_of(session: Session, resumed_step: int = 0, length_before: int | None 
         resumed_step: step of the checkpoint that the run continues from.
         length_before: total steps of the run before this session; None for a new run.
     """
-    recipe, dataset, batches = session.recipe, session.dataset, session.batches
-    settings, training = recipe.optimizer, recipe.training
-    machine = environment.hardware()
+    recipe, machine = session.recipe, environment.hardware()
     return RunFacts(
-        device=_device(session.processes, machine["memory_bytes"]),
+        device=device_facts(session.processes.device, session.processes.count),
         base=_base(recipe, session.model, session.processes.device),
-        data=DataFacts(
-            source=recipe.data.names,
-            format=recipe.data.format,
-            held_out_source=recipe.data.held_out if isinstance(recipe.data.held_out, str) else None,
-            max_length=recipe.data.max_length,
-            packing=recipe.data.packing,
-            counts=asdict(dataset.counts),
-            remarks=remarks(dataset.counts),
-        ),
-        steps=StepFacts(
-            rows_per_step=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            steps_per_epoch=batches.steps_per_epoch,
-            total_steps=session.total_steps,
-            resumed_step=resumed_step,
-            length_before=None if length_before == session.total_steps else length_before,
-            optimizer=settings.name,
-            lr=settings.lr,
-            schedule=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-        ),
-        memory=MemoryFacts(
-            None if session.memory.forecast is None else session.memory.forecast.total_bytes,
-            session.memory.note,
-        ),
+        data=data_facts(recipe, session.dataset),
+        steps=step_facts(recipe, session.batches, resumed_step, length_before),
+        memory=memory_facts(session.memory),
         output=recipe.output,
         notes=session.notes,
         session=SessionFacts(
@@ -74,15 +51,56 @@ def facts_of(session: Session, resumed_step: int = 0, length_before: int | None 
     )
 
 
-def _device(processes: DataParallel, host_bytes: int) -> DeviceFacts:
-    device = processes.device
+def data_facts(recipe: Recipe, dataset: Dataset) -> DataFacts:
+    """Return the facts about the rows of a run."""
+    section = recipe.data
+    return DataFacts(
+        source=section.names,
+        format=", ".join(dict.fromkeys(part.format for part in section.parts)),
+        held_out_source=section.held_out if isinstance(section.held_out, str) else None,
+        max_length=section.max_length,
+        packing=section.packing,
+        counts=asdict(dataset.counts),
+        remarks=remarks(dataset.counts),
+    )
+
+
+def step_facts(
+    recipe: Recipe, batches: Batches, resumed_step: int = 0, length_before: int | None = None
+) -> StepFacts:
+    """Return the facts about the optimizer steps of a run; the last two arguments as in `facts_of`."""
+    settings, training = recipe.optimizer, recipe.training
+    total = training.total_steps(batches.steps_per_epoch)
+    return StepFacts(
+        rows_per_step=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=total,
+        resumed_step=resumed_step,
+        length_before=None if length_before == total else length_before,
+        optimizer=settings.name,
+        lr=settings.lr,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+    )
+
+
+def memory_facts(memory: RunMemory) -> MemoryFacts:
+    """Return the facts about the memory forecast of a run."""
+    forecast = memory.forecast
+    return MemoryFacts(None if forecast is None else forecast.total_bytes, memory.note)
+
+
+def device_facts(device: torch.device, processes: int = 1) -> DeviceFacts:
+    """Return the facts about a device that is here, used by a number of processes."""
     cuda = device.type == "cuda"
+    host_bytes = environment.hardware()["memory_bytes"]
     return DeviceFacts(
         kind=device.type,
         name=torch.cuda.get_device_name(device) if cuda else f"CPU, {environment.cpu_name()}",
         memory_bytes=measure.capacity_bytes(device) or host_bytes,
         free_bytes=measure.free_bytes(device),
-        processes=processes.count,
+        processes=processes,
     )
 
 
@@ -97,7 +115,7 @@ def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
         parameters=everything - trained if adapter.facts.frozen_base else everything,
         precision=_precision(base),
         compute_dtype=str(compute_dtype(base, device)).removeprefix("torch."),
-        kept="",
+        kept=precision_of(model).line() if base.quantization == "nf4" else "",
         method=adapter.summary,
         trained_parameters=trained,
     )

@@ -11,11 +11,12 @@ from qlora.errors import RecipeError
 from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
-from qlora.model.load import load_tokenizer
+from qlora.model.load import load_config, load_tokenizer
 from qlora.model.prepare import build
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
+from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import DataParallel
@@ -49,12 +50,12 @@ def prepare(
     with startup.stage("reading the data") as progress:
         tokenizer = load_tokenizer(recipe.base)
         dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
-    notes = []
+    notes = overruled_settings(recipe.base, load_config(recipe.base))
     if recipe.training.memory is not None:
         if plan is None:
             with startup.stage("planning memory") as progress:
                 choice = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
-            notes, plan = [choice.why], choice.settings
+            notes, plan = [*notes, choice.why], choice.settings
         recipe = changed(recipe, memory=None, **plan)
     batches = training_batches(dataset, recipe)
     steps = recipe.training.total_steps(batches.steps_per_epoch)

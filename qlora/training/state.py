@@ -109,7 +109,9 @@ def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
         with folders.replacing(run.path, session.result_name) as folder:
             write_weights(session, folder)
             session.tokenizer.save_pretrained(folder)
-            write_prompt_files(folder, Prompts(session.recipe.data, session.tokenizer))
+            write_prompt_files(
+                folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
+            )
         if (result / CONFIG_FILE).is_file() and (
             note := plain.note(read_fields(result / CONFIG_FILE), run.path)
         ):

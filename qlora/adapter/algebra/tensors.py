@@ -32,6 +32,7 @@ from qlora.storage.folders import save_errors
 
 COMPANIONS = (
     "recipe.yaml", IDENTITY_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "system_prompt.txt",
 )  # fmt: skip
 """Text files that are copied along with an adapter."""
 
