@@ -24,7 +24,7 @@ from qlora.memory.plan import changed
 from qlora.memory.workload import Workload, assumed
 from qlora.model.prepare import build
 from qlora.objective import objective_of
-from qlora.objective.checks import read_documents_if_apart
+from qlora.objective.apart import read_documents_if_apart
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim.methods import METHODS
 from qlora.recipe import Recipe

@@ -217,9 +217,9 @@ def test_every_answer_follows_the_prompt_that_poses_its_question(name: str) -> N
 
 @pytest.mark.parametrize("name", NAMED)
 def test_each_answer_and_its_end_are_trained(name: str) -> None:
-    using = with_markers_of(template_text(name))
-    encoder = Encoder(using, template_text(name))
-    document = Renderer(using, encoder, template_text(name)).document(
+    template = template_text(name)
+    using = with_markers_of(template)
+    document = Renderer(using, Encoder(using, template), template).document(
         Conversation((SYSTEM, QUESTION, ANSWER, AGAIN, LAST))
     )
     trained = [part.text for part in document.parts if part.trained]

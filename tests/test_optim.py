@@ -377,3 +377,25 @@ def test_gpu_updates_agree_with_the_cpu(name: str) -> None:
             error = (on_gpu[key].cpu() - on_cpu[key]).float()
             # 8-bit codes and Lion's signs rarely flip where the two devices round differently
             assert error.norm() < (0.1 if METHODS[name].bits == 8 or "lion" in name else 0.02) * moved.norm()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sums_of_512_gradients_are_exact_if_wanted(exact: bool) -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = Optimizer(params, name="adamw", exact_sums=exact)
+    expected = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in params.items()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(512):
+        for name, parameter in params.items():  # a mean and noise, as gradients of micro-batches have
+            slope = (1 + torch.randn(parameter.shape, generator=generator)).to(parameter)
+            (parameter * slope).sum().backward()
+            expected[name] += slope
+    found = torch.cat([parameter.grad.double().flatten() for parameter in params.values()])  # type: ignore[union-attr]
+    wanted = torch.cat([tensor.flatten() for tensor in expected.values()])
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    assert error < 1e-6 if exact else error > 0.01
+    assert optimizer.state_bytes()["gradients"] == (2 if exact else 1) * optimizer.state_bytes()["parameters"]
+    optimizer.clip(1.0)
+    optimizer.step(1e-3)
+    optimizer.zero_grad()
+    assert not any(parameter.grad.any() for parameter in params.values())  # type: ignore[union-attr]

@@ -26,8 +26,8 @@ from qlora.data import IGNORE_INDEX, Batch, Example
 from qlora.data.batches import collate
 from qlora.errors import ModelError
 from qlora.model.varlen_attention import NAME, arguments, attend, reads_documents
+from qlora.objective.apart import read_documents_if_apart
 from qlora.objective.causal_lm import loss_sum, supervised_states
-from qlora.objective.checks import read_documents_if_apart
 from qlora.runtime.device import token_multiple
 from qlora.runtime.fake import representing_cuda
 

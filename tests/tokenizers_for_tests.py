@@ -62,7 +62,11 @@ _MARKER = re.compile(r"</?[|｜]?[\w▁]+[|｜]?>|\[/?[A-Z_]+\]")
 def with_markers_of(template: str) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer that has the markers of a chat template as tokens, special if they have bars."""
     tokenizer = byte_level(chatml=True, chat_template=template)
-    markers = [name for name in dict.fromkeys(_MARKER.findall(template)) if name not in tokenizer.get_vocab()]
+    roles = [
+        f"<|{role}|>" for role in ("system", "user", "assistant")
+    ]  # put together from the role by some templates
+    names = dict.fromkeys([*_MARKER.findall(template), *roles])
+    markers = [name for name in names if name not in tokenizer.get_vocab()]
     tokenizer.add_tokens(
         [AddedToken(name, normalized=False, special=bool({*"|｜"} & {*name})) for name in markers]
     )

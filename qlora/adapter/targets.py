@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora.errors import UsageError
 from qlora.quantization.nf4 import is_nf4
+from qlora.quantization.routers import routers
 
 # Names of attention projections in the known architectures. The names of the second set also occur outside
 # attention (BERT's `output.dense`, T5's `wo`), so they count only inside a module named after attention.
@@ -54,7 +55,7 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     if targets == "attention":
         chosen = {name for name in linears if _is_attention(name)}
     elif targets == "all-linear":
-        chosen = set(linears) - _heads_and_routers(model)
+        chosen = set(linears) - heads(model) - routers(model)
     else:
         if not targets:
             raise UsageError("targets: the list is empty; name a layer, or write all-linear")
@@ -105,16 +106,11 @@ def _is_attention(name: str) -> bool:
     return leaf in ATTENTION or (inside and leaf in INSIDE_ATTENTION)
 
 
-def _heads_and_routers(model: nn.Module) -> set[str]:
+def heads(model: nn.Module) -> set[str]:
+    """Return the names of the output heads."""
     modules = dict(model.named_modules())
-    heads = {m.get_output_embeddings() for m in modules.values() if hasattr(m, "get_output_embeddings")}
-    excluded = set()
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        routes = hasattr(modules.get(parent), "experts") and ("gate" in leaf or "router" in leaf)
-        if module in heads or leaf in HEADS or routes:
-            excluded.add(name)
-    return excluded
+    found = {m.get_output_embeddings() for m in modules.values() if hasattr(m, "get_output_embeddings")}
+    return {name for name, module in modules.items() if module in found or name.rpartition(".")[2] in HEADS}
 
 
 def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:

@@ -100,8 +100,8 @@ def _save(dataset: Dataset, folder: Path) -> None:
         "fingerprint": dataset.fingerprint,
         "pad_id": dataset.pad_id,
         "stop_ids": sorted(dataset.stop_ids),
-        "system": dataset.system,
         "mixture": [asdict(share) for share in dataset.mixture],
+        "shared_system": dataset.shared_system,
     }
     (folder / "rest.json").write_text(json.dumps(rest))
 
@@ -116,6 +116,6 @@ def _load(folder: Path) -> Dataset:
         fingerprint=rest["fingerprint"],
         pad_id=rest["pad_id"],
         stop_ids=frozenset(rest["stop_ids"]),
-        system=rest["system"],
         mixture=tuple(Share(**share) for share in rest["mixture"]),
+        shared_system=rest["shared_system"],
     )

@@ -83,8 +83,8 @@ class Dataset:
     """tokens that end an answer"""
     mixture: tuple[Share, ...] = ()
     """share of each source in an epoch; empty: an epoch has all rows"""
-    system: str | None = None
-    """system message that all training rows share; None if there is none"""
+    shared_system: str | None = None
+    """system message that all training rows have; None if they differ or have none"""
 
 
 @dataclass
@@ -133,8 +133,14 @@ def make_dataset(
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         stop_ids=frozenset().union(*(source.layout.answer_ends for source in sources)),
         mixture=mixture,
-        system=_shared_system(sources),
+        shared_system=_shared_system([source.reading for source in sources if source.train]),
     )
+
+
+def _shared_system(readings: Sequence[Reading]) -> str | None:
+    """Return the system message that all training rows have, or None."""
+    systems = set().union(*(reading.systems for reading in readings))
+    return systems.pop() if len(systems) == 1 else None
 
 
 def training_batches(dataset: Dataset, recipe: Recipe) -> Batches:
@@ -189,11 +195,6 @@ def _held_out(rows: int, held_out: int | float | str, seed: int) -> set[int]:
     else:
         wanted = min(max(1, round(rows * float(held_out))), rows - 1)
     return set(permutation(rows, seed, SPLIT)[:wanted].tolist())
-
-
-def _shared_system(sources: Sequence[_Source]) -> str | None:
-    systems = set().union(*(source.reading.systems for source in sources if source.train))
-    return systems.pop() if len(systems) == 1 else None
 
 
 def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:

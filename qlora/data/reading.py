@@ -53,7 +53,7 @@ class Reading:
     tallies: Counter[str] = field(default_factory=Counter)
     """sum of `Document.tallies` over the examples"""
     systems: set[str | None] = field(default_factory=set)
-    """system messages of the examples; not complete from the second on"""
+    """system messages of the examples, at most two of them"""
 
 
 class _Rendered(NamedTuple):

@@ -16,7 +16,7 @@ from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base, load_tokenizer
 from qlora.objective import objective_of
-from qlora.objective.checks import read_documents_if_apart
+from qlora.objective.apart import read_documents_if_apart
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named

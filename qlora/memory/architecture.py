@@ -1,6 +1,7 @@
 """Names, shapes and counts of a model, read from its configuration: the input of forecasts."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,25 @@ from transformers import PreTrainedModel
 
 from qlora.data import Batch
 from qlora.errors import ModelError
+from qlora.memory.no_forecast import failure_named
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
+from qlora.model.document_bounds import keeps_state
 from qlora.model.head import head_of
-from qlora.model.load import compute_dtype, embedding_is_untied, load_config, meta_model
+from qlora.model.load import (
+    check_quantization,
+    compute_dtype,
+    embedding_is_untied,
+    load_config,
+    meta_model,
+)
+from qlora.model.precision import Precision, check_precision, precision_of
 from qlora.model.prepare import apply_adapter
 from qlora.model.varlen_attention import read_documents, reads_documents
 from qlora.objective.causal_lm import hidden_states
 from qlora.ops.cross_entropy import tokens_at_once
-from qlora.recipe import Recipe
+from qlora.quantization.transformers_loader import as_stored, nf4_layers
+from qlora.recipe import Base, Recipe
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,12 @@ class Architecture:
     """True if all decoder layers have the same parameters and the same attention"""
     padded: bool
     """True if the model also computes the padding of a batch, False if it reads the documents end to end"""
+    precision: Precision
+    """linear weights that loading will quantize, and the others"""
+
+    def stored(self, base: Base) -> Base:
+        """Return the `base` section with the settings of an NF4 checkpoint in place of those that it overrules."""
+        return as_stored(base, self.config)
 
     @property
     def layers(self) -> int:
@@ -59,6 +76,7 @@ class Architecture:
         return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
 
 
+@failure_named()
 def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
     """Read the architecture of a recipe's base.
 
@@ -68,20 +86,26 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
         config: the base's configuration, if it is already loaded.
 
     Raises:
-        QloraError: the base has no usable architecture, or no layer to adapt.
+        QloraError: the base has no usable architecture, no layer to adapt, or a quantization that no run accepts.
+        NoForecastError: the architecture cannot be built without weights.
     """
     config = load_config(recipe.base) if config is None else config
+    check_quantization(recipe.base, config)
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # a checkpoint quantized elsewhere has the same shapes
     try:
         model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
+    in_nf4 = recipe.base.quantization == "nf4"
+    quantized = frozenset(nf4_layers(model, getattr(config, "quantization_config", None)) if in_nf4 else ())
+    precision = precision_of(model, quantized)
+    check_precision(recipe.base, precision)
+    alike = _alike(model, config, quantized)
     apply_adapter(model, recipe)
     padded = not _takes_documents(recipe, config, model)
-    return Architecture(config, use_fused_layers(model), _alike(model, config), padded)
+    model = use_fused_layers(model)
+    return Architecture(config, model, alike and _alike(model, config), padded, precision)
 
 
 def shortened(config: Any, layers: int) -> Any:
@@ -102,7 +126,7 @@ def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
     """Return True if a run will use our attention over documents: the model needs no other kind of attention."""
-    if not reads_documents(model):
+    if not reads_documents(model) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     try:
@@ -116,12 +140,22 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
     return True
 
 
-def _alike(model: nn.Module, config: Any) -> bool:
-    """Return True if all decoder layers are alike, adapters included."""
+def _alike(model: nn.Module, config: Any, quantized: Collection[str] = ()) -> bool:
+    """Return True if all decoder layers are alike, adapters and the layers that loading quantizes included."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     layers = decoder_layers(model)
+    names = {module: name for name, module in model.named_modules()}
     looks = {
-        tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        tuple(
+            (
+                name,
+                p.shape,
+                p.dtype,
+                p.requires_grad,
+                f"{names[layer]}.{name.removesuffix('.weight')}" in quantized,
+            )
+            for name, p in layer.named_parameters()
+        )
         for layer in layers
     }
     return len(set(kinds)) <= 1 and len(looks) == 1

@@ -18,8 +18,10 @@ from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, Progress, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
 from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
+from qlora.model.precision import ENOUGH, Precision
+from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
-from qlora.recipe.sizes import unit_for
+from qlora.recipe.sizes import Unit, unit_for
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Estimate:
     longest_rows: int | None
     changes: list[Change]
     plan: Plan | None
+    precision: Precision
+    """linear weights of the base that are in NF4, and the others"""
+    overruled: list[str]
+    """settings of the recipe that an NF4 checkpoint overrules with its own"""
 
     @property
     def fits(self) -> bool | None:
@@ -51,10 +57,14 @@ class Estimate:
             "longest_rows": self.longest_rows,
             "changes": [change.as_json() for change in self.changes],
             "plan": None if self.plan is None else self.plan.settings,
+            "linear_weights": {"nf4": self.precision.quantized, "not_quantized": dict(self.precision.kept)},
+            "overruled": self.overruled,
         }
 
     def lines(self) -> Iterator[str]:
-        """Yield the verdict and the advice as lines of text."""
+        """Yield the base's precision, the verdict and the advice as lines of text."""
+        yield f"Base: {self.precision.line()}."
+        yield from (f"{setting}." for setting in self.overruled)
         if self.plan is not None:
             yield self.plan.why
         if (host_bytes := self.memory["forecast"]["host_bytes"]) > 0:
@@ -83,7 +93,7 @@ class Estimate:
             f"{paged if total > self.needed_bytes else ''}."
         )
         if not self.changes:
-            yield "No micro-batch, checkpointing, optimizer, rank or row length makes it fit. Use a smaller model."
+            yield f"No micro-batch, checkpointing, optimizer, rank or row length makes it fit. {self._way_out(unit)}"
             return
         yield (
             "Any one of these makes it fit, the cheapest first:"
@@ -93,6 +103,16 @@ class Estimate:
         for change in self.changes:
             left = unit.text(self.capacity_bytes - change.needed_bytes)
             yield f"  {' '.join(change.settings)}  ({left} left)"
+
+    def _way_out(self, unit: Unit) -> str:
+        """Return what else can help, by what takes the memory."""
+        dense_bytes = self.memory["forecast"]["parts"].get("base_unquantized", 0)
+        if self.precision.share >= ENOUGH or 2 * dense_bytes < self.needed_bytes:
+            return "Use a smaller model."
+        return (
+            f"{unit.text(dense_bytes)} are weights that are not quantized. Use a GPU with more memory, or a base whose "
+            "weights are in linear layers, which NF4 quantizes."
+        )
 
 
 def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progress | None = None) -> Estimate:
@@ -145,7 +165,10 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
         else:
             changes = advisor.changes()
     memory = account(recipe, workload, expected, cuda=cuda, capacity_bytes=capacity_bytes)
-    return Estimate(memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen)
+    return Estimate(
+        memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
+        overruled_settings(recipe.base, arch.config),
+    )  # fmt: skip
 
 
 def from_config_alone(recipe: Recipe) -> Recipe:

@@ -23,6 +23,7 @@ from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
 from qlora.memory.fake_tensors import MetaKernels, as_packed, faked, keep_all_layers
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
+from qlora.memory.no_forecast import failure_named
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
@@ -135,6 +136,7 @@ class Forecaster:
         self._traces: dict[Hashable, Trace] = {}
         self._updates: dict[Hashable, tuple[Row, Rows]] = {}
 
+    @failure_named()
     def forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
         """Forecast like the function `forecast`. The recipe's base and adapter must be those of the architecture."""
         arch, cuda = self.arch, self.cuda
@@ -167,10 +169,12 @@ class Forecaster:
 
     def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:
         """Return a model of `layers` layers with the recipe's checkpointing, and its optimizer."""
-        key = layers, *(part.model_dump_json() for part in (recipe.base, recipe.adapter, recipe.optimizer))
+        parts = recipe.base, recipe.adapter, recipe.optimizer
+        key = layers, recipe.training.accumulates, *(part.model_dump_json() for part in parts)
         if key not in self._models:
             dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
-            base = recipe.base.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
+            stored = self.arch.stored(recipe.base)
+            base = stored.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
             synthetic = recipe.model_copy(update={"base": base})
             self._models[key] = build(synthetic, "cpu", config=shortened(self.arch.config, layers))
             if not self.arch.padded:
@@ -227,7 +231,8 @@ class Forecaster:
 
     def _update(self, recipe: Recipe) -> tuple[Row, Rows]:
         """Return `_trace_of_update`, cached for each optimizer."""
-        key = recipe.optimizer.model_dump_json(), recipe.training.max_grad_norm
+        training = recipe.training
+        key = recipe.optimizer.model_dump_json(), training.max_grad_norm, training.accumulates
         if key not in self._updates:
             self._updates[key] = _trace_of_update(self.arch, recipe)
         return self._updates[key]

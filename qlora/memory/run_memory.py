@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from qlora.data import Batches, Dataset
-from qlora.errors import QloraError
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.architecture import architecture
 from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecast, Forecaster, forecast
+from qlora.memory.no_forecast import NoForecastError
 from qlora.memory.plan import Plan, Progress, needed, plan
 from qlora.memory.workload import Workload, of_epoch, of_run
 from qlora.optim import Optimizer
@@ -60,12 +60,9 @@ class RunMemory:
             arch = architecture(recipe, cuda=cuda)
             workload = of_run(recipe, dataset, batches, steps, arch)
             made = forecast(recipe, workload, arch, cuda=cuda)
-        except QloraError:
-            raise  # an error in the recipe, which would also stop the run
-        except Exception as error:  # noqa: BLE001 - unknown architectures can fail in any way
+        except NoForecastError as error:
             workload = workload or of_run(recipe, dataset, batches, steps, None)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return cls(recipe, workload, device, None, f"no memory forecast for this architecture: {reason}")
+            return cls(recipe, workload, device, None, str(error))
         return cls(recipe, workload, device, made, _summary(made, device))
 
     def with_watch(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":

@@ -1,11 +1,23 @@
-"""The output head of a causal language model: its weight, and the scaling and capping of its logits."""
+"""The output head of a causal language model, with the scaling and capping of its logits, and the decoder before it."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""keys of configurations that multiply the logits: Cohere, Falcon-H1, Muse"""
+DIVISORS = ("logits_scaling",)
+"""keys that divide them: Granite"""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""keys that cap them: Gemma 2 to 4, RecurrentGemma, xLSTM"""
+MULTIPLIED_BY_SCALING = ("hyperclovax",)
+"""model types that multiply by `logits_scaling`"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,7 @@ class Head:
 def head_of(model: nn.Module) -> Head:
     """Return the model's output head, with the scaling and capping that some architectures apply to their logits.
 
-    Cohere multiplies the logits by `logit_scale`, Granite divides them by `logits_scaling`, and Gemma 2 and 3 cap them
-    with `final_logit_softcapping`. `qlora.objective.checks.check_head` verifies that the model does nothing else.
+    `qlora.objective.checks.check_head` verifies that the model does nothing else.
 
     Raises:
         ModelError: the model has no plain output head.
@@ -54,12 +65,27 @@ def head_of(model: nn.Module) -> Head:
             "is a target of the adapter, remove it from the targets"
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", 0) or 1.0
-    )
+    divided = config.model_type not in MULTIPLIED_BY_SCALING
+    scale = math.prod(_numbers(config, MULTIPLIERS if divided else (*MULTIPLIERS, *DIVISORS)))
+    if divided:
+        scale /= math.prod(_numbers(config, DIVISORS))
     return Head(
         weight=embeddings.weight,
         bias=getattr(embeddings, "bias", None),
         logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=next(iter(_numbers(config, CAPS)), None),
     )
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the part of the model before its output head."""
+    decoder = model.get_decoder()
+    if decoder is model:  # transformers 5.24 finds no decoder in Llama4ForCausalLM
+        decoder = model.model
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def _numbers(config: Any, keys: Sequence[str]) -> list[float]:
+    """Return the values of the keys that the configuration sets to a number other than 0."""
+    return [float(value) for key in keys if (value := getattr(config, key, None))]

@@ -172,6 +172,7 @@ def load_base(
     """
     device = torch.device(device)
     config = load_config(base) if config is None else config
+    check_quantization(base, config)
     torch.manual_seed(seed)
     build = {"pretrained": _pretrained, "synthetic": random_init.synthetic, "random": random_init.random}[
         base.init
@@ -184,6 +185,12 @@ def load_base(
     model.base_identity = _identity(base, model, seed)
     model.config.use_cache = False
     return model.train()
+
+
+def check_quantization(base: Base, config: Any) -> None:
+    """Check that the recipe can use the checkpoint's own quantization, if it has one; see `require_nf4`."""
+    if (stored := getattr(config, "quantization_config", None)) is not None:
+        require_nf4(base, stored)
 
 
 def embedding_is_untied(model: PreTrainedModel) -> bool:
@@ -220,8 +227,6 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
 
 def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
-    if prequantized is not None:
-        require_nf4(base, prequantized)
     quantize = prequantized is None and base.quantization == "nf4"
     if not quantize or base.trust_remote_code:  # a cache key cannot cover foreign code
         model = _read(base, device, dtype, quantize=quantize)
@@ -277,11 +282,10 @@ def meta_base(base: Base) -> MetaBase:
         ModelError: the configuration is missing, unknown, or quantized in another way.
     """
     config = load_config(base)
+    check_quantization(base, config)
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        require_nf4(base, stored)
     model = meta_model(base, config, torch.bfloat16)
-    with _quiet():
+    with _quiet(), block_size_applied():
         quantizer = AutoHfQuantizer.from_config(
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
         )

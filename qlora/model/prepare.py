@@ -69,7 +69,7 @@ def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Create the recipe's optimizer over all trainable parameters."""
+    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly."""
     settings = recipe.optimizer
     return Optimizer(
         trainable_parameters(model),
@@ -77,4 +77,5 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        exact_sums=recipe.training.accumulates,
     )

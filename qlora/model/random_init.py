@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora.adapter.targets import is_conv1d, is_linear, select
+from qlora.adapter.targets import is_conv1d, is_linear
 from qlora.quantization import nf4
+from qlora.quantization.transformers_loader import nf4_layers
 from qlora.recipe import Base
 from qlora.runtime.patches import parameters_on_meta
 
@@ -59,10 +60,10 @@ def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype)
 
 
 def _replace_linears(
-    model: nn.Module, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
+    model: PreTrainedModel, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
 ) -> None:
-    """Replace every linear except the output head by an NF4 linear, one at a time; as on loading, also GPT-2's."""
-    for name in select(model, "all-linear"):
+    """Replace the linears that loading quantizes by NF4 linears, one at a time."""
+    for name in nf4_layers(model, getattr(model.config, "quantization_config", None)):
         linear = model.get_submodule(name)
         assert is_linear(linear)
         weight = linear.weight.data.T if is_conv1d(linear) else linear.weight.data  # [out, in]

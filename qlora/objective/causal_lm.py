@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.data import IGNORE_INDEX, Batch
-from qlora.model import varlen_attention
-from qlora.model.head import head_of
+from qlora.model import document_bounds, varlen_attention
+from qlora.model.head import decoder_of, head_of
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import linear_cross_entropy
 from qlora.ops.dropout import set_row_positions
@@ -39,8 +39,9 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     A model with attention over documents gets them concatenated in one row, B = 1, unless the rows have no padding. On
     some devices an extra document pads this row to a multiple (`token_multiple`).
 
-    Other models get no attention mask. Padding is on the right, where a causal model does not attend, and position ids
-    that restart at 0 make transformers separate the documents of a packed row.
+    A model with `document_bounds` gets the documents of a batch in the same way. Other models get no attention mask.
+    Padding is on the right, where a causal model does not attend, and position ids that restart at 0 make transformers
+    separate the documents of a packed row.
     """
     device = next(model.parameters()).device
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -55,11 +56,15 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             batch, documents = batch.end_to_end(multiple)
             more = varlen_attention.arguments(documents, device)
             starts = [0, *itertools.accumulate(lengths[:-1])]
+    elif batch.documents is not None and document_bounds.bounds_passed(model):
+        batch, documents = batch.end_to_end()
+        more = document_bounds.arguments(documents, device)
+        starts = [0, *itertools.accumulate(lengths[:-1])]
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
     set_row_positions(starts, lengths, batch.input_ids.numel())
     ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state  # type: ignore[operator]
+    hidden = decoder_of(model)(input_ids=ids, use_cache=False, **more).last_hidden_state
     labels = batch.labels.to(device, non_blocking=True)
     return hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 

@@ -24,13 +24,20 @@ class FlatGroup:
     Padding between parameters has zero gradients: it remains zero and adds nothing to a norm.
 
     Attributes:
-        value, gradient: [n] in the parameters' dtype. n is the sum of their sizes, each rounded up to BLOCK_SIZE.
+        value: [n] in the parameters' dtype. n is the sum of their sizes, each rounded up to BLOCK_SIZE.
+        gradient: [n] in the parameters' dtype, or fp32 with `exact_sums`.
         states: `remainder` [n] int16 for bf16 parameters; `moment1`, `moment2` [n] fp32 or uint8; `absmax1`,
             `absmax2` [n / BLOCK_SIZE] fp32.
         tables: `Method.tables`; not part of the saved state.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], method: Method, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        method: Method,
+        weight_decay: float,
+        exact_sums: bool = False,
+    ) -> None:
         self.parameters = dict(parameters)
         self.method = method
         self.weight_decay = weight_decay
@@ -47,9 +54,12 @@ class FlatGroup:
             view = self._view(self.value, name)
             view.copy_(parameter.detach())
             parameter.data = view
-        self.gradient = torch.zeros_like(self.value)  # after the loop, which freed the old parameters
+        dtype = torch.float32 if exact_sums else first.dtype
+        # after the loop, which freed the old parameters
+        self.gradient = torch.zeros(self.size, dtype=dtype, device=self.device)
         self._gradient_views: list[Tensor] = []
         for name, parameter in self.parameters.items():
+            parameter.grad_dtype = dtype
             parameter.grad = self._view(self.gradient, name)
             self._gradient_views.append(parameter.grad)
 

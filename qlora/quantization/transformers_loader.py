@@ -1,4 +1,4 @@
-"""Adds our block size to transformers' bitsandbytes loader, and checks and corrects the loaded model."""
+"""Adds our block size to transformers' bitsandbytes loader, leaves routers dense, and checks the loaded model."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
+from qlora.quantization.routers import routers
 from qlora.recipe import Base
 from qlora.runtime.patches import quantizer_replaced
 
@@ -28,6 +32,72 @@ def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def nf4_layers(model: PreTrainedModel, config: Any = None) -> list[str]:
+    """Return the names of the linear layers that loading quantizes to NF4, in the order of the model.
+
+    transformers quantizes `nn.Linear` and GPT-2's `Conv1D`, but no subclass of `nn.Linear`. It leaves out the output
+    head, and the layers that an NF4 checkpoint lists. We also leave out routers.
+
+    Args:
+        model: an unquantized model, which can be on the meta device.
+        config: quantization config of the checkpoint, if the checkpoint is in NF4 already.
+    """
+    skipped = skipped_modules(model) if config is None else _settings(config).get("llm_int8_skip_modules")
+    patterns = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, patterns)
+    ]
+
+
+def skipped_modules(model: PreTrainedModel) -> list[str] | None:
+    """Return the modules that quantization must leave out; None for transformers' own choice, without routers."""
+    found = routers(model)
+    return [*get_keys_to_not_convert(model), *sorted(found)] if found else None
+
+
+def overruled_settings(base: Base, config: Any) -> list[str]:
+    """Return a sentence for each setting of the recipe that an NF4 checkpoint overrules with its own.
+
+    Args:
+        base: the recipe's `base` section.
+        config: transformers' configuration of the model, with the quantization config of an NF4 checkpoint, or without.
+    """
+    own = _own_settings(config)
+    return [
+        f"base.{key}={_yaml(getattr(base, key))} has no effect: {base.model!r} is quantized already, with "
+        f"{key}={_yaml(value)}"
+        for key, value in own.items()
+        if getattr(base, key) != value
+    ]
+
+
+def as_stored(base: Base, config: Any) -> Base:
+    """Return the `base` section with the settings of an NF4 checkpoint in place of those that it overrules."""
+    return base.model_copy(update=_own_settings(config))
+
+
+def _own_settings(config: Any) -> dict[str, Any]:
+    """Return an NF4 checkpoint's own values of `double_quant` and `block_size`; empty for other checkpoints."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return {}
+    settings = _settings(stored)
+    return {
+        "double_quant": bool(settings.get("bnb_4bit_use_double_quant", False)),
+        "block_size": settings.get("block_size", 64),
+    }
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower()
+
+
 def block_size_applied() -> AbstractContextManager[None]:
     """Return a context in which `from_pretrained` quantizes with the block size of an `nf4_config`."""
     return quantizer_replaced("bitsandbytes_4bit", _BlockSizedNF4Quantizer)
@@ -44,7 +114,7 @@ def require_nf4(base: Base, config: Any) -> None:
         ModelError: The checkpoint is not quantized to NF4 by bitsandbytes.
         RecipeError: The recipe sets another quantization.
     """
-    settings = config if isinstance(config, dict) else config.to_dict()
+    settings = _settings(config)
     method = settings.get("quant_method", "unknown")
     kind = settings.get("bnb_4bit_quant_type")
     if not (str(method).endswith("bitsandbytes") and settings.get("load_in_4bit") and kind == "nf4"):
@@ -77,9 +147,13 @@ class _BlockSizedNF4Config(BitsAndBytesConfig):
 
 
 class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
-    """transformers' 4-bit loader that sets the block size of each weight before quantization."""
+    """transformers' 4-bit loader that leaves out routers and sets the block size of each weight before quantization."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if (
+            not self.pre_quantized
+        ):  # the names become part of a saved checkpoint's config, so it loads without us
+            self.quantization_config.llm_int8_skip_modules = skipped_modules(model)
         super()._process_model_before_weight_loading(model, *args, **kwargs)
         block_size = getattr(self.quantization_config, "block_size", 64)
         for module in model.modules():

@@ -53,6 +53,8 @@ class Base(Section):
     """Also quantize the quantization constants; saves 0.37 bits per parameter (QLoRA, section 3)."""
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights per quantization constant (QLoRA, section 3: 64)."""
+    allow_unquantized: bool = False
+    """Train an NF4 base although less than half of its linear weights can be quantized, as in many mixtures."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the computation; auto: bfloat16 (QLoRA, section 3), but float32 on CPUs that emulate bfloat16."""
     embedding: Literal["device", "host"] = "device"
@@ -132,7 +134,7 @@ class Data(Section):
     columns: dict[Text, Text] = {}
     """Column names that differ from the format's fields, each as field: column."""
     template: Text | None = None
-    """Chat template: a name such as llama-3 or chatml, or a .jinja file; null: the tokenizer's or the format's."""
+    """Chat template: a name such as llama-3, a .jinja file, or tokenizer: its own; null: its own or the format's."""
     template_options: dict[Text, bool | int | float | str] = {}
     """Variables of the template, in training and generation, such as {enable_thinking: false}."""
     system: Text | None = None
@@ -232,6 +234,11 @@ class Training(Section):
     """Seed of the row order, the held-out split, dropout and initialisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: the GPU if there is one, else the CPU."""
+
+    @property
+    def accumulates(self) -> bool:
+        """True if an optimizer step sums the gradients of several micro-batches."""
+        return self.global_batch_size > self.micro_batch_size
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of a run: `max_steps`, or else `epochs` times `steps_per_epoch`."""

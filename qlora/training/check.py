@@ -173,14 +173,15 @@ def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
     section = recipe.data
     if not is_local(recipe):
         found.unchecked.append(
-            f"the rows: {section.source} is not a local file; `qlora data` downloads and reads it"
+            f"the rows: {section.names} is not a local file; `qlora data` downloads and reads it"
         )
         return None, False
     tokenizer = load_tokenizer(recipe.base)
-    file = Path(section.source)
-    whole = not file.is_file() or file.stat().st_size <= LARGE_BYTES or section.limit is not None
+    file = None if section.source is None else Path(section.source)
+    large = file is not None and file.is_file() and file.stat().st_size > LARGE_BYTES
+    whole = not large or section.limit is not None
     if not whole:
-        found.unchecked.append(f"the rows after the first {FIRST_ROWS} of {section.source}")
+        found.unchecked.append(f"the rows after the first {FIRST_ROWS} of {file}")
         held_out = section.held_out if isinstance(section.held_out, str) else min(section.held_out, 1)
         section = section.model_copy(update={"limit": FIRST_ROWS, "held_out": held_out})
     return load_dataset(section, tokenizer, recipe.training.seed), whole

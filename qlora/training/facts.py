@@ -9,6 +9,7 @@ from qlora.data import Batches, Dataset, remarks
 from qlora.memory import measure
 from qlora.memory.run_memory import RunMemory
 from qlora.model.load import compute_dtype
+from qlora.model.precision import precision_of
 from qlora.recipe import Base, Recipe
 from qlora.report.facts import (
     BaseFacts,
@@ -54,8 +55,8 @@ def data_facts(recipe: Recipe, dataset: Dataset) -> DataFacts:
     """Return the facts about the rows of a run."""
     section = recipe.data
     return DataFacts(
-        source=section.source,
-        format=section.format,
+        source=section.names,
+        format=", ".join(dict.fromkeys(part.format for part in section.parts)),
         held_out_source=section.held_out if isinstance(section.held_out, str) else None,
         max_length=section.max_length,
         packing=section.packing,
@@ -114,7 +115,7 @@ def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
         parameters=everything - trained if adapter.facts.frozen_base else everything,
         precision=_precision(base),
         compute_dtype=str(compute_dtype(base, device)).removeprefix("torch."),
-        kept="",
+        kept=precision_of(model).line() if base.quantization == "nf4" else "",
         method=adapter.summary,
         trained_parameters=trained,
     )

@@ -110,7 +110,7 @@ def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
             write_weights(session, folder)
             session.tokenizer.save_pretrained(folder)
             write_prompt_files(
-                folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.system)
+                folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
             )
         if (result / CONFIG_FILE).is_file() and (
             note := plain.note(read_fields(result / CONFIG_FILE), run.path)

@@ -17,7 +17,7 @@ from qlora.adapter import trainable_parameters
 from qlora.data import Batch, Batches, Example
 from qlora.model import varlen_attention
 from qlora.model.prepare import build
-from qlora.objective.checks import read_documents_if_apart
+from qlora.objective.apart import read_documents_if_apart
 from qlora.objective.step import accumulate
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages, keep_freed_memory

@@ -1,0 +1,31 @@
+"""Routers of mixtures of experts by name. They choose experts, so they are neither quantized nor adapted.
+
+A router in 4 bits sends tokens to other experts, and the QLoRA literature neither quantizes nor adapts it.
+"""
+
+from torch import nn
+
+NAMES = frozenset(["router", "gate"])
+"""names of routers that hold their linear layer inside: hunyuan's `mlp.gate.wg`, dbrx's and jetmoe's `router.layer`"""
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Return the names of the linear layers and of the weights' owners that route tokens to experts.
+
+    A module routes if it is named after a gate or router and has experts next to it, or if it is inside a module named
+    `router`, or inside a module named `gate` with experts next to it.
+    """
+    modules = dict(model.named_modules())
+    return {name for name in modules if name and _routes(name, modules)}
+
+
+def _routes(name: str, modules: dict[str, nn.Module]) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    if hasattr(modules.get(parent), "experts") and ("gate" in leaf or "router" in leaf):
+        return True
+    parts = parent.split(".")
+    for depth, part in enumerate(parts):
+        beside_experts = hasattr(modules.get(".".join(parts[:depth])), "experts")
+        if part == "router" or (part == "gate" and beside_experts):
+            return True
+    return False
