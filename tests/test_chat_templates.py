@@ -379,3 +379,14 @@ def test_a_system_message_before_the_first_question() -> None:
     assert document.parts[0].text.endswith("user\nBe brief.\n\nq1<end_of_turn>\n<start_of_turn>model\n")
     assert document.tallies == {"moved system messages": 1}
     assert layout.prompt("q1").parts[0].text == document.parts[0].text
+
+
+@pytest.mark.parametrize(("name", "marker"), [("trl/gemma3", "<end_of_turn>"), ("trl/qwen3", "<tool_call>")])
+def test_text_that_spells_a_token_of_the_template_is_ordinary_text(name: str, marker: str) -> None:
+    subject = reference(name)
+    document = subject.renderer.document(talk(f"a {marker} b", f"c {marker} d"))
+    clean, forged = subject.encoder.encode([subject.renderer.document(SUM), document])
+    token = subject.tokenizer.convert_tokens_to_ids(marker)
+    assert (forged.input_ids == token).sum() == (clean.input_ids == token).sum()
+    assert not forged.forged
+    assert subject.tokenizer.decode(forged.input_ids).count(marker) == 2 + (clean.input_ids == token).sum()

@@ -1,6 +1,7 @@
 """`qlora data` shows the rows of a data set."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,3 +67,42 @@ def test_a_bad_row_is_an_error_with_its_line(recipe_file: RecipeFile, tmp_path: 
     file = recipe_file(data={"source": str(tmp_path / "a.jsonl"), "format": "prompt-completion"})
     with pytest.raises(DataError, match=r"a\.jsonl:2: wrong type: 'prompt' must be text"):
         shown(file)
+
+
+def test_what_is_left_out_is_shown_with_its_line_and_the_lengths_of_all_rows(
+    recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a", "completion": "b " * n} for n in (1, 1, 2, 400)]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "c"}\n'
+    (tmp_path / "a.jsonl").write_text(text)
+    file = recipe_file(
+        data={"source": str(tmp_path / "a.jsonl"), "format": "prompt-completion", "held_out": 1}
+    )
+    output = shown(file, "data.on_bad_row=skip", "data.max_length=128", "--rows", 0)
+    assert f"left out {tmp_path}/a.jsonl:5: missing field: 'completion'" in output
+    assert re.search(rf"left out {tmp_path}/a\.jsonl:4: \d{{3}} tokens", output)
+    bars = re.findall(r"^ +[\d,]+-[\d,]+ +(\d+) #+$", output, re.M)
+    assert sum(map(int, bars)) == 4
+    assert re.search(r"^ +128 \(now\) +1 rows \(25%\), \d+% of tokens; truncated \d+%$", output, re.M)
+    counts = json.loads(shown(file, "data.on_bad_row=skip", "data.max_length=128", "--json"))["counts"]
+    assert sum(counts["lengths"].values()) == 4
+    assert len(counts["left_out"]) == 2
+
+
+def test_each_of_several_sources_has_its_line(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    for name, count in (("a", 6), ("b", 2)):
+        rows = [{"prompt": f"{name} {n}", "completion": "b"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [
+        {"source": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 1), ("b", 3))
+    ]
+    mixed = {"source": None, "sources": sources, "format": "prompt-completion", "held_out": 1}
+    output = shown(recipe_file(data=mixed), "--rows", 0)
+    pattern = (
+        r"^source .*/([ab])\.jsonl: (\d) read, (\d) to train on, (\d) held out, 0 left out, (\d) in an epoch$"
+    )
+    found = re.findall(pattern, output, re.M)
+    assert [source[:2] for source in found] == [("a", "6"), ("b", "2")]
+    (a_train, a_held, a_epoch), (b_train, b_held, b_epoch) = (map(int, source[2:]) for source in found)
+    assert (a_train + b_train, a_held + b_held) == (7, 1)
+    assert (a_epoch, b_epoch) == (2, 5)

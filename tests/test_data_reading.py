@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers_for_tests import byte_level
 
@@ -114,7 +116,7 @@ def test_a_long_text_is_split_so_that_each_token_is_trained_once(tmp_path: Path)
         len(pieces) - 1,
         0,
     )
-    assert "1 texts are longer than data.max_length and were split into several rows" in remarks(counts)
+    assert "1 texts are longer than data.max_length and are split into several rows" in remarks(counts)
 
 
 @pytest.mark.parametrize("length", range(8, 30))
@@ -153,8 +155,17 @@ def test_progress_counts_the_rows(tmp_path: Path) -> None:
     lines: list[str] = []
     file = write(tmp_path / "a.jsonl", pairs(3000))
     load(file, progress=lines.append)
-    assert lines[0] == f"tokenizing {file}: 1,024 rows"
-    assert lines[-1] == f"tokenizing {file}: 3,000 rows"
+    assert lines[0] == f"tokenizing {file}: 1,024 of 3,000 rows"
+    assert lines[-1] == f"tokenizing {file}: 3,000 of 3,000 rows"
+    load(file, progress=lines.append, limit=7)
+    assert lines[-1] == f"tokenizing {file}: 7 of 7 rows"
+    table = pyarrow.Table.from_pylist(pairs(5))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    load(tmp_path / "a.parquet", progress=lines.append)
+    assert lines[-1] == f"tokenizing {tmp_path}/a.parquet: 5 of 5 rows"
+    (tmp_path / "list.json").write_text(json.dumps(pairs(3)))
+    load(tmp_path / "list.json", progress=lines.append)
+    assert lines[-1] == f"tokenizing {tmp_path}/list.json: 3 rows"
 
 
 def test_no_text_of_a_training_row_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +202,7 @@ def test_a_chunk_is_limited_by_its_text(tmp_path: Path, monkeypatch: pytest.Monk
         max_length=128,
         progress=lines.append,
     )
-    assert [line.rpartition(": ")[2] for line in lines] == ["2 rows", "4 rows", "6 rows", "7 rows"]
+    assert [line.rpartition(": ")[2] for line in lines] == [f"{number} of 7 rows" for number in (2, 4, 6, 7)]
 
 
 def examples(count: int) -> Iterator[Example]:

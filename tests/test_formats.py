@@ -128,7 +128,7 @@ BAD = [
     (
         "messages",
         {**chat(QUESTION), "chosen": ANSWER, "rejected": ANSWER},
-        "no answer: no message is the assistant's; 'chosen' and 'rejected' are preference data",
+        "preference data: the answers are in 'chosen' and 'rejected'",
     ),
     (
         "messages",

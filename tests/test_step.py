@@ -1,5 +1,6 @@
 """The training step's results, against references that share no code with it."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -26,6 +27,7 @@ from qlora.objective.apart import check_packing
 from qlora.objective.causal_lm import CausalLM, loss_sum
 from qlora.objective.checks import check_head
 from qlora.objective.step import accumulate, evaluate
+from qlora.optim import Optimizer
 from qlora.runtime.seeds import fold_seed
 
 SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -228,3 +230,29 @@ def test_gemma_caps_and_scales_are_read_from_the_configuration() -> None:
 def test_a_model_without_layers_to_checkpoint_is_an_error() -> None:
     with pytest.raises(RecipeError, match="activation_checkpointing=none"):
         checkpoint_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_512_micro_batches_are_as_close_to_float64_as_one_batch() -> None:
+    model = adapted("llama")
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.bfloat16()
+    reference = copy.deepcopy(model).double()
+    chosen = rows([3 + number % 9 for number in range(512)])
+    _, expected = gradients(reference, [padded(chosen)])
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+
+    def error(batches: list[Batch], exact_sums: bool) -> float:
+        optimizer = Optimizer(trainable_parameters(model), name="adamw", exact_sums=exact_sums)
+        optimizer.zero_grad()
+        accumulate(model, batches, seed=0, step=0)
+        differences = [
+            (parameter.grad.double() - expected[name]).norm()  # type: ignore[union-attr]
+            for name, parameter in trainable_parameters(model).items()
+        ]
+        return (torch.stack(differences).norm() / norm).item()
+
+    whole, micro = [padded(chosen)], [padded([row]) for row in chosen]
+    once = error(whole, exact_sums=False)
+    assert error(micro, exact_sums=True) < 1.1 * once
+    assert error(micro, exact_sums=False) > 2 * once

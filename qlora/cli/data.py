@@ -12,8 +12,11 @@ from qlora.cli.arguments import Json, Overrides, RecipeArgument
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from qlora.data import Batches, Counts, Example
+    from qlora.data import Batches, Dataset, Example
     from qlora.recipe import Recipe
+
+LEFT_OUT_SHOWN = 5
+"""lines about rows that are left out; the counts have them all"""
 
 
 def data(
@@ -39,14 +42,16 @@ def data(
     batches = training_batches(dataset, loaded)
     shown = list(_first_rows(batches, tokenizer, rows))
     if json_output:
-        print(json.dumps({"rows": [asdict(row) for row in shown], "counts": asdict(dataset.counts)}))
+        rows_shown = [asdict(row) for row in shown]
+        counts = {**asdict(dataset.counts), "lengths": dataset.lengths, "left_out": dataset.left_out}
+        print(json.dumps({"rows": rows_shown, "counts": counts}))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
     for number, row in enumerate(shown, 1):
         console.print(_text(row, f"row {number}"), soft_wrap=True)
-    console.print(_summary(dataset.counts, batches, loaded), soft_wrap=True, markup=False)
+    console.print(_summary(dataset, batches, loaded), soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,12 @@ def _printable(text: str) -> str:
     )
 
 
-def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
+def _summary(dataset: "Dataset", batches: "Batches", recipe: "Recipe") -> str:
     from qlora.data import remarks
+    from qlora.report.lengths import histogram, limits
 
-    lengths = sorted(len(example.input_ids) for example in batches.examples)
+    counts = dataset.counts
+    lengths = sorted(batches.examples.lengths.tolist())
     lines = [
         f"rows     {counts.read} read: {counts.train} to train on, {counts.held_out} held out, "
         f"{counts.bad} bad, {counts.dropped} dropped as too long, "
@@ -148,6 +155,8 @@ def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
         f"length   median {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}, "
         f"limit {recipe.data.max_length}; {counts.truncated} rows were cut",
     ]
+    if len(counts.sources) > 1:
+        lines += [_source(source) for source in counts.sources]
     if counts.packing_efficiency is not None:
         lines.append(
             f"packing  {len(batches.rows)} packed rows, {counts.packing_efficiency:.1%} of their tokens used"
@@ -155,4 +164,16 @@ def _summary(counts: "Counts", batches: "Batches", recipe: "Recipe") -> str:
     lines.append(f"steps    {batches.steps_per_epoch} per epoch")
     lines += [f"note     {remark}" for remark in remarks(counts)]
     lines += [f"bad      {count} {reason}" for reason, count in counts.reasons.items()]
+    lines += [f"left out {row}" for row in dataset.left_out[:LEFT_OUT_SHOWN]]
+    lines += ["", f"{'tokens':>15} {'rows':>10}", *histogram(dataset.lengths)]
+    if shorter := list(limits(dataset.lengths, recipe.data.max_length)):
+        lines += ["", f"{'max_length':>15}       {'longer':>10}", *shorter]
     return "\n".join(lines)
+
+
+def _source(source: dict[str, Any]) -> str:
+    left_out = source["bad"] + source["dropped"] + source["unsupervised"]
+    return (
+        f"source   {source['source']}: {source['read']} read, {source['train']} to train on, "
+        f"{source['held_out']} held out, {left_out} left out, {source['per_epoch']} in an epoch"
+    )

@@ -100,6 +100,8 @@ def _save(dataset: Dataset, folder: Path) -> None:
         "fingerprint": dataset.fingerprint,
         "pad_id": dataset.pad_id,
         "stop_ids": sorted(dataset.stop_ids),
+        "lengths": list(dataset.lengths.items()),
+        "left_out": dataset.left_out,
         "mixture": [asdict(share) for share in dataset.mixture],
         "shared_system": dataset.shared_system,
     }
@@ -116,6 +118,8 @@ def _load(folder: Path) -> Dataset:
         fingerprint=rest["fingerprint"],
         pad_id=rest["pad_id"],
         stop_ids=frozenset(rest["stop_ids"]),
+        lengths=dict(rest["lengths"]),
+        left_out=rest["left_out"],
         mixture=tuple(Share(**share) for share in rest["mixture"]),
         shared_system=rest["shared_system"],
     )

@@ -85,6 +85,10 @@ class Dataset:
     """share of each source in an epoch; empty: an epoch has all rows"""
     shared_system: str | None = None
     """system message that all training rows have; None if they differ or have none"""
+    lengths: dict[int, int] = field(default_factory=dict)
+    """number of documents by length in tokens, before they are cut or left out as too long"""
+    left_out: list[str] = field(default_factory=list)
+    """first rows that are left out, one line for each reason: file:line: reason"""
 
 
 @dataclass
@@ -134,6 +138,8 @@ def make_dataset(
         stop_ids=frozenset().union(*(source.layout.answer_ends for source in sources)),
         mixture=mixture,
         shared_system=_shared_system([source.reading for source in sources if source.train]),
+        lengths=dict(sorted(sum((source.reading.lengths for source in sources), Counter[int]()).items())),
+        left_out=[line.strip() for source in sources for line in _left_out(source.reading)],
     )
 
 
@@ -195,6 +201,10 @@ def _held_out(rows: int, held_out: int | float | str, seed: int) -> set[int]:
     else:
         wanted = min(max(1, round(rows * float(held_out))), rows - 1)
     return set(permutation(rows, seed, SPLIT)[:wanted].tolist())
+
+
+def _left_out(reading: Reading) -> list[str]:
+    return [*reading.bad.lines(), *(reading.too_long.lines() if reading.dropped else [])]
 
 
 def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:
@@ -302,5 +312,5 @@ def _nothing_left(reading: Reading, section: Data) -> str:
     if reading.too_long:
         lines += reading.too_long.lines()
     if reading.dropped or reading.unsupervised:
-        lines.append(f"Raise data.max_length; the longest row has {reading.longest} tokens")
+        lines.append(f"Raise data.max_length; the longest row has {max(reading.lengths)} tokens")
     return "\n".join(lines)

@@ -101,6 +101,10 @@ class Encoder:
         self._parse_controls = parse_controls
         self._vocabulary = tokenizer.get_vocab()
         self._id_of = {token.content: token_id for token_id, token in self._controls.items()}
+        # only the spelling of special tokens can be encoded as text
+        self._backend.add_special_tokens(
+            [_special(token) for token in self._controls.values() if not token.special]
+        )
         self._backend.add_tokens([_renamed(token_id, token) for token_id, token in self._controls.items()])
         private = {self._backend.token_to_id(_name(token_id)): token_id for token_id in self._controls}
         # the highest id, not the number of tokens: ids can have holes
@@ -224,6 +228,17 @@ def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def _name(token_id: int) -> str:
     return f"\0{token_id}\0"
+
+
+def _special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
 
 
 def _renamed(token_id: int, token: AddedToken) -> AddedToken:

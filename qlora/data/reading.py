@@ -17,13 +17,13 @@ from qlora.data.files import Record
 from qlora.data.layout import Layout
 from qlora.data.refusals import Refusals
 from qlora.data.remarks import NOT_TRAINED, SPLIT_TEXTS
-from qlora.data.sources import read
+from qlora.data.sources import count, read
 from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation, NotTrained, Row
 from qlora.recipe import Data
 
-Progress = Callable[[str], None]
-"""shows a line such as "tokenizing rows.jsonl: 12,000 rows", which replaces the line before it"""
+Progress = Callable[[str], object]
+"""shows a line such as "tokenizing rows.jsonl: 12,000 of 52,002 rows", which replaces the line before it"""
 
 _ROWS = 1024  # rows encoded at a time: enough for the tokenizer's threads
 _CHARACTERS = 2**21  # characters encoded at a time: a tokenizer needs about a hundred bytes for each token
@@ -43,8 +43,8 @@ class Reading:
     """rows that cannot be used"""
     too_long: Refusals = field(default_factory=Refusals)
     """rows longer than max_length"""
-    longest: int = 0
-    """tokens of the longest row"""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """number of documents by length in tokens, before they are cut or left out"""
     dropped: int = 0
     truncated: int = 0
     unsupervised: int = 0
@@ -76,6 +76,11 @@ def records_of(section: Data, rows: Sequence[Row] | None = None) -> Iterator[Rec
     )
 
 
+def _total(section: Data, rows: Sequence[Row] | None) -> int | None:
+    total = count(section.source_name, section.split) if rows is None else len(rows)
+    return total if total is None or section.limit is None else min(total, section.limit)
+
+
 def read_examples(
     section: Data,
     layout: Layout,
@@ -91,6 +96,7 @@ def read_examples(
     """
     reading = Reading(section.source_name)
     first = len(writer)
+    total = None if progress is None else _total(section, rows)
     for chunk in _chunks(_rendered(records_of(section, rows), layout, reading)):
         encodings = layout.encoder.encode([rendered.document for rendered in chunk])
         for (row, origin, document), encoded in zip(chunk, encodings, strict=True):
@@ -103,7 +109,8 @@ def read_examples(
                 if len(reading.systems) < 2:
                     reading.systems.add(document.system)
         if progress is not None:
-            progress(f"tokenizing {section.source}: {reading.read:,} rows")
+            of_total = f" of {total:,}" if total is not None and total >= reading.read else ""
+            progress(f"tokenizing {section.source}: {reading.read:,}{of_total} rows")
     reading.examples = range(first, len(writer))
     if reading.bad and section.on_bad_row == "error":
         raise DataError(reading.bad.explained(reading, section))
@@ -178,7 +185,7 @@ def _pieces(
     """
     ids, labels = encoded.input_ids, encoded.labels
     longest = section.max_length
-    reading.longest = max(reading.longest, len(ids))
+    reading.lengths[len(ids)] += 1
     if encoded.forged:
         reason = BadRow("control token in text", "this tokenizer cannot write its spelling as ordinary text")
         reading.bad.add(origin, reason, {})
@@ -219,6 +226,6 @@ def _long_rows(reading: Reading, max_length: int) -> str:
     lines = [f"{reading.source}: {total} of {reading.read} rows have more than {max_length} tokens"]
     lines += reading.too_long.lines()
     lines.append(
-        f"Set data.max_length={reading.longest} to keep them whole, or set data.too_long to drop or truncate"
+        f"Set data.max_length={max(reading.lengths)} to keep them whole, or set data.too_long to drop or truncate"
     )
     return "\n".join(lines)

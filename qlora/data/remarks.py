@@ -29,8 +29,8 @@ SPLIT_TEXTS = "split texts"
 _SENTENCES = {
     UNKNOWN_MARKERS: (
         "the template writes {first}, but the tokenizer has no such token: it becomes ordinary pieces, which the model "
-        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use a "
-        "base whose tokenizer has this token"
+        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use "
+        "a base whose tokenizer has this token"
     ),
     NOT_TRAINED: "{count:,} rows are left out because they are marked as not to be trained ({details})",
     UNTRAINED_ANSWERS: (
@@ -61,7 +61,7 @@ _SENTENCES = {
     PARSED_CONTROLS: (
         '{count:,} rows contain control tokens such as "{first}", which take effect (data.control_tokens: parse)'
     ),
-    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and were split into several rows",
+    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and are split into several rows",
 }
 
 

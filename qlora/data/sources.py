@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from qlora.data.files import READERS, Record, json_rows
+from qlora.data.files import READERS, Record, json_rows, parquet_rows
 from qlora.data.pipe import spooled
 from qlora.errors import DataError
 from qlora.recipe.source_names import COMPRESSIONS, FILE_TYPES, STANDARD_INPUT, is_local
@@ -57,6 +57,24 @@ def identity(source: str, split: str = "train") -> str | None:
     except (OSError, ValueError, DataError):
         return None
     return digests[0][1] if len(digests) == 1 else hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+def count(source: str, split: str = "train") -> int | None:
+    """Return the number of rows if it is known without parsing them, for a display of progress. Arguments as in `read`.
+
+    Known are the rows of the hub, of Parquet files and of JSON lines that are not compressed.
+    """
+    hub = _hub_id(source)
+    if hub:
+        return len(_hub_rows(*hub, split))
+    counts = [_count_in_file(path) for path, _ in _files(source)]
+    return None if None in counts else sum(filter(None, counts))
+
+
+def _count_in_file(path: Path) -> int | None:
+    if path.suffix == ".parquet":
+        return parquet_rows.count(path)
+    return json_rows.count_lines(path) if path.suffix in (".jsonl", ".ndjson") else None
 
 
 def on_hub(source: str) -> bool:

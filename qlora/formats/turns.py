@@ -78,14 +78,14 @@ def assembled(row: Row, parsed: Messages) -> Conversation:
         elif messages[0]["content"] != system["content"]:
             raise BadRow("two system messages", "in the column 'system' and in the first message; keep one")
     result = Conversation(tuple(messages), tools_of(row), frozenset(context), (*parsed.unused, *other_marks))
-    if not any(message["role"] == "assistant" for message in messages):
-        preference = [key for key in row if "chosen" in key or "rejected" in key]
-        has = (
-            f"; {' and '.join(map(repr, preference))} are preference data, not supported"
-            if preference
-            else ""
+    preference = [key for key in row if "chosen" in key or "rejected" in key]
+    if preference and messages[-1]["role"] != "assistant":
+        raise BadRow(
+            "preference data",
+            f"the answers are in {' and '.join(map(repr, preference))}; no objective uses them",
         )
-        raise BadRow("no answer", f"no message is the assistant's{has}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("no answer", "no message is the assistant's")
     if not result.trained:
         raise NotTrained("marked as not to be trained", "every answer has weight 0")
     return result

@@ -200,7 +200,7 @@ class Chat:
         self.screen.note(f"answering: {self._who()}")
 
     def _system(self, text: str = "") -> None:
-        """/system TEXT: set the system prompt; none: ask without; trained: that of the training rows; alone: show."""
+        """/system TEXT: set the system prompt; none: ask without; trained: as in the training rows; alone: show it."""
         if text:
             system = {"none": "", "trained": None}.get(text, text)
             self._check(system)

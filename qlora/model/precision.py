@@ -97,9 +97,10 @@ def check_precision(base: Base, precision: Precision) -> None:
     """
     if base.quantization != "nf4" or base.allow_unquantized or precision.share >= ENOUGH:
         return
+    experts = ", and experts get no adapter" if EXPERTS in precision.kept else ""
     raise ModelError(
-        f"base.quantization: nf4 quantizes little of {base.model!r}: {precision.line()}. These weights stay in 16 bits "
-        "and get no adapter. Set base.allow_unquantized=true to train it like this, or base.quantization=none"
+        f"base.quantization: nf4 quantizes little of {base.model!r}: {precision.line()}. These weights stay in 16 bits"
+        f"{experts}. Set base.allow_unquantized=true to train the base like this, or base.quantization=none"
     )
 
 

@@ -39,7 +39,8 @@ def lora_linears(
     grad = torch.is_grad_enabled()  # read here: always False inside the function
     flat = [tensor for update in updates for tensor in update]
     outputs: tuple[Tensor, ...] = _LoRALinears.apply(autocast(x), norm, linears, grad, *flat)
-    return outputs
+    # Viewed here, because torch forbids a model to change a view made inside a function in place, as Falcon does
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -54,7 +55,7 @@ class _LoRALinears(torch.autograd.Function):
         # Attributes, not saved tensors: they are constants of the run, and hooks on saved tensors must not move them
         ctx.norm, ctx.linears = norm, linears
         ctx.save_for_backward(x, *flat, *lows)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -65,7 +66,7 @@ class _LoRALinears(torch.autograd.Function):
         wants_input = ctx.needs_input_grad[0]
         dx, d_updates = gradients(
             normalized(rows, ctx.norm),
-            [grad.reshape(-1, grad.shape[-1]) for grad in grads],
+            list(grads),
             ctx.linears,
             updates,
             lows,

@@ -59,6 +59,7 @@ class FlatGroup:
         self.gradient = torch.zeros(self.size, dtype=dtype, device=self.device)
         self._gradient_views: list[Tensor] = []
         for name, parameter in self.parameters.items():
+            parameter.grad = None  # an earlier one can have another dtype
             parameter.grad_dtype = dtype
             parameter.grad = self._view(self.gradient, name)
             self._gradient_views.append(parameter.grad)

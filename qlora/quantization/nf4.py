@@ -180,7 +180,8 @@ def frozen_linear(x: Tensor, weight: Tensor, state: QuantState | None, bias: Ten
     """
     assert_frozen(weight, bias)
     y: Tensor = _FrozenLinear.apply(autocast(x), weight, state, bias)
-    return y
+    # Viewed here, because torch forbids a model to change a view made inside a function in place, as Gemma 3n does
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -203,15 +204,15 @@ class _FrozenLinear(torch.autograd.Function):
         # Attributes, not saved tensors: they are constants of the run, and hooks on saved tensors must not move them
         ctx.weight, ctx.state = weight, state
         bias = None if bias is None else bias.to(x.dtype)
-        y = F.linear(x.reshape(-1, x.shape[-1]), dense(weight, state, x.dtype), bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.shape = x.shape
+        return F.linear(x.reshape(-1, x.shape[-1]), dense(weight, state, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return grad @ dense(ctx.weight, ctx.state, grad.dtype), None, None, None
+        return (grad @ dense(ctx.weight, ctx.state, grad.dtype)).view(ctx.shape), None, None, None
 
 
 class NF4Linear(Linear4bit):

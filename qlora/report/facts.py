@@ -91,7 +91,14 @@ class DataFacts:
         outcomes = (
             f"{counts['read']:,} rows read, {counts['train']:,} trained, {counts['held_out']:,} held out"
         )
-        yield "data", f"{self.source}{and_held_out} ({self.format}): {outcomes}"
+        more = f", {counts['split']:,} more examples from rows that give several" if counts["split"] else ""
+        yield "data", f"{self.source}{and_held_out} ({self.format}): {outcomes}{more}"
+        if len(counts["sources"]) > 1:
+            for part in counts["sources"]:
+                rows = (
+                    f"{part['read']:,} rows read, {part['train']:,} trained, {part['per_epoch']:,} an epoch"
+                )
+                yield "", f"{part['source']}: {rows}"
         for line in [*left_out(counts, self.max_length), *self.remarks]:
             yield "", line
         share = counts["supervised"] / counts["tokens"]

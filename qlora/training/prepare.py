@@ -1,5 +1,6 @@
 """Preparation of a run: data, memory plan and forecast, base, adapter and optimizer."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,13 +8,15 @@ import torch
 from qlora.adapter.methods import METHODS
 from qlora.data import load_dataset, training_batches
 from qlora.errors import RecipeError
+from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
-from qlora.model.load import load_tokenizer
+from qlora.model.load import load_config, load_tokenizer
 from qlora.model.prepare import build
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
+from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import DataParallel
@@ -28,6 +31,7 @@ def prepare(
     *,
     startup: Startup | None = None,
     watch_all: bool = False,
+    rows: Iterable[Row] | None = None,
 ) -> Session:
     """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
 
@@ -37,20 +41,21 @@ def prepare(
         plan: memory settings of the run that is resumed.
         startup: shows the stages; None shows nothing.
         watch_all: measure memory in every step, not only in the largest.
+        rows: rows in memory, as in `load_dataset`.
 
     Raises:
         QloraError: as `train`.
     """
     device, startup = processes.device, startup or silent()
-    with startup.stage("reading the data"):
+    with startup.stage("reading the data") as progress:
         tokenizer = load_tokenizer(recipe.base)
-        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed)
-    notes = []
+        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
+    notes = overruled_settings(recipe.base, load_config(recipe.base))
     if recipe.training.memory is not None:
         if plan is None:
             with startup.stage("planning memory") as progress:
                 choice = processes.from_main(lambda: budgeted(recipe, dataset, device, progress))
-            notes, plan = [choice.why], choice.settings
+            notes, plan = [*notes, choice.why], choice.settings
         recipe = changed(recipe, memory=None, **plan)
     batches = training_batches(dataset, recipe)
     steps = recipe.training.total_steps(batches.steps_per_epoch)

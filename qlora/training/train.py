@@ -7,6 +7,7 @@ exactly the steps of a run that was not.
 
 import math
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from qlora.data import Batch
 from qlora.errors import DivergedError
+from qlora.formats import Row
 from qlora.memory import measure
 from qlora.memory.oom import out_of_memory_explained
 from qlora.objective.step import accumulate
@@ -42,6 +44,7 @@ def train(
     fresh: bool = False,
     terminal: bool = True,
     startup: Startup | None = None,
+    rows: Iterable[Row] | None = None,
 ) -> TrainResult:
     """Fine-tune with a recipe, until the last step or a signal, and return the outcome.
 
@@ -51,6 +54,8 @@ def train(
         fresh: remove an existing run first.
         terminal: show progress on standard error.
         startup: shows the stages before the first step; None: as `terminal` says.
+        rows: rows in memory, as dictionaries, in place of those of `data.source`, which is then only their name. A
+            resumed run needs the same rows again.
 
     Raises:
         QloraError: contains a message for the user and the exit code; see `qlora.errors`.
@@ -72,7 +77,8 @@ def train(
             )
             return outcome
         with out_of_memory_explained(recipe):
-            session = prepare(recipe, processes, earlier_plan(path) if resume else None, startup=startup)
+            plan = earlier_plan(path) if resume else None
+            session = prepare(recipe, processes, plan, startup=startup, rows=rows)
             point = resume_point(path, session.total_steps) if resume else None
             if resume and point is None:
                 startup.warn(nothing_to_resume(path))

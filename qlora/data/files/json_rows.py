@@ -35,6 +35,18 @@ def read(path: Path, name: str) -> Iterator[Record]:
     return _lines(path, name)
 
 
+def count_lines(path: Path) -> int | None:
+    """Return the number of JSON lines, or None if the file is compressed, a list or cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            if not stream.readline(_HEAD_BYTES).removeprefix(BOM).lstrip().startswith(b"{"):
+                return None
+            stream.seek(0)
+            return sum(1 for line in iter(lambda: stream.readline(MAX_ROW_BYTES), b"") if line.strip())
+    except OSError:
+        return None
+
+
 def _refuse_object_of_several_lines(head: bytes, name: str) -> None:
     """Raise DataError if the first object spans several lines: each of them would be a broken row."""
     first, _, rest = head.partition(b"\n")

@@ -10,6 +10,17 @@ _ROWS = 256
 """rows converted at a time"""
 
 
+def count(path: Path) -> int | None:
+    """Return the number of rows; None if the file cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (pyarrow.ArrowException, OSError):
+        return None
+
+
 def read(path: Path, name: str) -> Iterator[Record]:
     """Read the rows of a Parquet file, numbered from 1.
 
