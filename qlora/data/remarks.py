@@ -32,36 +32,33 @@ _SENTENCES = {
         "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use "
         "a base whose tokenizer has this token"
     ),
-    NOT_TRAINED: "{count:,} rows are left out because they are marked as not to be trained ({details})",
+    NOT_TRAINED: "left out: {rows} marked as not to be trained, {details}",
     UNTRAINED_ANSWERS: (
-        "{count:,} answers are not trained: in later turns, the template writes them or the messages before them "
-        "otherwise than in generation. data.examples=answer trains each answer after its own prompt"
+        "not trained: {answers} that the template writes differently in a longer conversation than in generation; "
+        "data.examples=answer trains each answer after its own prompt"
     ),
     UNTRAINED_ENDS: (
-        "{count:,} answers are trained without their end, because the template ends them otherwise than a last "
-        "answer. data.examples=answer trains each answer with its end"
+        "trained without the end: {answers} before another question, where the template ends an answer differently; "
+        "data.examples=answer trains each answer with its end"
     ),
     UNTRAINED_BY_BLOCKS: (
-        "{count:,} answers are trained in part or not at all, because the template's {{% generation %}} blocks leave "
-        "the rest out"
+        "trained in part or not at all: {answers}, because the template's {{% generation %}} blocks leave the rest out"
     ),
-    ZERO_WEIGHT: "{count:,} answers are context only, because their rows say so",
-    AFTER_LAST_ANSWER: "{count:,} messages after the last trained answer of their rows are not used",
+    ZERO_WEIGHT: "context only: {answers}, because the rows say so",
+    AFTER_LAST_ANSWER: "not used: {messages} after the last trained answer",
     OPEN_THOUGHTS: (
-        "{count:,} answers begin within a thought: the generation prompt opens one, and the rows have no reasoning. If "
-        "the template has a switch, set data.template_options, for example to {{enable_thinking: false}}"
+        "trained within a thought: {answers}, because the generation prompt opens a thought and the rows have no "
+        "reasoning; if the template has a switch, set data.template_options, for example to {{enable_thinking: false}}"
     ),
-    UNWRITTEN: "the template drops or changes a part of some rows: {details}",
+    UNWRITTEN: "dropped or changed by the template, with the number of rows: {details}",
     UNUSED: "not used, with the number of rows: {details}",
-    MOVED_SYSTEM: "{count:,} system messages are put before the first question (data.system_as: user)",
+    MOVED_SYSTEM: "put before the first question: the system message of {rows} (data.system_as: user)",
     SPELLED_CONTROLS: (
-        '{count:,} rows contain the text of a control token, such as "{first}"; it is tokenized as ordinary text. If '
-        "these rows were rendered with a template, set data.control_tokens=parse"
+        'tokenized as ordinary text: control tokens such as "{first}" in {rows}; if these rows were rendered with a '
+        "template, set data.control_tokens=parse"
     ),
-    PARSED_CONTROLS: (
-        '{count:,} rows contain control tokens such as "{first}", which take effect (data.control_tokens: parse)'
-    ),
-    SPLIT_TEXTS: "{count:,} texts are longer than data.max_length and are split into several rows",
+    PARSED_CONTROLS: 'tokenized as they are: control tokens such as "{first}" in {rows} (data.control_tokens: parse)',
+    SPLIT_TEXTS: "split into several rows: {texts} longer than data.max_length",
 }
 
 
@@ -69,7 +66,7 @@ def remarks(counts: "Counts") -> list[str]:
     """Return one sentence for each kind of content that is left out, not trained or changed. Empty if there is none."""
     lines = []
     if counts.held_out_seen:
-        lines.append(f"{counts.held_out_seen:,} held-out rows are identical to a training row")
+        lines.append(f"held out, but identical to a training row: {_counted(counts.held_out_seen)['rows']}")
     for name, sentence in _SENTENCES.items():
         found = {
             tally.removeprefix(name).removeprefix(": "): count
@@ -78,5 +75,13 @@ def remarks(counts: "Counts") -> list[str]:
         }
         if found:
             details = listed([f"{detail} ({count:,})" for detail, count in found.items()])
-            lines.append(sentence.format(count=sum(found.values()), first=next(iter(found)), details=details))
+            numbers = _counted(sum(found.values()))
+            lines.append(sentence.format(first=next(iter(found)), details=details, **numbers))
     return lines
+
+
+def _counted(count: int) -> dict[str, str]:
+    """Return the count of each noun: `{"rows": "1 row", ...}`."""
+    return {
+        f"{noun}s": f"{count:,} {noun}{'s' * (count != 1)}" for noun in ("row", "answer", "message", "text")
+    }
