@@ -249,6 +249,21 @@ def test_prompt_and_completion_are_concatenated_as_they_are() -> None:
         assert trained(tokenizer, encoded)[0].strip() == "the cat</s>"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("the cat sat on ", "the mat"), ("the cat\n\n", "sat"), ("the ca", "t sat"), ("a\n", "\n\nb")],
+)
+def test_no_token_spans_a_prompt_and_its_answer(prompt: str, completion: str) -> None:
+    tokenizer = byte_level(bos=True)
+    raw = RawText(encoder := Encoder(tokenizer))
+    whole, posed = encoder.encode([raw.document(Completion(prompt, completion)), raw.prompt(prompt)])
+    asked = len(posed.input_ids)
+    assert whole.input_ids[:asked].tolist() == posed.input_ids.tolist()
+    assert (whole.labels[:asked] == IGNORE_INDEX).all()
+    assert (whole.labels[asked:] == whole.input_ids[asked:]).all()
+    assert tokenizer.decode(whole.input_ids[1:-1]) == prompt + completion
+
+
 def bytes_of(piece: str) -> int:
     """Return the number of bytes of text in a token; a letter of the byte alphabet is one byte, as is <0x..>."""
     return (

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,9 @@ class Encoder:
             self.bos_id,
         }
         self._is_control[[*harmless]] = False
+        one, two = (self._backend.decode(self._backend.encode("x").ids * times) for times in (1, 2))
+        self._splits = two == one * 2
+        """True if two texts encoded apart are the same text as together: nothing is put before each"""
         spellings = [re.escape(content) for content in sorted(self._id_of, key=len, reverse=True)]
         self._longest = max(map(len, self._id_of), default=0)
         self._spelled = re.compile("|".join(spellings) or r"(?!)")
@@ -174,34 +178,66 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Return token ids and labels of each document.
 
-        Encoding a thousand documents per call is much faster than one. A token that spans an untrained and a
-        trained part is trained, because it contains part of an answer.
+        Encoding a thousand documents per call is much faster than one. No token spans a prompt and its answer: where
+        the tokenizer would join them (the space that ends "Capital: " and the answer "Paris"), the answer is encoded
+        on its own, as it is generated. Tokenizers that put a space before every text are left as they are; there, a
+        token that spans both is trained.
         """
-        spelled = [[self._spell(part.text) for part in document.parts] for document in documents]
-        encodings = self._backend.encode_batch(
-            ["".join(parts) for parts in spelled], add_special_tokens=False
-        )
-        return [
-            self._assemble(document, parts, encoding)
-            for document, parts, encoding in zip(documents, spelled, encodings, strict=True)
+        whole = [
+            [Part(self._spell(part.text), part.trained) for part in document.parts] for document in documents
         ]
+        pieces = list(zip(whole, self._tokens(whole), strict=True))
+        joined = {number for number, (parts, encoding) in enumerate(pieces) if self._joins(parts, encoding)}
+        split = iter(self._tokens([run for number in sorted(joined) for run in _runs(whole[number])]))
+        encoded = []
+        for number, (document, (parts, encoding)) in enumerate(zip(documents, pieces, strict=True)):
+            runs = [(run, next(split)) for run in _runs(parts)] if number in joined else [(parts, encoding)]
+            encoded.append(self._assemble(document, runs))
+        return encoded
 
-    def _assemble(self, document: Document, spelled: list[str], encoding: Encoding) -> Encoded:
+    def _tokens(self, texts: Sequence[Sequence[Part]]) -> list[Encoding]:
+        joined = ["".join(part.text for part in parts) for parts in texts]
+        return self._backend.encode_batch(joined, add_special_tokens=False)
+
+    def _joins(self, parts: Sequence[Part], encoding: Encoding) -> bool:
+        """Return True if a token spans the end of a prompt and its answer, and can be split there."""
+        if not self._splits or all(part.trained for part in parts):
+            return False
+        end = 0
+        for part, following in pairwise(parts):
+            end += len(part.text)
+            if following.trained and not part.trained:
+                token = encoding.char_to_token(end)
+                span = None if token is None else encoding.token_to_chars(token)
+                # A tokenizer can also group white space by what follows it.
+                if (span is not None and span[0] < end) or part.text[-2:].isspace():
+                    return True
+        return False
+
+    def _assemble(self, document: Document, runs: Sequence[tuple[Sequence[Part], Encoding]]) -> Encoded:
+        """Put the encoded parts of a document together, with bos and eos."""
         front = self._bos[: int(document.bos)]
         back = self._eos[: int(document.eos)]
-        private = np.array(encoding.ids, dtype=np.int32)
+        private = np.array([token for _, encoding in runs for token in encoding.ids], dtype=np.int32)
+        trained = [self._trained(parts, encoding) for parts, encoding in runs]
+        marks = np.concatenate([np.zeros(len(front), bool), *trained, np.ones(len(back), bool)])
         ids = np.concatenate([front, self._public[private], back])
-        trained = np.zeros(len(ids), dtype=bool)
-        trained[len(ids) - len(back) :] = True
-        characters, end = sum(map(len, spelled)), 0
-        for part, text in zip(document.parts, spelled, strict=True):
-            start, end = end, end + len(text)
-            if part.trained:
-                first = _token_at(encoding, start, characters)
-                trained[len(front) + first : len(front) + _token_from(encoding, end, characters)] = True
-        trained[:1] = False  # no token predicts the first one
-        labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
+        marks[:1] = False  # no token predicts the first one
+        labels = np.where(marks, ids, np.int32(IGNORE_INDEX))
         return Encoded(ids, labels, forged=not self._parse_controls and bool(self._is_control[private].any()))
+
+    def _trained(self, parts: Sequence[Part], encoding: Encoding) -> NDArray[np.bool_]:
+        """Mark the tokens of the trained parts."""
+        lengths = [len(part.text) for part in parts]
+        characters, end = sum(lengths), 0
+        trained = np.zeros(len(encoding.ids), dtype=bool)
+        for part, length in zip(parts, lengths, strict=True):
+            start, end = end, end + length
+            if part.trained:
+                trained[_token_at(encoding, start, characters) : _token_from(encoding, end, characters)] = (
+                    True
+                )
+        return trained
 
     def _spell(self, rendered: str) -> str:
         """Replace control tokens by their private names, and guarded spellings by the user's text."""
@@ -224,6 +260,16 @@ def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
     backend.no_padding()
     backend.encode_special_tokens = True  # encodes their spelling as text
     return backend
+
+
+def _runs(parts: Sequence[Part]) -> list[list[Part]]:
+    """Cut a document before each answer that follows a prompt."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        if not runs or (part.trained and not runs[-1][-1].trained):
+            runs.append([])
+        runs[-1].append(part)
+    return runs
 
 
 def _name(token_id: int) -> str:
