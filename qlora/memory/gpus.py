@@ -103,8 +103,8 @@ def find(name: str) -> Card:
     similar = [keys[key].name for key in difflib.get_close_matches(wanted, keys, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
     raise UsageError(
-        f"--gpu: {name!r} is neither a memory size, such as 24GiB, nor a known card{hint} Pass the memory of the card, or "
-        "choose a card of --gpu list"
+        f"--gpu: {name!r} is neither a memory size, such as 24GiB, nor a known card{hint} Pass the memory of the "
+        "card, or choose a card of --gpu list"
     )
 
 
