@@ -1,12 +1,15 @@
 """Measure the memory in which a large data set is prepared: rows are read one by one, tokens lie in mapped files.
 
-    python benchmarks/data_memory.py [--rows 300000] [--tokens 2000] [--folder /big/disk]
+    python benchmarks/data_memory.py [--rows 300000] [--tokens 2000] [--tokenizer words] [--folder /big/disk]
 
 Writes one JSON list to a temporary folder, tokenizes it in a fresh process with its own cache, and loads it again from
 the cache in another. Prints a Markdown table: seconds, tokens, and the peak of resident memory, sampled every 20 ms.
 `own` is the memory of the process itself (RssAnon in /proc/self/status): it must exist. `all` adds the pages of mapped
 files, of the libraries and of the tokens, which the system takes back when it needs room. The first line is the memory
 after the imports alone.
+
+The tokenizer `words` has a token for each word: it is fast, and its results take as much memory for each token as those
+of the bundled one (`bundled`).
 """
 
 import argparse
@@ -23,6 +26,7 @@ from typing import Any
 
 GIB = 2**30
 SAMPLED_EVERY_S = 0.02
+TOKENS_PER_WORD = {"words": 1.0, "bundled": 1.3}
 
 
 def main() -> None:
@@ -30,21 +34,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--tokens", type=int, default=2_000, help="tokens of a row, on average")
+    parser.add_argument("--tokenizer", choices=["words", "bundled"], default="words")
     parser.add_argument("--folder", help="folder for the temporary files: about 12 bytes for each token")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        print(json.dumps(load(arguments.load)))
+        print(json.dumps(load(arguments.load, arguments.tokenizer)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         file = Path(name) / "rows.json"
-        write_list(file, arguments.rows, arguments.tokens)
+        write_list(file, arguments.rows, arguments.tokens, TOKENS_PER_WORD[arguments.tokenizer])
         size = file.stat().st_size / GIB
         print(f"{arguments.rows:,} rows in a JSON list of {size:.2f} GiB\n")
         print("| start | seconds | tokens | own, GiB | all, GiB |")
         print("|---|---:|---:|---:|---:|")
         for start in ("first: tokenize", "second: from the cache"):
-            found = in_a_process(file)
+            found = in_a_process(file, arguments.tokenizer)
             if start.startswith("first"):
                 print(f"| imports alone | | | {found['own_before']:.2f} | {found['all_before']:.2f} |")
             print(
@@ -53,41 +58,45 @@ def main() -> None:
             )
 
 
-def write_list(file: Path, rows: int, tokens: int) -> None:
-    """Write a list of objects with one text each, of words as the bundled data have them."""
+def words() -> list[str]:
+    """Return the words of the bundled data, as often as they occur."""
     from qlora import bundled
 
-    words = [
+    return [
         word
         for line in bundled.path("bundled/tickets/train.jsonl").read_text().splitlines()
         for message in json.loads(line)["messages"]
         for word in message["content"].split()
     ]
+
+
+def write_list(file: Path, rows: int, tokens: int, tokens_per_word: float) -> None:
+    """Write a list of objects with one text each, of random words."""
+    known = words()
     generator = random.Random(0)
     with file.open("w") as stream:
         for number in range(rows):
-            # about 1.6 tokens a word with the bundled tokenizer
-            text = " ".join(generator.choices(words, k=int(tokens / 1.6)))
+            text = " ".join(generator.choices(known, k=int(tokens / tokens_per_word)))
             stream.write(("[" if number == 0 else ",\n") + json.dumps({"text": text}))
         stream.write("]\n")
 
 
-def in_a_process(file: Path) -> dict[str, Any]:
+def in_a_process(file: Path, tokenizer: str) -> dict[str, Any]:
     """Load the data in a fresh process."""
     environment = {**os.environ, "QLORA_CACHE": str(file.parent / "cache"), "QLORA_CACHE_GIB": "100"}
-    command = [sys.executable, __file__, "--load", str(file)]
+    command = [sys.executable, __file__, "--load", str(file), "--tokenizer", tokenizer]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
-def load(file: Path) -> dict[str, Any]:
+def load(file: Path, name: str) -> dict[str, Any]:
     """Load the data in this process, and return time, tokens and peak memory."""
     from qlora.data import Batches, load_dataset
     from qlora.model.load import load_tokenizer
     from qlora.recipe import Base, Data
 
-    tokenizer = load_tokenizer(Base(model="bundled/base"))
+    tokenizer = whole_words() if name == "words" else load_tokenizer(Base(model="bundled/base"))
     section = Data(source=str(file), format="text", max_length=4096, held_out=100)
     own_before, all_before = resident()
     peak = Peak()
@@ -108,6 +117,17 @@ def load(file: Path) -> dict[str, Any]:
         "own": peak.own / GIB,
         "all": peak.all / GIB,
     }
+
+
+def whole_words() -> Any:
+    """Return a tokenizer with a token for each word of the bundled data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "</s>", *sorted(set(words()))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
 
 
 class Peak:

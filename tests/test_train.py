@@ -16,6 +16,7 @@ import pytest
 import torch
 from processes_for_tests import Process
 
+from qlora import bundled
 from qlora.cli.train import report
 from qlora.errors import DataError, DivergedError, RecipeError
 from qlora.inference.load import held_out_loss, load_trained
@@ -46,7 +47,7 @@ LONG = {
 }
 
 
-def run(file: Path, *overrides: str, **kwargs: bool) -> TrainResult:
+def run(file: Path, *overrides: str, **kwargs: Any) -> TrainResult:
     """Train without the memory forecast, which takes longer than the run and does not change it."""
     with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
         return train(Recipe.load(file, overrides), terminal=False, **kwargs)
@@ -123,6 +124,39 @@ def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(
     assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
     assert metrics(resumed.run) == metrics(whole.run)
     assert resumed.loss_before == whole.loss_before
+
+
+def test_a_mixture_and_rows_in_memory_resume_bit_for_bit(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = bundled.path("bundled/tickets/train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:20]]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, part in zip(files, (rows[:14], rows[14:]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    sources = [{"source": str(file), "weight": weight} for file, weight in zip(files, (1, 2), strict=True)]
+    training = {"max_steps": 8, "save_every": 2, "global_batch_size": 2}
+    update = loop.update
+
+    def interrupted(session: Session, batches: Any, step: int, lr: float) -> dict[str, float]:
+        if step == 5:
+            raise InterruptedError
+        return update(session, batches, step, lr)
+
+    for data, given in (
+        ({"source": None, "sources": sources, "packing": True}, None),
+        ({"source": "tickets"}, rows),
+    ):
+        file = recipe_file(data=data, training=training)
+        whole = run(file, f"output={tmp_path / 'whole'}", fresh=True, rows=given)
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "update", interrupted)
+            with pytest.raises(InterruptedError):
+                run(file, fresh=True, rows=given)
+        resumed = run(file, resume=True, rows=given)
+        assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    with pytest.raises(DataError, match="data"):
+        run(file, "training.max_steps=9", resume=True, rows=rows[:-1])
 
 
 def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(

@@ -245,8 +245,8 @@ def left_out(counts: Mapping[str, Any], max_length: int) -> list[str]:
 
 
 def _count(number: int) -> str:
-    """Format a number of parameters: 8.03 B, 3.52 M, 12,345."""
+    """Format a number of parameters: 8.03B, 3.52M, 12,345."""
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if number >= size:
-            return f"{number / size:.3g} {letter}"
+            return f"{number / size:.3g}{letter}"
     return f"{number:,}"

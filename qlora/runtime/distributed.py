@@ -4,6 +4,7 @@ To use several GPUs in another way, write a class with the methods of `DataParal
 model, to `reduce` results of all processes, and to `gather` the state for a checkpoint.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages
+from qlora.runtime.rendezvous import awaiting
 
 Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +42,8 @@ class DataParallel:
             RecipeError: the recipe sets `training.device: cuda`, and there is no CUDA device.
         """
         grow_by_pages()
-        accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
+        with awaiting(int(os.environ.get("WORLD_SIZE") or 1)):
+            accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
         if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
             raise RecipeError(
                 "training.device: is cuda, but torch finds no CUDA device; set training.device=auto"
