@@ -40,7 +40,7 @@ def test_estimate_prints_a_table_and_changes_that_make_it_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["llama-7b", "--gpu", "24 bananas"], 2, "such as 12GiB or 512MiB"),
+        (["llama-7b", "--gpu", "24 bananas"], 2, "neither a memory size, such as 24GiB, nor a known card."),
         (["llama-7b", "training.memory=24 bananas"], 2, "training.memory"),
         (["llama-7b", "base.model=/no/such/folder"], 4, "no folder"),
         (["no-such-recipe"], 2, "no-such-recipe"),

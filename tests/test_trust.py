@@ -235,8 +235,8 @@ def test_for_a_recipe_among_results_only_an_override_is_consent(
         assert f"{file}:" in message
     assert not stranger.marker.exists()
     for file in files:  # with code disabled, or with consent, it is like any other recipe
-        assert call(monkeypatch, "check", file, "base.trust_remote_code=false") == 0
-        assert call(monkeypatch, "check", file, "base.trust_remote_code=true") == 0
+        assert call(monkeypatch, "check", file, "base.trust_remote_code=false", "--defaults") == 0
+        assert call(monkeypatch, "check", file, "base.trust_remote_code=true", "--defaults") == 0
     if command == "data":  # loads only the tokenizer
         file = stranger.adapter / "recipe.yaml"
         assert call(monkeypatch, command, file, "base.trust_remote_code=true") == 0

@@ -101,10 +101,10 @@ def find(name: str) -> Card:
     if beginnings:
         raise UsageError(f"--gpu: {name!r} can be {' or '.join(beginnings)}; name one of them")
     similar = [keys[key].name for key in difflib.get_close_matches(wanted, keys, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(similar)}? Otherwise" if similar else ""
+    hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
     raise UsageError(
-        f"--gpu: {name!r} is not a memory size, such as 24GiB, and no card in the table; {hint or 'so'} pass the "
-        "card's memory. --gpu list shows the table"
+        f"--gpu: {name!r} is neither a memory size, such as 24GiB, nor a known card{hint} Pass the memory of the "
+        "card, or choose a card of --gpu list"
     )
 
 
