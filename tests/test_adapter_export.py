@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora.adapter.algebra.plain import plain
 from qlora.adapter.algebra.tensors import read
 from qlora.errors import ModelError
+from qlora.memory.no_forecast import NoForecastError
 from qlora.recipe import Recipe
 from qlora.training.train import train
 
@@ -122,7 +123,7 @@ def test_a_run_with_rslora_says_that_other_servers_read_it_differently(
     recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe_file(adapter={"scaling": "alpha/sqrt(rank)"}, training={"max_steps": 1})
-    with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
+    with patch("qlora.memory.run_memory.forecast", side_effect=NoForecastError("not asked for")):
         outcome = train(Recipe.load(file), terminal=True)
     said = " ".join(capsys.readouterr().err.split())
     assert "the adapter has rsLoRA's scaling" in said

@@ -71,7 +71,7 @@ def test_rows_that_are_left_out_are_named(recipe_file: RecipeFile, tmp_path: Pat
         (["data.format=alpaca"], 3, "train.jsonl:1"),
         (["data.template=missing.jinja"], 3, "missing.jinja"),
         (["base.model=/no/such/folder"], 4, "no folder"),
-        (["base.model=nobody/no-such-model"], 4, "the hub cannot be reached"),
+        (["base.model=someone/no-such-model"], 4, "the hub cannot be reached"),
     ],
 )
 def test_what_is_wrong_is_said_as_a_run_says_it(

@@ -288,7 +288,8 @@ def test_published_sizes(name: str, low: float, high: float) -> None:
     """One row of 512 tokens, as in QLoRA's figure 6: 6.9, 11.3, 24.7 and 45.0 GB."""
     from qlora.memory.estimate import estimate
 
-    overrides = ["training.micro_batch_size=1", "data.max_length=512", "training.device=auto"]
+    overrides = ["training.micro_batch_size=1", "training.global_batch_size=1", "training.device=auto"]
+    overrides.append("data.max_length=512")
     found = estimate(Recipe.load(name, overrides))
     assert low * 1e9 < found.memory["forecast"]["total_bytes"] < high * 1e9
 

@@ -12,7 +12,7 @@ from runs_for_tests import finished_run, update
 from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import byte_level
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter
 from qlora.data import Prompts, encode_prompt
@@ -103,6 +103,28 @@ def test_nf4_quantizes_the_sum_again_and_loads_back(
     if block_size > 64:  # rows of 64: bitsandbytes' own forward fails where a block crosses rows
         nf4.use_nf4_linears(theirs)
     assert (logits(theirs) - logits(ours)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("onto", ["nf4", "dequantized"])
+def test_layers_that_a_checkpoint_excludes_stay_dense(
+    tiny_llama: Path, recipe_file: RecipeFile, onto: str, tmp_path: Path
+) -> None:
+    excluding = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", "model.layers.0"],
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=excluding)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    recipe = Recipe.load(recipe_file(base={"model": str(tmp_path / "base"), "compute_dtype": "float32"}))
+    run = finished_run(recipe, targets=["q_proj"])
+    merged(recipe, run / "adapter", onto, tmp_path / "m")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert type(theirs.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert nf4.is_nf4(theirs.model.layers[1].self_attn.q_proj) == (onto == "nf4")
+    assert (logits(theirs) - logits(load_trained(run).model)).abs().max() < 0.1
 
 
 def test_a_base_can_be_an_nf4_checkpoint(recipe: Recipe, tmp_path: Path) -> None:

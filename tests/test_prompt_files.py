@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from qlora.data import Prompts, encode_prompt
 from qlora.data.prompt_files import write_prompt_files
+from qlora.memory.no_forecast import NoForecastError
 from qlora.recipe import Data, Recipe
 from qlora.training.train import train
 
@@ -42,7 +43,7 @@ def test_a_finished_run_is_asked_by_other_programs_as_in_training(
     )
     recipe = json.loads(file.read_text())
     file.write_text(json.dumps({**recipe, "adapter": adapter}))
-    with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
+    with patch("qlora.memory.run_memory.forecast", side_effect=NoForecastError("not asked for")):
         outcome = train(Recipe.load(file), terminal=False)
     folder = outcome.run / name
     theirs = AutoTokenizer.from_pretrained(folder)

@@ -8,6 +8,7 @@ import torch
 from commands_for_tests import qlora
 
 from qlora.memory.estimate import estimate
+from qlora.memory.gpus import CARDS
 from qlora.model.load import KNOWN_ARCHITECTURES, load_config, meta_model
 from qlora.recipe import Base, Recipe, shipped
 from qlora.recipe.checking import DEFAULTS
@@ -119,6 +120,10 @@ def test_the_list_shows_the_forecast_of_every_recipe_with_a_base_from_the_hub() 
     assert sorted(shown) == EXPECTED
     for name, needed_bytes in shipped.memory().items():
         assert f"{needed_bytes / 2**30:.1f} GiB" in shown[name]
+        (card,) = (card for card in CARDS if f" GB ({card.name})" in shown[name])
+        smaller = [other for other in CARDS if other.memory_bytes < card.memory_bytes]
+        assert card.memory_bytes >= needed_bytes
+        assert all(other.memory_bytes < needed_bytes for other in smaller)
         assert shown[name].endswith(shipped.summary(name))
 
 

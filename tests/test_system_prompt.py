@@ -14,6 +14,7 @@ from qlora.data import Prompts
 from qlora.errors import DataError
 from qlora.inference.chat import open_chat
 from qlora.inference.load import load_trained
+from qlora.memory.no_forecast import NoForecastError
 from qlora.merging.merge import merge
 from qlora.recipe import Data, Recipe
 from qlora.training.train import train
@@ -52,7 +53,7 @@ def trained(recipe_file: Callable[..., Path], chatml_base: Path, tmp_path: Path)
             data={"source": str(source), "template": "chatml", "held_out": 1, "max_length": 256},
             training={"max_steps": 1},
         )
-        with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
+        with patch("qlora.memory.run_memory.forecast", side_effect=NoForecastError("not asked for")):
             return train(Recipe.load(file), terminal=False).run
 
     return run

@@ -118,7 +118,7 @@ def test_an_offline_run_has_the_numbers_of_the_record(tmp_path: Path) -> None:
     assert summary["loss_after"] == 0.15
     assert tags == {"a-tag"}
     table = next(folder.glob("files/media/table/samples_20_*.json"))
-    assert json.loads(table.read_text())["data"] == [[20, "a prompt", "expected", "an answer"]]
+    assert json.loads(table.read_text())["data"] == [[20, "", "a prompt", "expected", "an answer"]]
 
 
 def test_a_run_continues_if_wandb_is_not_installed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase, Json, TrustRemoteCode
+from qlora.cli.arguments import IMPORTS, AnyBase, Json, TrustRemoteCode, startup_for
 
 
 def evaluate(
@@ -25,16 +25,20 @@ def evaluate(
     [bold]qlora eval runs/quickstart[/bold]
     [bold]qlora eval runs/quickstart --base[/bold]
     """
-    from qlora.inference.load import held_out_loss, load_trained
+    startup = startup_for(json_output=json_output)
+    with startup.stage(IMPORTS):
+        from qlora.inference.load import held_out_loss, load_trained
 
-    trained = load_trained(
-        adapter,
-        device=device,
-        with_adapter=not base_only,
-        any_base=any_base,
-        trust_remote_code=trust_remote_code,
-    )
-    loss, tokens = held_out_loss(trained)
+    with startup.stage("loading base and adapter"):
+        trained = load_trained(
+            adapter,
+            device=device,
+            with_adapter=not base_only,
+            any_base=any_base,
+            trust_remote_code=trust_remote_code,
+        )
+    with startup.stage("computing the loss on the held-out rows"):
+        loss, tokens = held_out_loss(trained)
     if json_output:
         print(json.dumps({"eval_loss": loss, "eval_tokens": tokens}))
     else:

@@ -19,14 +19,21 @@ Name = Annotated[
 
 @app.command("list")
 def list_recipes() -> None:
-    """List the shipped recipes, with the GPU memory that each needs (a forecast) and its purpose."""
+    """List the shipped recipes: the GPU memory that each needs (a forecast), the smallest card with it, the purpose."""
+    from qlora.memory.gpus import smallest
     from qlora.recipe import shipped
 
-    names, memory = shipped.names(), shipped.memory()
-    width = max(map(len, names))
-    for name in names:
-        needed = f"{memory[name] / GIB:.1f} GiB" if name in memory else ""
-        print(f"{name:{width}}  {needed:>8}  {shipped.summary(name)}")
+    memory = shipped.memory()
+    rows = [("recipe", "needs", "fits from", "purpose")]
+    for name in shipped.names():
+        needed_bytes = memory.get(name)
+        card = None if needed_bytes is None else smallest(needed_bytes)
+        needs = "" if needed_bytes is None else f"{needed_bytes / GIB:.1f} GiB"
+        fits = "" if card is None else f"{card.marketed_gb} GB ({card.name})"
+        rows.append((name, needs, fits, shipped.summary(name)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, needs, fits, purpose in rows:
+        print(f"{name:{widths[0]}}  {needs:>{widths[1]}}  {fits:{widths[2]}}  {purpose}")
 
 
 @app.command("show")

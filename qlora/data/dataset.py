@@ -30,6 +30,8 @@ class Prompt(NamedTuple):
     reference: str
     """the answer in the data"""
     origin: str
+    before: str = ""
+    """the messages before the question, shortened"""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _prompts(source: _Source) -> list[Prompt]:
         questions.append(source.layout.question(content))
     encoded = source.layout.encoder.encode([question.document for question in questions])
     return [
-        Prompt(tokens.input_ids.tolist(), question.text, question.reference, origin)
+        Prompt(tokens.input_ids.tolist(), question.text, question.reference, origin, question.before)
         for origin, question, tokens in zip(origins, questions, encoded, strict=True)
     ]
 

@@ -13,6 +13,7 @@ from qlora.data.raw_text import RawText
 from qlora.data.remarks import MOVED_SYSTEM, PARSED_CONTROLS, SPELLED_CONTROLS, UNUSED, ZERO_WEIGHT
 from qlora.data.rendering import Renderer
 from qlora.data.templates import OWN, template_text
+from qlora.data.transcript import transcript
 from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
 from qlora.recipe import Data
 
@@ -24,6 +25,8 @@ class Question(NamedTuple):
     text: str
     """the question, without the template around it"""
     reference: str
+    before: str = ""
+    """the messages before the question, shortened; see `transcript`"""
 
 
 class Layout:
@@ -105,7 +108,7 @@ class Layout:
             last = content.trained[-1]
             before, answer = content.messages[:last], content.messages[last]
             prompt = self._renderer.prompt(self._placed(before)[1], content.tools)
-            return Question(prompt, before[-1]["content"], answer["content"])
+            return Question(prompt, before[-1]["content"], answer["content"], transcript(before[:-1]))
         text, reference = content.prompt, content.completion
         if not text:
             text, reference = _beginning(reference)

@@ -51,6 +51,9 @@ class Chat:
         system: system message of the conversation; None: the one of `prompts`, empty: none.
         max_new_tokens: maximum length of an answer in tokens.
         temperature: see `answer`.
+
+    Raises:
+        DataError: the template of the training rows does not write `system`.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Chat:
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.adapters, self.screen, self.history = adapters, screen, history
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self._check(system)
         self.system = system
         """system message that was given for this chat; None: that of the training rows, empty: none"""
         self.both = False
@@ -199,11 +203,14 @@ class Chat:
         """/system TEXT: set the system prompt; none: ask without; trained: as in the training rows; alone: show it."""
         if text:
             system = {"none": "", "trained": None}.get(text, text)
-            self.prompts.encode(
-                "?", system=system
-            )  # refuses a system prompt that the template does not write
+            self._check(system)
             self.system = system
         self.screen.note(self.system_prompt)
+
+    def _check(self, system: str | None) -> None:
+        """Raise DataError if the template does not write a system prompt."""
+        if system:
+            self.prompts.encode("?", system=system)
 
     @property
     def system_prompt(self) -> str:
@@ -236,7 +243,6 @@ def open_chat(
     screen: Screen,
     *,
     history: bool | None = None,
-    system: str | None = None,
     device: str = "auto",
     any_base: bool = False,
     trust_remote_code: bool = False,
@@ -249,7 +255,6 @@ def open_chat(
         others: folders of other adapters of the same base, by name.
         screen: output of the chat.
         history: see `Chat`; None follows the training rows (conversations, or single questions).
-        system: see `Chat`.
         device: auto, cpu or cuda.
         any_base: accept adapters that were trained on another base. For the run's own adapter this also covers its
             tokenizer and template.
@@ -258,7 +263,7 @@ def open_chat(
 
     Raises:
         ModelError: an adapter is missing, does not fit, or was trained on another base; or as `load_trained`.
-        DataError: the template of the training rows writes no system message, and `system` is one.
+        DataError: as `Chat`.
         UsageError: a name is taken; or `history` is True, but the rows or the template have single questions only.
     """
     recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
@@ -279,22 +284,9 @@ def open_chat(
     if own:
         adapters.activate(recipe.name)
     prompts = trained.prompts
-    if system:
-        prompts.encode(
-            "?", system=system
-        )  # a template that does not write it is an error before the first question
     if history and not prompts.accepts_history:
         raise UsageError(
             f"--history: format {recipe.data.format} or its template has single questions only. Leave --history out"
         )
     history = prompts.trained_on_history if history is None else history
-    return Chat(
-        trained.model,
-        trained.tokenizer,
-        prompts,
-        adapters,
-        screen,
-        history=history,
-        system=system,
-        **settings,
-    )
+    return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)

@@ -108,6 +108,12 @@ def find(name: str) -> Card:
     )
 
 
+def smallest(needed_bytes: int) -> Card | None:
+    """Return the card of the table with the least memory that holds `needed_bytes`; None if none does."""
+    fitting = [card for card in CARDS if card.memory_bytes >= needed_bytes]
+    return min(fitting, key=lambda card: card.memory_bytes, default=None)
+
+
 def listed_cards() -> str:
     """Return the table of cards as text: name, memory on the data sheet, memory that a process gets."""
     lines = [f"{'card':14}{'data sheet':>12}{'usable':>12}"]

@@ -16,7 +16,7 @@ from qlora.memory.account import account
 from qlora.memory.architecture import architecture
 from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecast, Forecaster, forecast
-from qlora.memory.no_forecast import NoForecastError
+from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import Plan, Progress, needed, plan
 from qlora.memory.workload import Workload, of_epoch, of_run
 from qlora.optim import Optimizer
@@ -57,9 +57,10 @@ class RunMemory:
         cuda = device.type == "cuda"
         workload = None
         try:
-            arch = architecture(recipe, cuda=cuda)
-            workload = of_run(recipe, dataset, batches, steps, arch)
-            made = forecast(recipe, workload, arch, cuda=cuda)
+            with failure_named():
+                arch = architecture(recipe, cuda=cuda)
+                workload = of_run(recipe, dataset, batches, steps, arch)
+                made = forecast(recipe, workload, arch, cuda=cuda)
         except NoForecastError as error:
             workload = workload or of_run(recipe, dataset, batches, steps, None)
             return cls(recipe, workload, device, None, str(error))

@@ -81,7 +81,7 @@ class MergeSource:
         self.folder = bases.checkpoint_folder(base)
         self.reader = ShardReader(self.folder)
         meta_base = bases.meta_base(base)
-        self.prequantized = meta_base.prequantized
+        self.prequantized, self.excluded = meta_base.prequantized, meta_base.excluded
         load_adapter(meta_base.model, adapter, any_base=any_base)
         self.matrices = self._locate(meta_base)
         self.biases = self._locate_biases(meta_base.model)
@@ -246,5 +246,8 @@ def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
     config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = "bfloat16"
     if onto == "nf4":
-        config["quantization_config"] = nf4_config(source.base, torch.bfloat16).to_dict()
+        quantization = nf4_config(source.base, torch.bfloat16).to_dict()
+        # Without the list, transformers expects 4-bit weights where the files have dense ones
+        quantization["llm_int8_skip_modules"] = None if source.excluded is None else list(source.excluded)
+        config["quantization_config"] = quantization
     return config

@@ -271,6 +271,8 @@ class MetaBase:
     """names of the quantized linears that the original stores as [in, out] (Conv1D, as in GPT-2)"""
     prequantized: bool
     """True if the checkpoint itself is in NF4"""
+    excluded: tuple[str, ...] | None
+    """modules that the config of the NF4 form must list as not quantized; None: transformers' own choice"""
 
 
 def meta_base(base: Base) -> MetaBase:
@@ -290,13 +292,17 @@ def meta_base(base: Base) -> MetaBase:
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
         )
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    excluded = quantizer.quantization_config.llm_int8_skip_modules
     replaced = {name: module for name, module in model.named_modules() if nf4.is_nf4(module)}
     for name, module in replaced.items():
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         model.set_submodule(name, linear)
     model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
     transposed = {name for name, module in replaced.items() if module.source_cls.__name__ == "Conv1D"}
-    return MetaBase(model, frozenset(replaced), frozenset(transposed), prequantized=stored is not None)
+    return MetaBase(
+        model, frozenset(replaced), frozenset(transposed), stored is not None,
+        None if excluded is None else tuple(excluded),
+    )  # fmt: skip
 
 
 def checkpoint_folder(base: Base) -> Path:

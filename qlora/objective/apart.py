@@ -50,7 +50,7 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Influence:
-    """Influence of a document on the next one in its row: relative differences of hidden states, at most 1 or 2."""
+    """Influence of a document on the next one in its row: relative differences of hidden states."""
 
     leak: float
     """largest difference of a document's hidden states behind two different documents"""

@@ -31,6 +31,8 @@ class Prompt:
     text: str
     expected: str
     answers: list[Answer]
+    before: str = ""
+    """the conversation before the prompt, shortened"""
 
 
 def prompts(records: Sequence[dict[str, Any]]) -> list[Prompt]:
@@ -56,7 +58,8 @@ def prompts(records: Sequence[dict[str, Any]]) -> list[Prompt]:
                 given[-1] = replace(given[-1], last=step)
             else:
                 given.append(Answer(step, step, _cut(text), text.strip() == sample["reference"].strip()))
-        shown.append(Prompt(_cut(sample["prompt"]), _cut(sample["reference"]), given))
+        before = sample.get("before", "")  # missing in runs of older versions
+        shown.append(Prompt(_cut(sample["prompt"]), _cut(sample["reference"]), given, _cut(before)))
     return shown
 
 

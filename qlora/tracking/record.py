@@ -47,9 +47,9 @@ class Record(Sink):
             self._problem = error
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Append one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`."""
+        """Append one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`, and any `before`."""
         if samples:
-            self._append({"step": step, "samples": [asdict(sample) for sample in samples]})
+            self._append({"step": step, "samples": [_stored(sample) for sample in samples]})
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
         """Close the file. Raises SaveError if lines could not be written."""
@@ -76,6 +76,10 @@ class Record(Sink):
         else:
             self._pending.clear()
             self._problem = None
+
+
+def _stored(sample: Sample) -> dict[str, str]:
+    return {key: text for key, text in asdict(sample).items() if text or key != "before"}
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,8 @@ class Sample:
     prompt: str
     reference: str
     answer: str
+    before: str = ""
+    """the conversation before the prompt, shortened"""
 
 
 def memory_totals(content: Metrics) -> dict[str, float]:

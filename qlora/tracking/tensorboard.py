@@ -77,8 +77,9 @@ class TensorBoard(Sink):
 
 
 def _markdown(sample: Sample) -> bytes:
-    """Format the sample's three texts as code blocks, so that nothing in them is read as markup."""
-    texts = {"prompt": sample.prompt, "expected": sample.reference, "answer": sample.answer}
+    """Format the sample's texts as code blocks, so that nothing in them is read as markup."""
+    texts = {"before": sample.before} if sample.before else {}
+    texts |= {"prompt": sample.prompt, "expected": sample.reference, "answer": sample.answer}
     blocks = [f"**{name}**\n\n" + re.sub("^", "    ", text, flags=re.M) for name, text in texts.items()]
     return "\n\n".join(blocks).encode(errors="replace")  # a lone surrogate cannot be encoded
 

@@ -70,10 +70,11 @@ class _Printing(Sink):
         self._print(text)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Print prompt, expected answer and answer below each other, with a tick if the two answers are equal."""
+        """Print the conversation, prompt, expected answer and answer as rows, with a tick if both answers are equal."""
         for sample in samples:
             same = sample.answer.strip() == sample.reference.strip()
-            rows = [(Text("prompt", "dim"), one_line(sample.prompt))]
+            rows = [(Text("before", "dim"), one_line(sample.before))] if sample.before else []
+            rows.append((Text("prompt", "dim"), one_line(sample.prompt)))
             if sample.reference:
                 rows.append((Text("expected", "dim"), one_line(sample.reference)))
             mark = Text("answer ✓" if same else "answer", "green" if same else "dim")

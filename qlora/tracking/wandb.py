@@ -72,8 +72,8 @@ class Wandb(Sink):
     evaluation = step
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Log a table `samples` with prompt, expected answer and answer."""
-        rows = [[step, sample.prompt, sample.reference, sample.answer] for sample in samples]
+        """Log a table `samples` with the conversation before the prompt, prompt, expected answer and answer."""
+        rows = [[step, sample.before, sample.prompt, sample.reference, sample.answer] for sample in samples]
         if rows:
             self._send(lambda run: run.log({"samples": _table(rows)}, step=step))
 
@@ -215,7 +215,7 @@ def run_id(run: Path) -> str:
 def _table(rows: list[list[Any]]) -> Any:
     import wandb
 
-    return wandb.Table(columns=["step", "prompt", "expected", "answer"], data=rows)
+    return wandb.Table(columns=["step", "before", "prompt", "expected", "answer"], data=rows)
 
 
 def _image(path: Path) -> Any:

@@ -11,6 +11,7 @@ from qlora.errors import ModelError, RecipeError
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import from_config_alone, is_local
 from qlora.memory.forecast import forecast
+from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
@@ -42,7 +43,6 @@ class Checked:
     steps: StepFacts | None = None
     """None if not all rows were read"""
     memory: MemoryFacts | None = None
-    """None if the architecture cannot be forecast"""
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     """what could not be checked, and why"""
@@ -155,13 +155,13 @@ def _readable(recipe: Recipe, found: Checked) -> Recipe:
     return recipe
 
 
-def _assumed_memory(recipe: Recipe, cuda: bool) -> MemoryFacts | None:
-    """Forecast the memory with full rows; None if the architecture cannot be forecast."""
-    arch = architecture(recipe, cuda=cuda)
+def _assumed_memory(recipe: Recipe, cuda: bool) -> MemoryFacts:
+    """Forecast the memory with full rows, or say why that is impossible."""
     try:
-        made = forecast(recipe, assumed(recipe), arch, cuda=cuda)
-    except Exception:  # noqa: BLE001 - unknown architectures can fail in any way
-        return None
+        with failure_named():
+            made = forecast(recipe, assumed(recipe), architecture(recipe, cuda=cuda), cuda=cuda)
+    except NoForecastError as error:
+        return MemoryFacts(None, str(error))
     size = made.total_bytes
     return MemoryFacts(
         size, f"{unit_for(size).text(size)} forecast, if every row has {recipe.data.max_length:,} tokens"

@@ -48,6 +48,7 @@ def answers(session: Session) -> list[Sample]:
     training = session.recipe.training
     return [
         Sample(
+            before=prompt.before,
             prompt=prompt.text,
             reference=prompt.reference,
             answer=answer(
