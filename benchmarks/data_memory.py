@@ -71,12 +71,14 @@ def words() -> list[str]:
 
 
 def write_list(file: Path, rows: int, tokens: int, tokens_per_word: float) -> None:
-    """Write a list of objects with one text each, of random words."""
+    """Write a list of objects with one text each, of ten random paragraphs."""
     known = words()
     generator = random.Random(0)
+    tenth = int(tokens / tokens_per_word / 10)
+    paragraphs = [" ".join(generator.choices(known, k=tenth)) for _ in range(1000)]
     with file.open("w") as stream:
         for number in range(rows):
-            text = " ".join(generator.choices(known, k=int(tokens / tokens_per_word)))
+            text = " ".join(generator.choices(paragraphs, k=10))
             stream.write(("[" if number == 0 else ",\n") + json.dumps({"text": text}))
         stream.write("]\n")
 
