@@ -12,7 +12,14 @@ from runs_for_tests import finished_run, update
 from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import byte_level
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter
 from qlora.data import Prompts, encode_prompt
@@ -200,6 +207,32 @@ def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / onto)
         assert (logits(plain) - logits(live)).abs().max() < tolerance, onto
     assert load_file(tmp_path / "original" / "model.safetensors").keys() == stored.keys()
+
+
+def test_a_checkpoint_whose_names_are_older_than_the_model_keeps_them(recipe: Recipe, tmp_path: Path) -> None:
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 2048}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    folder = tmp_path / "gemma"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_level(bos=True).save_pretrained(folder)
+    base = recipe.base.model_copy(update={"model": str(folder)})
+    data = recipe.data.model_copy(update={"template": "plain"})
+    recipe = recipe.model_copy(update={"base": base, "data": data})
+    run = finished_run(recipe, targets=[".*language_model.*q_proj"])
+    files = merged(recipe, run / "adapter", "original", tmp_path / "m")
+    before = load_file(folder / "model.safetensors")
+    assert files.keys() == before.keys()
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    spec = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    for layer in range(2):
+        stem = f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj.lora_"
+        a, b = (adapter[f"{stem}{letter}.weight"].float() for letter in "AB")
+        name = f"language_model.model.layers.{layer}.self_attn.q_proj.weight"
+        expected = before[name] + spec["lora_alpha"] / spec["r"] * b @ a
+        torch.testing.assert_close(files[name], expected.bfloat16(), rtol=0.01, atol=1e-5)
+        assert not torch.equal(files[name], before[name].bfloat16())
 
 
 def test_a_large_model_is_written_in_shards(

@@ -12,13 +12,15 @@ read.
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.store import load_adapter
@@ -164,10 +166,11 @@ class MergeSource:
     def _locate(self, meta_base: bases.MetaBase) -> dict[str, _Matrix]:
         """Find the matrices in the files, by their names there."""
         modules = dict(meta_base.model.named_modules())
+        names = _ParameterNames(meta_base.model)
         quantized, prequantized = meta_base.quantized, meta_base.prequantized
         matrices = {}
         for key in self.reader:
-            if (name := _module_with(key, ".weight", meta_base.model, modules)) is None:
+            if (name := names.module(key, ".weight")) is None:
                 continue
             module = modules[name]
             adapted = module if isinstance(module, AdaptedLinear) and module.changes_weight else None
@@ -184,11 +187,11 @@ class MergeSource:
 
     def _locate_biases(self, model: nn.Module) -> dict[str, AdaptedLinear]:
         """Find the layers whose bias the adapter changes, by the names of the biases in the files."""
-        modules = dict(model.named_modules())
         wanted = {name: layer for name, layer in AdaptedLinear.of(model).items() if layer.changes_bias}
-        names = {key: _module_with(key, ".bias", model, modules) for key in self.reader} if wanted else {}
-        biases = {key: wanted[name] for key, name in names.items() if name in wanted}
-        if missing := sorted(wanted.keys() - set(names.values())):
+        names = _ParameterNames(model)
+        found = {key: names.module(key, ".bias") for key in self.reader} if wanted else {}
+        biases = {key: wanted[name] for key, name in found.items() if name in wanted}
+        if missing := sorted(wanted.keys() - set(found.values())):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the adapted layers ({listed(missing)}) have no bias in these "
                 "files, and a merged model has the base's architecture. Use base and adapter without merging"
@@ -196,12 +199,26 @@ class MergeSource:
         return biases
 
 
-def _module_with(key: str, suffix: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    """Return the module of the tensor `key`, with or without the decoder's prefix; None if there is none."""
-    if not key.endswith(suffix):
-        return None
-    stem, prefix = key.removesuffix(suffix), f"{model.base_model_prefix}."
-    return next((n for n in (stem, prefix + stem, stem.removeprefix(prefix)) if n in modules), None)
+class _ParameterNames:
+    """Names of a model's parameters for the names in its files, which can be older (as those of Gemma 3 are)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {name for name, _ in model.named_modules()}
+        self._prefix = f"{model.base_model_prefix}."
+        self._renamings = [
+            change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)
+        ]
+
+    def module(self, key: str, suffix: str) -> str | None:
+        """Return the module of the tensor `key`, with or without the decoder's prefix; None if there is none."""
+        if not key.endswith(suffix):
+            return None
+        renamed, _ = rename_source_key(key, self._renamings, [])
+        stems = [name.removesuffix(suffix) for name in (key, renamed)]
+        candidates = (
+            name for stem in stems for name in (stem, self._prefix + stem, stem.removeprefix(self._prefix))
+        )
+        return next((name for name in candidates if name in self._modules), None)
 
 
 def write_merged(
