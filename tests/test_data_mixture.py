@@ -192,6 +192,12 @@ def test_contradictions_between_sources_are_named(data: dict[str, Any], message:
     assert "\n" not in str(raised.value)
 
 
+def test_a_dash_on_the_command_line_is_the_standard_input(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("base: {model: m}\ndata: {source: a.jsonl}\n")
+    assert Recipe.load(file, ["data.source=-"]).data.source == "-"
+
+
 def test_an_override_replaces_one_kind_of_source_by_the_other(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("base: {model: m}\ndata: {sources: [{source: a.jsonl}]}\n")

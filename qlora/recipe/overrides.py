@@ -27,6 +27,8 @@ def override(document: Document, argument: str) -> None:
                 section[name] = {}
                 document.places[path[:end]] = Place(COMMAND_LINE, written="a mapping")
             section = section[name]
+    if text.strip() == "-":
+        text = '"-"'  # the standard input, as in data.source=-; in YAML, a dash alone begins a list
     value = read(text, COMMAND_LINE, at=path, numbered=False)
     section[path[-1]] = value.value
     kept = {inner: place for inner, place in document.places.items() if inner[: len(path)] != path}
