@@ -15,7 +15,6 @@ from qlora.errors import DataError
 from qlora.inference.chat import open_chat
 from qlora.inference.load import load_trained
 from qlora.memory.no_forecast import NoForecastError
-from qlora.merging.merge import merge
 from qlora.recipe import Data, Recipe
 from qlora.training.train import train
 
@@ -78,7 +77,8 @@ def test_the_shared_system_prompt_is_stored_and_asked_with(
     done = qlora("generate", run, "--prompt", "Hi", "--max-new-tokens", 1, "--system", "")
     assert done.stderr == ""
 
-    merge(run, tmp_path / "merged", onto="dequantized", max_tokens=0)
+    done = qlora("merge", run, "--to", tmp_path / "merged", "--onto", "dequantized", "--tokens", 0)
+    assert f"system prompt in {tmp_path / 'merged' / 'system_prompt.txt'}; a server" in done.stdout
     assert (tmp_path / "merged" / "system_prompt.txt").read_bytes() == SHARED.encode()
 
 

@@ -92,6 +92,8 @@ def _show(merged: "Merged") -> None:
     """Print the verdict, the reason for the choice, and how to load the model."""
     from rich.console import Console
 
+    from qlora.data.prompt_files import SYSTEM_FILE, shared_system
+
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if merged.live is not None:
         console.print(table(merged))
@@ -100,6 +102,11 @@ def _show(merged: "Merged") -> None:
     console.print(
         f'use it   AutoModelForCausalLM.from_pretrained("{merged.folder}"), or base.model={merged.folder}'
     )
+    if shared_system(merged.folder) is not None:
+        console.print(
+            f"note     all training rows begin with the system prompt in {merged.folder / SYSTEM_FILE}; a server does "
+            "not read that file, so give it the prompt"
+        )
 
 
 def table(merged: "Merged") -> "Table":
