@@ -99,7 +99,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "target pattern": (lambda f: edit(f, target_modules="("), "is not a valid regular expression"),
     "recipe": (
         lambda f: (f / "recipe.yaml").write_bytes(b"\xff"),
-        "recipe.yaml or qlora.json cannot be read",
+        "recipe.yaml: cannot be read",
     ),
 }
 

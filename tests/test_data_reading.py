@@ -116,7 +116,7 @@ def test_a_long_text_is_split_so_that_each_token_is_trained_once(tmp_path: Path)
         len(pieces) - 1,
         0,
     )
-    assert "1 texts are longer than data.max_length and are split into several rows" in remarks(counts)
+    assert "split into several rows: 1 text longer than data.max_length" in remarks(counts)
 
 
 @pytest.mark.parametrize("length", range(8, 30))

@@ -346,7 +346,7 @@ def test_the_most_expensive_row_is_forecast_by_length_and_trained_tokens(
         training={"micro_batch_size": 1, "global_batch_size": 1, "max_steps": 2},
     )
     with patch("qlora.tracking.BACKENDS", {}):  # a trial opens no tracker
-        found = profile(Recipe.load(file), 2, terminal=False)
+        found = profile(Recipe.load(file), 2)
     assert found["forecast"]["total_bytes"] == pytest.approx(found["measured"]["total_bytes"], rel=0.01)
     assert found["forecast"]["peak"] == found["measured"]["peak"]
     assert (found["workload"]["supervised"] > 10) == (told > 50)

@@ -258,9 +258,10 @@ def invoke(*arguments: str) -> str:
 
 
 def test_qlora_recipes_lists_and_shows() -> None:
-    lines = invoke("list").splitlines()
+    head, *lines = invoke("list").splitlines()
+    assert head.split() == ["recipe", "needs", "fits", "from", "purpose"]
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
-    assert all(len(line) <= 120 and len(line.split()) > 3 for line in lines)
+    assert all(len(line) <= 160 and len(line.split()) > 3 for line in lines)
     assert invoke("show", "quickstart").startswith("# qlora train quickstart\n")
     assert invoke("show", "quickstart", "--resolved") == Recipe.load("quickstart").to_yaml()
     assert json.loads(invoke("schema")) == Recipe.json_schema()

@@ -26,7 +26,6 @@ from qlora.tracking import Tracker
 from qlora.training import checkpoint
 from qlora.training import train as loop
 from qlora.training.result import TrainResult
-from qlora.training.run_folder import RunFolder
 from qlora.training.session import Session
 from qlora.training.train import train
 
@@ -229,9 +228,9 @@ def test_a_signal_at_the_very_end_leaves_a_run_finished(
 ) -> None:
     write = loop.write_result
 
-    def signalled(session: Session, folder: RunFolder) -> Path:
+    def signalled(*arguments: Any) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
-        return write(session, folder)
+        return write(*arguments)
 
     monkeypatch.setattr(loop, "write_result", signalled)
     file = recipe_file()

@@ -122,14 +122,7 @@ def read(path: str | Path) -> Adapter:
         )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, *pair, folder) for name, pair in pairs.items()}
-    try:
-        extra_files = {
-            name: (folder / name).read_text(encoding="utf-8")
-            for name in COMPANIONS
-            if (folder / name).is_file()
-        }
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {' or '.join(COMPANIONS)} cannot be read: {error}") from error
+    extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
     return Adapter(config, layers, extra_files)
 
 
@@ -169,6 +162,13 @@ def write(adapter: Adapter, path: str | Path) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}; restore the file, or leave it out") from error
 
 
 def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: Path) -> Layer:
