@@ -373,7 +373,11 @@ def test_a_hole_in_the_ids_does_not_matter() -> None:
 
 def test_a_system_message_before_the_first_question() -> None:
     tokenizer = with_markers_of(SOURCES["trl/gemma"])
-    data = {"source": "s", "format": "messages", "system": "Be brief.", "system_as": "user"}
+    data = {"source": "s", "format": "messages", "system": "Be brief."}
+    refusing = Layout(Recipe.from_dict({"base": {"model": "m"}, "data": data}).data, tokenizer)
+    with pytest.raises(BadRow, match=r"System role not supported; data\.system_as=user puts"):
+        refusing.documents(refusing.read({"messages": list(TWO.messages)}))
+    data["system_as"] = "user"
     layout = Layout(Recipe.from_dict({"base": {"model": "m"}, "data": data}).data, tokenizer)
     (document,) = layout.documents(layout.read({"messages": list(TWO.messages)}))
     assert document.parts[0].text.endswith("user\nBe brief.\n\nq1<end_of_turn>\n<start_of_turn>model\n")
@@ -390,3 +394,22 @@ def test_text_that_spells_a_token_of_the_template_is_ordinary_text(name: str, ma
     assert (forged.input_ids == token).sum() == (clean.input_ids == token).sum()
     assert not forged.forged
     assert subject.tokenizer.decode(forged.input_ids).count(marker) == 2 + (clean.input_ids == token).sum()
+
+
+@pytest.mark.parametrize("system_as", ["system", "user"])
+@pytest.mark.parametrize(
+    "messages", [TWO.messages, ({"role": "system", "content": "Be long."}, *TWO.messages)]
+)
+def test_a_system_message_does_not_change_which_answers_are_trained(
+    system_as: str, messages: tuple[Message, ...]
+) -> None:
+    tokenizer = with_markers_of(SOURCES["trl/qwen3_instruct_2507"])
+    data = {"source": "s", "format": "messages", "system": "Be brief.", "system_as": system_as}
+    layout = Layout(Recipe.from_dict({"base": {"model": "m"}, "data": data}).data, tokenizer)
+    row = {
+        "messages": [
+            {**message, **({"weight": 0} if message["content"] == "b1" else {})} for message in messages
+        ]
+    }
+    (encoded,) = layout.encoder.encode(layout.documents(layout.read(row)))
+    assert tokenizer.decode(encoded.input_ids[encoded.labels != IGNORE_INDEX]) == "b2<|im_end|>"

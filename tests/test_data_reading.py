@@ -253,3 +253,14 @@ def test_a_full_disk_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("qlora.data.examples._temporary_file", FullDisk)
     with pytest.raises(SaveError, match=r"cannot be written to .*No space left.*set QLORA_CACHE"):
         Examples.of(list(examples(1)))
+
+
+def test_rows_marked_as_not_to_be_trained_are_left_out_and_counted(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": messages, "label": good} for good in (True, False, True, False)]
+    rows.append({"messages": [messages[0], {**messages[1], "weight": 0}]})
+    counts = load(write(tmp_path / "a.jsonl", rows), format="messages", template="plain").counts
+    assert (counts.read, counts.marked, counts.train, counts.unsupervised, counts.bad) == (5, 3, 2, 0, 0)
+    assert remarks(counts) == [
+        "left out: 3 rows marked as not to be trained, label: false (2), every answer has weight 0 (1)"
+    ]

@@ -146,10 +146,11 @@ def _summary(dataset: "Dataset", batches: "Batches", recipe: "Recipe") -> str:
 
     counts = dataset.counts
     lengths = sorted(batches.examples.lengths.tolist())
+    marked = f", {counts.marked} marked as not to be trained" if counts.marked else ""
     lines = [
         f"rows     {counts.read} read: {counts.train} to train on, {counts.held_out} held out, "
         f"{counts.bad} bad, {counts.dropped} dropped as too long, "
-        f"{counts.unsupervised} dropped without trained tokens",
+        f"{counts.unsupervised} dropped without trained tokens{marked}",
         f"tokens   {counts.tokens} in the training rows, {counts.supervised} of them trained "
         f"({counts.supervised / counts.tokens:.0%})",
         f"length   median {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}, "
@@ -172,7 +173,7 @@ def _summary(dataset: "Dataset", batches: "Batches", recipe: "Recipe") -> str:
 
 
 def _source(source: dict[str, Any]) -> str:
-    left_out = source["bad"] + source["dropped"] + source["unsupervised"]
+    left_out = source["bad"] + source["dropped"] + source["unsupervised"] + source["marked"]
     return (
         f"source   {source['source']}: {source['read']} read, {source['train']} to train on, "
         f"{source['held_out']} held out, {left_out} left out, {source['per_epoch']} in an epoch"

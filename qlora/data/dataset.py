@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """Row counts by outcome: read + split = bad + dropped + unsupervised + train + held_out."""
+    """Row counts by outcome: read + split = bad + marked + dropped + unsupervised + train + held_out."""
 
     read: int
     split: int
@@ -47,6 +47,8 @@ class Counts:
     """rows longer than max_length, left out (`too_long: drop`)"""
     truncated: int
     """rows longer than max_length, cut (`too_long: truncate`); also counted in train, held_out or unsupervised"""
+    marked: int
+    """rows marked as not to be trained, as by `label: false`; left out"""
     unsupervised: int
     """rows without a trained token, left out; usually the prompt alone fills max_length"""
     train: int
@@ -64,8 +66,8 @@ class Counts:
     tallies: dict[str, int]
     """parts of kept rows that are not trained or do not reach the model, by the names in `qlora.data.remarks`"""
     sources: list[dict[str, Any]]
-    """of each source of training rows: source, and the counts read, bad, dropped, unsupervised, train, held_out and
-    per_epoch, the number of its rows in an epoch"""
+    """of each source of training rows: source, and the counts read, bad, marked, dropped, unsupervised, train, held_out
+    and per_epoch, the number of its rows in an epoch"""
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ def _counts(
         bad=reasons.total(),
         dropped=sum(reading.dropped for reading in readings),
         truncated=sum(reading.truncated for reading in readings),
+        marked=sum(reading.marked for reading in readings),
         unsupervised=sum(reading.unsupervised for reading in readings),
         train=len(train),
         held_out=len(held_out),
@@ -272,6 +275,7 @@ def _counts(
                 "read": source.reading.read,
                 "bad": source.reading.bad.total,
                 "dropped": source.reading.dropped,
+                "marked": source.reading.marked,
                 "unsupervised": source.reading.unsupervised,
                 "train": len(source.train),
                 "held_out": len(source.held_out),
@@ -303,6 +307,7 @@ def _nothing_left(reading: Reading, section: Data) -> str:
     outcomes = {
         "bad": reading.bad.total,
         "longer than data.max_length": reading.dropped,
+        "marked as not to be trained": reading.marked,
         "without a trained token": reading.unsupervised,
     }
     if not reading.read:

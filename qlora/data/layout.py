@@ -75,7 +75,7 @@ class Layout:
             raise BadRow(
                 "no chat template", "prompt and completion are messages; set data.template=tokenizer"
             )
-        return replace(content, messages=self._with_system(content.messages))
+        return _with_messages(content, self._with_system(content.messages))
 
     def documents(self, content: Conversation | Completion) -> list[Document]:
         """Render a row for training, as one or several documents. Raises BadRow if the chat template refuses it."""
@@ -91,9 +91,8 @@ class Layout:
             document = self._raw.document(content, everything=self._everything)
         else:
             assert self._renderer is not None
-            moved, messages = self._placed(content.messages)
-            content = replace(content, messages=messages)
-            document = self._renderer.document(content, everything=self._everything)
+            moved, messages = self._placed(content.messages, self._section.system_as)
+            document = self._rendered(_with_messages(content, messages))
             document = replace(document, system=_system(content.messages))
             document.tallies.update(Counter({MOVED_SYSTEM: 1} if moved else {}))
         if spelled := self.encoder.spelled_control(_texts(content)):
@@ -101,13 +100,27 @@ class Layout:
             document.tallies[f"{PARSED_CONTROLS if parsed else SPELLED_CONTROLS}: {spelled}"] += 1
         return document
 
+    def _rendered(self, content: Conversation) -> Document:
+        assert self._renderer is not None
+        try:
+            return self._renderer.document(content, everything=self._everything)
+        except BadRow as refusal:
+            moved, messages = self._placed(content.messages, "user")
+            if not moved:
+                raise
+            self._renderer.document(
+                replace(content, messages=messages)
+            )  # raises if the reason is another one
+            advice = "data.system_as=user puts the system message before the first question"
+            raise BadRow(refusal.kind, f"{refusal.detail}; {advice}") from None
+
     def question(self, content: Conversation | Completion) -> Question:
         """Split a row into the prompt before its last answer, and that answer. A plain text is split near its start."""
         if isinstance(content, Conversation):
             assert self._renderer is not None
             last = content.trained[-1]
             before, answer = content.messages[:last], content.messages[last]
-            prompt = self._renderer.prompt(self._placed(before)[1], content.tools)
+            prompt = self._renderer.prompt(self._placed(before, self._section.system_as)[1], content.tools)
             return Question(prompt, before[-1]["content"], answer["content"], transcript(before[:-1]))
         text, reference = content.prompt, content.completion
         if not text:
@@ -133,7 +146,7 @@ class Layout:
         else:
             rest = messages[messages[0]["role"] == "system" :]
             messages = ({"role": "system", "content": system}, *rest) if system else rest
-        return self._renderer.prompt(self._placed(messages)[1])
+        return self._renderer.prompt(self._placed(messages, self._section.system_as)[1])
 
     def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Put `data.system` in front of messages without a system message."""
@@ -141,9 +154,10 @@ class Layout:
             return tuple(messages)
         return ({"role": "system", "content": self._section.system}, *messages)
 
-    def _placed(self, messages: Sequence[Message]) -> tuple[bool, tuple[Message, ...]]:
-        """Put the system message before the first question, if `data.system_as` says so. Return True if it moved."""
-        if self._section.system_as == "system" or messages[0]["role"] != "system":
+    @staticmethod
+    def _placed(messages: Sequence[Message], system_as: str) -> tuple[bool, tuple[Message, ...]]:
+        """Put the system message before the first question, if `system_as` says so. Return True if it moved."""
+        if system_as == "system" or messages[0]["role"] != "system":
             return False, tuple(messages)
         system, *rest = messages
         if not system["content"].strip() or not rest or rest[0]["role"] != "user":
@@ -153,6 +167,12 @@ class Layout:
             for key, value in rest[0].items()
         }
         return True, (question, *rest[1:])
+
+
+def _with_messages(content: Conversation, messages: tuple[Message, ...]) -> Conversation:
+    """Replace the messages by others that differ only before the first question."""
+    moved = len(messages) - len(content.messages)
+    return replace(content, messages=messages, context=frozenset(index + moved for index in content.context))
 
 
 def _answer_by_answer(content: Conversation | Completion) -> list[Conversation | Completion]:

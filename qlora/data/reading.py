@@ -31,7 +31,7 @@ _CHARACTERS = 2**21  # characters encoded at a time: a tokenizer needs about a h
 
 @dataclass
 class Reading:
-    """Row counts of a source. read + split = kept examples + bad + dropped + unsupervised."""
+    """Row counts of a source. read + split = kept examples + bad + marked + dropped + unsupervised."""
 
     source: str
     examples: range = range(0)
@@ -48,6 +48,8 @@ class Reading:
     dropped: int = 0
     truncated: int = 0
     unsupervised: int = 0
+    marked: int = 0
+    """rows marked as not to be trained"""
     split: int = 0
     """documents beyond the first of their row"""
     tallies: Counter[str] = field(default_factory=Counter)
@@ -151,7 +153,7 @@ def _rendered(records: Iterable[Record], layout: Layout, reading: Reading) -> It
                 raise record.row
             documents = layout.documents(layout.read(record.row))
         except NotTrained as mark:
-            reading.unsupervised += 1
+            reading.marked += 1
             reading.tallies[f"{NOT_TRAINED}: {mark.detail}"] += 1
             continue
         except BadRow as reason:
