@@ -1,7 +1,8 @@
 """Tokenised documents in flat arrays, which are mapped from files: they need no memory of their own."""
 
+import mmap
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, overload
 
@@ -16,6 +17,8 @@ IGNORE_INDEX = -100
 
 TOKEN_BYTES = 5
 """bytes of a stored token: its id, and one byte for trained or not"""
+
+_READ_BYTES = 2**25  # bytes read in order before their pages are given back
 
 
 class Example(NamedTuple):
@@ -68,6 +71,24 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._starts)
 
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the documents in order. Pages that were read are given back, so a pass needs little resident memory."""
+        read_bytes = 0
+        for index in range(len(self)):
+            yield self[index]
+            read_bytes += int(self.lengths[index]) * TOKEN_BYTES
+            if read_bytes >= _READ_BYTES:
+                self._give_back()
+                read_bytes = 0
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Take the pages of mapped files out of this process; they stay in the system's cache."""
+        for array in (self._tokens, self._trained):
+            file: object = array.base
+            if isinstance(file, mmap.mmap):
+                file.madvise(mmap.MADV_DONTNEED)
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
@@ -98,9 +119,9 @@ class Examples(Sequence[Example]):
             (folder / f"{name}.tokens").open("wb") as tokens,
             (folder / f"{name}.trained").open("wb") as trained,
         ):
-            for start, length in zip(self._starts.tolist(), self.lengths.tolist(), strict=True):
-                tokens.write(self._tokens[start : start + length].tobytes())
-                trained.write(self._trained[start : start + length].tobytes())
+            for ids, labels, _ in self:
+                tokens.write(ids.tobytes())
+                trained.write((labels != IGNORE_INDEX).tobytes())
         np.savez(folder / f"{name}.npz", lengths=self.lengths, supervised=self.supervised)
 
     @classmethod
