@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.arguments import AnyBase, System, TrustRemoteCode
+from qlora.cli.arguments import IMPORTS, AnyBase, System, TrustRemoteCode, startup_for
 
 
 def chat(
@@ -46,14 +46,17 @@ def chat(
     [bold]qlora chat runs/quickstart --adapter poet=runs/poet[/bold]
     """
     named = dict(_pair(other) for other in others or [])
-    from qlora.data.prompts import NO_SYSTEM
-    from qlora.inference.chat import open_chat
+    startup = startup_for()
+    with startup.stage(IMPORTS):
+        from qlora.data.prompts import NO_SYSTEM
+        from qlora.inference.chat import open_chat
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Terminal() if interactive else Plain()
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"device": device, "any_base": any_base, "trust_remote_code": trust_remote_code}
-    conversation = open_chat(adapter, named, screen, history=history, system=system, **settings)
+    with startup.stage("loading base and adapters"):
+        conversation = open_chat(adapter, named, screen, history=history, system=system, **settings)
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora.cli.arguments import Json, Overrides, RecipeArgument
+from qlora.cli.arguments import IMPORTS, Json, Overrides, RecipeArgument, startup_for
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -34,11 +34,13 @@ def data(
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
-    from qlora.data import load_dataset, training_batches
-    from qlora.model.load import load_tokenizer
-
-    tokenizer = load_tokenizer(loaded.base)
-    dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed)
+    startup = startup_for(json_output=json_output)
+    with startup.stage(IMPORTS):
+        from qlora.data import load_dataset, training_batches
+        from qlora.model.load import load_tokenizer
+    with startup.stage("reading the data") as progress:
+        tokenizer = load_tokenizer(loaded.base)
+        dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed, progress=progress)
     batches = training_batches(dataset, loaded)
     shown = list(_first_rows(batches, tokenizer, rows))
     if json_output:

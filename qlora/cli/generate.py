@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase, System, TrustRemoteCode
+from qlora.cli.arguments import IMPORTS, AnyBase, System, TrustRemoteCode, startup_for
 
 
 def generate(
@@ -29,18 +29,20 @@ def generate(
     """
     import sys
 
-    from qlora.data.prompts import NO_SYSTEM
-    from qlora.inference.generate import answer
-    from qlora.inference.load import load_trained
-
     text = sys.stdin.read() if prompt == "-" else prompt
-    trained = load_trained(
-        adapter,
-        device=device,
-        with_adapter=not base_only,
-        any_base=any_base,
-        trust_remote_code=trust_remote_code,
-    )
+    startup = startup_for()
+    with startup.stage(IMPORTS):
+        from qlora.data.prompts import NO_SYSTEM
+        from qlora.inference.generate import answer
+        from qlora.inference.load import load_trained
+    with startup.stage("loading the base" if base_only else "loading base and adapter"):
+        trained = load_trained(
+            adapter,
+            device=device,
+            with_adapter=not base_only,
+            any_base=any_base,
+            trust_remote_code=trust_remote_code,
+        )
     prompts = trained.prompts
     ids = prompts.encode(text, system=system)
     if system is None and (described := prompts.describe_system()) != NO_SYSTEM:

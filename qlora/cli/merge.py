@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.arguments import AnyBase, Json, TrustRemoteCode
+from qlora.cli.arguments import IMPORTS, AnyBase, Json, TrustRemoteCode, startup_for
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,8 +67,8 @@ def merge(
     """
     if onto not in CHOICES:
         raise typer.BadParameter(f"--onto must be one of {', '.join(CHOICES)}, not {onto!r}")
-    from qlora.merging.merge import merge as run
-
+    with startup_for(json_output=json_output).stage(IMPORTS):
+        from qlora.merging.merge import merge as run
     with _shown_progress() as progress:
         merged = run(
             adapter,
