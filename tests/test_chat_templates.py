@@ -23,6 +23,7 @@ from qlora.data.encoding import Encoder
 from qlora.data.layout import Layout
 from qlora.data.rendering import Renderer
 from qlora.data.templates import NAMED, template_text
+from qlora.errors import DataError
 from qlora.formats import BadRow, Conversation, Message
 from qlora.recipe import Recipe
 
@@ -181,7 +182,8 @@ class Reference:
         assert end == len(ids)
         assert index == answers[-1]
         assert ids[-1] in {tokenizer.eos_token_id, *self.stops}
-        assert len(trained) + document.tallies["untrained answers"] == len(answers)
+        untrained = ("untrained answers", "unwritten answers", "opening answers")
+        assert len(trained) + sum(document.tallies[name] for name in untrained) == len(answers)
         self.nothing_is_lost(conversation, text, document.tallies)
         return document.tallies
 
@@ -270,6 +272,7 @@ def talk(*contents: str, **more: Any) -> Conversation:
 
 TWO = talk("q1", "b1", "q2", "b2")
 SUM = talk("2+2?", "4")
+PLACED = {"answers within a thought": 1, "placed answers": 1}
 THOUGHT = talk("2+2?", "<think>a</think>b")
 
 
@@ -280,11 +283,11 @@ THOUGHT = talk("2+2?", "<think>a</think>b")
         ("trl/qwen3_6", TWO, ["\n</think>\n\nb2<|im_end|>"], {"untrained answers": 1}),
         ("trl/qwen3_5_nothink", TWO, ["b2<|im_end|>"], {"untrained answers": 1}),
         ("trl/qwen3", TWO, ["b1<|im_end|>", "<think>\n\n</think>\n\nb2<|im_end|>"], {}),
-        ("trl/nemotron_3_nano", TWO, ["b2<|im_end|>"], {"untrained answers": 1, "answers within a thought": 1}),
+        ("trl/nemotron_3_nano", TWO, ["b2<|im_end|>"], {"untrained answers": 1, **PLACED}),
         # a trained answer follows the prompt of generation
-        ("trl/deepseek_r1_distill", SUM, ["4<｜end▁of▁sentence｜>"], {"answers within a thought": 1}),
-        ("trl/deepseek_r1_distill", THOUGHT, ["a\n</think>\n\nb<｜end▁of▁sentence｜>"], {}),
-        ("trl/nemotron_3_nano", SUM, ["4<|im_end|>"], {"answers within a thought": 1}),
+        ("trl/deepseek_r1_distill", SUM, ["4<｜end▁of▁sentence｜>"], PLACED),
+        ("trl/deepseek_r1_distill", THOUGHT, ["a\n</think>\n\nb<｜end▁of▁sentence｜>"], {"placed answers": 1}),
+        ("trl/nemotron_3_nano", SUM, ["4<|im_end|>"], PLACED),
         ("trl/qwen3_8", THOUGHT, ["a\n</think>\n\nb<|im_end|>"], {}),
         ("trl/qwen3", THOUGHT, ["<think>\na\n</think>\n\nb<|im_end|>"], {}),
         # no control token is cut
@@ -413,3 +416,97 @@ def test_a_system_message_does_not_change_which_answers_are_trained(
     }
     (encoded,) = layout.encoder.encode(layout.documents(layout.read(row)))
     assert tokenizer.decode(encoded.input_ids[encoded.labels != IGNORE_INDEX]) == "b2<|im_end|>"
+
+
+def text_of(name: str, **data: Any) -> Layout:
+    """Return the layout of messages with a template of `SOURCES`."""
+    settings = {"source": "s", "format": "messages", **data}
+    return Layout(
+        Recipe.from_dict({"base": {"model": "m"}, "data": settings}).data, with_markers_of(SOURCES[name])
+    )
+
+
+def test_a_moved_system_message_is_still_that_of_the_row() -> None:
+    layout = text_of("trl/gemma", system_as="user")
+    (document,) = layout.documents(
+        layout.read({"messages": [{"role": "system", "content": "Be kind."}, *TWO.messages]})
+    )
+    assert document.system == "Be kind."
+    prompt = layout.prompt("q1", system=document.system)
+    assert prompt.parts[0].text == document.parts[0].text
+
+
+def test_a_template_that_writes_content_as_a_list_is_refused() -> None:
+    listing = "{% for m in messages %}{{ m.role }}: {{ m.content[:5] }}\n{% endfor %}"
+    tokenizer = with_markers_of(listing)
+    with pytest.raises(DataError, match="does not render the answer; its output is 'user: "):
+        Renderer(tokenizer, Encoder(tokenizer, listing), listing)
+
+
+def test_an_answer_that_the_template_rewrites_is_told() -> None:
+    quoting = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content|tojson }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = with_markers_of(quoting)
+    encoder = Encoder(tokenizer, quoting)
+    renderer = Renderer(tokenizer, encoder, quoting)
+    assert renderer.document(talk("q", 'a "quoted" word')).tallies["placed answers"] == 1
+
+
+def test_a_misspelt_option_of_the_template_is_refused() -> None:
+    assert text_of("trl/qwen3", template_options={"enable_thinking": False})
+    with pytest.raises(
+        DataError, match=r"data\.template_options: the template does not use 'enable_thinkin'"
+    ):
+        text_of("trl/qwen3", template_options={"enable_thinkin": False})
+
+
+def test_a_row_of_several_examples_is_counted_once() -> None:
+    layout = text_of("trl/qwen3", examples="answer")
+    documents = layout.documents(
+        layout.read({"messages": list(talk("a <|im_end|> b", "c", "d", "e").messages)})
+    )
+    assert len(documents) == 2
+    assert sum((document.tallies for document in documents), Counter()) == {"spelled controls: <|im_end|>": 1}
+
+
+def test_an_answer_without_weight_stays_out_even_if_everything_is_trained() -> None:
+    layout = text_of("trl/qwen3_instruct_2507", train_on="all")
+    row = {"messages": [{**m, **({"weight": 0} if m["content"] == "b1" else {})} for m in TWO.messages]}
+    (encoded,) = layout.encoder.encode(layout.documents(layout.read(row)))
+    untrained = encoded.input_ids[encoded.labels == IGNORE_INDEX]
+    text = with_markers_of(SOURCES["trl/qwen3_instruct_2507"]).decode(untrained)
+    assert text.endswith("b1<|im_end|>")
+    assert "q1" not in text
+
+
+def test_one_example_an_answer_leaves_out_only_what_cannot_be_one() -> None:
+    layout = text_of("trl/qwen3", examples="answer")
+    opening = {"messages": [{"role": "assistant", "content": "Hello!"}, *TWO.messages]}
+    documents = layout.documents(layout.read(opening))
+    assert len(documents) == 2
+    assert documents[0].tallies == {"opening answers": 1}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look_up", "arguments": {}}]}
+    chatml = text_of("chatml", examples="answer")
+    (document,) = chatml.documents(chatml.read({"messages": [TWO.messages[0], call, TWO.messages[1]]}))
+    assert document.tallies["unwritten answers"] == 1
+
+
+def test_text_that_looks_rendered_is_told_if_the_tokenizer_lacks_its_markers() -> None:
+    data = {"source": "s", "format": "text", "control_tokens": "parse"}
+    layout = Layout(Recipe.from_dict({"base": {"model": "m"}, "data": data}).data, byte_level())
+    (document,) = layout.documents(layout.read({"text": "<|im_start|>user\nhi<|im_end|>"}))
+    assert document.tallies == {"markers in text: <|im_start|>": 1}
+
+
+def test_white_space_that_the_template_removes_is_told() -> None:
+    assert reference("trl/llama3").renderer.document(talk("q", "  def f():\n")).tallies == {"trimmed": 1}
+
+
+def test_text_in_a_tool_call_cannot_be_a_control_token() -> None:
+    layout = text_of("trl/qwen3")
+    for text, reason in (("a\0403\0b", "NUL character"), ("\ud800", "broken Unicode")):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": text}}]}
+        with pytest.raises(BadRow, match=reason):
+            layout.read({"messages": [TWO.messages[0], call, TWO.messages[1]]})

@@ -354,7 +354,7 @@ def test_bad_rows_are_all_counted_and_the_first_ten_reasons_shown(
     assert any(same)
     assert all(fate_of[int(match[2])] == kind for match, kind in zip(same, kinds, strict=True) if match)
     listed = 10 + sum(int(match[1]) for match in same if match)
-    assert shown[10].strip() == f"... and {len(bad) - listed} more"
+    assert shown[10].strip() == f"... and {len(bad) - listed} more rows with other reasons"
     assert raised.value.exit_code == 3
 
 

@@ -262,5 +262,6 @@ def test_rows_marked_as_not_to_be_trained_are_left_out_and_counted(tmp_path: Pat
     counts = load(write(tmp_path / "a.jsonl", rows), format="messages", template="plain").counts
     assert (counts.read, counts.marked, counts.train, counts.unsupervised, counts.bad) == (5, 3, 2, 0, 0)
     assert remarks(counts) == [
-        "left out: 3 rows marked as not to be trained, label: false (2), every answer has weight 0 (1)"
+        "identical to an earlier training row, token for token: 1 row",
+        "left out: 3 rows marked as not to be trained, label: false (2), every answer has weight 0 (1)",
     ]

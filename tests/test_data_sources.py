@@ -205,7 +205,9 @@ def test_bad_csv_rows_are_named_by_the_line_they_begin_in(tmp_path: Path) -> Non
 
 def test_an_open_quote_swallows_the_rest_and_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", 'p,c\na,b\n"open,c\nd,e\n')
-    assert reasons(file) == ["broken CSV: unexpected end of data"]
+    assert reasons(file) == [
+        "broken CSV: a quote that is opened here is not closed, so all lines after it are lost"
+    ]
     assert origins(file) == [":2", ":3"]
 
 

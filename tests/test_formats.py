@@ -181,7 +181,7 @@ BAD = [
         "missing field: message 2: 'content' (the message has 'role')",
     ),
     ("messages", chat(QUESTION, {**ANSWER, "content": 4}), "wrong type: message 2: 'content' must be text"),
-    ("messages", chat(QUESTION, {**ANSWER, "content": "\0"}), "NUL character: message 2: in 'content'"),
+    ("messages", chat(QUESTION, {**ANSWER, "content": "\0"}), "NUL character: in message 2: 'content'"),
     (
         "messages",
         chat(QUESTION, {**ANSWER, "tool_calls": [1]}),
@@ -330,3 +330,30 @@ def test_the_order_of_roles_is_free() -> None:
     assert content.trained == [0, 3, 4]
     developer = parse("messages", chat({"role": "developer", "content": "Be brief."}, QUESTION, ANSWER))
     assert turns(developer)[0] == ("system", "Be brief.")
+
+
+def test_marks_in_a_csv_file_are_text() -> None:
+    row = {"prompt": "a", "completion": "b"}
+    for mark in ({"weight": "0"}, {"train": "false"}, {"label": "False"}, {"loss_mask": "0.0"}):
+        with pytest.raises(NotTrained):
+            parse("prompt-completion", {**row, **mark})
+    assert parse("prompt-completion", {**row, "weight": "1", "train": "true"}).unused == ()
+    assert parse("prompt-completion", {**row, "weight": "72.5"}).unused == ("column weight",)
+    with pytest.raises(NotTrained):
+        parse("text", {"text": "a", "weight": 0})
+    assert parse("text", {"text": "a", "label": False}).unused == ("column label",)
+
+
+def test_nothing_of_a_call_is_dropped() -> None:
+    call = {
+        "role": "function_call",
+        "content": json.dumps(CALL["function"]),
+        "reasoning": "two and two",
+        "name": "me",
+    }
+    content = parse("messages", chat(QUESTION, call, {"role": "tool", "content": "4"}, ANSWER))
+    assert isinstance(content, Conversation)
+    assert content.messages[1]["reasoning_content"] == "two and two"
+    assert content.messages[1]["name"] == "me"
+    with pytest.raises(BadRow, match="two thoughts"):
+        parse("messages", chat(QUESTION, {**ANSWER, "reasoning": "a", "thinking": "b"}))

@@ -177,7 +177,7 @@ def test_the_way_out_of_a_large_mixture_is_not_a_smaller_model() -> None:
     precision = Precision(10**9, {EXPERTS: 29 * 10**9})
     parts = {"base_unquantized": 58 * 10**9, "base_nf4": 10**9}
     memory = {"forecast": {"host_bytes": 0, "total_bytes": 60 * 10**9, "parts": parts}}
-    lines = list(Estimate(memory, 60 * 10**9, 24 * 2**30, None, None, [], None, precision, []).lines())
+    lines = list(Estimate(memory, 60 * 10**9, 24 * 2**30, None, None, [], None, precision, [], []).lines())
     assert lines[0].startswith(
         "Base: 3.3% of the 30 B linear weights are in NF4; 96.7% are not quantized: 29 B in"
     )

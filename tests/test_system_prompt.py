@@ -73,9 +73,11 @@ def test_the_shared_system_prompt_is_stored_and_asked_with(
     assert "system" not in asked(run, found.prompts.encode("Hi", system=""))
 
     done = qlora("generate", run, "--prompt", "Hi", "--max-new-tokens", 1)
-    assert done.stderr.strip() == "system prompt: You sort mail. Be brief. (that of all training rows)"
+    assert (
+        done.stderr.splitlines()[-1] == "system prompt: You sort mail. Be brief. (that of all training rows)"
+    )
     done = qlora("generate", run, "--prompt", "Hi", "--max-new-tokens", 1, "--system", "")
-    assert done.stderr == ""
+    assert "system prompt" not in done.stderr
 
     done = qlora("merge", run, "--to", tmp_path / "merged", "--onto", "dequantized", "--tokens", 0)
     assert f"system prompt in {tmp_path / 'merged' / 'system_prompt.txt'}; a server" in done.stdout

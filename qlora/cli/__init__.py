@@ -57,6 +57,7 @@ def main() -> None:
             print(f"qlora: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
+            print("qlora: interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
 
 

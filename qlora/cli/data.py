@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from qlora.data import Batches, Dataset, Example
     from qlora.recipe import Recipe
 
-LEFT_OUT_SHOWN = 5
-"""lines about rows that are left out; the counts have them all"""
-
 
 def data(
     recipe: RecipeArgument,
@@ -148,9 +145,10 @@ def _summary(dataset: "Dataset", batches: "Batches", recipe: "Recipe") -> str:
 
     counts = dataset.counts
     lengths = sorted(batches.examples.lengths.tolist())
+    more = f" {counts.split} more examples from rows that give several," if counts.split else ""
     marked = f", {counts.marked} marked as not to be trained" if counts.marked else ""
     lines = [
-        f"rows     {counts.read} read: {counts.train} to train on, {counts.held_out} held out, "
+        f"rows     {counts.read} read:{more} {counts.train} to train on, {counts.held_out} held out, "
         f"{counts.bad} bad, {counts.dropped} dropped as too long, "
         f"{counts.unsupervised} dropped without trained tokens{marked}",
         f"tokens   {counts.tokens} in the training rows, {counts.supervised} of them trained "
@@ -167,7 +165,7 @@ def _summary(dataset: "Dataset", batches: "Batches", recipe: "Recipe") -> str:
     lines.append(f"steps    {batches.steps_per_epoch} per epoch")
     lines += [f"note     {remark}" for remark in remarks(counts)]
     lines += [f"bad      {count} {reason}" for reason, count in counts.reasons.items()]
-    lines += [f"left out {row}" for row in dataset.left_out[:LEFT_OUT_SHOWN]]
+    lines += [f"left out {row}" for row in dataset.left_out]
     lines += ["", f"{'tokens':>15} {'rows':>10}", *histogram(dataset.lengths)]
     if shorter := list(limits(dataset.lengths, recipe.data.max_length)):
         lines += ["", f"{'max_length':>15}       {'longer':>10}", *shorter]

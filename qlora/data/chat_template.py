@@ -96,6 +96,8 @@ class ChatTemplate:
         ) as error:
             raise BadRow("refused by the chat template", str(error)) from error
         assert isinstance(text, str)
+        if "\\ufdd" in text:  # the brackets of a guarded spelling, escaped as in JSON
+            raise BadRow("refused by the chat template", "it escapes text that spells a control token")
         return text, list(spans[0]) if blocks else None
 
     def _source(self, tools: list[Any]) -> str:

@@ -53,6 +53,8 @@ class Counts:
     """rows without a trained token, left out; usually the prompt alone fills max_length"""
     train: int
     held_out: int
+    repeated: int
+    """training rows with exactly the tokens of an earlier training row"""
     held_out_seen: int
     """held-out rows with exactly the tokens of a training row"""
     tokens: int
@@ -141,15 +143,20 @@ def make_dataset(
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         stop_ids=frozenset().union(*(source.layout.answer_ends for source in sources)),
         mixture=mixture,
-        shared_system=_shared_system([source.reading for source in sources if source.train]),
+        shared_system=_shared_system(sources),
         lengths=dict(sorted(sum((source.reading.lengths for source in sources), Counter[int]()).items())),
         left_out=[line.strip() for source in sources for line in _left_out(source.reading)],
     )
 
 
-def _shared_system(readings: Sequence[Reading]) -> str | None:
+def _shared_system(sources: Sequence[_Source]) -> str | None:
     """Return the system message that all training rows have, or None."""
-    systems = set().union(*(reading.systems for reading in readings))
+    systems: set[str | None] = set()
+    for source in sources:
+        reading = source.reading
+        texts = {number: system for system, number in reading.systems.items()}
+        numbers = {reading.system_numbers[example - reading.examples.start] for example in source.train}
+        systems |= {texts.get(number) for number in numbers}
     return systems.pop() if len(systems) == 1 else None
 
 
@@ -251,7 +258,7 @@ def _counts(
     readings = [source.reading for source in sources]
     lengths = train.lengths.tolist()
     packed_rows = len(best_fit(lengths, section.max_length)) if section.packing else 0
-    seen = {_digest(row.input_ids) for row in train} if len(held_out) else set()
+    seen = {_digest(row.input_ids) for row in train}
     reasons: Counter[str] = sum((reading.bad.kinds for reading in readings), Counter())
     return Counts(
         read=sum(reading.read for reading in readings),
@@ -263,6 +270,7 @@ def _counts(
         unsupervised=sum(reading.unsupervised for reading in readings),
         train=len(train),
         held_out=len(held_out),
+        repeated=len(train) - len(seen),
         held_out_seen=sum(_digest(row.input_ids) in seen for row in held_out),
         tokens=sum(lengths),
         supervised=int(train.supervised.sum(dtype=np.int64)),

@@ -11,8 +11,7 @@ The copy reads the public spelling as text.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batches import IGNORE_INDEX
 from qlora.errors import ModelError
+
+MARKER = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
+"""text that looks like a control token of a chat template"""
 
 # Brackets around the id of a control token that a user's text spells, while a template is rendered. They are
 # Unicode noncharacters, so template logic does not react to them. If a user writes them, they stay ordinary text.
@@ -34,6 +36,8 @@ class Part:
 
     text: str
     trained: bool
+    answer: bool = False
+    """True for an answer, which follows a prompt"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class Encoded:
     labels: NDArray[np.int32]  # [T]; the token id where trained, else IGNORE_INDEX
     forged: bool
     """True if user text became a control token because the tokenizer cannot encode its spelling as text"""
+    joined: int = 0
+    """number of answers that begin within a token of their prompt"""
 
 
 class Encoder:
@@ -139,6 +145,11 @@ class Encoder:
         found = next((match for text in texts if (match := self._spelled.search(text))), None)
         return None if found is None else found[0]
 
+    def unknown_marker(self, texts: Sequence[str]) -> str | None:
+        """Return the first marker in a user's texts, such as <|im_start|>, that the tokenizer does not have."""
+        found = (marker for text in texts for marker in MARKER.findall(text))
+        return next((marker for marker in found if not self.knows(marker)), None)
+
     def last_control_end(self, text: str) -> int | None:
         """Return the end position of the last control token in a rendered text; None without one."""
         return max((match.end() for match in self._spelled.finditer(text)), default=None)
@@ -178,43 +189,45 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Return token ids and labels of each document.
 
-        Encoding a thousand documents per call is much faster than one. No token spans a prompt and its answer: where
-        the tokenizer would join them (the space that ends "Capital: " and the answer "Paris"), the answer is encoded
-        on its own, as it is generated. Tokenizers that put a space before every text are left as they are; there, a
-        token that spans both is trained.
+        Encoding a thousand documents per call is much faster than one. No token spans the last prompt of a document and
+        its answer: where the tokenizer would join them (the space that ends "Capital: " and the answer "Paris"), the
+        answer is encoded on its own, as it is generated. The messages before it are encoded together, as in its prompt.
+        Tokenizers that put a space before every text are left as they are. `Encoded.joined` counts the answers that
+        begin within a token of their prompt; that token is trained.
         """
         whole = [
-            [Part(self._spell(part.text), part.trained) for part in document.parts] for document in documents
+            [replace(part, text=self._spell(part.text)) for part in document.parts] for document in documents
         ]
-        pieces = list(zip(whole, self._tokens(whole), strict=True))
-        joined = {number for number, (parts, encoding) in enumerate(pieces) if self._joins(parts, encoding)}
-        split = iter(self._tokens([run for number in sorted(joined) for run in _runs(whole[number])]))
+        encodings = self._tokens(whole)
+        cut = [self._cut(parts, encoding) for parts, encoding in zip(whole, encodings, strict=True)]
+        halves = [
+            half for parts, end in zip(whole, cut, strict=True) if end for half in (parts[:end], parts[end:])
+        ]
+        apart = iter(self._tokens(halves))
         encoded = []
-        for number, (document, (parts, encoding)) in enumerate(zip(documents, pieces, strict=True)):
-            runs = [(run, next(split)) for run in _runs(parts)] if number in joined else [(parts, encoding)]
-            encoded.append(self._assemble(document, runs))
+        for document, parts, encoding, end in zip(documents, whole, encodings, cut, strict=True):
+            runs = [(parts, encoding)]
+            if end:
+                runs = [(parts[:end], next(apart)), (parts[end:], next(apart))]
+            joined = len(_joins(parts[: end or len(parts)], encoding))
+            encoded.append(self._assemble(document, runs, joined))
         return encoded
 
     def _tokens(self, texts: Sequence[Sequence[Part]]) -> list[Encoding]:
         joined = ["".join(part.text for part in parts) for parts in texts]
         return self._backend.encode_batch(joined, add_special_tokens=False)
 
-    def _joins(self, parts: Sequence[Part], encoding: Encoding) -> bool:
-        """Return True if a token spans the end of a prompt and its answer, and can be split there."""
-        if not self._splits or all(part.trained for part in parts):
-            return False
-        end = 0
-        for part, following in pairwise(parts):
-            end += len(part.text)
-            if following.trained and not part.trained:
-                token = encoding.char_to_token(end)
-                span = None if token is None else encoding.token_to_chars(token)
-                # A tokenizer can also group white space by what follows it.
-                if (span is not None and span[0] < end) or part.text[-2:].isspace():
-                    return True
-        return False
+    def _cut(self, parts: Sequence[Part], encoding: Encoding) -> int:
+        """Return the number of parts before the last answer if it must be encoded on its own, else 0."""
+        last = max((number for number, part in enumerate(parts) if part.answer), default=0)
+        if not (last and self._splits):
+            return 0
+        # A tokenizer can also group white space by what follows it.
+        return last if last in _joins(parts, encoding) or parts[last - 1].text[-2:].isspace() else 0
 
-    def _assemble(self, document: Document, runs: Sequence[tuple[Sequence[Part], Encoding]]) -> Encoded:
+    def _assemble(
+        self, document: Document, runs: Sequence[tuple[Sequence[Part], Encoding]], joined: int
+    ) -> Encoded:
         """Put the encoded parts of a document together, with bos and eos."""
         front = self._bos[: int(document.bos)]
         back = self._eos[: int(document.eos)]
@@ -224,7 +237,8 @@ class Encoder:
         ids = np.concatenate([front, self._public[private], back])
         marks[:1] = False  # no token predicts the first one
         labels = np.where(marks, ids, np.int32(IGNORE_INDEX))
-        return Encoded(ids, labels, forged=not self._parse_controls and bool(self._is_control[private].any()))
+        forged = not self._parse_controls and bool(self._is_control[private].any())
+        return Encoded(ids, labels, forged, joined)
 
     def _trained(self, parts: Sequence[Part], encoding: Encoding) -> NDArray[np.bool_]:
         """Mark the tokens of the trained parts."""
@@ -262,14 +276,17 @@ def _plain_copy(tokenizer: PreTrainedTokenizerFast) -> Any:
     return backend
 
 
-def _runs(parts: Sequence[Part]) -> list[list[Part]]:
-    """Cut a document before each answer that follows a prompt."""
-    runs: list[list[Part]] = []
-    for part in parts:
-        if not runs or (part.trained and not runs[-1][-1].trained):
-            runs.append([])
-        runs[-1].append(part)
-    return runs
+def _joins(parts: Sequence[Part], encoding: Encoding) -> list[int]:
+    """Return the numbers of the answers that begin within a token of the part before them."""
+    joined, end = [], 0
+    for number, part in enumerate(parts):
+        if number and part.answer:
+            token = encoding.char_to_token(end)
+            span = None if token is None else encoding.token_to_chars(token)
+            if span is not None and span[0] < end:
+                joined.append(number)
+        end += len(part.text)
+    return joined
 
 
 def _name(token_id: int) -> str:

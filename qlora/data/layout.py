@@ -10,10 +10,21 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.data.encoding import Document, Encoder
 from qlora.data.raw_text import RawText
-from qlora.data.remarks import MOVED_SYSTEM, PARSED_CONTROLS, SPELLED_CONTROLS, UNUSED, ZERO_WEIGHT
+from qlora.data.remarks import (
+    MARKERS_IN_TEXT,
+    MOVED_SYSTEM,
+    OF_ROWS,
+    OPENING_ANSWERS,
+    PARSED_CONTROLS,
+    SPELLED_CONTROLS,
+    UNUSED,
+    UNWRITTEN_ANSWERS,
+    ZERO_WEIGHT,
+)
 from qlora.data.rendering import Renderer
 from qlora.data.templates import OWN, template_text
 from qlora.data.transcript import transcript
+from qlora.errors import DataError, listed
 from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
 from qlora.recipe import Data
 
@@ -52,6 +63,11 @@ class Layout:
         self._renderer = _renderer(section, tokenizer, self.encoder)
 
     @property
+    def has_template(self) -> bool:
+        """True if rows are written with a chat template."""
+        return self._renderer is not None
+
+    @property
     def answer_ends(self) -> frozenset[int]:
         """Tokens that end an answer: eos, and the tokens with which the template closes an answer (<|im_end|>)."""
         ends = {self.encoder.eos_id}
@@ -80,10 +96,24 @@ class Layout:
     def documents(self, content: Conversation | Completion) -> list[Document]:
         """Render a row for training, as one or several documents. Raises BadRow if the chat template refuses it."""
         contents = _answer_by_answer(content) if self._section.examples == "answer" else [content]
-        documents = [self._document(part) for part in contents]
+        documents, refusals = [], []
+        for part in contents:
+            try:
+                documents.append(self._document(part))
+            except BadRow as refusal:
+                refusals.append(refusal)
+        if not documents:
+            raise refusals[0]
+        documents[0].tallies.update({UNWRITTEN_ANSWERS: len(refusals)} if refusals else {})
+        for document in documents[1:]:
+            for tally in [name for name in document.tallies if name.partition(": ")[0] in OF_ROWS]:
+                del document.tallies[tally]  # counted once a row
         documents[0].tallies.update(f"{UNUSED}: {name}" for name in content.unused)
-        if isinstance(content, Conversation) and content.context:
-            documents[0].tallies[ZERO_WEIGHT] += len(content.context)
+        if isinstance(content, Conversation):
+            context = sum(index < content.trained[-1] for index in content.context)
+            documents[0].tallies.update({ZERO_WEIGHT: context} if context else {})
+            opening = self._section.examples == "answer" and len(content.trained) > 1 and 0 in content.trained
+            documents[0].tallies.update({OPENING_ANSWERS: 1} if opening else {})
         return documents
 
     def _document(self, content: Conversation | Completion) -> Document:
@@ -95,6 +125,8 @@ class Layout:
             document = self._rendered(_with_messages(content, messages))
             document = replace(document, system=_system(content.messages))
             document.tallies.update(Counter({MOVED_SYSTEM: 1} if moved else {}))
+        if marker := self.encoder.unknown_marker(_texts(content)):
+            document.tallies[f"{MARKERS_IN_TEXT}: {marker}"] += 1
         if spelled := self.encoder.spelled_control(_texts(content)):
             parsed = self._section.control_tokens == "parse"
             document.tallies[f"{PARSED_CONTROLS if parsed else SPELLED_CONTROLS}: {spelled}"] += 1
@@ -179,7 +211,9 @@ def _answer_by_answer(content: Conversation | Completion) -> list[Conversation |
     """Return one conversation for each trained answer, in which the earlier answers are context."""
     if isinstance(content, Completion):
         return [content]
-    answers = content.trained
+    answers = [
+        index for index in content.trained if index
+    ] or content.trained  # the first message follows no prompt
     ends = [*(last + 1 for last in answers[:-1]), len(content.messages)]
     return [
         replace(content, messages=content.messages[:end], context=frozenset(range(last)))
@@ -212,7 +246,25 @@ def template_of(section: Data, tokenizer: PreTrainedTokenizerFast) -> str | None
     if _stays_raw(section):
         return None
     name = template_name(section, tokenizer)
-    return tokenizer.chat_template and tokenizer.get_chat_template() if name is None else template_text(name)
+    return own_template(tokenizer) if name is None else template_text(name)
+
+
+def own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the jinja source of the tokenizer's own template, None without one.
+
+    Raises:
+        DataError: the tokenizer has several templates, and none is the default.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        names = listed(sorted(tokenizer.chat_template))
+        raise DataError(
+            f"the tokenizer has several chat templates and no default ({names}); set data.template to a file with the "
+            "one to use"
+        ) from None
 
 
 def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> Renderer | None:
@@ -220,6 +272,10 @@ def _renderer(section: Data, tokenizer: PreTrainedTokenizerFast, encoder: Encode
         return None
     name = template_name(section, tokenizer)
     template = None if name is None else template_text(name)
+    source = template or own_template(tokenizer) or ""
+    for option in section.template_options:
+        if not re.search(rf"\b{re.escape(option)}\b", source):
+            raise DataError(f"data.template_options: the template does not use {option!r}; correct the name")
     return Renderer(tokenizer, encoder, template, section.template_options)
 
 

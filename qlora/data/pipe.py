@@ -1,5 +1,6 @@
 """Keeps the rows that are piped into a command in a temporary file, because they are read more than once."""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -15,8 +16,12 @@ def spooled() -> Path:
     """Copy the standard input to a temporary file, once a process, and return its path. The file ends with the process.
 
     Raises:
-        DataError: Nothing is piped into the command.
+        DataError: Nothing is piped into the command, or several processes run it.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError(
+            "data.source: several processes cannot share the standard input; write the rows to a file and give its path"
+        )
     stream = sys.stdin.buffer
     if stream.isatty():
         raise DataError(

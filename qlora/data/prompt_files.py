@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora.data.prompts import Prompts
+from qlora.data.prompts import KEEP_START, Prompts
 from qlora.errors import ModelError
 from qlora.storage.json_files import read_object, write_object
 
@@ -45,10 +45,15 @@ def write_prompt_files(folder: Path, prompts: Prompts) -> None:
     if closing != eos:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             _change(folder / name, eos_token=closing)
-    if prompts.system:
-        (folder / SYSTEM_FILE).write_text(prompts.system, encoding="utf-8", newline="")
+    write_system(folder, prompts.system)
     if (folder / "config.json").is_file():
         _end_generation(folder, prompts)
+
+
+def write_system(folder: Path, system: str | None) -> None:
+    """Write the system message that all training rows share, if they share one."""
+    if system:
+        (folder / SYSTEM_FILE).write_text(system, encoding="utf-8", newline="")
 
 
 def shared_system(folder: Path) -> str | None:
@@ -93,7 +98,7 @@ def _with_old_eos(template: str | None, eos: str) -> str | None:
     """Let a template that writes the tokenizer's old eos still write it, after another token became eos."""
     if template is None or "eos_token" not in template:
         return template
-    return f"{{%- set eos_token = {json.dumps(eos, ensure_ascii=False)} -%}}" + template
+    return f"{{% set eos_token = {json.dumps(eos, ensure_ascii=False)} %}}" + KEEP_START + template
 
 
 def _change(path: Path, **values: Any) -> None:

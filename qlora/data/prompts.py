@@ -14,10 +14,14 @@ from qlora.data.sources import on_hub, read
 from qlora.data.templates import template_text
 from qlora.errors import DataError
 from qlora.formats import FORMATS, BadRow, Completion, Conversation, Message, Row
+from qlora.formats.values import check_text
 from qlora.recipe import Data
 from qlora.recipe.source_names import STANDARD_INPUT
 
 NO_SYSTEM = "no system prompt"
+
+KEEP_START = "{{ '' }}"
+"""Jinja source between a block and a template: after a block, jinja drops a line break"""
 
 _ROWS = 200
 """rows searched for a conversation with several questions"""
@@ -63,8 +67,10 @@ class Prompts:
             DataError: The text contains a NUL character, the template refuses the conversation, or `system` is given
                 and not written.
         """
-        if "\0" in text + (system or ""):
-            raise DataError("the prompt contains a NUL character; remove it")
+        try:
+            check_text([text, system, *before], "the prompt")
+        except BadRow as error:
+            raise DataError(f"the prompt is {error}; remove it") from None
         asked = system
         if system is None and not (before and before[0]["role"] == "system"):
             system = self.system
@@ -86,7 +92,7 @@ class Prompts:
             return f"system prompt: {_shown(system)}" if system else NO_SYSTEM
         if self.system:
             return f"system prompt: {_shown(self.system)} (that of all training rows)"
-        if self.system is None and self._section.system:
+        if self.system is None and self._section.system and self._layout.has_template:
             return f"system prompt: {_shown(self._section.system)} (data.system)"
         return NO_SYSTEM
 
@@ -125,14 +131,14 @@ class Prompts:
             return template
         date = FIXED_DATE if "strftime_now" in source else ""
         options = "".join(
-            f"{{%- set {name} = {name} if {name} is defined else {json.dumps(value)} -%}}"
+            f"{{% set {name} = {name} if {name} is defined else {json.dumps(value)} %}}"
             for name, value in self._section.template_options.items()
         )
-        return date + options + source if date or options else template
+        return date + options + KEEP_START + source if date or options else template
 
     def _with_bos(self, template: str) -> str:
         """Add bos to a template if the encoder puts it in front: transformers expects the template to write it."""
-        return ("{{- bos_token -}}" if self._layout.prompt(_FIRST).bos else "") + template
+        return ("{{ bos_token }}" if self._layout.prompt(_FIRST).bos else "") + template
 
 
 def encode_prompt(text: str, section: Data, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -13,7 +13,7 @@ class RawText:
     def document(self, row: Completion, *, everything: bool = False) -> Document:
         """Render a row with its completion trained; with `everything`, the prompt too."""
         guard, encoder = self._encoder.guard, self._encoder
-        both = (Part(guard(row.prompt), everything), Part(guard(row.completion), True))
+        both = (Part(guard(row.prompt), everything), Part(guard(row.completion), True, answer=True))
         parts = tuple(part for part in both if part.text)
         # with data.control_tokens: parse, the text can bring its own
         has_bos, has_eos = encoder.starts_with_bos(parts[0].text), encoder.ends_with_eos(parts[-1].text)

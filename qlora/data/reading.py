@@ -16,7 +16,7 @@ from qlora.data.examples import IGNORE_INDEX, ExampleWriter
 from qlora.data.files import Record
 from qlora.data.layout import Layout
 from qlora.data.refusals import Refusals
-from qlora.data.remarks import NOT_TRAINED, SPLIT_TEXTS
+from qlora.data.remarks import JOINED, NOT_TRAINED, SPLIT_TEXTS
 from qlora.data.sources import count, read
 from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation, NotTrained, Row
@@ -26,6 +26,7 @@ Progress = Callable[[str], object]
 """shows a line such as "tokenizing rows.jsonl: 12,000 of 52,002 rows", which replaces the line before it"""
 
 _ROWS = 1024  # rows encoded at a time: enough for the tokenizer's threads
+_SYSTEMS = 16  # different system messages that are kept of a source
 _CHARACTERS = 2**21  # characters encoded at a time: a tokenizer needs about a hundred bytes for each token
 
 
@@ -54,8 +55,15 @@ class Reading:
     """documents beyond the first of their row"""
     tallies: Counter[str] = field(default_factory=Counter)
     """sum of `Document.tallies` over the examples"""
-    systems: set[str | None] = field(default_factory=set)
-    """system messages of the examples, at most two of them"""
+    systems: dict[str | None, int] = field(default_factory=dict)
+    """different system messages of the examples, each with its number; only the first ones have one of their own"""
+    system_numbers: list[int] = field(default_factory=list)
+    """number of the system message of each example"""
+
+    def add_systems(self, system: str | None, examples: int) -> None:
+        """Note the system message of the next examples."""
+        number = self.systems.setdefault(system, len(self.systems)) if len(self.systems) < _SYSTEMS else -1
+        self.system_numbers += [self.systems.get(system, number)] * examples
 
 
 class _Rendered(NamedTuple):
@@ -108,8 +116,8 @@ def read_examples(
                 reading.rows.append(row)
             if pieces:
                 reading.tallies += document.tallies
-                if len(reading.systems) < 2:
-                    reading.systems.add(document.system)
+                reading.tallies += Counter({JOINED: encoded.joined})
+                reading.add_systems(document.system, len(pieces))
         if progress is not None:
             of_total = f" of {total:,}" if total is not None and total >= reading.read else ""
             progress(f"tokenizing {section.source}: {reading.read:,}{of_total} rows")

@@ -67,7 +67,7 @@ class Refusals:
             )
             lines.append(f"  {group.first}: {reason}{more}")
         rest = self.total - self._listed
-        return lines + ([f"  ... and {rest} more"] if rest else [])
+        return lines + ([f"  ... and {rest} more rows with other reasons"] if rest else [])
 
     def explained(self, reading: "Reading", section: Data) -> str:
         """Return the message about the bad rows of a source: totals, the first rows of each reason, and advice."""
@@ -82,7 +82,13 @@ class Refusals:
         if self._example is None:
             return advice
         origin, row = self._example
-        if (name := _format_of(row)) is not None:
+        if (name := _format_of(row)) == section.format:
+            pairs = ", ".join(f"{field}: {column}" for field, column in section.columns.items())
+            return [
+                f"data.columns is {{{pairs}}}, and the row at {origin} lacks such a column; correct it.",
+                *advice,
+            ]
+        if name is not None:
             return [f"The row at {origin} looks like data.format={name}; set that.", *advice]
         inside = [key for key, value in row.items() if key not in _FIELDS and _is_list_of_rows(value)]
         if inside and reading.read == 1:

@@ -8,22 +8,27 @@ template drops, or writes so that an answer does not continue its prompt, is cou
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.chat_template import ChatTemplate, Span
-from qlora.data.encoding import Document, Encoder, Part
+from qlora.data.encoding import MARKER, Document, Encoder, Part
 from qlora.data.remarks import (
     AFTER_LAST_ANSWER,
     OPEN_THOUGHTS,
+    OPENING_ANSWERS,
+    PLACED,
+    TRIMMED,
     UNKNOWN_MARKERS,
     UNTRAINED_ANSWERS,
     UNTRAINED_BY_BLOCKS,
     UNTRAINED_ENDS,
     UNWRITTEN,
+    UNWRITTEN_ANSWERS,
 )
 from qlora.data.templates import NAMED
 from qlora.errors import DataError
@@ -31,7 +36,7 @@ from qlora.formats import BadRow, Conversation, Message
 
 _PROBE = "qlora's probe"
 
-_MARKER = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
+_LIST = re.compile(r"['\"]type['\"]: ?['\"]text")  # content in parts, written by a template that expects text
 _OPEN_THOUGHT = re.compile(r"<think>\s*$")
 _EMPTY_THOUGHT = re.compile(r"^\s*<think>\s*</think>\s*")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
@@ -49,6 +54,13 @@ class Closing:
     """text that ends an answer before another question; empty if only the next question ends it"""
     ends_by_control: bool
     """True if `last` ends with a control token; otherwise eos is appended"""
+
+
+class _Found(NamedTuple):
+    """An answer in a document."""
+
+    span: Span
+    has_end: bool
 
 
 class Renderer:
@@ -107,17 +119,17 @@ class Renderer:
         last = answers[-1]
         following = len(messages) - last - 1
         messages = messages[: last + 1]
-        text, start, blocks = self._last_answer(messages, tools)
+        text, start, blocks, placed = self._last_answer(messages, tools)
         closed = self.closing.ends_by_control and self._encoder.control_at_end(text) is not None
-        tallies = Counter({AFTER_LAST_ANSWER: following})
+        tallies = Counter({AFTER_LAST_ANSWER: following, PLACED: int(placed)})
         spans = {last: (start, len(text))}
         for index in answers[:-1]:
-            span, has_end = self._earlier_answer(text, messages[: index + 1], tools)
-            if span is None:
-                tallies[UNTRAINED_ANSWERS] += 1
+            found = self._earlier_answer(text, messages[: index + 1], tools)
+            if isinstance(found, str):
+                tallies[found] += 1
             else:
-                spans[index] = span
-                tallies[UNTRAINED_ENDS] += not has_end
+                spans[index] = found.span
+                tallies[UNTRAINED_ENDS] += not found.has_end
         trained = sorted(spans.values())
         if blocks is not None:
             overlaps = [_intersection([span], blocks) for span in trained]
@@ -132,14 +144,32 @@ class Renderer:
             )
         for name in dict.fromkeys(self._unwritten(text, messages, tools)):
             tallies[f"{UNWRITTEN}: {name}"] += 1
+        contents = [message["content"] for message in messages if "instruction" not in message]
+        tallies[TRIMMED] += any(content not in text and content.strip() in text for content in contents)
         for marker in self.unknown_markers:
             tallies[f"{UNKNOWN_MARKERS}: {marker}"] += 1
+        context = self._context(text, conversation.context, messages, tools) if everything else []
         return Document(
-            tuple(_parts(text, trained, everything)),
+            tuple(_parts(text, trained, everything, context)),
             bos=self._needs_bos(text),
             eos=not closed,
             tallies=+tallies,
         )
+
+    def _context(self, text: str, context: Iterable[int], messages: list[Message], tools: Any) -> list[Span]:
+        """Return the spans of answers that must not be trained even if all other text is."""
+        spans = []
+        for index in sorted(context):
+            if index >= len(messages):
+                continue
+            found = self._earlier_answer(text, messages[: index + 1], tools)
+            if isinstance(found, str):
+                raise BadRow(
+                    "weight 0 with train_on: all",
+                    f"message {index + 1} cannot be kept out of the training; set data.train_on=completion",
+                )
+            spans.append(found.span)
+        return spans
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Document:
         """Render the generation prompt for an answer to these messages. Raises BadRow if the template refuses them."""
@@ -147,8 +177,9 @@ class Renderer:
         text = self.template.render(prepared, self._guarded(tools), generation=True)[0]
         return Document((Part(text, False),), bos=self._needs_bos(text), eos=False)
 
-    def _last_answer(self, messages: list[Message], tools: Any) -> tuple[str, int, list[Span] | None]:
-        """Return the document's text, the start of its last answer, and the template's generation blocks in it.
+    def _last_answer(self, messages: list[Message], tools: Any) -> tuple[str, int, list[Span] | None, bool]:
+        """Return the document's text, the start of its last answer, the template's generation blocks in it, and True
+        if the answer was put behind its prompt.
 
         The text ends with the closing of the answer. If the template writes the answer elsewhere than after its
         prompt (DeepSeek R1's prompt opens a thought that its conversations omit), the answer is put behind the prompt.
@@ -158,7 +189,8 @@ class Renderer:
         answer = messages[-1]
         prompt, _ = self.template.render(messages[:-1], tools, generation=True)
         alone, blocks = self.template.render(messages, tools)
-        if alone.startswith(prompt) and _is_in(answer["content"], alone[len(prompt) :]):
+        placed = not (alone.startswith(prompt) and _is_in(answer["content"], alone[len(prompt) :]))
+        if not placed:
             body, closing = self._split(alone[len(prompt) :])
             text = prompt + body + closing
         elif answer.get("tool_calls"):
@@ -177,41 +209,35 @@ class Renderer:
                     "not written by the chat template",
                     f"message {len(messages)}: the call of {_name(call)!r}",
                 )
-        return text, len(prompt), blocks
+        return text, len(prompt), blocks, placed
 
-    def _earlier_answer(self, text: str, messages: list[Message], tools: Any) -> tuple[Span | None, bool]:
-        """Return the span of the last of `messages` in the document, and True if it includes the answer's end.
-
-        The span is None if the document does not hold the answer as it is generated.
-        """
+    def _earlier_answer(self, text: str, messages: list[Message], tools: Any) -> "_Found | str":
+        """Find the last of `messages` in the document; return the tally to count if it is not there as generated."""
         answer = messages[-1]
+        if len(messages) == 1:
+            return OPENING_ANSWERS
         try:
-            if len(messages) == 1:
-                return None, False
             prompt, _ = self.template.render(messages[:-1], tools, generation=True)
             alone, _ = self.template.render(messages, tools)
         except BadRow:  # the template refuses a conversation that ends here
-            return None, False
+            return UNTRAINED_ANSWERS
         start = len(prompt)
         if not (text.startswith(prompt) and alone.startswith(prompt)):
-            return None, False
+            return UNTRAINED_ANSWERS
         body, closing = self._split(alone[start:])
-        bodies = [
-            body,
-            _EMPTY_THOUGHT.sub("", body),
-        ]  # Qwen 3 writes an empty thought before the last answer only
         pieces = [answer["content"], *map(_name, answer.get("tool_calls", ()))]
         if not all(_is_in(piece, body) for piece in pieces):
-            return None, False
-        for body in filter(None, bodies):
-            end = start + len(body)
-            if not text.startswith(body, start):
+            return UNWRITTEN_ANSWERS
+        # Qwen 3 writes an empty thought before the last answer only
+        for written in filter(None, (body, _EMPTY_THOUGHT.sub("", body))):
+            end = start + len(written)
+            if not text.startswith(written, start):
                 continue
             for ending in (self.closing.between, closing):
                 if ending and text.startswith(ending, end):
-                    return (start, end + len(ending)), True
-            return (start, end), False
-        return None, False
+                    return _Found((start, end + len(ending)), True)
+            return _Found((start, end), False)
+        return UNTRAINED_ANSWERS
 
     def _split(self, answer: str) -> tuple[str, str]:
         """Split an answer at the end of a rendered conversation into its text and what closes it."""
@@ -255,10 +281,14 @@ class Renderer:
 
     def _after_probe(self, messages: Sequence[Message]) -> str:
         rendered, _ = self.template.render(list(messages), [])
+        if self.template.content_in_parts and _LIST.search(rendered):
+            raise BadRow("refused by the chat template", "it writes the content as a list")
         _, probe, tail = rendered.rpartition(_PROBE)
         if not probe and not self.template.content_in_parts:
-            self.template.content_in_parts = True
-            return self._after_probe(messages)
+            with suppress(BadRow, DataError):
+                self.template.content_in_parts = True
+                return self._after_probe(messages)
+            self.template.content_in_parts = False
         if not probe:
             raise DataError(
                 f"data.template does not render the answer; its output is {rendered!r}. "
@@ -284,7 +314,7 @@ class Renderer:
             self.template.render([question, answer], [])[0]
             + self.template.render([question], [], generation=True)[0]
         )
-        return [marker for marker in dict.fromkeys(_MARKER.findall(text)) if not self._encoder.knows(marker)]
+        return [marker for marker in dict.fromkeys(MARKER.findall(text)) if not self._encoder.knows(marker)]
 
     def _unwritten(self, text: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:
         """Yield the name of each piece of the messages that the text does not contain."""
@@ -339,12 +369,16 @@ def _name(tool: Mapping[str, Any]) -> str:
     return str(tool["function"]["name"])
 
 
-def _parts(text: str, trained: Sequence[Span], everything: bool) -> Iterator[Part]:
+def _parts(
+    text: str, trained: Sequence[Span], everything: bool, context: Sequence[Span] = ()
+) -> Iterator[Part]:
+    """Yield the parts of a text: answers are trained, `context` is not, and the rest is if `everything` is."""
     end = 0
-    for start, stop in trained:
+    marked = [(start, stop, True) for start, stop in trained] + [(*span, False) for span in context]
+    for start, stop, is_trained in sorted(marked):
         if end < start:
             yield Part(text[end:start], everything)
-        yield Part(text[start:stop], True)
+        yield Part(text[start:stop], is_trained, answer=True)
         end = stop
     if end < len(text):
         yield Part(text[end:], everything)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from qlora.formats.format import BadRow, Row, is_empty
-from qlora.formats.values import described
+from qlora.formats.values import check_text, described
 
 Call = Mapping[str, Any]
 
@@ -20,6 +20,7 @@ def tools_of(row: Row) -> tuple[Mapping[str, Any], ...]:
     value = _decoded(row.get("tools"), "'tools'")
     if is_empty(value):
         return ()
+    check_text(value, "'tools'")
     tools = value if isinstance(value, list) else [value]
     for number, tool in enumerate(tools, 1):
         if not (isinstance(tool, Mapping) and _function(tool).get("name")):
@@ -28,15 +29,15 @@ def tools_of(row: Row) -> tuple[Mapping[str, Any], ...]:
 
 
 def calls_of(message: Mapping[str, Any], where: str) -> list[Call]:
-    """Return the calls of a message with OpenAI's `tool_calls`, or its older `function_call`. Raises BadRow."""
-    if not is_empty(message.get("function_call")):
-        return parsed_calls(message["function_call"], where)
-    return [] if is_empty(message.get("tool_calls")) else parsed_calls(message["tool_calls"], where)
+    """Return the calls of a message with OpenAI's `tool_calls` and its older `function_call`. Raises BadRow."""
+    given = [message[key] for key in ("function_call", "tool_calls") if not is_empty(message.get(key))]
+    return [call for value in given for call in parsed_calls(value, where)]
 
 
 def parsed_calls(value: Any, where: str) -> list[Call]:
     """Return the calls in a list, an object or a JSON text of calls. Raises BadRow."""
     value = _decoded(value, f"{where}the tool call")
+    check_text(value, f"{where}the tool call")
     return [_call(call, where) for call in (value if isinstance(value, list) else [value])]
 
 
@@ -49,6 +50,7 @@ def _call(call: Any, where: str) -> Call:
     if isinstance(arguments, str):
         with suppress(ValueError):  # models do write arguments that are no JSON
             arguments = json.loads(arguments)
+            check_text(arguments, f"{where}the arguments of the tool call")
     known = {
         "type": "function",
         "function": {"name": name, "arguments": {} if arguments is None else arguments},

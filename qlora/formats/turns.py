@@ -151,15 +151,17 @@ def _rows(columns: Mapping[str, Any], name: str, speaker: str) -> list[Any]:
 
 def _message(turn: Mapping[str, Any], role: str, content: str, where: str) -> Message:
     """Return one message in the layout of chat templates."""
-    if role == CALL:
-        calls = parsed_calls(text(turn, content, where), where)
-        return {"role": "assistant", "content": "", "tool_calls": calls}
     calls = calls_of(turn, where)
-    reasoning = next((text(turn, key, where) for key in _REASONING if not is_empty(turn.get(key))), "")
+    thoughts = dict.fromkeys(text(turn, key, where) for key in _REASONING if not is_empty(turn.get(key)))
+    if len(thoughts) > 1:
+        raise BadRow("two thoughts", f"{where}has more than one of {', '.join(_REASONING)}; keep one")
+    reasoning = next(iter(thoughts), "")
     value = turn.get(content)
-    if isinstance(value, list):
-        value, thoughts, more = _parts(value, where)
-        reasoning, calls = reasoning + thoughts, [*calls, *more]
+    if role == CALL:
+        role, calls, value = "assistant", [*parsed_calls(text(turn, content, where), where), *calls], ""
+    elif isinstance(value, list):
+        value, thought, more = _parts(value, where)
+        reasoning, calls = reasoning + thought, [*calls, *more]
     elif value is None and (calls or (reasoning and content in turn)):
         value = ""
     elif isinstance(value, Mapping) and role == "tool":

@@ -1,6 +1,7 @@
 """Reads values of a row; raises BadRow with the reason if a value cannot be used."""
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from qlora.formats.format import BadRow, Row
@@ -29,15 +30,29 @@ def text(row: Row, name: str, where: str = "") -> str:
     value = present(row, name, where)
     if not isinstance(value, str):
         raise BadRow("wrong type", f"{where}{name!r} must be text, not {described(value)}")
-    if "\0" in value:
-        raise BadRow("NUL character", f"{where}in {name!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRow(
-            "broken Unicode", f"{where}{name!r} contains half a character (a lone surrogate)"
-        ) from None
+    check_text(value, f"{where}{name!r}")
     return value
+
+
+def check_text(value: Any, place: str) -> None:
+    """Check all text in a value, at any depth. Raises BadRow for a NUL, for invalid Unicode, and for a key that is no
+    text."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise BadRow("wrong type", f"{place}: the key {key!r} must be text")
+            check_text(key, place)
+            check_text(inner, place)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_text(inner, place)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise BadRow("NUL character", f"in {place}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow("broken Unicode", f"{place} contains half a character (a lone surrogate)") from None
 
 
 def described(value: Any) -> str:

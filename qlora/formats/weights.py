@@ -8,6 +8,9 @@ from qlora.formats.format import BadRow, NotTrained, Row
 COLUMNS = ("weight", "train", "loss_mask", "loss_weight", "label")
 """Keys of rows and messages, as used by OpenAI (weight), Axolotl (train) and LLaMA-Factory (loss_weight, label)."""
 
+_WORDS = {"true": True, "false": False, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
+"""marks in a CSV cell, which is always text"""
+
 
 def require_trained(row: Row) -> tuple[str, ...]:
     """Raise NotTrained if a row is marked as not to be trained. Return the marks that mean something else.
@@ -16,12 +19,13 @@ def require_trained(row: Row) -> tuple[str, ...]:
     """
     others = []
     for name in COLUMNS:
-        value = row.get(name)
-        if value is None or value is True or (name != "label" and value == 1):
+        value = _mark(row.get(name))
+        if value is None or value == "":
             continue
-        if value is False or (name != "label" and value == 0 and not isinstance(value, str)):
-            raise NotTrained("marked as not to be trained", f"{name}: {str(value).lower()}")
-        others.append(f"column {name}")
+        if not isinstance(value, bool if name == "label" else int | float) or value not in (0, 1):
+            others.append(f"column {name}")
+        elif not value:
+            raise NotTrained("marked as not to be trained", f"{name}: {str(row[name]).lower()}")
     return tuple(others)
 
 
@@ -33,7 +37,7 @@ def is_trained(message: Mapping[str, Any], where: str, *, answer: bool) -> bool:
     """
     trained = answer
     for name in COLUMNS:
-        value = message.get(name)
+        value = _mark(message.get(name))
         if value is None:
             continue
         if isinstance(value, str) or value not in (0, 1):
@@ -44,3 +48,7 @@ def is_trained(message: Mapping[str, Any], where: str, *, answer: bool) -> bool:
             )
         trained = trained and bool(value)
     return trained
+
+
+def _mark(value: Any) -> Any:
+    return _WORDS.get(value.strip().lower(), value.strip()) if isinstance(value, str) else value

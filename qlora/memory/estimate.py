@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora import bundled
-from qlora.data import Dataset, load_dataset, on_hub, training_batches
+from qlora.data import Dataset, load_dataset, on_hub, remarks, training_batches
 from qlora.errors import UsageError
 from qlora.memory import measure
 from qlora.memory.account import account
@@ -41,6 +41,8 @@ class Estimate:
     """linear weights of the base that are in NF4, and the others"""
     overruled: list[str]
     """settings of the recipe that an NF4 checkpoint overrules with its own"""
+    remarks: list[str]
+    """see `qlora.data.remarks`; empty if the rows were not read"""
 
     @property
     def fits(self) -> bool | None:
@@ -65,6 +67,7 @@ class Estimate:
         """Yield the base's precision, the verdict and the advice as lines of text."""
         yield f"Base: {self.precision.line()}."
         yield from (f"{setting}." for setting in self.overruled)
+        yield from (f"Data: {remark}." for remark in self.remarks)
         if self.plan is not None:
             yield self.plan.why
         if (host_bytes := self.memory["forecast"]["host_bytes"]) > 0:
@@ -167,7 +170,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     memory = account(recipe, workload, expected, cuda=cuda, capacity_bytes=capacity_bytes)
     return Estimate(
         memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
-        overruled_settings(recipe.base, arch.config),
+        overruled_settings(recipe.base, arch.config), [] if dataset is None else remarks(dataset.counts),
     )  # fmt: skip
 
 

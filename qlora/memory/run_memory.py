@@ -19,6 +19,7 @@ from qlora.memory.forecast import Forecast, Forecaster, forecast
 from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import Plan, Progress, needed, plan
 from qlora.memory.workload import Workload, of_epoch, of_run
+from qlora.model.precision import Precision
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
@@ -46,6 +47,8 @@ class RunMemory:
     forecast: Forecast | None
     note: str
     watch: measure.Watch | None = None
+    precision: Precision | None = None
+    """share of the base's linear weights in 4 bits; None without a forecast"""
 
     @classmethod
     def of(cls, recipe: Recipe, dataset: Dataset, batches: Batches, steps: int, device: torch.device) -> Self:
@@ -64,7 +67,7 @@ class RunMemory:
         except NoForecastError as error:
             workload = workload or of_run(recipe, dataset, batches, steps, None)
             return cls(recipe, workload, device, None, str(error))
-        return cls(recipe, workload, device, made, _summary(made, device))
+        return cls(recipe, workload, device, made, _summary(made, device), precision=arch.precision)
 
     def with_watch(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
         """Return a copy that measures the steps with the run's largest micro-batches, or every step."""

@@ -17,6 +17,7 @@ from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4
 from qlora.quantization.routers import routers
 from qlora.recipe import Base
+from qlora.recipe.sizes import parameters_text
 
 ENOUGH = 0.5
 """smallest share of the linear weights in NF4 with which a run starts unasked"""
@@ -47,7 +48,7 @@ class Precision:
 
     def line(self) -> str:
         """Return the precision of the base in one line."""
-        total = f"{count(self.linear_parameters)} linear weights"
+        total = f"{parameters_text(self.linear_parameters)} linear weights"
         if not self.kept:
             return f"all {total} are in NF4"
         if not self.quantized:
@@ -104,14 +105,6 @@ def check_precision(base: Base, precision: Precision) -> None:
     )
 
 
-def count(number: int) -> str:
-    """Return a number of parameters with three digits and a unit, such as 6.74 B."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
-    return str(number)
-
-
 def percent(share: float) -> str:
     """Return a share as a percentage that is 0% or 100% only if it is exactly that."""
     rounded = f"{100 * share:.1f}".removesuffix(".0")
@@ -121,7 +114,7 @@ def percent(share: float) -> str:
 
 
 def _listed(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{count(number)} in {kind}" for kind, number in kinds.items())
+    return ", ".join(f"{parameters_text(number)} in {kind}" for kind, number in kinds.items())
 
 
 def _kind(name: str, module: nn.Module, routing: Collection[str]) -> str:

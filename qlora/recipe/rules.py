@@ -65,6 +65,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
         "data.held_out",
         lambda rows: rows == 0,
     ),
+    (("data.examples",), "data.train_on", lambda tokens: tokens == "all"),
     (("training.sample_tokens",), "training.samples", lambda samples: samples == 0),
     (("training.keep_checkpoints",), "training.save_every", lambda steps: steps is None),
     (("optimizer.eps",), "optimizer.name", lambda name: "lion" in name),
@@ -77,12 +78,18 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
 """(keys without effect, the setting that disables them, the test of its value)"""
 
 
+OF_SOURCES = ("data.format", "data.source")
+"""settings that each of several sources can have for itself"""
+
+
 def keys_without_effect(settings: Settings) -> dict[str, str]:
     """Return the keys without effect in these settings, each with the setting that disables it."""
     return {
         key: cause
         for keys, cause, applies in reversed(IDLE)
-        if cause in settings and applies(settings[cause])
+        if cause in settings
+        and applies(settings[cause])
+        and not (settings.get("data.sources") and cause in OF_SOURCES)
         for key in keys
     }
 
@@ -103,13 +110,14 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
         *_memory(settings),
         *_checkpointing(settings),
         *_columns(settings),
+        *_raw_pairs(settings),
         *_patterns(settings),
     ]
 
 
 def _idle(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
     for key, cause in keys_without_effect(settings).items():
-        if key in given:
+        if given.get(key) is not None:  # null unsets a key
             value = "null" if settings[cause] is None else shorten(str(settings[cause]))
             yield key, f"has no effect with {cause}: {value}; leave it out"
 
@@ -209,7 +217,7 @@ def _rows(settings: Settings) -> Iterator[KeyProblem]:
         raw = [format or settings.get("data.format") for format in formats]
         if not PLAIN_TEXT.issuperset(raw):
             yield "data.too_long", f"split needs a format of plain text ({' or '.join(sorted(PLAIN_TEXT))})"
-    if isinstance(held_out, int) and limit and held_out >= limit:
+    if isinstance(held_out, int) and limit and held_out >= limit and not settings.get("data.sources"):
         yield "data.held_out", f"must be below data.limit ({limit}), or no row is left to train on"
     if isinstance(held_out, str):
         if held_out == settings.get("data.source"):
@@ -231,6 +239,30 @@ def _columns(settings: Settings, key: str = "data.columns") -> Iterator[KeyProbl
             near = get_close_matches(name, format.fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(format.fields)}"
             yield key, f"the {format.name} format has no field {shorten(name)!r}; {hint}"
+
+
+def _raw_pairs(settings: Settings) -> Iterator[KeyProblem]:
+    """Prompts and completions are used as they are unless a template is named."""
+    format = FORMATS.get(str(settings.get("data.format")))
+    if (
+        format is None
+        or format.kind != "pair"
+        or settings.get("data.template")
+        or settings.get("data.sources")
+    ):
+        return
+    plain: dict[str, Any] = {
+        "system": None,
+        "system_as": "system",
+        "examples": "conversation",
+        "template_options": {},
+    }
+    for key, without in plain.items():
+        if settings.get(f"data.{key}", without) != without:
+            yield (
+                f"data.{key}",
+                f"has no effect with data.format: {format.name} and no data.template; set a template",
+            )
 
 
 def _patterns(settings: Settings) -> Iterator[KeyProblem]:

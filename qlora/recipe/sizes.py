@@ -79,3 +79,11 @@ MIB, GIB = Unit("MiB", 2**20), Unit("GiB", 2**30)
 def unit_for(size_bytes: int) -> Unit:
     """Return GiB for sizes of at least 1 GiB, else MiB."""
     return GIB if size_bytes >= GIB.unit_bytes else MIB
+
+
+def parameters_text(number: int) -> str:
+    """Return a number of parameters with three digits and a unit, such as 6.74 B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
+    return str(number)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from qlora.recipe.sizes import unit_for
+from qlora.recipe.sizes import parameters_text, unit_for
 
 Row = tuple[str, str]
 """label and text; an empty label continues the row above"""
@@ -59,7 +59,7 @@ class BaseFacts:
         yield (
             "base",
             (
-                f"{self.name}{revision}{made}: {_count(self.parameters)} parameters, {self.precision}; "
+                f"{self.name}{revision}{made}: {parameters_text(self.parameters)} parameters, {self.precision}; "
                 f"computed in {self.compute_dtype}"
             ),
         )
@@ -112,6 +112,8 @@ class StepFacts:
     """The optimizer steps of a run."""
 
     rows_per_step: int
+    rows_in_last_step: int
+    """rows of the last step of an epoch, which takes those that are left"""
     micro_batch_size: int
     steps_per_epoch: int
     total_steps: int
@@ -128,11 +130,17 @@ class StepFacts:
         """Yield the rows about steps and learning rate."""
         epochs = self.total_steps / self.steps_per_epoch
         parts = f" in micro-batches of {self.micro_batch_size}" * (self.micro_batch_size < self.rows_per_step)
+        rows = "row" if self.rows_per_step == 1 else "rows"
+        last = (
+            f" (the last with {self.rows_in_last_step})"
+            if self.rows_in_last_step < self.rows_per_step
+            else ""
+        )
         unseen = "; some rows are never trained on" if epochs < 1 else ""
         yield (
             "steps",
             (
-                f"{self.total_steps:,} of {self.rows_per_step} rows{parts}; {self.steps_per_epoch:,} an epoch, "
+                f"{self.total_steps:,} of {self.rows_per_step} {rows}{parts}; {self.steps_per_epoch:,} an epoch{last}, "
                 f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}{unseen}"
             ),
         )
@@ -232,8 +240,11 @@ def left_out(counts: Mapping[str, Any], max_length: int) -> list[str]:
     """Return one sentence for each reason why rows are left out or cut, with the way to keep them."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["reasons"].items())
     sentences = {
-        "bad": f"left out, because they cannot be used: {reasons}. Set data.on_bad_row=error to see them",
-        "dropped": f"left out: longer than data.max_length={max_length}. Raise it, or set data.too_long",
+        "bad": f"left out, because they cannot be used: {reasons}. `qlora data` shows them",
+        "dropped": (
+            f"left out: longer than data.max_length={max_length}. Raise it, or set data.too_long; `qlora data` shows "
+            "them"
+        ),
         "unsupervised": "left out: no token is trained, usually because the prompt alone fills data.max_length",
         "truncated": f"cut at data.max_length={max_length}; the model does not learn to end there",
     }
@@ -242,11 +253,3 @@ def left_out(counts: Mapping[str, Any], max_length: int) -> list[str]:
         for name, sentence in sentences.items()
         if counts[name]
     ]
-
-
-def _count(number: int) -> str:
-    """Format a number of parameters: 8.03B, 3.52M, 12,345."""
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:,}"

@@ -1,5 +1,6 @@
 """Check of a recipe before it runs: its rows, steps and memory, and what could not be checked."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
-from qlora.model.load import load_tokenizer
+from qlora.model.load import load_config, load_tokenizer
 from qlora.model.progress import is_on_hub
+from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
 from qlora.report.facts import DataFacts, DeviceFacts, MemoryFacts, Row, StepFacts
@@ -43,6 +45,8 @@ class Checked:
     steps: StepFacts | None = None
     """None if not all rows were read"""
     memory: MemoryFacts | None = None
+    precision: str = ""
+    """the base's linear weights that are in 4 bits; empty without quantization or forecast"""
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     """what could not be checked, and why"""
@@ -64,6 +68,8 @@ class Checked:
         """Return what was found, in the words of the header of a run."""
         parts = [part for part in (self.device, self.data, self.steps, self.memory) if part is not None]
         rows = [row for part in parts for row in part.rows()]
+        if self.precision:
+            rows.insert(1, ("base", self.precision))
         return [
             *rows,
             *(("note", note) for note in self.notes),
@@ -104,6 +110,8 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
         found.notes.append(str(error))
     with startup.stage("reading the base's config"):
         recipe = _readable(recipe, found)
+        with suppress(ModelError):  # what a base lacks is found below
+            found.notes += overruled_settings(recipe.base, load_config(recipe.base))
     with startup.stage("reading the data"):
         dataset, whole = _rows(recipe, found)
     if dataset is None:
@@ -122,7 +130,10 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
         check_warmup(recipe, steps)
         found.steps = step_facts(recipe, batches)
     with startup.stage("forecasting memory"):
-        found.memory = memory_facts(RunMemory.of(recipe, dataset, batches, steps, device))
+        memory = RunMemory.of(recipe, dataset, batches, steps, device)
+    found.memory = memory_facts(memory)
+    if memory.precision is not None and recipe.base.quantization == "nf4":
+        found.precision = memory.precision.line()
     return found
 
 

@@ -10,6 +10,7 @@ from qlora.memory import measure
 from qlora.memory.run_memory import RunMemory
 from qlora.model.load import compute_dtype
 from qlora.model.precision import precision_of
+from qlora.quantization.transformers_loader import as_stored
 from qlora.recipe import Base, Recipe
 from qlora.report.facts import (
     BaseFacts,
@@ -72,7 +73,8 @@ def step_facts(
     settings, training = recipe.optimizer, recipe.training
     total = training.total_steps(batches.steps_per_epoch)
     return StepFacts(
-        rows_per_step=training.global_batch_size,
+        rows_per_step=min(training.global_batch_size, batches.rows_per_epoch),
+        rows_in_last_step=(batches.rows_per_epoch - 1) % training.global_batch_size + 1,
         micro_batch_size=training.micro_batch_size,
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=total,
@@ -113,7 +115,7 @@ def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
         revision=base.revision,
         init=base.init,
         parameters=everything - trained if adapter.facts.frozen_base else everything,
-        precision=_precision(base),
+        precision=_precision(as_stored(base, model.config)),
         compute_dtype=str(compute_dtype(base, device)).removeprefix("torch."),
         kept=precision_of(model).line() if base.quantization == "nf4" else "",
         method=adapter.summary,

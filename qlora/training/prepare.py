@@ -7,7 +7,7 @@ import torch
 
 from qlora.adapter.methods import METHODS
 from qlora.data import load_dataset, training_batches
-from qlora.errors import RecipeError
+from qlora.errors import DataError, RecipeError
 from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
@@ -50,6 +50,11 @@ def prepare(
     with startup.stage("reading the data") as progress:
         tokenizer = load_tokenizer(recipe.base)
         dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
+    if processes.from_main(lambda: dataset.fingerprint) != dataset.fingerprint:
+        raise DataError(
+            "the processes of this run read different rows, so they would train on different data. Give all of them "
+            "the same files"
+        )
     notes = overruled_settings(recipe.base, load_config(recipe.base))
     if recipe.training.memory is not None:
         if plan is None:

@@ -1,6 +1,7 @@
 """Checks before a run is continued: there is something to continue, and the new length fits what was trained."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from qlora.errors import RecipeError
@@ -44,7 +45,10 @@ def resume_point(path: Path, total_steps: int) -> ResumePoint | None:
 def nothing_to_resume(path: Path) -> str:
     """Return the warning for `--resume` without a run or a checkpoint."""
     missing = f"{path} holds no run" if not (path / "run.json").exists() else f"{path} has no checkpoint yet"
-    return f"nothing to resume: {missing}, so this run starts at step 0. Check `output` if you expected one"
+    runs = [file.parent.name for file in path.parent.glob("*/run.json") if file.parent != path]
+    near = get_close_matches(path.name, runs, n=1)
+    meant = f"did you mean output={path.parent / near[0]}?" if near else "check `output` if you expected one"
+    return f"nothing to resume: {missing}, so this run starts at step 0; {meant}"
 
 
 def check_finished(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> None:

@@ -9,7 +9,7 @@ from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.data import Prompts
-from qlora.data.prompt_files import write_prompt_files
+from qlora.data.prompt_files import write_prompt_files, write_system
 from qlora.errors import DataError, ModelError, SaveError
 from qlora.report import memory_files, page
 from qlora.storage import folders
@@ -85,6 +85,7 @@ def write_weights(session: Session, folder: Path) -> None:
         session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     # So that the folder can be used without the run
     (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
+    write_system(folder, session.dataset.shared_system)
 
 
 def read_weights(session: Session, folder: Path) -> None:

@@ -80,7 +80,7 @@ def train(
             plan = earlier_plan(path) if resume else None
             session = prepare(recipe, processes, plan, startup=startup, rows=rows)
             point = resume_point(path, session.total_steps) if resume else None
-            if resume and point is None:
+            if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))
             # An older run is replaced only now, after all input has been checked
             run = processes.from_main(

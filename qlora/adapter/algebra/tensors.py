@@ -166,7 +166,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8", newline="") as opened:
+            return opened.read()
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {error}; restore the file, or leave it out") from error
 

@@ -32,7 +32,10 @@ def read(path: Path, name: str) -> Iterator[Record]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield Record(origin, BadRow("broken CSV", str(error)))
+                reason = str(error)
+                if "unexpected end" in reason:
+                    reason = "a quote that is opened here is not closed, so all lines after it are lost"
+                yield Record(origin, BadRow("broken CSV", reason))
                 continue
             if cells is None:
                 break
