@@ -139,7 +139,7 @@ def test_mistakes_are_reported_as_notes(runs: dict[str, Path]) -> None:
         "/nonsense": "there is no command /nonsense; /help lists the commands",
         "/adapter none": "no adapter is named 'none'; loaded: clerk, poet",
         "/base now": "/base takes no argument",
-        "a\0b": "the prompt contains a NUL character; remove it",
+        "a\0b": "NUL character: in the prompt; remove it",
         "/adapter": "adapters: clerk, poet; answering: clerk",
     }.items():
         assert chat.say(line) is None

@@ -182,6 +182,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) 
         planned(made, MIB // 2)
 
 
+@pytest.mark.slow
 def test_if_nothing_fits_inputs_are_offloaded_to_the_host(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=9, data={"max_length": 256}, training={"global_batch_size": 2})
     arch = architecture(made, cuda=True)

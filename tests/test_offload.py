@@ -235,6 +235,7 @@ def test_a_host_with_too_little_memory_is_an_error(tmp_path: Path, monkeypatch: 
     assert "of host memory, but only 0.0625 MiB is free: remove" in _summary(foreseen(made), cpu)
 
 
+@pytest.mark.slow
 def test_both_offloads_are_advised(tmp_path: Path) -> None:
     found = {}
     for name in ("llama", "qwen2"):  # qwen2's head shares its embedding

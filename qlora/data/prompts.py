@@ -70,7 +70,7 @@ class Prompts:
         try:
             check_text([text, system, *before], "the prompt")
         except BadRow as error:
-            raise DataError(f"the prompt is {error}; remove it") from None
+            raise DataError(f"{error}; remove it") from None
         asked = system
         if system is None and not (before and before[0]["role"] == "system"):
             system = self.system
