@@ -1,22 +1,16 @@
-"""The memory table and its assumptions as commands print them: without padding in a file or a pipe."""
+"""The memory table and its assumptions as commands print them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora.cli.tables import print_table
+
 
 def print_memory(memory: Mapping[str, Any]) -> None:
     """Print the table of a memory.json on standard output."""
-    from rich.console import Console
-
     from qlora.report.memory_files import table
 
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(table(memory))
-        return
-    with console.capture() as shown:
-        console.print(table(memory))
-    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
+    print_table(table(memory))
 
 
 def assumptions(memory: Mapping[str, Any]) -> Iterator[str]:

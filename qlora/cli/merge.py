@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora.cli.arguments import IMPORTS, AnyBase, Json, TrustRemoteCode, startup_for
+from qlora.cli.tables import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,7 +97,7 @@ def _show(merged: "Merged") -> None:
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if merged.live is not None:
-        console.print(table(merged))
+        print_table(table(merged))
     console.print(f"{merged.onto}: {merged.why}")
     console.print(f"written  {merged.folder}  ({_mebibytes(merged.weight_bytes)} MiB of weights)")
     console.print(

@@ -5,6 +5,9 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
     from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.spectrum import Spectrum
 
@@ -60,7 +63,6 @@ def show_spectra(layers: "Mapping[str, Spectrum]", per_layer: bool) -> None:
 
 def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with its first column left-aligned; no column is cut."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -68,8 +70,21 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    print_table(table)
+
+
+def print_table(table: "Table | Group") -> None:
+    """Print a table on standard output in its full width; in a file or a pipe, without padding."""
+    from rich.console import Console
+
     console = Console(highlight=False, markup=False)
-    console.print(table, soft_wrap=True, width=max(console.width, console.measure(table).maximum))
+    width = max(console.width, console.measure(table).maximum)
+    if console.is_terminal:
+        console.print(table, soft_wrap=True, width=width)
+        return
+    with console.capture() as shown:
+        console.print(table, soft_wrap=True, width=width)
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def say(text: str) -> None:
