@@ -251,7 +251,9 @@ with folders.lock(run):
 def test_after_a_kill_at_any_time_the_newest_is_whole_and_the_run_continues(tmp_path: Path) -> None:
     chance = random.Random(0)
     reached, interrupted = 0, 0
-    for _ in range(12):
+    for attempt in range(60):
+        if attempt >= 12 and interrupted >= 3:  # on a busy machine, more kills miss a save
+            break
         process = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
