@@ -12,11 +12,11 @@ from qlora.data.dataset import Counts, Dataset, Prompt, make_dataset
 from qlora.data.examples import TOKEN_BYTES, Examples
 from qlora.data.layout import template_of
 from qlora.data.mixture import Share
-from qlora.data.reading import Progress
 from qlora.data.sources import identity
 from qlora.errors import DataError
 from qlora.formats import Row
 from qlora.recipe import Data
+from qlora.runtime.progress import Progress
 from qlora.storage import cache
 
 

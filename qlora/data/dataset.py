@@ -15,10 +15,11 @@ from qlora.data.layout import Layout
 from qlora.data.mixture import Share, shares
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
-from qlora.data.reading import Progress, Reading, contents, read_examples
+from qlora.data.reading import Reading, contents, read_examples
 from qlora.errors import DataError
 from qlora.formats import Row
 from qlora.recipe import Data, Recipe
+from qlora.runtime.progress import Progress
 
 
 class Prompt(NamedTuple):

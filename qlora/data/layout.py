@@ -1,7 +1,6 @@
 """Reads rows with the recipe's format and writes them with its template."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -124,7 +123,7 @@ class Layout:
             moved, messages = self._placed(content.messages, self._section.system_as)
             document = self._rendered(_with_messages(content, messages))
             document = replace(document, system=_system(content.messages))
-            document.tallies.update(Counter({MOVED_SYSTEM: 1} if moved else {}))
+            document.tallies.update({MOVED_SYSTEM: 1} if moved else {})
         if marker := self.encoder.unknown_marker(_texts(content)):
             document.tallies[f"{MARKERS_IN_TEXT}: {marker}"] += 1
         if spelled := self.encoder.spelled_control(_texts(content)):
@@ -140,9 +139,7 @@ class Layout:
             moved, messages = self._placed(content.messages, "user")
             if not moved:
                 raise
-            self._renderer.document(
-                replace(content, messages=messages)
-            )  # raises if the reason is another one
+            self._renderer.document(_with_messages(content, messages))  # raises if the reason is another one
             advice = "data.system_as=user puts the system message before the first question"
             raise BadRow(refusal.kind, f"{refusal.detail}; {advice}") from None
 

@@ -4,7 +4,7 @@ Only the tokens of a row are kept. The texts of held-out rows are read again, by
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,9 +21,7 @@ from qlora.data.sources import count, read
 from qlora.errors import DataError
 from qlora.formats import BadRow, Completion, Conversation, NotTrained, Row
 from qlora.recipe import Data
-
-Progress = Callable[[str], object]
-"""shows a line such as "tokenizing rows.jsonl: 12,000 of 52,002 rows", which replaces the line before it"""
+from qlora.runtime.progress import Progress
 
 _ROWS = 1024  # rows encoded at a time: enough for the tokenizer's threads
 _SYSTEMS = 16  # different system messages that are kept of a source

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qlora.formats import FORMATS, BadRow
+from qlora.formats import FIELDS, FORMATS, BadRow
 from qlora.recipe import Data
 
 if TYPE_CHECKING:
     from qlora.data.reading import Reading
 
 _SHOWN = 10  # reasons listed in an error message
-_FIELDS = {field for format in FORMATS.values() for field in format.fields}
 
 
 @dataclass
@@ -90,7 +89,7 @@ class Refusals:
             ]
         if name is not None:
             return [f"The row at {origin} looks like data.format={name}; set that.", *advice]
-        inside = [key for key, value in row.items() if key not in _FIELDS and _is_list_of_rows(value)]
+        inside = [key for key, value in row.items() if key not in FIELDS and _is_list_of_rows(value)]
         if inside and reading.read == 1:
             return [f"The rows seem to be a list under the key {inside[0]!r}; save that list alone."]
         return [

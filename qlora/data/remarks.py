@@ -49,8 +49,8 @@ _SENTENCES = {
         "data.examples=answer trains each answer after its own prompt"
     ),
     UNWRITTEN_ANSWERS: (
-        "not trained: {answers} that the template does not write completely, such as tool calls; choose a template "
-        "that writes them"
+        "not trained: {answers} that the template refuses or does not write completely, such as tool calls; choose a "
+        "template that writes them"
     ),
     OPENING_ANSWERS: "not trained: {answers} at the start of a conversation, which follow no prompt",
     UNTRAINED_ENDS: (

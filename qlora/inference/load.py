@@ -16,7 +16,7 @@ from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base, load_tokenizer
 from qlora.objective import objective_of
-from qlora.objective.apart import read_documents_if_apart
+from qlora.objective.checks import read_documents
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named
@@ -125,7 +125,7 @@ def held_out_loss(trained: Trained) -> tuple[float, int]:
 
     The model gets the layers and the attention of training, so the loss equals the one that the run printed.
     """
-    read_documents_if_apart(trained.model)
+    read_documents(trained.model, trained.recipe)
     if trained.recipe.adapter.facts.frozen_base:
         use_fused_layers(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)

@@ -15,13 +15,14 @@ from qlora.memory.advice import Advisor, Change
 from qlora.memory.architecture import Architecture, architecture
 from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecaster
-from qlora.memory.plan import Plan, Progress, needed, plan, sized
+from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
 from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
 from qlora.model.precision import ENOUGH, Precision
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import Unit, unit_for
+from qlora.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from qlora.memory.forecast import Forecast, Forecaster
 from qlora.memory.workload import Workload, resized
 from qlora.recipe import Recipe, Training
 from qlora.recipe.sizes import unit_for
+from qlora.runtime.progress import Progress
 
 DEQUANTIZATION_TOKENS = 300
 """tokens whose products take as long as dequantizing the weights once: on an H100 2.5 bytes a weight at 3 TB/s
@@ -26,9 +27,6 @@ compared with 2 FLOP at 790 TFLOP/s; similar on a CPU"""
 
 SMALL_LOSS_CHUNK = 256
 """loss chunk that plans and advice try if the recipe's own does not fit"""
-
-Progress = Callable[[str], object]
-"""called with a line of text before each forecast"""
 
 
 @dataclass(frozen=True)

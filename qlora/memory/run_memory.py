@@ -17,12 +17,13 @@ from qlora.memory.architecture import architecture
 from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecast, Forecaster, forecast
 from qlora.memory.no_forecast import NoForecastError, failure_named
-from qlora.memory.plan import Plan, Progress, needed, plan
+from qlora.memory.plan import Plan, needed, plan
 from qlora.memory.workload import Workload, of_epoch, of_run
 from qlora.model.precision import Precision
 from qlora.optim import Optimizer
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
+from qlora.runtime.progress import Progress
 
 PHASES = {
     "forward": "the forward pass",

@@ -12,12 +12,10 @@ from transformers.utils.logging import set_tqdm_hook
 
 from qlora.model.load import checkpoint_folder, locate
 from qlora.recipe import Base
+from qlora.runtime.progress import Progress
 
 LOADING = "Loading weights"
 """title of transformers' bar over the tensors of a checkpoint"""
-
-Progress = Callable[[str], object]
-"""called with a line of text"""
 
 
 def is_on_hub(base: Base) -> bool:

@@ -33,8 +33,16 @@ def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
     """
     check_vocabulary(model, tokenizer, recipe.base.model)
     check_head(model)
-    proved = read_documents_if_apart(model)
-    if recipe.data.packing and not proved:
+    read_documents(model, recipe)
+
+
+def read_documents(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Let the model read the rows of the recipe: attention over documents if it supports it, else documents kept apart.
+
+    Raises:
+        RecipeError: rows are packed, and the documents in a row would influence each other.
+    """
+    if not read_documents_if_apart(model) and recipe.data.packing:
         check_packing(model)
 
 

@@ -5,15 +5,13 @@ A router in 4 bits sends tokens to other experts, and the QLoRA literature neith
 
 from torch import nn
 
-NAMES = frozenset(["router", "gate"])
-"""names of routers that hold their linear layer inside: hunyuan's `mlp.gate.wg`, dbrx's and jetmoe's `router.layer`"""
-
 
 def routers(model: nn.Module) -> set[str]:
     """Return the names of the linear layers and of the weights' owners that route tokens to experts.
 
     A module routes if it is named after a gate or router and has experts next to it, or if it is inside a module named
-    `router`, or inside a module named `gate` with experts next to it.
+    `router` (dbrx's and jetmoe's `router.layer`), or inside a module named `gate` with experts next to it (hunyuan's
+    `mlp.gate.wg`).
     """
     modules = dict(model.named_modules())
     return {name for name in modules if name and _routes(name, modules)}

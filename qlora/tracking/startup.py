@@ -3,17 +3,15 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import IO, cast
 
+from qlora.runtime.progress import Progress
 from qlora.runtime.streams import Unbreakable
 
 DETAIL_SECONDS = 15.0
 """shortest time between two lines about the progress of one stage, in a log file"""
-
-Progress = Callable[[str], object]
-"""called with a line of text about the progress of a stage"""
 
 
 class Startup:
@@ -29,7 +27,7 @@ class Startup:
     Examples:
         >>> startup = Startup()
         >>> with startup.stage("reading the data") as progress:
-        ...     progress("tokenising: 1,024 of 52,002 rows")
+        ...     progress("tokenizing: 1,024 of 52,002 rows")
         >>> startup.seconds
         {'reading the data': 0.01}
     """

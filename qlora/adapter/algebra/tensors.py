@@ -26,13 +26,13 @@ from qlora.adapter.config import (
 from qlora.adapter.identity import IDENTITY_FILE
 from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
+from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
 
 COMPANIONS = (
-    "recipe.yaml", IDENTITY_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "system_prompt.txt",
+    "recipe.yaml", IDENTITY_FILE, "tokenizer.json", "tokenizer_config.json", TEMPLATE_FILE, SYSTEM_FILE,
 )  # fmt: skip
 """Text files that are copied along with an adapter."""
 

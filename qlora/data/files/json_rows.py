@@ -10,13 +10,12 @@ from typing import IO, Any
 from qlora.data.files.opened import BOM, MAX_ROW_BYTES, lines, not_utf8, opened, too_large
 from qlora.data.files.record import Record
 from qlora.errors import DataError
-from qlora.formats import FORMATS, BadRow, Row
+from qlora.formats import FIELDS, BadRow, Row
 
 _HEAD_BYTES = 2**16
 _CHUNK_BYTES = 2**18
 _SPACE = re.compile(r"\s*")
 _KEY_OF_A_LIST = re.compile(r'"([^"\\]+)"\s*:\s*\[\s*\{')
-_FIELDS = {field for format in FORMATS.values() for field in format.fields}
 
 
 def read(path: Path, name: str) -> Iterator[Record]:
@@ -54,7 +53,7 @@ def _refuse_object_of_several_lines(head: bytes, name: str) -> None:
     if last != b"[" and (last not in (b"{", b",") or rest.lstrip().startswith(b"{")):
         return
     keys = _KEY_OF_A_LIST.findall(head.decode(errors="ignore"))
-    key = next((key for key in keys if key not in _FIELDS), None)
+    key = next((key for key in keys if key not in FIELDS), None)
     if key is not None:
         raise DataError(
             f"{name}: the file is one object, and the rows are a list under its key {key!r}. Save that list alone, for "
