@@ -18,6 +18,7 @@ from qlora.recipe import Recipe
 from qlora.recipe.fields import at, names, options
 from qlora.recipe.problems import SECRET
 from qlora.recipe.reading import MAX_PROBLEMS, read
+from qlora.recipe.unknown import unknown
 
 SCHEMA = Recipe.json_schema()
 FULL = Recipe.from_dict(
@@ -95,6 +96,12 @@ def test_an_unknown_key_is_named_with_the_intended_one(
     assert re.search(rf"unknown key; did you mean .*'{name}'.*\?", said)  # with others, if ambiguous
     assert all("is required" in line for line in lines if line != said)  # base and data are required
     assert value is None or len(lines) <= 2
+
+
+@pytest.mark.parametrize("typo", ["itit", "inin", "iit", "inits"])
+def test_a_repeated_letter_does_not_hide_the_intended_key(typo: str) -> None:
+    # difflib calls `itit` and `init` half alike, the same as two unrelated words
+    assert unknown(("base", typo), SCHEMA) == "unknown key; did you mean 'init'?"
 
 
 NOT = {

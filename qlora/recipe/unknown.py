@@ -93,9 +93,20 @@ def _meant(name: str, siblings: list[str], everywhere: list[str]) -> list[str]:
 
 def _nearest(name: str, known: list[str], cutoff: float) -> list[str]:
     """Return the known names most similar to `name`; several if they are equally similar."""
+    # difflib calls "itit" and "init" half alike, so a single mistyped letter is looked for first
+    if one_letter := [other for other in known if _one_letter_apart(name, other)]:
+        return one_letter
 
     def similarity(other: str) -> float:
         return SequenceMatcher(None, other, name).ratio()
 
     near = get_close_matches(name, known, cutoff=cutoff)
     return [other for other in near if similarity(other) == similarity(near[0])]
+
+
+def _one_letter_apart(name: str, other: str) -> bool:
+    """Say whether one letter added, left out or replaced makes `other` of `name`."""
+    letters = zip(name, other, strict=False)
+    same = next((place for place, (a, b) in enumerate(letters) if a != b), min(len(name), len(other)))
+    rest, rest_of_other = name[same:], other[same:]
+    return rest[1:] in (rest_of_other, rest_of_other[1:]) or rest == rest_of_other[1:]
