@@ -117,12 +117,12 @@ def wrap(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
     """
     for name, layer in layers.items():
         layer.number = key_of(name)
-    _replace(model, {layer.base: layer for layer in layers.values()})
+    replace_modules(model, {layer.base: layer for layer in layers.values()})
     _forbid_fused_inference(model)
     return model
 
 
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replace each key by its value wherever it occurs: a module can be shared under several names."""
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):

@@ -308,12 +308,23 @@ class Renderer:
         except BadRow:
             return False
 
-    def _find_unknown_markers(self) -> list[str]:
+    @property
+    def missing_markers(self) -> list[str]:
+        """`unknown_markers`, and the unknown markers around a system message, which not every row has."""
+        return list(dict.fromkeys([*self._find_unknown_markers(system=True), *self.unknown_markers]))
+
+    def _find_unknown_markers(self, *, system: bool = False) -> list[str]:
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        text = (
-            self.template.render([question, answer], [])[0]
-            + self.template.render([question], [], generation=True)[0]
-        )
+        before = [{"role": "system", "content": "?"}] * system
+        try:
+            text = (
+                self.template.render([*before, question, answer], [])[0]
+                + self.template.render([*before, question], [], generation=True)[0]
+            )
+        except BadRow:
+            if not system:
+                raise
+            return []  # a template that refuses system messages
         return [marker for marker in dict.fromkeys(MARKER.findall(text)) if not self._encoder.knows(marker)]
 
     def _unwritten(self, text: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
-from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
+from qlora.model.load import KNOWN_ARCHITECTURES
 from qlora.model.precision import ENOUGH, Precision
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
@@ -196,10 +196,9 @@ def _local_dataset(recipe: Recipe) -> Dataset | None:
     """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
     if not is_local(recipe):
         return None
-    base = recipe.base
-    if base.model.endswith(".json"):  # a config file has no tokenizer
-        base = base.model_copy(update={"init": "synthetic"})
-    if (tokenizer := _tokenizer(base)) is None:
+    if recipe.base.model.endswith(".json"):  # a config file has no tokenizer
+        recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"init": "synthetic"})})
+    if (tokenizer := _tokenizer(recipe)) is None:
         return None
     return load_dataset(recipe.data, tokenizer, recipe.training.seed)
 
@@ -219,10 +218,10 @@ def _of_run(recipe: Recipe, dataset: Dataset, arch: Architecture) -> Workload:
     return of_run(recipe, dataset, batches, steps, arch)
 
 
-def _tokenizer(base: Any) -> Any:
+def _tokenizer(recipe: Recipe) -> Any:
     from qlora.errors import ModelError
 
     try:
-        return load_tokenizer(base)
+        return tokenizer_of(recipe)
     except ModelError:
         return None

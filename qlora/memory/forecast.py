@@ -28,6 +28,7 @@ from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
+from qlora.model.head import embedding_of
 from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed
 from qlora.model.varlen_attention import read_documents
 from qlora.objective import objective_of
@@ -336,7 +337,7 @@ def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -
     Each input takes a pinned block, rounded up to a power of two. With micro-batches of many sizes the host can need
     twice as much, because torch keeps blocks of each size.
     """
-    embedding = arch.model.get_input_embeddings().weight
+    embedding = embedding_of(arch.model).weight
     size = embedding.nbytes if recipe.base.embedding == "host" else 0
     if recipe.training.activation_offloading and layers:
         tokens = batch.input_ids.numel() if arch.padded else batch.tokens

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
 from qlora.model.offload import HostEmbedding
@@ -195,7 +196,7 @@ def check_quantization(base: Base, config: Any) -> None:
 
 def embedding_is_untied(model: PreTrainedModel) -> bool:
     """Return True if the input embedding can be in host memory: it is plain, and the output head does not share it."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = plain(model.get_input_embeddings()), plain(model.get_output_embeddings())
     return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
 
 

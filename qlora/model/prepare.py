@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.methods import METHODS
+from qlora.adapter.trained_parts import train_modules
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
+from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
 from qlora.recipe import Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
@@ -45,8 +47,18 @@ def build(
 
 
 def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Apply the recipe's adapter method to the model, in place, and return the model."""
-    return METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
+    """Apply the recipe's adapter method to the model, in place, and train what the recipe trains beside the adapter.
+
+    Returns:
+        The same model.
+    """
+    settings = recipe.adapter
+    METHODS[settings.method].apply(model, settings, recipe.training.seed)
+    if settings.train_tokens:
+        TrainedTokens.of(recipe).train(model)
+    if settings.train_modules:
+        train_modules(model, settings.train_modules)
+    return model
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:

@@ -19,6 +19,10 @@ class MethodFacts:
 
 METHODS = {
     "lora": MethodFacts("LoRA of rank {rank} on {targets}"),
-    "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
+    "full": MethodFacts(
+        "all weights trained",
+        frozen_base=False,
+        unused=(*LOW_RANK_KEYS, "targets", "train_tokens", "train_modules"),
+    ),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }

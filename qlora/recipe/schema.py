@@ -84,6 +84,10 @@ class Adapter(Section):
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Positive] = {}
     """Alpha of the modules whose name matches the suffix or regular expression; the first match applies."""
+    train_tokens: Literal["new"] | list[Text] = []
+    """Tokens whose rows of embedding and head are trained too; new: control tokens of the template without a token."""
+    train_modules: list[Text] = []
+    """Modules trained as a whole, such as norm, lm_head or score: suffixes and regular expressions of their names."""
 
     @property
     def resolved_alpha(self) -> float:
@@ -99,7 +103,12 @@ class Adapter(Section):
     def summary(self) -> str:
         """Short description of the trained parameters, for reports."""
         targets = self.targets if isinstance(self.targets, str) else f"{len(self.targets)} targets"
-        return self.facts.summary.format(rank=self.rank, targets=targets)
+        parts = [self.facts.summary.format(rank=self.rank, targets=targets)]
+        if self.train_tokens:
+            count = len(self.train_tokens)
+            named = f"{count} token{'s' * (count != 1)}"
+            parts.append(f"rows of {'new tokens' if self.train_tokens == 'new' else named}")
+        return ", ".join([*parts, *self.train_modules])
 
 
 class Source(Section):

@@ -8,6 +8,7 @@ from torch import nn
 from qlora.data import Batches, Dataset, remarks
 from qlora.memory import measure
 from qlora.memory.run_memory import RunMemory
+from qlora.model.head import embedding_of
 from qlora.model.load import compute_dtype
 from qlora.model.precision import precision_of
 from qlora.quantization.transformers_loader import as_stored
@@ -131,7 +132,7 @@ def _numbers(parameter: nn.Parameter) -> int:
 
 def _embedding_on_host(model: nn.Module) -> int:
     """Return the number of weights of an input embedding that is kept on the host, as no parameter of the model."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    weight = embedding_of(model).weight
     return 0 if isinstance(weight, nn.Parameter) else weight.numel()
 
 

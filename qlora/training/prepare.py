@@ -11,9 +11,10 @@ from qlora.errors import DataError, RecipeError
 from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
-from qlora.model.load import load_config, load_tokenizer
+from qlora.model.load import load_config
 from qlora.model.prepare import build
 from qlora.model.progress import download, is_on_hub, tensors_counted
+from qlora.model.tokens import tokenizer_of
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
 from qlora.quantization.transformers_loader import overruled_settings
@@ -48,7 +49,7 @@ def prepare(
     """
     device, startup = processes.device, startup or silent()
     with startup.stage("reading the data") as progress:
-        tokenizer = load_tokenizer(recipe.base)
+        tokenizer = tokenizer_of(recipe)
         dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
     if processes.from_main(lambda: dataset.fingerprint) != dataset.fingerprint:
         raise DataError(

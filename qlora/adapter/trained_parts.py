@@ -1,0 +1,380 @@
+"""Parameters trained beside an adapter: whole modules, such as norms or a head, and rows of tokens (`trained_rows`).
+
+They are stored as PEFT stores them, in the adapter's own files:
+
+    adapter_config.json          modules_to_save, trainable_token_indices
+    adapter_model.safetensors    base_model.model.<module>.<parameter or buffer>
+                                 base_model.model.<embedding>.token_adapter.trainable_tokens_delta   [tokens, hidden]
+
+A parameter that was unfrozen by hand is a trained part too: its module is saved. What cannot be saved is refused.
+"""
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapter.adapted_linear import AdaptedLinear, replace_modules
+from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.trained_rows import TrainedRows, embedding_and_head, place_rows, plain
+from qlora.errors import ModelError, UsageError, listed
+from qlora.quantization.nf4 import is_nf4
+
+TOKENS, MODULES = "trainable_token_indices", "modules_to_save"
+"""fields of adapter_config.json"""
+
+DELTA = ".token_adapter.trainable_tokens_delta"
+
+_MARK = "trained_beside_an_adapter"
+"""attribute of the modules that are trained as a whole, so that they are saved also after the model was frozen"""
+
+
+def train_modules(model: nn.Module, entries: Sequence[str]) -> nn.Module:
+    """Train whole modules of an adapted model, in place.
+
+    Args:
+        model: a model with an adapter.
+        entries: each is a module's name, the last parts of a name, or a regular expression for a whole name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an entry matches no module with parameters.
+        ModelError: a module is quantized, a target of the adapter, or shares its weight with another one.
+    """
+    _remember_identity(model)
+    chosen: dict[str, nn.Module] = {}
+    for entry in entries:
+        chosen |= _match(model, entry)
+    _check_tied(model, chosen)
+    for module in chosen.values():
+        module.requires_grad_(True)
+        setattr(module, _MARK, True)
+    return model
+
+
+def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that are trained as a whole: those of `train_modules`, and those unfrozen by hand.
+
+    A module is returned without its submodules, which are modules of their own.
+
+    Raises:
+        ModelError: a trained parameter cannot be saved.
+    """
+    adapted = AdaptedLinear.of(model)
+    rows = TrainedRows.of(model)
+    found = {}
+    for name, module in model.named_modules():
+        trained = any(p.requires_grad for p in module._parameters.values() if p is not None)
+        if name in adapted or name in rows or not (trained or getattr(module, _MARK, False)):
+            continue
+        owner = name.removesuffix(".base")
+        if owner != name and owner in adapted | rows:
+            raise ModelError(
+                f"{name} is trained, but the adapter keeps it frozen. Freeze it, or take {owner} out of the targets "
+                "and train it as a whole (train_modules)"
+            )
+        if any(name.startswith(f"{layer}.") for layer in adapted):
+            continue
+        if not name:
+            raise ModelError(
+                f"{type(model).__name__} has trained parameters of its own, outside any submodule, which PEFT's layout "
+                "cannot name. Move them into a module, or freeze them"
+            )
+        found[name] = module
+    return found
+
+
+def trained_parts(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors trained beside the adapter by their names in the adapter file, without its prefix.
+
+    Raises:
+        ModelError: as `whole_modules`.
+    """
+    parts: dict[str, Tensor] = {}
+    seen = set()
+    for name, module in TrainedRows.of(model).items():
+        if module.values not in seen:  # a tied head follows the embedding
+            parts[name + DELTA] = module.values
+        seen.add(module.values)
+    for name, whole in whole_modules(model).items():
+        parts |= {f"{name}.{key}": tensor for key, tensor in _state(whole).items()}
+    return parts
+
+
+def part_fields(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that name the trained parts; empty if there are none."""
+    fields: dict[str, Any] = {}
+    if whole := whole_modules(model):
+        fields[MODULES] = _endings(model, whole)
+    if rows := TrainedRows.of(model):
+        ids = {name: list(module.ids) for name, module in rows.items()}
+        embedding, _ = embedding_and_head(model)
+        follow = [name for name in rows if rows[name].values is rows[embedding].values] if embedding in rows else []
+        if follow == list(rows):  # of a tied or headless model: PEFT finds the modules itself
+            fields[TOKENS] = ids[embedding]
+        else:
+            fields[TOKENS] = {_endings(model, [name])[0]: ids[name] for name in rows}
+    return fields
+
+
+@dataclass(frozen=True)
+class StoredParts:
+    """Trained parts of an adapter folder, found and checked in a model."""
+
+    rows: Mapping[str, tuple[list[int], str]]
+    """module -> token ids, and the name of the tensor with their rows, which tied modules share"""
+    modules: Sequence[str]
+    """modules trained as a whole, with their submodules"""
+    tensors: Mapping[str, Tensor]
+    """by name in the file, without the prefix"""
+
+    @classmethod
+    def find(
+        cls, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path
+    ) -> "StoredParts":
+        """Find the parts that `config` names in `model`, as PEFT finds them.
+
+        Args:
+            model: the model, with or without parts.
+            config: fields of adapter_config.json.
+            tensors: tensors of the adapter file that belong to no adapted layer, without the prefix.
+            file: the tensor file, for error messages.
+
+        Raises:
+            ModelError: a module is missing, or tensors are missing, unexpected or of another shape.
+        """
+        rows = _rows_in(model, config.get(TOKENS), file)
+        modules = _modules_in(model, config.get(MODULES), file)
+        found = cls(rows, modules, tensors)
+        found._check(model, file)
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Modules that no adapter may change."""
+        return [*self.modules, *self.rows]
+
+    def load(self, model: nn.Module) -> None:
+        """Put the parts into a base, in place of its own modules, which stay unchanged."""
+        if self.modules or self.rows:
+            _remember_identity(model)
+        memo: dict[int, Any] = {}
+        copies = {}
+        for name in self.modules:
+            original = model.get_submodule(name)
+            copies[original] = copy.deepcopy(original, memo)
+        replace_modules(model, copies)
+        for name in self.modules:
+            for inner, module in _owners(model, name).items():
+                setattr(module, _MARK, True)
+                for key, tensor in _state(module).items():
+                    _assign(module, key, self.tensors[f"{inner}.{key}"].to(tensor.dtype))
+                module.requires_grad_(True)
+        values = {key: nn.Parameter(self._on(model, name, key)) for name, (_, key) in self.rows.items()}
+        place_rows(model, {name: (ids, values[key]) for name, (ids, key) in self.rows.items()})
+
+    @torch.no_grad()
+    def copy_into(self, model: nn.Module, file: Path) -> None:
+        """Copy the parts into those of an adapted model. Raises ModelError if it has others."""
+        own = trained_parts(model)
+        if own.keys() != self.tensors.keys() or any(
+            list(module.ids) != self.rows[name][0] for name, module in TrainedRows.of(model).items()
+        ):
+            raise ModelError(
+                f"{file}: the model trains other tokens or modules beside its adapter than this adapter has; load it "
+                "into a model without an adapter"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(self.tensors[name])
+
+    def _on(self, model: nn.Module, name: str, key: str) -> Tensor:
+        """Return a part on the device of the module; on the CPU for a module without content."""
+        base: Any = plain(model.get_submodule(name))
+        device = getattr(base, "device", base.weight.device)
+        return self.tensors[key].to("cpu" if device.type == "meta" else device)
+
+    def _check(self, model: nn.Module, file: Path) -> None:
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name, (ids, key) in self.rows.items():
+            weight: Any = plain(model.get_submodule(name)).weight
+            wanted[key] = (len(ids), weight.shape[1])
+        for name in self.modules:
+            for inner, module in _owners(model, name).items():
+                wanted |= {f"{inner}.{key}": tuple(tensor.shape) for key, tensor in _state(module).items()}
+        if missing := sorted(wanted.keys() - self.tensors.keys()):
+            raise ModelError(f"{file}: {listed(missing)} missing, of a part trained beside the adapter. Restore the file")
+        if unexpected := sorted(self.tensors.keys() - wanted.keys()):
+            raise ModelError(
+                f"{file}: unexpected tensors {listed(unexpected)}: they belong to no layer of the adapter, and to none "
+                f"of its {MODULES} or {TOKENS}. Restore the file, or save the adapter without these tensors"
+            )
+        for key, shape in wanted.items():
+            if tuple(self.tensors[key].shape) != shape:
+                raise ModelError(
+                    f"{file}: {key} is {list(self.tensors[key].shape)}, the model needs {list(shape)}. Load the base "
+                    "that the adapter was trained on"
+                )
+
+
+def without_parts(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that describe the adapter itself.
+
+    Raises:
+        ModelError: a field that names trained parts has a wrong type.
+    """
+    tokens, modules = config.get(TOKENS), config.get(MODULES)
+    lists = tokens.values() if isinstance(tokens, dict) else [tokens or []]
+    if not all(isinstance(ids, list) and all(type(number) is int for number in ids) for ids in lists):
+        raise ModelError(
+            f"{file}: {TOKENS} must be a list of token ids, or an object of such lists, not {json.dumps(tokens)}"
+        )
+    if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+        raise ModelError(f"{file}: {MODULES} must be a list of strings, not {json.dumps(modules)}")
+    return {field: value for field, value in config.items() if field not in (TOKENS, MODULES)}
+
+
+def _remember_identity(model: nn.Module) -> None:
+    """Take the fingerprint of the base while its modules are untrained."""
+    if not isinstance(getattr(model, "base_identity", None), BaseIdentity):
+        object.__setattr__(model, "base_identity", BaseIdentity.of(model))
+
+
+def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
+    """Return the modules that one entry matches, each with those inside it, all with parameters of their own."""
+    try:
+        pattern = re.compile(entry)
+    except re.error as error:
+        raise UsageError(f'train_modules: "{entry}" is not a valid regular expression ({error})') from error
+    matched = [
+        name
+        for name, _ in model.named_modules()
+        if name and (name == entry or name.endswith("." + entry) or pattern.fullmatch(name))
+    ]
+    chosen = {inner: module for name in matched for inner, module in _owners(model, name).items()}
+    if not chosen:
+        leaves = Counter(
+            name.rpartition(".")[2] for name, module in model.named_modules() if name and _is_dense(module)
+        )
+        others = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+        raise UsageError(
+            f'train_modules: "{entry}" matches no module with parameters in {type(model).__name__}. Modules with '
+            f"parameters: {others}"
+        )
+    layers: dict[str, nn.Module] = {**AdaptedLinear.of(model), **TrainedRows.of(model)}
+    for name, module in chosen.items():
+        if any(name == layer or name.startswith(f"{layer}.") for layer in layers):
+            raise ModelError(
+                f"train_modules: {name} is a target of the adapter, or has trained tokens, too. Name it in one place"
+            )
+        if is_nf4(module) or not _is_dense(module):
+            raise ModelError(
+                f"train_modules: {name} is in NF4, and quantized weights cannot be trained. Make it a target of the "
+                "adapter, or set base.quantization=none"
+            )
+    return chosen
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Return True if the module has parameters of its own that are numbers, not packed codes."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return bool(own) and all(parameter.is_floating_point() for parameter in own)
+
+
+def _check_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise ModelError if a chosen module shares a parameter with one that is not chosen."""
+    owned = {p for module in chosen.values() for p in module._parameters.values() if p is not None}
+    for name, module in model.named_modules():
+        if name not in chosen and (shared := owned.intersection(p for p in module._parameters.values() if p is not None)):
+            other = next(n for n, m in chosen.items() if shared.intersection(m._parameters.values()))
+            raise ModelError(
+                f"train_modules: {other} shares its weight with {name}, so training one would change or untie the "
+                f"other. Name both, or train rows of tokens (train_tokens)"
+            )
+
+
+def _owners(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return the modules with tensors of their own at and below `name`."""
+    found = {}
+    for inner, module in model.get_submodule(name).named_modules(prefix=name):
+        if _state(module):
+            found[inner] = module
+    return found
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's own parameters and saved buffers, without those of its submodules."""
+    buffers = {
+        key: buffer
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    }
+    return {**dict(module.named_parameters(recurse=False)), **buffers}
+
+
+def _assign(module: nn.Module, key: str, tensor: Tensor) -> None:
+    """Give a parameter or buffer of a copied module its content; on the meta device it becomes real."""
+    own = _state(module)[key]
+    if not own.is_meta:
+        with torch.no_grad():
+            own.copy_(tensor)
+    elif isinstance(own, nn.Parameter):
+        setattr(module, key, nn.Parameter(tensor))
+    else:
+        module.register_buffer(key, tensor)
+
+
+def _endings(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return the shortest endings that match exactly these modules in PEFT, which compares whole ends of names."""
+    everything = [name for name, _ in model.named_modules()]
+    short = {name.rpartition(".")[2] for name in names}
+    if {name for name in everything if name.endswith(tuple(short))} == set(names):
+        return sorted(short)
+    return sorted(names)
+
+
+def _rows_in(model: nn.Module, field: Any, file: Path) -> dict[str, tuple[list[int], str]]:
+    """Return the modules with trained rows, their token ids and their tensors' names, chosen as in PEFT."""
+    if not field:
+        return {}
+    try:
+        embedding, head = embedding_and_head(model)
+    except UsageError as error:
+        raise ModelError(f"{file}: {error}") from error
+    wanted = field if isinstance(field, dict) else {embedding: field}
+    found: dict[str, tuple[list[int], str]] = {}
+    for ending, ids in wanted.items():
+        names = [name for name in (embedding, head) if name is not None and name.endswith(ending)]
+        if not names:
+            raise ModelError(
+                f"{file}: {TOKENS} names {ending}, which is neither the input embedding nor the output head of this "
+                "model. Load the base that it was trained on"
+            )
+        found |= {name: (list(ids), name + DELTA) for name in names}
+    if head is not None and embedding in found:
+        weights = [plain(model.get_submodule(name)).weight for name in (embedding, head)]
+        tied = weights[0] is weights[1]
+        if tied and found.get(head, found[embedding])[0] == found[embedding][0]:
+            found[head] = found[embedding]
+    return found
+
+
+def _modules_in(model: nn.Module, field: Sequence[str] | None, file: Path) -> list[str]:
+    """Return the modules trained as a whole, chosen as in PEFT: by the end of their name; without those inside another."""
+    if not field:
+        return []
+    names = [name for name, _ in model.named_modules() if name and name.endswith(tuple(field))]
+    if missing := [ending for ending in field if not any(name.endswith(ending) for name in names)]:
+        raise ModelError(
+            f"{file}: {MODULES} names {listed(missing)}, which this model does not have. Load the base that it was "
+            "trained on"
+        )
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
