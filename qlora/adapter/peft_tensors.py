@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora.errors import ModelError
+from qlora.storage.safetensors_files import stored_tensors
 
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -43,10 +44,26 @@ def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read A [rank, in] and B [out, rank] of each layer, on the CPU. Raises ModelError as `read_layers` does."""
-    layers, _ = read_layers(folder, [(SUFFIX_A, SUFFIX_B)])
-    return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}
+def read_pairs(
+    folder: Path, *, with_parts: bool = False
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Read A [rank, in] and B [out, rank] of each layer, on the CPU.
+
+    Args:
+        folder: the adapter folder.
+        with_parts: True if tensors of no layer are parts that were trained beside the adapter, not an error.
+
+    Returns:
+        A and B by layer name, and the other tensors by their names in the file.
+
+    Raises:
+        ModelError: as `read_layers`.
+    """
+    path = folder / TENSORS_FILE
+    names = [tensor.name for tensor in stored_tensors(path)] if with_parts and path.is_file() else []
+    others = [name for name in names if not name.endswith((SUFFIX_A, SUFFIX_B))]
+    layers, parts = read_layers(folder, [(SUFFIX_A, SUFFIX_B)], others)
+    return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}, parts
 
 
 def read_layers(
@@ -81,7 +98,8 @@ def read_layers(
     layers: dict[str, dict[str, Tensor]] = {}
     suffixes = list(dict.fromkeys(suffix for kind in kinds for suffix in kind))
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        counts = key in others and not tensor.is_floating_point()  # such as the batches that a norm has seen
+        if not counts and not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise ModelError(f"{path}: {key} holds numbers that are not finite; use an earlier checkpoint")
         if key in others:
             continue

@@ -26,7 +26,7 @@ from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
-from qlora.adapter.trained_parts import load_parts, stored_parts, trained_parts
+from qlora.adapter.trained_parts import StoredParts, part_fields, trained_parts, without_parts
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic
@@ -66,7 +66,7 @@ def save_adapter(
     base = base or BaseIdentity.of(model)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     method = method_of(layers)
-    fields = method.config(model, layers, base)
+    fields = {**method.config(model, layers, base), **part_fields(model)}
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     tensors = {
         **named_tensors({name: layer.saved() for name, layer in layers.items()}),
@@ -120,19 +120,20 @@ def load_adapter(
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config = read_fields(file)
     method = method_for(config, file)
-    method.check(config, file)
+    method.check(without_parts(config, file), file)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
         require_same_base(recorded, base or BaseIdentity.of(model), folder)
-    shared, parts = method.stored_shared(config), stored_parts(config)
+    shared, parts = method.stored_shared(config), StoredParts.find(model, config, file)
     kinds = [list(kind.SAVED) for kind in method.layers]
-    stored, others = read_layers(folder, kinds, [*shared, *parts])
+    stored, others = read_layers(folder, kinds, [*shared, *parts.shapes])
+    parts.check(others, tensors_file)
     layers = AdaptedLinear.of(model)
     if layers and method_of(layers) is not method:
         raise ModelError(
             f"{file}: the model has an adapter of another method than {method.name}; load it into a base"
         )
-    names = list(layers) or method.targets(model, config, stored, file)
+    names = list(layers) or parts.without(method.targets(model, config, stored, file))
     _check_names(names, stored, tensors_file)
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
@@ -145,7 +146,10 @@ def load_adapter(
         wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
     _load_layers(model, specs, stored)
     method.load_shared(model, {name: others[name] for name in shared}, tensors_file)
-    load_parts(model, {name: others[name] for name in parts}, tensors_file)
+    if layers:
+        parts.copy_into(model, others, tensors_file)
+    else:
+        parts.load(model, others)
     return model
 
 

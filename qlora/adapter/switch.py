@@ -1,11 +1,12 @@
 """Switching between adapters of one base in memory, without copying or changing a tensor.
 
-Each adapter is kept as a set of adapted layers. Activating an adapter puts its layers in the place of the target
-layers; deactivating it puts the target layers back. So adapters can differ in rank, alpha and targets. Without an
-active adapter the model is exactly the base.
+Each adapter is kept as a set of adapted layers, with the modules and token rows that were trained beside it. Activating
+an adapter puts them in the place of the base's modules; deactivating it puts these back. So adapters can differ in
+rank, alpha, targets and tokens. Without an active adapter the model is exactly the base.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,9 +14,18 @@ from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
+from qlora.quantization.nf4 import use_nf4_linears
 
 Place = tuple[nn.Module, str]
 """A parent module and the attribute name of one of its children"""
+
+
+class Change(NamedTuple):
+    """A module that an adapter puts in the place of one of the base's."""
+
+    place: Place
+    base: nn.Module
+    module: nn.Module
 
 
 class Adapters:
@@ -43,12 +53,12 @@ class Adapters:
         self.model = model
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
-        self._layers: dict[str, list[tuple[Place, AdaptedLinear]]] = {}
+        self._changes: dict[str, list[Change]] = {}
 
     @property
     def names(self) -> list[str]:
         """Names of the loaded adapters, in loading order."""
-        return list(self._layers)
+        return list(self._changes)
 
     def load(
         self, name: str, folder: str | Path, *, base: BaseIdentity | None = None, any_base: bool = False
@@ -65,15 +75,22 @@ class Adapters:
             UsageError: the name is taken; nothing has changed.
             ModelError: the adapter does not fit the model or was trained on another base; nothing has changed.
         """
-        if name in self._layers:
+        if name in self._changes:
             raise UsageError(
                 f"an adapter named {name!r} is loaded already: choose another name, or unload that adapter"
             )
         active = self.active
         self.deactivate()
         try:
+            use_nf4_linears(self.model)
+            before = _children(self.model)
             load_adapter(self.model, folder, base=base, any_base=any_base)
-            self._layers[name] = _places(self.model)
+            after = _children(self.model)
+            self._changes[name] = [
+                Change(place, child, after[place])
+                for place, child in before.items()
+                if place in after and after[place] is not child
+            ]
             self._put_back(name)
         finally:
             self.activate(active)
@@ -87,7 +104,7 @@ class Adapters:
         self._check(name)
         if name == self.active:
             self.deactivate()
-        del self._layers[name]
+        del self._changes[name]
 
     def activate(self, name: str | None) -> None:
         """Make the model compute the base plus the adapter `name`.
@@ -103,10 +120,10 @@ class Adapters:
         if self.active is not None:
             self._put_back(self.active)
         if name is not None:
-            for (parent, attribute), layer in self._layers[name]:
-                if layer.training != layer.base.training:  # the model's mode changed while the layer was out
-                    layer.train(layer.base.training)
-                setattr(parent, attribute, layer)
+            for (parent, attribute), base, module in self._changes[name]:
+                if module.training != base.training:  # the model's mode changed while the module was out
+                    module.train(base.training)
+                setattr(parent, attribute, module)
         self.active = name
 
     def deactivate(self) -> None:
@@ -114,20 +131,20 @@ class Adapters:
         self.activate(None)
 
     def _put_back(self, name: str) -> None:
-        for (parent, attribute), layer in self._layers[name]:
-            setattr(parent, attribute, layer.base)
+        for (parent, attribute), base, _ in self._changes[name]:
+            setattr(parent, attribute, base)
 
     def _check(self, name: str) -> None:
-        if name not in self._layers:
-            have = ", ".join(self._layers) or "none"
+        if name not in self._changes:
+            have = ", ".join(self._changes) or "none"
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
 
 
-def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
-    """Return every place of an AdaptedLinear in the model; a shared layer has several places."""
-    return [
-        ((parent, attribute), child)
+def _children(model: nn.Module) -> dict[Place, nn.Module]:
+    """Return every module of the model by its places; a shared module has several."""
+    return {
+        (parent, attribute): child
         for parent in model.modules()
         for attribute, child in parent._modules.items()
-        if isinstance(child, AdaptedLinear)
-    ]
+        if child is not None
+    }

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import AdaptedLinear, replace_modules
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.trained_rows import TrainedRows, embedding_and_head, place_rows, plain
+from qlora.adapter.peft_tensors import PREFIX
+from qlora.adapter.trained_rows import TrainedRows, check_rows, embedding_and_head, place_rows, plain
 from qlora.errors import ModelError, UsageError, listed
 from qlora.quantization.nf4 import is_nf4
 
@@ -94,19 +95,22 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained_parts(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors trained beside the adapter by their names in the adapter file, without its prefix.
+    """Return the tensors trained beside the adapter by their names in the adapter file.
 
     Raises:
         ModelError: as `whole_modules`.
     """
     parts: dict[str, Tensor] = {}
-    seen = set()
+    seen: set[Tensor] = set()
     for name, module in TrainedRows.of(model).items():
         if module.values not in seen:  # a tied head follows the embedding
-            parts[name + DELTA] = module.values
+            parts[PREFIX + name + DELTA] = module.values
         seen.add(module.values)
     for name, whole in whole_modules(model).items():
-        parts |= {f"{name}.{key}": tensor for key, tensor in _state(whole).items()}
+        for key, tensor in state_of(whole).items():
+            # the file has a tied weight under each of its names, and safetensors refuses shared memory
+            parts[f"{PREFIX}{name}.{key}"] = tensor.detach().clone() if tensor in seen else tensor
+            seen.add(tensor)
     return parts
 
 
@@ -128,101 +132,104 @@ def part_fields(model: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredParts:
-    """Trained parts of an adapter folder, found and checked in a model."""
+    """Trained parts that an adapter_config.json names, found in a model."""
 
     rows: Mapping[str, tuple[list[int], str]]
-    """module -> token ids, and the name of the tensor with their rows, which tied modules share"""
+    """module -> token ids, and the name of the tensor with their rows; tied modules share it"""
     modules: Sequence[str]
     """modules trained as a whole, with their submodules"""
-    tensors: Mapping[str, Tensor]
-    """by name in the file, without the prefix"""
+    shapes: Mapping[str, tuple[int, ...]]
+    """shapes of the tensors by their names in the file"""
 
     @classmethod
-    def find(
-        cls, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path
-    ) -> "StoredParts":
-        """Find the parts that `config` names in `model`, as PEFT finds them.
-
-        Args:
-            model: the model, with or without parts.
-            config: fields of adapter_config.json.
-            tensors: tensors of the adapter file that belong to no adapted layer, without the prefix.
-            file: the tensor file, for error messages.
+    def find(cls, model: nn.Module, config: Mapping[str, Any], file: Path) -> "StoredParts":
+        """Find the parts that `config`, read from `file`, names in `model`, as PEFT finds them.
 
         Raises:
-            ModelError: a module is missing, or tensors are missing, unexpected or of another shape.
+            ModelError: the model has no such module, or its rows cannot be replaced.
         """
         rows = _rows_in(model, config.get(TOKENS), file)
         modules = _modules_in(model, config.get(MODULES), file)
-        found = cls(rows, modules, tensors)
-        found._check(model, file)
-        return found
+        shapes = {}
+        for name, (ids, key) in rows.items():
+            check_rows(model, name, ids)
+            weight: Any = plain(model.get_submodule(name)).weight
+            shapes[key] = (len(ids), weight.shape[1])
+        for name in modules:
+            for inner, module in _owners(model, name).items():
+                shapes |= {f"{PREFIX}{inner}.{key}": tuple(t.shape) for key, t in state_of(module).items()}
+        return cls(rows, modules, shapes)
 
-    @property
-    def names(self) -> list[str]:
-        """Modules that no adapter may change."""
-        return [*self.modules, *self.rows]
+    def without(self, names: Sequence[str]) -> list[str]:
+        """Leave out the layers inside modules that are trained as a whole: like PEFT, they get no adapter."""
+        return [
+            name for name in names if not any(f"{name}.".startswith(f"{whole}.") for whole in self.modules)
+        ]
 
-    def load(self, model: nn.Module) -> None:
+    def check(self, tensors: Mapping[str, Tensor], file: Path) -> None:
+        """Raise ModelError if a tensor, read from `file`, has another shape than the model's part."""
+        for key, shape in self.shapes.items():
+            if tuple(tensors[key].shape) != shape:
+                raise ModelError(
+                    f"{file}: {key} is {list(tensors[key].shape)}, the model needs {list(shape)}. Load the base that "
+                    "the adapter was trained on"
+                )
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Put the parts into a base, in place of its own modules, which stay unchanged."""
-        if self.modules or self.rows:
+        if self.shapes:
             _remember_identity(model)
-        memo: dict[int, Any] = {}
-        copies = {}
-        for name in self.modules:
-            original = model.get_submodule(name)
-            copies[original] = copy.deepcopy(original, memo)
-        replace_modules(model, copies)
+        memo: dict[int, Any] = {}  # so that weights that are tied stay tied
+        originals = [model.get_submodule(name) for name in self.modules]
+        replace_modules(model, {original: copy.deepcopy(original, memo) for original in originals})
+        assigned: dict[Tensor, tuple[Tensor, nn.Parameter]] = {}
         for name in self.modules:
             for inner, module in _owners(model, name).items():
                 setattr(module, _MARK, True)
-                for key, tensor in _state(module).items():
-                    _assign(module, key, self.tensors[f"{inner}.{key}"].to(tensor.dtype))
-                module.requires_grad_(True)
-        values = {key: nn.Parameter(self._on(model, name, key)) for name, (_, key) in self.rows.items()}
+                for key, own in state_of(module).items():
+                    stored = tensors[f"{PREFIX}{inner}.{key}"]
+                    tied = assigned.get(own)
+                    if tied is not None and torch.equal(tied[0], stored):
+                        setattr(module, key, tied[1])
+                        continue
+                    content = stored.to("cpu" if own.is_meta else own.device, own.dtype)
+                    if isinstance(own, nn.Parameter):
+                        assigned[own] = stored, nn.Parameter(content)
+                        setattr(module, key, assigned[own][1])
+                    else:
+                        module.register_buffer(key, content)
+        values = {key: nn.Parameter(_beside(model, name, tensors[key])) for name, (_, key) in self.rows.items()}
         place_rows(model, {name: (ids, values[key]) for name, (ids, key) in self.rows.items()})
 
     @torch.no_grad()
-    def copy_into(self, model: nn.Module, file: Path) -> None:
+    def copy_into(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Copy the parts into those of an adapted model. Raises ModelError if it has others."""
         own = trained_parts(model)
-        if own.keys() != self.tensors.keys() or any(
-            list(module.ids) != self.rows[name][0] for name, module in TrainedRows.of(model).items()
-        ):
+        ids = {name: list(module.ids) for name, module in TrainedRows.of(model).items()}
+        if own.keys() != self.shapes.keys() or ids != {name: given for name, (given, _) in self.rows.items()}:
             raise ModelError(
-                f"{file}: the model trains other tokens or modules beside its adapter than this adapter has; load it "
-                "into a model without an adapter"
+                f"{file}: this adapter has other tokens or modules trained beside it than the model. Load it into a "
+                "model without an adapter"
             )
         for name, tensor in own.items():
-            tensor.copy_(self.tensors[name])
+            tensor.copy_(tensors[name])
 
-    def _on(self, model: nn.Module, name: str, key: str) -> Tensor:
-        """Return a part on the device of the module; on the CPU for a module without content."""
-        base: Any = plain(model.get_submodule(name))
-        device = getattr(base, "device", base.weight.device)
-        return self.tensors[key].to("cpu" if device.type == "meta" else device)
 
-    def _check(self, model: nn.Module, file: Path) -> None:
-        wanted: dict[str, tuple[int, ...]] = {}
-        for name, (ids, key) in self.rows.items():
-            weight: Any = plain(model.get_submodule(name)).weight
-            wanted[key] = (len(ids), weight.shape[1])
-        for name in self.modules:
-            for inner, module in _owners(model, name).items():
-                wanted |= {f"{inner}.{key}": tuple(tensor.shape) for key, tensor in _state(module).items()}
-        if missing := sorted(wanted.keys() - self.tensors.keys()):
-            raise ModelError(f"{file}: {listed(missing)} missing, of a part trained beside the adapter. Restore the file")
-        if unexpected := sorted(self.tensors.keys() - wanted.keys()):
-            raise ModelError(
-                f"{file}: unexpected tensors {listed(unexpected)}: they belong to no layer of the adapter, and to none "
-                f"of its {MODULES} or {TOKENS}. Restore the file, or save the adapter without these tensors"
-            )
-        for key, shape in wanted.items():
-            if tuple(self.tensors[key].shape) != shape:
-                raise ModelError(
-                    f"{file}: {key} is {list(self.tensors[key].shape)}, the model needs {list(shape)}. Load the base "
-                    "that the adapter was trained on"
-                )
+def has_parts(config: Mapping[str, Any]) -> bool:
+    """Return True if the fields of an adapter_config.json name parts trained beside the adapter."""
+    return bool(config.get(TOKENS) or config.get(MODULES))
+
+
+def describe_parts(config: Mapping[str, Any]) -> list[str]:
+    """Return one line for each kind of part that the fields of an adapter_config.json name."""
+    lines = []
+    if tokens := config.get(TOKENS):
+        rows = tokens if isinstance(tokens, dict) else {"the embedding": tokens}
+        counts = ", ".join(f"{len(ids)} of {name} (ids {listed(ids)})" for name, ids in rows.items())
+        lines.append(f"rows of tokens, trained beside the adapter: {counts}")
+    if modules := config.get(MODULES):
+        lines.append(f"modules trained as a whole beside the adapter: {', '.join(modules)}")
+    return lines
 
 
 def without_parts(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -305,12 +312,12 @@ def _owners(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """Return the modules with tensors of their own at and below `name`."""
     found = {}
     for inner, module in model.get_submodule(name).named_modules(prefix=name):
-        if _state(module):
+        if state_of(module):
             found[inner] = module
     return found
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
+def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's own parameters and saved buffers, without those of its submodules."""
     buffers = {
         key: buffer
@@ -320,16 +327,11 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **buffers}
 
 
-def _assign(module: nn.Module, key: str, tensor: Tensor) -> None:
-    """Give a parameter or buffer of a copied module its content; on the meta device it becomes real."""
-    own = _state(module)[key]
-    if not own.is_meta:
-        with torch.no_grad():
-            own.copy_(tensor)
-    elif isinstance(own, nn.Parameter):
-        setattr(module, key, nn.Parameter(tensor))
-    else:
-        module.register_buffer(key, tensor)
+def _beside(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor on the device of the module `name`; on the CPU beside one without content."""
+    base: Any = plain(model.get_submodule(name))
+    device = getattr(base, "device", base.weight.device)
+    return tensor.to("cpu" if device.type == "meta" else device)
 
 
 def _endings(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
@@ -358,7 +360,7 @@ def _rows_in(model: nn.Module, field: Any, file: Path) -> dict[str, tuple[list[i
                 f"{file}: {TOKENS} names {ending}, which is neither the input embedding nor the output head of this "
                 "model. Load the base that it was trained on"
             )
-        found |= {name: (list(ids), name + DELTA) for name in names}
+        found |= {name: (list(ids), PREFIX + name + DELTA) for name in names}
     if head is not None and embedding in found:
         weights = [plain(model.get_submodule(name)).weight for name in (embedding, head)]
         tied = weights[0] is weights[1]

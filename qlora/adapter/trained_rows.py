@@ -161,10 +161,20 @@ def place_rows(model: nn.Module, rows: Mapping[str, tuple[Sequence[int], nn.Para
     replacements = {}
     for name, (ids, values) in rows.items():
         module = model.get_submodule(name)
-        kind = _kind(name, plain(module))
-        _check_ids(name, plain(module), ids)
-        replacements[module] = kind(plain(module), ids, values)
+        replacements[module] = check_rows(model, name, ids)(plain(module), ids, values)
     replace_modules(model, replacements)
+
+
+def check_rows(model: nn.Module, name: str, ids: Sequence[int]) -> type[TrainedRows]:
+    """Return the class that trains these rows of the module `name`.
+
+    Raises:
+        ModelError: as `train_rows`.
+        UsageError: as `train_rows`.
+    """
+    module = plain(model.get_submodule(name))
+    _check_ids(name, module, ids)
+    return _kind(name, module)
 
 
 def _kind(name: str, module: nn.Module) -> type[TrainedRows]:

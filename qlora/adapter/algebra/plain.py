@@ -6,6 +6,7 @@ plain adapter all of these rules give the same factor: one alpha, one rank, no p
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,4 +67,4 @@ def plain(
             )
         layers[name] = Layer(a, b, scaling * rank, scaling)
         deviations[name] = ApproximationError.between(layers[name], layer.update)
-    return Adapter(adapter.config, layers, adapter.extra_files), deviations
+    return replace(adapter, layers=layers), deviations

@@ -25,7 +25,8 @@ from qlora.adapter.config import (
 )
 from qlora.adapter.identity import IDENTITY_FILE
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors, read_pairs
+from qlora.adapter.trained_parts import has_parts
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
@@ -91,6 +92,8 @@ class Adapter:
     """layers by name, in the order of the file"""
     extra_files: Mapping[str, str] = field(default_factory=dict)
     """content of the text files that are copied along, by name"""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """tensors trained beside the adapter (rows of tokens, whole modules), by their names in the file"""
 
     @property
     def base(self) -> str | None:
@@ -115,7 +118,7 @@ def read(path: str | Path) -> Adapter:
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         folder /= "adapter"
     config = read_config(folder / CONFIG_FILE)
-    pairs = read_pairs(folder)
+    pairs, parts = read_pairs(folder, with_parts=has_parts(config))
     if not pairs:
         raise ModelError(
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
@@ -123,7 +126,7 @@ def read(path: str | Path) -> Adapter:
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, *pair, folder) for name, pair in pairs.items()}
     extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
-    return Adapter(config, layers, extra_files)
+    return Adapter(config, layers, extra_files, parts)
 
 
 def write(adapter: Adapter, path: str | Path) -> int:
@@ -143,6 +146,7 @@ def write(adapter: Adapter, path: str | Path) -> int:
     """
     folder = Path(path)
     tensors = named_tensors({name: {SUFFIX_A: x.a, SUFFIX_B: x.b} for name, x in adapter.layers.items()})
+    tensors |= finite(adapter.parts)
     config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
     with drafting(folder) as drafts, save_errors(folder):
         draft = drafts / "adapter"

@@ -6,13 +6,14 @@ every target layer of a model. A and B are bf16; the optimizer keeps the bits th
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter import trained_parts
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
@@ -176,7 +177,9 @@ class Lora(AdapterMethod):
         return spec_of_layer(config, name, file)
 
 
-def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
+def adapt(
+    model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0, train_modules: Sequence[str] = ()
+) -> nn.Module:
     """Freeze `model` and wrap its target layers in `LoRALinear`, in place.
 
     The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
@@ -185,13 +188,15 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         model: any `nn.Module` with linear layers, also on the meta device.
         spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
         seed: seed of the initial A of each layer.
+        train_modules: modules trained as a whole beside the adapter, such as a new head: names, last parts of names, or
+            regular expressions. They are saved with the adapter.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: the model has an adapter already.
-        UsageError: the targets or a pattern match no layer.
+        ModelError: the model has an adapter already, or a module of `train_modules` cannot be trained.
+        UsageError: the targets, a pattern or an entry of `train_modules` match nothing.
 
     Examples:
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
@@ -213,7 +218,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         name: LoRALinear(model.get_submodule(name), spec.for_layer(name), layer_generator(seed, name))
         for name in names
     }
-    return wrap(model, layers)
+    return trained_parts.train_modules(wrap(model, layers), train_modules)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
