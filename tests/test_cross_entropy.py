@@ -122,11 +122,17 @@ def test_trained_rows_have_the_gradient_of_the_whole_head(
     exact = [double(tensor) for tensor in (hidden, bias)]
     whole = F.pad(weight.detach().double(), (0, 0, 0, added)).index_copy(0, ids, values.detach().double())
     whole.requires_grad_()
-    expected = reference(exact[0], whole, labels, F.pad(exact[1], (0, added)) if biased else None, softcap, scale)
+    expected = reference(
+        exact[0], whole, labels, F.pad(exact[1], (0, added)) if biased else None, softcap, scale
+    )
     (expected * 0.37).backward()
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
     torch.testing.assert_close(loss.double(), expected, **tolerance)
-    for found, wanted in [(hidden, exact[0].grad), (values, whole.grad[ids]), *[(bias, exact[1].grad)] * biased]:
+    for found, wanted in [
+        (hidden, exact[0].grad),
+        (values, whole.grad[ids]),
+        *[(bias, exact[1].grad)] * biased,
+    ]:
         torch.testing.assert_close(found.grad.double(), wanted, **tolerance)
 
 

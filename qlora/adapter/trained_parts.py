@@ -122,7 +122,11 @@ def part_fields(model: nn.Module) -> dict[str, Any]:
     if rows := TrainedRows.of(model):
         ids = {name: list(module.ids) for name, module in rows.items()}
         embedding, _ = embedding_and_head(model)
-        follow = [name for name in rows if rows[name].values is rows[embedding].values] if embedding in rows else []
+        follow = (
+            [name for name in rows if rows[name].values is rows[embedding].values]
+            if embedding in rows
+            else []
+        )
         if follow == list(rows):  # of a tied or headless model: PEFT finds the modules itself
             fields[TOKENS] = ids[embedding]
         else:
@@ -149,8 +153,8 @@ class StoredParts:
             ModelError: the model has no such module, or its rows cannot be replaced.
         """
         rows = _rows_in(model, config.get(TOKENS), file)
-        modules = _modules_in(model, config.get(MODULES), file)
-        shapes = {}
+        modules = _modules_in(model, config.get(MODULES))
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, (ids, key) in rows.items():
             check_rows(model, name, ids)
             weight: Any = plain(model.get_submodule(name)).weight
@@ -198,7 +202,9 @@ class StoredParts:
                         setattr(module, key, assigned[own][1])
                     else:
                         module.register_buffer(key, content)
-        values = {key: nn.Parameter(_beside(model, name, tensors[key])) for name, (_, key) in self.rows.items()}
+        values = {
+            key: nn.Parameter(_beside(model, name, tensors[key])) for name, (_, key) in self.rows.items()
+        }
         place_rows(model, {name: (ids, values[key]) for name, (ids, key) in self.rows.items()})
 
     @torch.no_grad()
@@ -225,7 +231,9 @@ def describe_parts(config: Mapping[str, Any]) -> list[str]:
     lines = []
     if tokens := config.get(TOKENS):
         rows = tokens if isinstance(tokens, dict) else {"the embedding": tokens}
-        counts = ", ".join(f"{len(ids)} of {name} (ids {listed(ids)})" for name, ids in rows.items())
+        counts = ", ".join(
+            f"{len(ids)} of {name} (ids {listed(list(map(str, ids)))})" for name, ids in rows.items()
+        )
         lines.append(f"rows of tokens, trained beside the adapter: {counts}")
     if modules := config.get(MODULES):
         lines.append(f"modules trained as a whole beside the adapter: {', '.join(modules)}")
@@ -244,7 +252,9 @@ def without_parts(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file}: {TOKENS} must be a list of token ids, or an object of such lists, not {json.dumps(tokens)}"
         )
-    if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+    if modules is not None and not (
+        isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+    ):
         raise ModelError(f"{file}: {MODULES} must be a list of strings, not {json.dumps(modules)}")
     return {field: value for field, value in config.items() if field not in (TOKENS, MODULES)}
 
@@ -300,7 +310,9 @@ def _check_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raise ModelError if a chosen module shares a parameter with one that is not chosen."""
     owned = {p for module in chosen.values() for p in module._parameters.values() if p is not None}
     for name, module in model.named_modules():
-        if name not in chosen and (shared := owned.intersection(p for p in module._parameters.values() if p is not None)):
+        if name not in chosen and (
+            shared := owned.intersection(p for p in module._parameters.values() if p is not None)
+        ):
             other = next(n for n, m in chosen.items() if shared.intersection(m._parameters.values()))
             raise ModelError(
                 f"train_modules: {other} shares its weight with {name}, so training one would change or untie the "
@@ -369,14 +381,12 @@ def _rows_in(model: nn.Module, field: Any, file: Path) -> dict[str, tuple[list[i
     return found
 
 
-def _modules_in(model: nn.Module, field: Sequence[str] | None, file: Path) -> list[str]:
-    """Return the modules trained as a whole, chosen as in PEFT: by the end of their name; without those inside another."""
+def _modules_in(model: nn.Module, field: Sequence[str] | None) -> list[str]:
+    """Return the modules trained as a whole, chosen as in PEFT: by the end of their name; without those inside another.
+
+    An entry can match nothing: PEFT names `classifier` and `score` for every sequence classifier.
+    """
     if not field:
         return []
     names = [name for name, _ in model.named_modules() if name and name.endswith(tuple(field))]
-    if missing := [ending for ending in field if not any(name.endswith(ending) for name in names)]:
-        raise ModelError(
-            f"{file}: {MODULES} names {listed(missing)}, which this model does not have. Load the base that it was "
-            "trained on"
-        )
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]

@@ -5,12 +5,12 @@ trained; all others stay frozen. Tied weights share one set of rows, as in PEFT.
 weight, so a token that the base knows starts as its row there, bit for bit.
 
 A token that the base does not know starts as the mean of the rows of the pieces that spelled it before: the closest to
-how the base has read it so far. Tokens with different spellings then start at different rows (the mean of all rows would
-be the same for all of them), and its first logit is at most the largest of its pieces'.
+how the base has read it so far. Unlike with the mean of all rows, tokens with different spellings start at different
+rows. The first logit of a token is at most the largest of its pieces'.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class TrainedRows(nn.Module):
         values: [n, H]; several modules can share it.
     """
 
-    base: nn.Module
+    base: Any
     index: Tensor
     """[n] int64, the ids on the device of the values"""
 
@@ -43,7 +43,7 @@ class TrainedRows(nn.Module):
         self.base = base.requires_grad_(False)
         self.ids = tuple(ids)
         self.values = values
-        rows = len(base.weight)  # type: ignore[arg-type]
+        rows = len(self.base.weight)
         self.size = max(rows, *(number + 1 for number in self.ids))
         """rows of the embedding or head, with those that extend it"""
         self.register_buffer("index", torch.tensor(self.ids, device=values.device), persistent=False)
@@ -59,7 +59,7 @@ class TrainedRows(nn.Module):
         index = self.index.to(weight.device)
         return widened.index_copy(0, index, self.values.detach().to(weight.device, torch.float32))
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         """Look up parameters and modules; for `weight`, raise an error that explains its absence."""
         if name == "weight":
             raise AttributeError(
@@ -82,7 +82,7 @@ class EmbeddingRows(TrainedRows):
 
     def __init__(self, base: nn.Module, ids: Sequence[int], values: nn.Parameter) -> None:
         super().__init__(base, ids, values)
-        device = base.weight.device  # type: ignore[union-attr]
+        device = self.base.weight.device
         positions = torch.full((self.size,), len(self.ids), device=device)
         positions[self.index.to(device)] = torch.arange(len(self.ids), device=device)
         self.register_buffer("positions", positions, persistent=False)
@@ -101,10 +101,10 @@ class HeadRows(TrainedRows):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., size] of hidden [..., H]. A row that extends the head has no bias."""
-        return replace_columns(self.base(hidden), hidden, self.rows, self.base.bias)  # type: ignore[arg-type]
+        return replace_columns(self.base(hidden), hidden, self.rows, self.base.bias)
 
 
-def plain(module: nn.Module) -> nn.Module:
+def plain(module: Any) -> Any:
     """Return the frozen embedding or head under trained rows, or else the module itself."""
     return module.base if isinstance(module, TrainedRows) else module
 
@@ -121,7 +121,7 @@ def embedding_and_head(model: nn.Module) -> tuple[str, str | None]:
     names = {module: name for name, module in model.named_modules()}
     if embedding not in names:
         raise UsageError(f"adapter.train_tokens: {type(model).__name__} has no input embedding")
-    return names[embedding], names.get(head)  # type: ignore[arg-type]
+    return names[embedding], names.get(head)
 
 
 def train_rows(
@@ -144,9 +144,10 @@ def train_rows(
     modules = [name for name in embedding_and_head(model) if name is not None]
     values: dict[nn.Module, nn.Parameter] = {}
     for name in modules:
+        check_rows(model, name, ids)
         module = plain(model.get_submodule(name))
         shared = next((other for other in values if other.weight is module.weight), None)
-        values[module] = values[shared] if shared else nn.Parameter(_initial(name, module, ids, spelled or {}))
+        values[module] = values[shared] if shared else nn.Parameter(_initial(module, ids, spelled or {}))
     place_rows(model, {name: (ids, values[plain(model.get_submodule(name))]) for name in modules})
     return model
 
@@ -173,8 +174,9 @@ def check_rows(model: nn.Module, name: str, ids: Sequence[int]) -> type[TrainedR
         UsageError: as `train_rows`.
     """
     module = plain(model.get_submodule(name))
+    kind = _kind(name, module)
     _check_ids(name, module, ids)
-    return _kind(name, module)
+    return kind
 
 
 def _kind(name: str, module: nn.Module) -> type[TrainedRows]:
@@ -199,24 +201,21 @@ def _kind(name: str, module: nn.Module) -> type[TrainedRows]:
     )
 
 
-def _check_ids(name: str, module: nn.Module, ids: Sequence[int]) -> None:
-    rows = len(module.weight)  # type: ignore[arg-type]
+def _check_ids(name: str, module: Any, ids: Sequence[int]) -> None:
+    rows = len(module.weight)
     if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
         raise UsageError(f"{name}: token ids must be distinct and at least 0, not {list(ids)}")
     new = {number for number in ids if number >= rows}
     if missing := sorted(set(range(rows, max(ids) + 1)) - new):
         raise UsageError(
-            f"{name} has {rows:,} rows, and the tokens {listed(missing)} behind them are not trained. Train them too: "
-            "name them in adapter.train_tokens, or set it to new"
+            f"{name} has {rows:,} rows, and the tokens {listed(list(map(str, missing)))} behind them are not trained. "
+            "Train them too: name them in adapter.train_tokens, or set it to new"
         )
 
 
-def _initial(
-    name: str, module: nn.Module, ids: Sequence[int], spelled: Mapping[int, Sequence[int]]
-) -> Tensor:
+def _initial(module: Any, ids: Sequence[int], spelled: Mapping[int, Sequence[int]]) -> Tensor:
     """Return the first values of the rows [n, H], in the dtype of the frozen weight."""
-    _kind(name, module)
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Tensor = module.weight
     device = getattr(module, "device", weight.device)
     rows = []
     for number in ids:

@@ -29,12 +29,14 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> dic
     vocabulary = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     pieces = {token: _spelled(tokenizer.backend_tokenizer, token) for token in new}
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True
+    )
     vocabulary = tokenizer.get_vocab()
     for token in new:
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [vocabulary.get(token)]:
             raise RecipeError(
-                f"adapter.train_tokens: the tokenizer does not read {token!r} as one token; write it without white space"
+                f"adapter.train_tokens: the tokenizer does not read {token!r} as one token; write it without spaces"
             )
     return {vocabulary[token]: pieces[token] for token in new}
 

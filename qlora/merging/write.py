@@ -206,7 +206,6 @@ class MergeSource:
             )
         return biases
 
-
     def _locate_parts(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
         """Find the tensors that were trained beside the adapter in the files; each gives the merged tensor."""
         names = _ParameterNames(model)
@@ -218,13 +217,17 @@ class MergeSource:
             for own, tensor in state_of(module).items():
                 trained[name, f".{own}"], merge[name, f".{own}"] = tensor, partial(_replaced, tensor.detach())
         found = {
-            key: (name, suffix)
+            key: (module_name, suffix)
             for suffix in {suffix for _, suffix in trained}
             for key in self.reader
-            if (name := names.module(key, suffix)) is not None and (name, suffix) in trained
+            if (module_name := names.module(key, suffix)) is not None and (module_name, suffix) in trained
         }
-        stored = {trained[place] for place in found.values()}  # a tied weight is stored under one of its names
-        if missing := sorted(name + suffix for (name, suffix), tensor in trained.items() if tensor not in stored):
+        stored = {
+            trained[place] for place in found.values()
+        }  # a tied weight is stored under one of its names
+        if missing := sorted(
+            name + suffix for (name, suffix), tensor in trained.items() if tensor not in stored
+        ):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the tensors trained beside the adapter ({listed(missing)}) are not "
                 "in these files (tied, or stored under another name). Use base and adapter without merging"

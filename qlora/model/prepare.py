@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.methods import METHODS
-from qlora.adapter.trained_parts import train_modules
+from qlora.adapter.trained_parts import train_modules, whole_modules
+from qlora.adapter.trained_rows import TrainedRows
+from qlora.errors import listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import use_fused_layers
+from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.load import load_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
@@ -59,6 +61,28 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     if settings.train_modules:
         train_modules(model, settings.train_modules)
     return model
+
+
+def part_notes(model: nn.Module, tokenizer: Any) -> list[str]:
+    """Return remarks for the user about the tokens and modules that are trained beside the adapter."""
+    notes = []
+    rows = TrainedRows.of(model)
+    for module in list(rows.values())[:1]:
+        tokens = listed(
+            [f"{tokenizer.convert_ids_to_tokens(number)} ({number})" for number in module.ids], most=8
+        )
+        had = len(module.base.weight)
+        added = f"; they extend {had:,} rows to {module.size:,}" if module.size > had else ""
+        notes.append(f"train_tokens: rows of {tokens} in {' and '.join(rows)}{added}")
+    if whole := whole_modules(model):
+        notes.append(f"train_modules: {listed(list(whole), most=8)}")
+    inside = sum(any(p.requires_grad for p in layer.parameters()) for layer in unfused_layers(model))
+    if whole and inside:
+        notes.append(
+            f"{inside} decoder layers with modules trained as a whole run transformers' own forward pass, which keeps "
+            "more activations than qlora's"
+        )
+    return notes
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:

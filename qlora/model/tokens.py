@@ -52,7 +52,7 @@ class TrainedTokens:
             QloraError: there is no such token; or as `train_rows`.
         """
         embedding, _ = embedding_and_head(model)
-        rows = len(plain(model.get_submodule(embedding)).weight)  # type: ignore[arg-type]
+        rows = len(plain(model.get_submodule(embedding)).weight)
         beyond = [number for number in self.tokenizer.get_vocab().values() if number >= rows]
         ids = sorted({*self.ids, *(beyond if self.all_new else ())})
         if not ids:

@@ -2,8 +2,8 @@
 
 For a 128K vocabulary the logits are the largest tensor of a training step. Here the trained tokens pass through the
 head `chunk` at a time. The forward also computes the gradient of each chunk, as Liger does (Hsu et al. 2024), because
-all its inputs are then available. With a frozen head this takes two products, and nothing is recomputed. Trained rows of
-a frozen head get exact gradients without a gradient of the whole head.
+all its inputs are then available. With a frozen head this takes two products, and nothing is recomputed. Trained rows
+of a frozen head get exact gradients without a gradient of the whole head.
 """
 
 from typing import Any

@@ -140,7 +140,7 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
 def _check_parts(adapters: Sequence[Adapter]) -> None:
     if len(adapters) > 1 and (parts := [name for adapter in adapters for name in adapter.parts]):
         raise ModelError(
-            f"an adapter was trained with tokens or modules beside it ({listed(parts)}). They replace those of the base, "
+            f"an adapter has tokens or modules trained beside it ({listed(parts)}). They replace those of the base, "
             "so a weighted sum has no meaning; combine adapters without them, or merge this one into its base first"
         )
 
