@@ -341,8 +341,14 @@ def test_a_run_is_merged_inspected_and_answers(
     assert answered.returncode == 0, answered.stderr
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("qwen2", "bfloat16"),
+        pytest.param("llama", "float32", marks=pytest.mark.slow),
+        pytest.param("gemma2", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_the_memory_is_forecast(tmp_path: Path, architecture: str, dtype: str) -> None:
     byte_level().save_pretrained(tmp_path)
     adapter = {"train_tokens": ["<one>", "<two>", "a"]}

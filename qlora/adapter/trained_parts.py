@@ -114,6 +114,16 @@ def trained_parts(model: nn.Module) -> dict[str, Tensor]:
     return parts
 
 
+def whole_parameters(model: nn.Module) -> int:
+    """Return the number of the base's own parameters that are trained, a tied one counted once."""
+    own = {
+        parameter
+        for module in whole_modules(model).values()
+        for parameter in module.parameters(recurse=False)
+    }
+    return sum(parameter.numel() for parameter in own if parameter.requires_grad)
+
+
 def part_fields(model: nn.Module) -> dict[str, Any]:
     """Return the fields of adapter_config.json that name the trained parts; empty if there are none."""
     fields: dict[str, Any] = {}
@@ -347,12 +357,14 @@ def _beside(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _endings(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """Return the shortest endings that match exactly these modules in PEFT, which compares whole ends of names."""
+    """Return the shortest endings that match exactly these modules in PEFT, which compares ends of whole names."""
     everything = [name for name, _ in model.named_modules()]
-    short = {name.rpartition(".")[2] for name in names}
-    if {name for name in everything if name.endswith(tuple(short))} == set(names):
-        return sorted(short)
-    return sorted(names)
+    endings = set()
+    for name in names:
+        ending = name.rpartition(".")[2]
+        alone = all(other in names for other in everything if other.endswith(ending))
+        endings.add(ending if alone else name)
+    return sorted(endings)
 
 
 def _rows_in(model: nn.Module, field: Any, file: Path) -> dict[str, tuple[list[int], str]]:

@@ -311,20 +311,18 @@ class Renderer:
     @property
     def missing_markers(self) -> list[str]:
         """`unknown_markers`, and the unknown markers around a system message, which not every row has."""
-        return list(dict.fromkeys([*self._find_unknown_markers(system=True), *self.unknown_markers]))
-
-    def _find_unknown_markers(self, *, system: bool = False) -> list[str]:
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        before = [{"role": "system", "content": "?"}] * system
         try:
-            text = (
-                self.template.render([*before, question, answer], [])[0]
-                + self.template.render([*before, question], [], generation=True)[0]
-            )
-        except BadRow:
-            if not system:
-                raise
-            return []  # a template that refuses system messages
+            return self._find_unknown_markers({"role": "system", "content": "?"})
+        except BadRow:  # the template refuses system messages
+            return self.unknown_markers
+
+    def _find_unknown_markers(self, *before: Message) -> list[str]:
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        asked = [*before, question]
+        text = (
+            self.template.render([*asked, answer], [])[0]
+            + self.template.render(asked, [], generation=True)[0]
+        )
         return [marker for marker in dict.fromkeys(MARKER.findall(text)) if not self._encoder.knows(marker)]
 
     def _unwritten(self, text: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.methods import METHODS
+from qlora.adapter.trained_parts import whole_parameters
 from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
@@ -165,7 +166,7 @@ class Forecaster:
             checkpointed_mlps=mlps,
             loss_chunk=arch.loss_chunk(recipe),
             host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
-            parameters=total - trained if recipe.adapter.facts.frozen_base else total,
+            parameters=total - trained + whole_parameters(arch.model),
             trained_parameters=trained,
         )
 

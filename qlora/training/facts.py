@@ -5,6 +5,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from qlora.adapter.trained_parts import whole_parameters
 from qlora.data import Batches, Dataset, remarks
 from qlora.memory import measure
 from qlora.memory.run_memory import RunMemory
@@ -115,7 +116,7 @@ def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
         name=base.model,
         revision=base.revision,
         init=base.init,
-        parameters=everything - trained if adapter.facts.frozen_base else everything,
+        parameters=everything - trained + whole_parameters(model),
         precision=_precision(as_stored(base, model.config)),
         compute_dtype=str(compute_dtype(base, device)).removeprefix("torch."),
         kept=precision_of(model).line() if base.quantization == "nf4" else "",
