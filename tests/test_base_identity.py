@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
-from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
+from qlora.adapter.digest import SAMPLE_BYTES, WHOLE_BYTES
+from qlora.adapter.identity import BaseIdentity, checkpoint_digest
 from qlora.cli import app
 from qlora.data import prompt_digests
 from qlora.errors import ModelError
