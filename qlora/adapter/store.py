@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import trainable_parameters, wrap
+from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
@@ -55,17 +57,20 @@ def save_adapter(
         The folder.
 
     Raises:
-        ModelError: the model has no adapter, a number is not finite, or PEFT's config cannot express the adapter.
+        ModelError: the model has no adapter, a number is not finite, or PEFT's config cannot express the adapter; or,
+            without `base`, training changed tensors that are no part of the adapter, such as running statistics.
         SaveError: a file cannot be written, or the tensors read back differ.
 
     Examples:
         >>> save_adapter(model, "runs/mine/adapter", base_model="huggyllama/llama-7b")
     """
     folder = Path(folder)
-    layers = AdaptedLinear.of(model)
-    base = base or BaseIdentity.of(model)
-    base = replace(base, name=base_model or base.name, revision=revision or base.revision)
+    layers = AdaptedLayer.of(model)
     method = method_of(layers)
+    if base is None:
+        _refuse_lost(model)
+        base = BaseIdentity.of(model)
+    base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = method.config(model, layers, base)
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     tensors = {
@@ -127,7 +132,7 @@ def load_adapter(
     shared, parts = method.stored_shared(config), stored_parts(config)
     kinds = [list(kind.SAVED) for kind in method.layers]
     stored, others = read_layers(folder, kinds, [*shared, *parts])
-    layers = AdaptedLinear.of(model)
+    layers = AdaptedLayer.of(model)
     if layers and method_of(layers) is not method:
         raise ModelError(
             f"{file}: the model has an adapter of another method than {method.name}; load it into a base"
@@ -149,6 +154,27 @@ def load_adapter(
     return model
 
 
+def _refuse_lost(model: nn.Module) -> None:
+    """Raise ModelError if training changes tensors of `model` that the adapter does not hold."""
+    held = {
+        id(parameter) for layer in AdaptedLayer.of(model).values() for parameter in layer.saved().values()
+    }
+    held |= {id(parameter) for parameter in trained_parts(model).values()}
+    lost = [name for name, parameter in trainable_parameters(model).items() if id(parameter) not in held]
+    if lost:
+        raise ModelError(
+            f"{listed(lost)} would be lost: trained (requires_grad), but no part of the adapter. Name the modules in "
+            "train_modules, freeze them with requires_grad_(False), or save the whole model"
+        )
+    held_names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+    lost = [name for name in changed(model) if name not in held_names]
+    if lost:
+        raise ModelError(
+            f"{listed(lost)} would be lost: changed since the adapter was added, but no part of it. Keep such "
+            "layers in eval mode in training (module.eval()), or save the whole model with torch.save"
+        )
+
+
 def method_for(config: Mapping[str, Any], file: Path) -> AdapterMethod:
     """Return the method whose adapter `config`, read from `file`, describes. Raises ModelError if there is none."""
     method = next((method for method in ADAPTERS if method.claims(config)), None)
@@ -158,7 +184,7 @@ def method_for(config: Mapping[str, Any], file: Path) -> AdapterMethod:
     return method
 
 
-def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
+def method_of(layers: Mapping[str, AdaptedLayer]) -> AdapterMethod:
     """Return the adapter method of these layers of a model. Raises ModelError if there are no layers."""
     if not layers:
         raise ModelError("the model has no adapter: there is nothing to save. Add one with adapt")
@@ -171,7 +197,7 @@ def _load_layers(
 ) -> None:
     """Give each adapted layer its settings and its tensors by suffix; a parameter on the meta device becomes real."""
     with torch.no_grad():
-        for name, layer in AdaptedLinear.of(model).items():
+        for name, layer in AdaptedLayer.of(model).items():
             layer.spec = specs[name]
             for suffix, parameter in layer.saved().items():
                 if parameter.is_meta:
@@ -198,9 +224,13 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
 def _check_shapes(
     name: str, module: nn.Module, stored: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
 ) -> None:
-    if isinstance(module, AdaptedLinear) and (reason := module.why_incompatible(spec)) is not None:
-        raise ModelError(f"{path}: {name} {reason}")
-    for suffix, shape in method.layer_for(module).shapes(module, spec).items():
+    kind = method.layer_for(module)
+    if isinstance(module, AdaptedLayer):
+        if (reason := module.why_incompatible(spec)) is not None:
+            raise ModelError(f"{path}: {name} {reason}")
+    elif (reason := kind.why_unsuitable(module)) is not None:
+        raise ModelError(f"{path}: {method.name} is not defined on {name}: {reason}")
+    for suffix, shape in kind.shapes(module, spec).items():
         if suffix not in stored:
             raise ModelError(
                 f"{path}: {name}{suffix} is missing. Load the base that the adapter was trained on"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
@@ -110,7 +111,11 @@ class Lora(AdapterMethod):
 
     name = "lora"
     peft_type = "LORA"
-    layers = (LoRALinear,)
+    layers = (LoRALinear, LoRAConv, LoRAEmbedding)
+
+    def layer_for(self, module: nn.Module) -> type[LowRankLayer]:
+        """Return the class of LoRA layers that adapts `module`, a plain or adapted layer."""
+        return layer_for(module)
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
@@ -166,7 +171,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
     """
     spec = spec or LoraSpec()
-    if AdaptedLinear.of(model):
+    if AdaptedLayer.of(model):
         raise ModelError(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
@@ -177,8 +182,8 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
             raise UsageError(
                 f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
             )
-    modules = {name: model.get_submodule(name) for name in names}
-    for name, module in modules.items():
+    for name in names:
+        module = model.get_submodule(name)
         if (reason := layer_for(module).why_unsuitable(module)) is not None:
             raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
     use_nf4_linears(model.requires_grad_(False))

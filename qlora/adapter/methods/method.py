@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.course import Course
 from qlora.recipe import Adapter
@@ -54,14 +54,14 @@ class AdapterMethod(Method):
 
     peft_type: ClassVar[str]
     """name in adapter_config.json"""
-    layers: ClassVar[tuple[type[AdaptedLinear], ...]]
+    layers: ClassVar[tuple[type[AdaptedLayer], ...]]
     """classes of the adapted layers; no other method has them"""
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
         return config.get("peft_type") == self.peft_type
 
-    def layer_for(self, module: nn.Module) -> type[AdaptedLinear]:
+    def layer_for(self, module: nn.Module) -> type[AdaptedLayer]:
         """Return the class that adapts `module`, a plain or adapted layer."""
         return self.layers[0]
 
