@@ -1,11 +1,13 @@
 """Base class of adapted layers: a frozen layer of the model with the parameters that a method trains around it."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
+
+Layer = TypeVar("Layer", bound="AdaptedLayer")
 
 
 class AdaptedLayer(nn.Module):
@@ -46,6 +48,11 @@ class AdaptedLayer(nn.Module):
         self.base = base.requires_grad_(False)
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Return True if this class is for plain layers of the kind of `module`."""
+        raise NotImplementedError
+
+    @classmethod
     def why_unsuitable(cls, base: nn.Module) -> str | None:
         """Return why this class cannot adapt `base`, with the way out; None if it can."""
         raise NotImplementedError
@@ -83,3 +90,9 @@ class AdaptedLayer(nn.Module):
     def of(cls, model: nn.Module) -> dict[str, Self]:
         """Return the layers of this class in `model` by name, in the order of the model."""
         return {name: module for name, module in model.named_modules() if isinstance(module, cls)}
+
+
+def layer_class(classes: Sequence[type[Layer]], module: nn.Module) -> type[Layer]:
+    """Return the class that adapts `module`, a plain or adapted layer; the first class if none does."""
+    base = module.base if isinstance(module, AdaptedLayer) else module
+    return next((kind for kind in classes if kind.adapts(base)), classes[0])

@@ -31,9 +31,14 @@ class AdaptedLinear(AdaptedLayer):
         self.in_features, self.out_features = features(base)
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Return True for linear layers."""
+        return is_linear(module)
+
+    @classmethod
     def why_unsuitable(cls, base: nn.Module) -> str | None:
         """Return why `base` is no linear layer; None if it is one."""
-        return None if is_linear(base) else "pass nn.Linear, Linear4bit or Conv1D"
+        return None if cls.adapts(base) else "pass nn.Linear, Linear4bit or Conv1D"
 
     @property
     def frozen(self) -> tuple[Tensor, QuantState | None]:

@@ -43,13 +43,17 @@ class LoRAConv(LowRankLayer):
     def __init__(
         self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
     ) -> None:
-        spec = spec or LoraSpec()
         super().__init__(base, spec)
-        device, shapes = self.base.weight.device, self.shapes(base, spec)
+        device, shapes = self.base.weight.device, self.shapes(base, self.spec)
         self.lora_a = nn.Parameter(
-            initial_a(spec.init, shapes[SUFFIX_A], device, generator).to(device, spec.dtype)
+            initial_a(self.spec.init, shapes[SUFFIX_A], device, generator).to(device, self.spec.dtype)
         )
-        self.lora_b = nn.Parameter(torch.zeros(shapes[SUFFIX_B], device=device, dtype=spec.dtype))
+        self.lora_b = nn.Parameter(torch.zeros(shapes[SUFFIX_B], device=device, dtype=self.spec.dtype))
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Return True for convolutions."""
+        return is_convolution(module)
 
     @classmethod
     def why_unsuitable(cls, base: nn.Module) -> str | None:

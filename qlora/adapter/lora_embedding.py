@@ -35,13 +35,17 @@ class LoRAEmbedding(LowRankLayer):
     def __init__(
         self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
     ) -> None:
-        spec = spec or LoraSpec()
         super().__init__(base, spec)
-        device, shapes = self.base.weight.device, self.shapes(base, spec)
+        device, shapes = self.base.weight.device, self.shapes(base, self.spec)
         b = torch.zeros(shapes[EMBEDDING_B], device="meta" if device.type == "meta" else "cpu")
-        b = b if spec.init == "zero" else b.normal_(generator=generator)
-        self.lora_a = nn.Parameter(torch.zeros(shapes[EMBEDDING_A], device=device, dtype=spec.dtype))
-        self.lora_b = nn.Parameter(b.to(device, spec.dtype))
+        b = b if self.spec.init == "zero" else b.normal_(generator=generator)
+        self.lora_a = nn.Parameter(torch.zeros(shapes[EMBEDDING_A], device=device, dtype=self.spec.dtype))
+        self.lora_b = nn.Parameter(b.to(device, self.spec.dtype))
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Return True for embeddings."""
+        return is_embedding(module)
 
     @classmethod
     def why_unsuitable(cls, base: nn.Module) -> str | None:

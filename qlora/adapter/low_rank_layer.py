@@ -39,6 +39,11 @@ class LowRankLayer(AdaptedLayer):
         """Share of A's input that is dropped in training."""
         return self.spec.dropout
 
+    def __init__(
+        self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(base, spec or LoraSpec())
+
     def why_incompatible(self, spec: LoraSpec) -> str | None:
         """Return why the layer cannot load tensors of another rank; None if the rank is the same."""
         if spec.rank == self.rank:

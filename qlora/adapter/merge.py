@@ -98,7 +98,9 @@ def _like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     module = copy.copy(base)
     module._parameters = {**base._parameters, "weight": weight}  # type: ignore[dict-item]
     if bias is not None:
-        module.__dict__.pop("bias", None)  # a 4-bit layer without a bias has None there, which hides the parameter
+        module.__dict__.pop(
+            "bias", None
+        )  # a 4-bit layer without a bias has None there, which hides the parameter
         module._parameters["bias"] = bias  # type: ignore[assignment]
     return module
 

@@ -5,6 +5,7 @@
                                  base_model.model.<path of the layer>.lora_B.weight [out, rank]
                                  (other methods: the suffixes in their layer's SAVED)
     qlora.json                   fingerprint of the base model, which PEFT does not have; see identity.py
+    pytorch_lora_weights.safetensors     only on request, for diffusers; see diffusers_file.py
 
 Nothing is unpickled, and no field of the JSON selects code to run. Reading is strict: each target layer needs its
 tensors, and each tensor needs its target layer. Otherwise the model stays unchanged, and the error names the mismatch.
@@ -25,6 +26,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import trainable_parameters, wrap
 from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
+from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
@@ -41,6 +43,7 @@ def save_adapter(
     base_model: str | None = None,
     revision: str | None = None,
     base: BaseIdentity | None = None,
+    diffusers: str | None = None,
 ) -> Path:
     """Save the adapter of `model` in PEFT's layout, and verify the tensors by reading them back.
 
@@ -52,6 +55,8 @@ def save_adapter(
         base_model: name of the base to record, instead of the name in `base`.
         revision: revision of the base to record, instead of the revision in `base`.
         base: fingerprint of the base that the adapter was trained on; None reads it from `model`.
+        diffusers: name of the model in a pipeline of diffusers, such as "unet" or "transformer": also write the file
+            that diffusers' `load_lora_weights` and `load_lora_adapter` read.
 
     Returns:
         The folder.
@@ -78,10 +83,15 @@ def save_adapter(
         **finite(method.shared(model)),
         **finite(trained_parts(model)),
     }
+    if diffusers is not None:
+        check_diffusers(tensors, fields)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(folder / TENSORS_FILE) as file:
             save_file(tensors, file, metadata={"format": "pt"})
+        if diffusers is not None:
+            with atomic.replacing(folder / DIFFUSERS_FILE) as file:
+                write_diffusers(file, tensors, fields, diffusers)
         atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
         atomic.write(folder / CONFIG_FILE, config.encode())
         back = load_file(folder / TENSORS_FILE)

@@ -6,25 +6,25 @@ optimizer keeps the bits that bf16 rounds away.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.lora_conv import LoRAConv, is_convolution
-from qlora.adapter.lora_embedding import LoRAEmbedding, is_embedding
+from qlora.adapter.lora_conv import LoRAConv
+from qlora.adapter.lora_embedding import LoRAEmbedding
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
-from qlora.adapter.targets import features, is_linear, select
+from qlora.adapter.targets import features, select
 from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
@@ -55,12 +55,13 @@ class LoRALinear(LowRankLayer, AdaptedLinear):
     def __init__(
         self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
     ) -> None:
-        spec = spec or LoraSpec()
         super().__init__(base, spec)
         device = self.base.weight.device
-        a = initial_a(spec.init, (spec.rank, self.in_features), device, generator)
-        self.lora_a = nn.Parameter(a.to(device, spec.dtype))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device, dtype=spec.dtype))
+        a = initial_a(self.spec.init, (self.spec.rank, self.in_features), device, generator)
+        self.lora_a = nn.Parameter(a.to(device, self.spec.dtype))
+        self.lora_b = nn.Parameter(
+            torch.zeros(self.out_features, self.spec.rank, device=device, dtype=self.spec.dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
@@ -106,16 +107,16 @@ class LoRALinear(LowRankLayer, AdaptedLinear):
         return torch.addmm(weight, b, a, alpha=self.scaling)
 
 
+LAYERS: tuple[type[LowRankLayer], ...] = (LoRALinear, LoRAConv, LoRAEmbedding)
+"""classes of LoRA's layers: for linears, convolutions and embeddings"""
+
+
 class Lora(AdapterMethod):
     """LoRA: trains A and B of every target."""
 
     name = "lora"
     peft_type = "LORA"
-    layers = (LoRALinear, LoRAConv, LoRAEmbedding)
-
-    def layer_for(self, module: nn.Module) -> type[LowRankLayer]:
-        """Return the class of LoRA layers that adapts `module`, a plain or adapted layer."""
-        return layer_for(module)
+    layers = LAYERS
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
@@ -143,14 +144,20 @@ class Lora(AdapterMethod):
         self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
     ) -> list[str]:
         """Return the target layers, chosen as in PEFT."""
-        return targets_in(model, config, stored, file, can_adapt)
+        return targets_in(model, config, stored, file, self.adapts)
 
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> LoraSpec:
         """Return the settings of the layer `name`; missing fields have PEFT's defaults."""
         return spec_of_layer(config, name, file)
 
 
-def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    spec: LoraSpec | None = None,
+    *,
+    seed: int = 0,
+    layers: Sequence[type[LowRankLayer]] = LAYERS,
+) -> nn.Module:
     """Freeze `model` and wrap its target layers in `LoRALinear`, `LoRAConv` or `LoRAEmbedding`, in place.
 
     The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
@@ -159,6 +166,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         model: any `nn.Module` with linear layers, convolutions or embeddings, also on the meta device.
         spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
         seed: seed of the initial A of each layer.
+        layers: classes of the adapted layers; the first one that is for a target's kind of layer adapts it.
 
     Returns:
         The same model.
@@ -175,7 +183,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         raise ModelError(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
-    names = select(model, spec.targets, can_adapt)
+    names = select(model, spec.targets, lambda module: any(kind.adapts(module) for kind in layers))
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
             pattern = "rank_pattern" if key in spec.rank_pattern else "alpha_pattern"
@@ -184,26 +192,15 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
             )
     for name in names:
         module = model.get_submodule(name)
-        if (reason := layer_for(module).why_unsuitable(module)) is not None:
+        if (reason := layer_class(layers, module).why_unsuitable(module)) is not None:
             raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
     use_nf4_linears(model.requires_grad_(False))
     modules = {name: model.get_submodule(name) for name in names}
-    layers = {
-        name: layer_for(module)(module, spec.for_layer(name), layer_generator(seed, name))
+    adapted = {
+        name: layer_class(layers, module)(module, spec.for_layer(name), layer_generator(seed, name))
         for name, module in modules.items()
     }
-    return wrap(model, layers)
-
-
-def can_adapt(module: nn.Module) -> bool:
-    """Return True if LoRA has a layer for modules of this kind: linears, convolutions and embeddings."""
-    return is_linear(module) or is_convolution(module) or is_embedding(module)
-
-
-def layer_for(module: nn.Module) -> type[LoRALinear] | type[LoRAConv] | type[LoRAEmbedding]:
-    """Return the class of LoRA layers that adapts `module`, a plain or adapted layer."""
-    base = module.base if isinstance(module, LowRankLayer) else module
-    return LoRAConv if is_convolution(base) else LoRAEmbedding if is_embedding(base) else LoRALinear
+    return wrap(model, adapted)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LowRankLayer]:
