@@ -23,6 +23,7 @@ from qlora.adapter.config import (
     read_config,
     spec_of_layer,
 )
+from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE
 from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
@@ -143,28 +144,34 @@ def read(path: str | Path) -> Adapter:
     return Adapter(config, layers, extra_files)
 
 
-def write(adapter: Adapter, path: str | Path) -> int:
+def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -> int:
     """Write an adapter to a new folder, and verify the tensors by reading them back.
 
     Args:
         adapter: the adapter to write.
         path: the folder, which must not exist. It does not exist after an error either.
+        diffusers: name of the model in a pipeline of diffusers: also write the file that diffusers reads.
 
     Returns:
         Size of the tensor file in bytes.
 
     Raises:
         UsageError: `path` exists.
-        ModelError: a number is not finite, or PEFT's config cannot express the adapter.
+        ModelError: a number is not finite, PEFT's config cannot express the adapter, or diffusers cannot read it.
         SaveError: a file cannot be written, or the tensors read back differ.
     """
     folder = Path(path)
     tensors = named_tensors({name: layer.tensors for name, layer in adapter.layers.items()})
-    config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
+    fields = _config(adapter)
+    config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    if diffusers is not None:
+        check_diffusers(tensors, fields)
     with drafting(folder) as drafts, save_errors(folder):
         draft = drafts / "adapter"
         draft.mkdir()
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
+        if diffusers is not None:
+            write_diffusers(draft / DIFFUSERS_FILE, tensors, fields, diffusers)
         for name, text in {CONFIG_FILE: config, **adapter.extra_files}.items():
             (draft / name).write_text(text, encoding="utf-8")
         back = load_file(draft / TENSORS_FILE)
