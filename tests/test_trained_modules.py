@@ -22,6 +22,7 @@ from qlora.adapter import (
     save_adapter,
     trainable_parameters,
 )
+from qlora.adapter.merge import merge_adapter
 from qlora.adapter.trained_parts import trained_parts
 from qlora.errors import ModelError, UsageError
 from qlora.inference.load import held_out_loss, load_trained
@@ -139,6 +140,15 @@ def test_an_unfrozen_head_of_a_plain_network_is_saved(tmp_path: Path) -> None:
     loaded = load_adapter(Classifier().eval(), tmp_path)
     assert torch.equal(loaded(x), model(x))
     assert loaded.norm.num_batches_tracked == 1
+
+
+def test_modules_stay_when_the_adapter_is_merged_in_memory(tmp_path: Path) -> None:
+    model = changed(adapted(tiny(), ["norm"])).eval()
+    wanted = model(input_ids=IDS).logits
+    merged = merge_adapter(model)
+    torch.testing.assert_close(merged(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert not trainable_parameters(merged)
+    assert list(trained_parts(adapt(merged))) == [], "the next adapter starts from the merged model"
 
 
 def test_what_cannot_be_saved_is_refused_by_name(tmp_path: Path) -> None:

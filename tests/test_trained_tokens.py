@@ -25,6 +25,7 @@ from qlora.adapter import (
     save_adapter,
     trainable_parameters,
 )
+from qlora.adapter.merge import merge_adapter
 from qlora.adapter.trained_rows import EmbeddingRows, HeadRows, TrainedRows, train_rows
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.errors import ModelError, RecipeError, UsageError
@@ -183,6 +184,19 @@ def test_rows_are_saved_loaded_and_switched(tmp_path: Path, tied: bool, ids: lis
     adapters.deactivate()
     assert not TrainedRows.of(adapters.model)
     assert torch.equal(adapters.model(input_ids=known).logits, base)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_merged_in_memory(tied: bool) -> None:
+    model = with_rows(tiny(tied), [3, 60]).eval()
+    tokens = torch.tensor([[1, 3, 60, 2]])
+    wanted = model(input_ids=tokens).logits
+    merged = merge_adapter(model)
+    assert not TrainedRows.of(merged)
+    assert not trainable_parameters(merged)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    assert merged.config.vocab_size == merged.lm_head.out_features == 61
+    torch.testing.assert_close(merged(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_with_other_rows_does_not_replace_those_of_a_model(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ CONVERSION = (
     "s.save_file({k: v.contiguous().clone() for k, v in t.items()}, 'adapter_model.safetensors')\""
 )
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+PAIRS = [(SUFFIX_A, SUFFIX_B), (EMBEDDING_A, EMBEDDING_B)]
+"""names of A and B in linear layers and convolutions, and in embeddings"""
 
 
 def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -46,8 +49,8 @@ def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_pairs(
     folder: Path, *, with_parts: bool = False
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Read A [rank, in] and B [out, rank] of each layer, on the CPU.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Read A and B of each layer by suffix, A first, on the CPU.
 
     Args:
         folder: the adapter folder.
@@ -61,9 +64,9 @@ def read_pairs(
     """
     path = folder / TENSORS_FILE
     names = [tensor.name for tensor in stored_tensors(path)] if with_parts and path.is_file() else []
-    others = [name for name in names if not name.endswith((SUFFIX_A, SUFFIX_B))]
-    layers, parts = read_layers(folder, [(SUFFIX_A, SUFFIX_B)], others)
-    return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}, parts
+    suffixes = tuple(suffix for pair in PAIRS for suffix in pair)
+    layers, parts = read_layers(folder, PAIRS, [name for name in names if not name.endswith(suffixes)])
+    return {name: dict(sorted(tensors.items())) for name, tensors in layers.items()}, parts
 
 
 def read_layers(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
@@ -46,7 +46,7 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if AdaptedLinear.of(model):
+        if AdaptedLayer.of(model):
             raise ModelError(
                 "the model is adapted already: pass the base without an adapter, then load the adapters by name"
             )

@@ -21,10 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear, replace_modules
-from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.peft_tensors import PREFIX
-from qlora.adapter.trained_rows import TrainedRows, check_rows, embedding_and_head, place_rows, plain
+from qlora.adapter.trained_rows import (
+    TrainedRows,
+    check_rows,
+    embedding_and_head,
+    merge_rows,
+    place_rows,
+    plain,
+)
 from qlora.errors import ModelError, UsageError, listed
 from qlora.quantization.nf4 import is_nf4
 
@@ -51,7 +58,6 @@ def train_modules(model: nn.Module, entries: Sequence[str]) -> nn.Module:
         UsageError: an entry matches no module with parameters.
         ModelError: a module is quantized, a target of the adapter, or shares its weight with another one.
     """
-    _remember_identity(model)
     chosen: dict[str, nn.Module] = {}
     for entry in entries:
         chosen |= _match(model, entry)
@@ -70,7 +76,7 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ModelError: a trained parameter cannot be saved.
     """
-    adapted = AdaptedLinear.of(model)
+    adapted = AdaptedLayer.of(model)
     rows = TrainedRows.of(model)
     found = {}
     for name, module in model.named_modules():
@@ -144,6 +150,15 @@ def part_fields(model: nn.Module) -> dict[str, Any]:
     return fields
 
 
+def merge_parts(model: nn.Module) -> None:
+    """Make the parts trained beside an adapter ordinary frozen parts of `model`, in place."""
+    for module in whole_modules(model).values():
+        module.requires_grad_(False)
+        if hasattr(module, _MARK):
+            delattr(module, _MARK)
+    merge_rows(model)
+
+
 @dataclass(frozen=True)
 class StoredParts:
     """Trained parts that an adapter_config.json names, found in a model."""
@@ -191,8 +206,6 @@ class StoredParts:
 
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Put the parts into a base, in place of its own modules, which stay unchanged."""
-        if self.shapes:
-            _remember_identity(model)
         memo: dict[int, Any] = {}  # so that weights that are tied stay tied
         originals = [model.get_submodule(name) for name in self.modules]
         replace_modules(model, {original: copy.deepcopy(original, memo) for original in originals})
@@ -269,12 +282,6 @@ def without_parts(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return {field: value for field, value in config.items() if field not in (TOKENS, MODULES)}
 
 
-def _remember_identity(model: nn.Module) -> None:
-    """Take the fingerprint of the base while its modules are untrained."""
-    if not isinstance(getattr(model, "base_identity", None), BaseIdentity):
-        object.__setattr__(model, "base_identity", BaseIdentity.of(model))
-
-
 def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
     """Return the modules that one entry matches, each with those inside it, all with parameters of their own."""
     try:
@@ -296,7 +303,7 @@ def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
             f'train_modules: "{entry}" matches no module with parameters in {type(model).__name__}. Modules with '
             f"parameters: {others}"
         )
-    layers: dict[str, nn.Module] = {**AdaptedLinear.of(model), **TrainedRows.of(model)}
+    layers: dict[str, nn.Module] = {**AdaptedLayer.of(model), **TrainedRows.of(model)}
     for name, module in chosen.items():
         if any(name == layer or name.startswith(f"{layer}.") for layer in layers):
             raise ModelError(

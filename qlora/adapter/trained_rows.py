@@ -9,6 +9,7 @@ how the base has read it so far. Unlike with the mean of all rows, tokens with d
 rows. The first logit of a token is at most the largest of its pieces'.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.adapter.adapted_linear import AdaptedLinear, replace_modules
+from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.targets import is_conv1d, is_linear
 from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.trained_rows import Rows, replace_columns, replace_rows
@@ -166,6 +168,32 @@ def place_rows(model: nn.Module, rows: Mapping[str, tuple[Sequence[int], nn.Para
     replace_modules(model, replacements)
 
 
+def merge_rows(model: nn.Module) -> None:
+    """Put the trained rows into the weights of `model`, in place, so that its embedding and head are plain again."""
+    weights: dict[tuple[Tensor, Tensor], nn.Parameter] = {}  # tied weights stay tied
+    replacements = {}
+    for module in TrainedRows.of(model).values():
+        base, key = module.base, (module.base.weight, module.values)
+        if key not in weights:
+            merged = module.merged_weight(base.weight.detach()).to(base.weight.dtype)
+            weights[key] = nn.Parameter(merged, requires_grad=False)
+        merged_module = copy.copy(base)
+        if "weight" in base._parameters:
+            merged_module._parameters = {**base._parameters, "weight": weights[key]}
+        else:  # in host memory
+            object.__setattr__(merged_module, "weight", weights[key].detach())
+        if base._parameters.get("bias") is not None:
+            widened = F.pad(base.bias.detach(), (0, module.size - len(base.bias)))
+            merged_module._parameters["bias"] = nn.Parameter(widened, requires_grad=False)
+        for size in ("num_embeddings", "out_features"):
+            if hasattr(base, size):
+                setattr(merged_module, size, module.size)
+        replacements[module] = merged_module
+        if hasattr(model, "config"):
+            model.config.get_text_config().vocab_size = module.size  # type: ignore[union-attr, operator]
+    replace_modules(model, replacements)
+
+
 def check_rows(model: nn.Module, name: str, ids: Sequence[int]) -> type[TrainedRows]:
     """Return the class that trains these rows of the module `name`.
 
@@ -181,7 +209,7 @@ def check_rows(model: nn.Module, name: str, ids: Sequence[int]) -> type[TrainedR
 
 def _kind(name: str, module: nn.Module) -> type[TrainedRows]:
     """Return the class for an embedding or an output head. Raises ModelError for another module."""
-    if isinstance(module, AdaptedLinear):
+    if isinstance(module, AdaptedLayer):
         raise ModelError(
             f"adapter.train_tokens: {name} is a target of the adapter too. Leave it out of adapter.targets"
         )
