@@ -19,6 +19,7 @@ from qlora.adapter import (
     LoraSpec,
     adapt,
     load_adapter,
+    lora_layers,
     save_adapter,
     trainable_parameters,
 )
@@ -77,7 +78,7 @@ def test_what_cannot_be_trained_as_a_whole_is_refused() -> None:
     with pytest.raises(UsageError, match="not a valid regular expression"):
         adapted(tiny(), ["("])
     with pytest.raises(ModelError, match=r"self_attn\.q_proj is a target of the adapter"):
-        adapted(tiny(), ["q_proj"])
+        adapted(tiny(), ["q_proj"], targets=["q_proj", "v_proj"])
     with pytest.raises(ModelError, match=r"lm_head shares its weight with model\.embed_tokens"):
         adapted(tiny(tied=True), ["lm_head"])
 
@@ -175,6 +176,7 @@ def test_a_classifier_gets_its_head(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     wanted = model(input_ids=IDS).logits
     assert torch.equal(load_adapter(make().eval(), tmp_path)(input_ids=IDS).logits, wanted)
+    assert "score" not in lora_layers(model), "all-linear leaves out what is trained as a whole"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -206,6 +208,7 @@ def test_peft_computes_the_same_from_our_adapter(tmp_path: Path, tied: bool, mod
     assert len(trained_parts(model)) == len(modules)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_is_merged(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,7 +269,7 @@ MARKERS = ["<|im_start|>", "<|im_end|>"]
 
 def chatml(recipe_file: RecipeFile, tmp_path: Path, **changes: Any) -> Recipe:
     """Return a recipe that trains ChatML's markers, which are no tokens of the tiny base, in every run's folder."""
-    file = recipe_file(optimizer={"lr": 2e-2}, training={"max_steps": 6, "save_every": 2}, **changes)
+    file = recipe_file(optimizer={"lr": 2e-2}, training={"max_steps": 4, "save_every": 2}, **changes)
     settings = json.loads(file.read_text())
     settings["adapter"] = {**NEW, **changes.get("adapter", {})}
     settings["data"]["template"] = "chatml"
@@ -295,17 +295,22 @@ def test_new_tokens_are_those_that_the_template_writes(recipe_file: RecipeFile, 
         TrainedTokens.of(raw).train(adapt(load_base(made.base)))
 
 
-def test_a_run_learns_its_tokens_and_resumes_bit_for_bit(
+def test_a_run_learns_tokens_and_norms_resumes_bit_for_bit_and_is_merged(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = chatml(recipe_file, tmp_path)
+    adapter = {"targets": "attention", "train_modules": ["norm", "input_layernorm"]}
+    made = chatml(recipe_file, tmp_path, adapter=adapter)
     whole = train(made.model_copy(update={"output": str(tmp_path / "whole")}), terminal=False)
     assert whole.loss_before is not None
     assert whole.loss_after is not None
     assert whole.loss_after < whole.loss_before - 0.5
-    assert held_out_loss(load_trained(whole.run))[0] == pytest.approx(whole.loss_after, rel=1e-6)
-    alone = held_out_loss(load_trained(whole.run, with_adapter=False))[0]
-    assert alone == pytest.approx(whole.loss_before, rel=1e-6), "the base has the tokens as they started"
+    notes = whole.facts["notes"]
+    assert notes[0].startswith(
+        "train_tokens: rows of <|im_start|> (2048), <|im_end|> (2049) in model.embed_tokens and"
+    )
+    assert any(
+        "2 decoder layers with modules trained as a whole run transformers' own" in note for note in notes
+    )
     update = loop.update
 
     def interrupted(session: Any, batches: Any, step: int, lr: float) -> dict[str, float]:
@@ -320,28 +325,29 @@ def test_a_run_learns_its_tokens_and_resumes_bit_for_bit(
     resumed = train(made, resume=True, terminal=False)
     name = "adapter/adapter_model.safetensors"
     assert (resumed.run / name).read_bytes() == (whole.run / name).read_bytes()
-    saved = AutoTokenizer.from_pretrained(whole.run / "adapter")
-    assert saved.convert_tokens_to_ids(MARKERS) == [2048, 2049]
-    assert saved.eos_token == "<|im_end|>", "it ends an answer"
+
+    live, start = load_trained(whole.run), load_trained(whole.run, with_adapter=False)
+    assert held_out_loss(live)[0] == pytest.approx(whole.loss_after, rel=1e-5)
+    assert held_out_loss(start)[0] == pytest.approx(whole.loss_before, rel=1e-5), (
+        "with the tokens as they started"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(whole.run / "adapter")
+    assert tokenizer.convert_tokens_to_ids(MARKERS) == [2048, 2049]
+    assert tokenizer.eos_token == "<|im_end|>", "it ends an answer"
+    done = qlora("merge", whole.run, "--to", tmp_path / "merged", "--onto", "dequantized", "--tokens", 0)
+    assert done.returncode == 0, done.stderr
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2050
+    ids = torch.tensor([live.prompts.encode("Hi")])
+    assert 2048 in ids
+    wanted, base = live.model(input_ids=ids).logits, start.model(input_ids=ids).logits
+    assert (merged(input_ids=ids).logits - wanted).norm() < 0.01 * (wanted - base).norm()
 
 
-def test_a_run_is_merged_inspected_and_answers(
+def test_commands_know_the_tokens_of_a_run(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(chatml(recipe_file, tmp_path), terminal=False).run
-    done = qlora("merge", run, "--to", tmp_path / "merged", "--onto", "dequantized")
-    assert done.returncode == 0, done.stderr
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert merged.config.vocab_size == len(tokenizer) == 2050
-    live = load_trained(run).model
-    ids = torch.tensor(
-        [tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=True)["input_ids"]]
-    )
-    assert 2048 in ids
-    base = load_trained(run, with_adapter=False).model(input_ids=ids).logits
-    wanted = live(input_ids=ids).logits
-    assert (merged(input_ids=ids).logits - wanted).norm() < 0.01 * (wanted - base).norm()
     shown = qlora("adapter", "inspect", run)
     assert "rows of tokens, trained beside the adapter: 2 of" in " ".join(shown.stdout.split())
     summed = qlora("adapter", "compose", f"{run}:0.5", f"{run}:0.5", "--to", tmp_path / "sum")

@@ -26,8 +26,9 @@ TOLERANCE = 0.01
 def merge_adapter(model: nn.Module, *, quantize: bool = False) -> nn.Module:
     """Add the adapter of `model` to its weights, in place, so that the model has plain layers again.
 
-    Rows of tokens and modules that were trained beside the adapter become part of the model too. The merged model computes the same as the adapted one in eval mode, up to rounding. It stays frozen. If rounding to
-    the layers' dtype or to NF4 changed the weights by more than 1% of the adapter's update, a warning gives the share.
+    Rows of tokens and modules that were trained beside the adapter become part of the model too. The merged model
+    computes the same as the adapted one in eval mode, up to rounding. It stays frozen. If rounding to the layers' dtype
+    or to NF4 changed the weights by more than 1% of the adapter's update, a warning gives the share.
 
     If a merged weight is tied to another layer, such as an embedding to the output head, the other layer keeps the old
     weight, as in the adapted model. `config.tie_word_embeddings`, if there is one, then becomes False.

@@ -181,7 +181,7 @@ def _refuse_lost(model: nn.Module, parts: Iterable[Tensor]) -> None:
             f"{listed(lost)} would be lost: trained (requires_grad), but no part of the adapter. Name the modules in "
             "train_modules, freeze them with requires_grad_(False), or save the whole model"
         )
-    own = (*model.named_parameters(), *model.named_buffers())
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     held_names = {name for name, tensor in own if id(tensor) in held}
     lost = [name for name in changed(model) if name not in held_names]
     if lost:

@@ -44,12 +44,14 @@ _MARK = "trained_beside_an_adapter"
 """attribute of the modules that are trained as a whole, so that they are saved also after the model was frozen"""
 
 
-def train_modules(model: nn.Module, entries: Sequence[str]) -> nn.Module:
+def train_modules(model: nn.Module, entries: Sequence[str], targets: str | Sequence[str] = ()) -> nn.Module:
     """Train whole modules of an adapted model, in place.
 
     Args:
         model: a model with an adapter.
         entries: each is a module's name, the last parts of a name, or a regular expression for a whole name.
+        targets: targets of the adapter. If they are a keyword such as all-linear, the modules leave them, as in PEFT; a
+            module that a list names is refused.
 
     Returns:
         The same model.
@@ -60,6 +62,8 @@ def train_modules(model: nn.Module, entries: Sequence[str]) -> nn.Module:
     """
     chosen: dict[str, nn.Module] = {}
     for entry in entries:
+        if isinstance(targets, str):
+            _release(model, entry)
         chosen |= _match(model, entry)
     _check_tied(model, chosen)
     for module in chosen.values():
@@ -282,17 +286,22 @@ def without_parts(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return {field: value for field, value in config.items() if field not in (TOKENS, MODULES)}
 
 
-def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
-    """Return the modules that one entry matches, each with those inside it, all with parameters of their own."""
+def _release(model: nn.Module, entry: str) -> None:
+    """Take the adapter off the layers that one entry matches."""
+    layers = {name: layer for name, layer in AdaptedLayer.of(model).items() if _fits(name, entry)}
+    replace_modules(model, {layer: layer.base for layer in layers.values()})
+
+
+def _fits(name: str, entry: str) -> bool:
     try:
-        pattern = re.compile(entry)
+        return name == entry or name.endswith("." + entry) or re.fullmatch(entry, name) is not None
     except re.error as error:
         raise UsageError(f'train_modules: "{entry}" is not a valid regular expression ({error})') from error
-    matched = [
-        name
-        for name, _ in model.named_modules()
-        if name and (name == entry or name.endswith("." + entry) or pattern.fullmatch(name))
-    ]
+
+
+def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
+    """Return the modules that one entry matches, each with those inside it, all with parameters of their own."""
+    matched = [name for name, _ in model.named_modules() if name and _fits(name, entry)]
     chosen = {inner: module for name in matched for inner, module in _owners(model, name).items()}
     if not chosen:
         leaves = Counter(

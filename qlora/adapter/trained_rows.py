@@ -171,7 +171,7 @@ def place_rows(model: nn.Module, rows: Mapping[str, tuple[Sequence[int], nn.Para
 def merge_rows(model: nn.Module) -> None:
     """Put the trained rows into the weights of `model`, in place, so that its embedding and head are plain again."""
     weights: dict[tuple[Tensor, Tensor], nn.Parameter] = {}  # tied weights stay tied
-    replacements = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for module in TrainedRows.of(model).values():
         base, key = module.base, (module.base.weight, module.values)
         if key not in weights:

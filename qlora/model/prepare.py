@@ -59,7 +59,7 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     if settings.train_tokens:
         TrainedTokens.of(recipe).train(model)
     if settings.train_modules:
-        train_modules(model, settings.train_modules)
+        train_modules(model, settings.train_modules, settings.targets)
     return model
 
 

@@ -205,7 +205,7 @@ def adapt(
         name: layer_class(layers, module)(module, spec.for_layer(name), layer_generator(seed, name))
         for name, module in modules.items()
     }
-    return trained_parts.train_modules(wrap(model, adapted), train_modules)
+    return trained_parts.train_modules(wrap(model, adapted), train_modules, spec.targets)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LowRankLayer]:
