@@ -253,7 +253,7 @@ def test_a_run_resumes_bit_for_bit_and_is_merged(
 @pytest.mark.parametrize(
     ("modules", "dtype"),
     [
-        (["lm_head"], "bfloat16"),
+        pytest.param(["lm_head"], "bfloat16", marks=pytest.mark.slow),
         pytest.param(["lm_head"], "float32", marks=pytest.mark.slow),
         pytest.param(["norm"], "float32", marks=pytest.mark.slow),
         pytest.param(["input_layernorm", "norm"], "bfloat16", marks=pytest.mark.slow),

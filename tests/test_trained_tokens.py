@@ -303,7 +303,7 @@ def test_a_run_learns_tokens_and_norms_resumes_bit_for_bit_and_is_merged(
     whole = train(made.model_copy(update={"output": str(tmp_path / "whole")}), terminal=False)
     assert whole.loss_before is not None
     assert whole.loss_after is not None
-    assert whole.loss_after < whole.loss_before - 0.5
+    assert whole.loss_after < whole.loss_before - 0.3
     notes = whole.facts["notes"]
     assert notes[0].startswith(
         "train_tokens: rows of <|im_start|> (2048), <|im_end|> (2049) in model.embed_tokens and"
@@ -344,6 +344,7 @@ def test_a_run_learns_tokens_and_norms_resumes_bit_for_bit_and_is_merged(
     assert (merged(input_ids=ids).logits - wanted).norm() < 0.01 * (wanted - base).norm()
 
 
+@pytest.mark.slow
 def test_commands_know_the_tokens_of_a_run(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
