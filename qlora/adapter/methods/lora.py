@@ -145,17 +145,7 @@ class Lora(AdapterMethod):
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
-        spec = LoraSpec(
-            rank=settings.rank,
-            alpha=settings.resolved_alpha,
-            dropout=settings.dropout,
-            scaling=settings.scaling,
-            init=settings.init,
-            targets=settings.targets,
-            rank_pattern=settings.rank_pattern,
-            alpha_pattern=settings.alpha_pattern,
-        )
-        return adapt(model, spec, seed=seed)
+        return adapt(model, spec_of(settings), seed=seed)
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig."""
@@ -176,7 +166,27 @@ class Lora(AdapterMethod):
         return spec_of_layer(config, name, file)
 
 
-def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
+def spec_of(settings: Adapter) -> LoraSpec:
+    """Return the LoRA settings of a recipe's section `adapter`."""
+    return LoraSpec(
+        rank=settings.rank,
+        alpha=settings.resolved_alpha,
+        dropout=settings.dropout,
+        scaling=settings.scaling,
+        init=settings.init,
+        targets=settings.targets,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+    )
+
+
+def adapt(
+    model: nn.Module,
+    spec: LoraSpec | None = None,
+    *,
+    seed: int = 0,
+    layer: type[LoRALinear] = LoRALinear,
+) -> nn.Module:
     """Freeze `model` and wrap its target layers in `LoRALinear`, in place.
 
     The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
@@ -185,6 +195,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         model: any `nn.Module` with linear layers, also on the meta device.
         spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
         seed: seed of the initial A of each layer.
+        layer: class of the adapted layers, `LoRALinear` or one derived from it.
 
     Returns:
         The same model.
@@ -210,7 +221,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
             )
     use_nf4_linears(model.requires_grad_(False))
     layers = {
-        name: LoRALinear(model.get_submodule(name), spec.for_layer(name), layer_generator(seed, name))
+        name: layer(model.get_submodule(name), spec.for_layer(name), layer_generator(seed, name))
         for name in names
     }
     return wrap(model, layers)
