@@ -78,7 +78,7 @@ class _DoraLinear(torch.autograd.Function):
         weight = dense(linear.weight, linear.state, rows.dtype)
         norms = row_norms(weight, squares, Update(a, b), linear.scaling)
         excess = (magnitude.to(norms.dtype) / norms - 1).to(rows.dtype)  # g - 1
-        inner, narrow = _dropped(rows, linear), b.to(rows.dtype).T
+        inner, narrow = linear.dropped(rows), b.to(rows.dtype).T
         low = inner @ a.to(rows.dtype).T  # [N, rank]
         z = F.linear(inner, weight).addmm_(low, narrow, alpha=linear.scaling)
         y = z
@@ -100,7 +100,7 @@ class _DoraLinear(torch.autograd.Function):
         d_magnitude = (grad * z).sum(0, dtype=norms.dtype).div_(norms).to(magnitude.dtype)
         scaled = torch.addcmul(grad, grad, excess)  # g dy
         low_grad = (scaled @ b.to(grad.dtype)).mul_(linear.scaling)  # [N, rank]
-        d_a = (low_grad.T @ _dropped(rows, linear)).to(a.dtype)
+        d_a = (low_grad.T @ linear.dropped(rows)).to(a.dtype)
         d_b = (scaled.T @ low).mul_(linear.scaling).to(b.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -109,13 +109,6 @@ class _DoraLinear(torch.autograd.Function):
                 dx = (scaled @ weight).addmm_(low_grad, a.to(grad.dtype))
             else:
                 inner = ((grad * excess) @ weight).addmm_(low_grad, a.to(grad.dtype))
-                dx = (grad @ weight).add_(_dropped(inner, linear))
+                dx = (grad @ weight).add_(linear.dropped(inner))
             dx = dx.view(x.shape)
         return dx, None, d_a, d_b, d_magnitude, None
-
-
-def _dropped(rows: Tensor, linear: Linear) -> Tensor:
-    """Return rows [N, in] times the mask / (1 - rate); the rows themselves without dropout."""
-    if linear.dropout is None:
-        return rows
-    return (rows * linear.dropout.mask(rows)).div_(1 - linear.dropout.rate)

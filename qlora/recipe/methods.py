@@ -19,6 +19,7 @@ class MethodFacts:
 
 METHODS = {
     "lora": MethodFacts("LoRA of rank {rank} on {targets}"),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}"),
     "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }

@@ -79,7 +79,11 @@ class Dora(Lora):
     """DoRA: trains A, B and the norms of the rows of every target."""
 
     name = "dora"
-    layer = DoraLinear
+    layers = (DoraLinear,)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Return True if `config` is one of LoRA with use_dora."""
+        return super().claims(config) and config.get("use_dora") is True
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `qlora.adapter.adapt`."""
