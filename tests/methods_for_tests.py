@@ -78,29 +78,29 @@ def optimizer_over(model: nn.Module) -> Optimizer:
     return Optimizer(trainable_parameters(model), name="adamw", exact_sums=True)
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
+def train(model: nn.Module, optimizer: Optimizer, steps: range, lr: float) -> list[float]:
     """Take training steps of two micro-batches over the same two batches. Returns the losses."""
     losses = []
     for step in steps:
         optimizer.zero_grad()
         losses.append(accumulate(model.train(), [batch(0), batch(1)], seed=0, step=step).sum.item())
         optimizer.clip(1.0)
-        optimizer.step(1e-2)
+        optimizer.step(lr)
     return losses
 
 
-def assert_resumes(make: Callable[[], nn.Module], folder: Path) -> None:
+def assert_resumes(make: Callable[[], nn.Module], folder: Path, lr: float = 1e-2) -> None:
     """Assert that training, saved and loaded half way, ends with the same bits, and that the loss falls."""
     whole, first, second = make(), make(), make()
-    losses = train(whole, optimizer_over(whole), range(6))
+    losses = train(whole, optimizer_over(whole), range(6), lr)
     assert losses[-1] < losses[0] - 0.1
     optimizer = optimizer_over(first)
-    train(first, optimizer, range(3))
+    train(first, optimizer, range(3), lr)
     save_adapter(first, folder)
     resumed = optimizer_over(second)
     load_adapter(second, folder)
     resumed.load_state(optimizer.state())
-    train(second, resumed, range(3, 6))
+    train(second, resumed, range(3, 6), lr)
     ended = trainable_parameters(second)
     assert ended
     assert all(torch.equal(ended[name], value) for name, value in trainable_parameters(whole).items())

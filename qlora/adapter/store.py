@@ -137,6 +137,10 @@ def load_adapter(
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
         _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
+    common = {name: others[name] for name in shared}
+    method.check_shared(
+        [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
+    )
     if not layers:
         use_nf4_linears(model.requires_grad_(False))
         dtype = next(iter(stored[names[0]].values())).dtype
@@ -144,7 +148,7 @@ def load_adapter(
         modules = {name: model.get_submodule(name) for name in specs}
         wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
     _load_layers(model, specs, stored)
-    method.load_shared(model, {name: others[name] for name in shared}, tensors_file)
+    method.load_shared(model, common, tensors_file)
     load_parts(model, {name: others[name] for name in parts}, tensors_file)
     return model
 

@@ -20,6 +20,10 @@ class MethodFacts:
 METHODS = {
     "lora": MethodFacts("LoRA of rank {rank} on {targets}"),
     "dora": MethodFacts("DoRA of rank {rank} on {targets}"),
+    "vera": MethodFacts(
+        "VeRA of rank {rank} on {targets}",
+        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern"),
+    ),
     "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }
