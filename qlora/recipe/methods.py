@@ -21,6 +21,11 @@ class MethodFacts:
 
 METHODS = {
     "lora": MethodFacts("LoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "vera": MethodFacts(
+        "VeRA of rank {rank} on {targets}",
+        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern"),
+    ),
     "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }

@@ -66,8 +66,9 @@ class Base(Section):
 class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
-    method: Literal["lora", "full", "bitfit"] = "lora"
-    """lora: train A and B (LoRA, section 4.1); full: all weights of an unquantized base; bitfit: biases only."""
+    method: Literal["lora", "dora", "vera", "full", "bitfit"] = "lora"
+    """lora: train A and B (LoRA, section 4.1); dora: also the norms of the weight's rows (DoRA, section 4); vera: two
+    vectors a layer (VeRA, section 3); full: all weights of an unquantized base; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
