@@ -26,6 +26,8 @@ from qlora.adapter import (
     trainable_parameters,
 )
 from qlora.adapter.merge import merge_adapter
+from qlora.adapter.methods import ADAPTERS, METHODS
+from qlora.adapter.trained_parts import train_modules
 from qlora.adapter.trained_rows import EmbeddingRows, HeadRows, TrainedRows, train_rows
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.errors import ModelError, RecipeError, UsageError
@@ -37,7 +39,7 @@ from qlora.model.offload import HostEmbedding
 from qlora.model.tokens import TrainedTokens
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.checks import check_head
-from qlora.recipe import Recipe
+from qlora.recipe import Adapter, Recipe
 from qlora.training import train as loop
 from qlora.training.train import train
 
@@ -197,6 +199,22 @@ def test_rows_are_merged_in_memory(tied: bool) -> None:
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
     assert merged.config.vocab_size == merged.lm_head.out_features == 61
     torch.testing.assert_close(merged(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [method.name for method in ADAPTERS])
+def test_every_method_can_have_tokens_and_modules_beside_it(tmp_path: Path, method: str) -> None:
+    settings = Adapter(method=method, rank=2, targets="attention")
+    model = train_rows(METHODS[method].apply(tiny(), settings, seed=0), [3, 60])
+    train_modules(model, ["norm"], settings.targets)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_adapter(model.eval(), tmp_path)
+    tokens = torch.tensor([[1, 3, 60, 2]])
+    wanted = model(input_ids=tokens).logits
+    loaded = load_adapter(tiny().eval(), tmp_path)
+    assert torch.equal(loaded(input_ids=tokens).logits, wanted)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == trainable_parameters(model).keys()
 
 
 def test_an_adapter_with_other_rows_does_not_replace_those_of_a_model(tmp_path: Path) -> None:

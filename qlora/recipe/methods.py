@@ -1,5 +1,6 @@
 """Facts about each adapter method that a recipe needs; the methods themselves are in `qlora.adapter.methods`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern")
@@ -21,6 +22,11 @@ class MethodFacts:
 
 METHODS = {
     "lora": MethodFacts("LoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "vera": MethodFacts(
+        "VeRA of rank {rank} on {targets}",
+        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern"),
+    ),
     "full": MethodFacts(
         "all weights trained",
         frozen_base=False,
@@ -28,3 +34,19 @@ METHODS = {
     ),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }
+
+
+def summary_of(
+    facts: MethodFacts,
+    rank: int,
+    targets: str | Sequence[str],
+    tokens: str | Sequence[str],
+    modules: Sequence[str],
+) -> str:
+    """Return a short description of the trained parameters: those of the method, and tokens and modules beside it."""
+    layers = targets if isinstance(targets, str) else f"{len(targets)} targets"
+    parts = [facts.summary.format(rank=rank, targets=layers)]
+    if tokens:
+        count = f"{len(tokens)} token{'s' * (len(tokens) != 1)}"
+        parts.append(f"rows of {'new tokens' if tokens == 'new' else count}")
+    return ", ".join([*parts, *modules])

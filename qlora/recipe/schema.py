@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from qlora.formats import FORMATS
-from qlora.recipe.methods import METHODS, MethodFacts
+from qlora.recipe.methods import METHODS, MethodFacts, summary_of
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
 
 Text = Annotated[str, Field(min_length=1)]
@@ -66,8 +66,9 @@ class Base(Section):
 class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
-    method: Literal["lora", "full", "bitfit"] = "lora"
-    """lora: train A and B (LoRA, section 4.1); full: all weights of an unquantized base; bitfit: biases only."""
+    method: Literal["lora", "dora", "vera", "full", "bitfit"] = "lora"
+    """lora: train A and B (LoRA, section 4.1); dora: also the norms of the weight's rows (DoRA, section 4); vera: two
+    vectors a layer (VeRA, section 3); full: all weights of an unquantized base; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
@@ -102,13 +103,7 @@ class Adapter(Section):
     @property
     def summary(self) -> str:
         """Short description of the trained parameters, for reports."""
-        targets = self.targets if isinstance(self.targets, str) else f"{len(self.targets)} targets"
-        parts = [self.facts.summary.format(rank=self.rank, targets=targets)]
-        if self.train_tokens:
-            count = len(self.train_tokens)
-            named = f"{count} token{'s' * (count != 1)}"
-            parts.append(f"rows of {'new tokens' if self.train_tokens == 'new' else named}")
-        return ", ".join([*parts, *self.train_modules])
+        return summary_of(self.facts, self.rank, self.targets, self.train_tokens, self.train_modules)
 
 
 class Source(Section):
