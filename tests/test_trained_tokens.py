@@ -33,6 +33,7 @@ from qlora.data import IGNORE_INDEX, Batch
 from qlora.errors import ModelError, RecipeError, UsageError
 from qlora.inference.load import held_out_loss, load_trained
 from qlora.memory.workload import assumed
+from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.head import head_of
 from qlora.model.load import load_base, load_tokenizer
 from qlora.model.offload import HostEmbedding
@@ -95,6 +96,7 @@ def test_known_tokens_start_as_the_base_and_get_the_gradient_of_their_rows(
     base.requires_grad_(False)
     for weight in {base.model.embed_tokens.weight, base.lm_head.weight}:
         weight.requires_grad_(True)
+    use_fused_layers(model)
     for network in (base, model):
         loss_sum(network, as_batch(IDS)).backward()
     for name, module in rows.items():

@@ -30,7 +30,8 @@ from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
-from qlora.adapter.trained_parts import StoredParts, part_fields, trained_parts, without_parts
+from qlora.adapter.stored_parts import StoredParts
+from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic

@@ -9,16 +9,13 @@ They are stored as PEFT stores them, in the adapter's own files:
 A parameter that was unfrozen by hand is a trained part too: its module is saved. What cannot be saved is refused.
 """
 
-import copy
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
@@ -26,11 +23,8 @@ from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.peft_tensors import PREFIX
 from qlora.adapter.trained_rows import (
     TrainedRows,
-    check_rows,
     embedding_and_head,
     merge_rows,
-    place_rows,
-    plain,
 )
 from qlora.errors import ModelError, UsageError, listed
 from qlora.quantization.nf4 import is_nf4
@@ -40,7 +34,7 @@ TOKENS, MODULES = "trainable_token_indices", "modules_to_save"
 
 DELTA = ".token_adapter.trainable_tokens_delta"
 
-_MARK = "trained_beside_an_adapter"
+MARK = "trained_beside_an_adapter"
 """attribute of the modules that are trained as a whole, so that they are saved also after the model was frozen"""
 
 
@@ -68,7 +62,7 @@ def train_modules(model: nn.Module, entries: Sequence[str], targets: str | Seque
     _check_tied(model, chosen)
     for module in chosen.values():
         module.requires_grad_(True)
-        setattr(module, _MARK, True)
+        setattr(module, MARK, True)
     return model
 
 
@@ -85,7 +79,7 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         trained = any(p.requires_grad for p in module._parameters.values() if p is not None)
-        if name in adapted or name in rows or not (trained or getattr(module, _MARK, False)):
+        if name in adapted or name in rows or not (trained or getattr(module, MARK, False)):
             continue
         owner = name.removesuffix(".base")
         if owner != name and owner in adapted | rows:
@@ -158,94 +152,9 @@ def merge_parts(model: nn.Module) -> None:
     """Make the parts trained beside an adapter ordinary frozen parts of `model`, in place."""
     for module in whole_modules(model).values():
         module.requires_grad_(False)
-        if hasattr(module, _MARK):
-            delattr(module, _MARK)
+        if hasattr(module, MARK):
+            delattr(module, MARK)
     merge_rows(model)
-
-
-@dataclass(frozen=True)
-class StoredParts:
-    """Trained parts that an adapter_config.json names, found in a model."""
-
-    rows: Mapping[str, tuple[list[int], str]]
-    """module -> token ids, and the name of the tensor with their rows; tied modules share it"""
-    modules: Sequence[str]
-    """modules trained as a whole, with their submodules"""
-    shapes: Mapping[str, tuple[int, ...]]
-    """shapes of the tensors by their names in the file"""
-
-    @classmethod
-    def find(cls, model: nn.Module, config: Mapping[str, Any], file: Path) -> "StoredParts":
-        """Find the parts that `config`, read from `file`, names in `model`, as PEFT finds them.
-
-        Raises:
-            ModelError: the model has no such module, or its rows cannot be replaced.
-        """
-        rows = _rows_in(model, config.get(TOKENS), file)
-        modules = _modules_in(model, config.get(MODULES))
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, (ids, key) in rows.items():
-            check_rows(model, name, ids)
-            weight: Any = plain(model.get_submodule(name)).weight
-            shapes[key] = (len(ids), weight.shape[1])
-        for name in modules:
-            for inner, module in _owners(model, name).items():
-                shapes |= {f"{PREFIX}{inner}.{key}": tuple(t.shape) for key, t in state_of(module).items()}
-        return cls(rows, modules, shapes)
-
-    def without(self, names: Sequence[str]) -> list[str]:
-        """Leave out the layers inside modules that are trained as a whole: like PEFT, they get no adapter."""
-        return [
-            name for name in names if not any(f"{name}.".startswith(f"{whole}.") for whole in self.modules)
-        ]
-
-    def check(self, tensors: Mapping[str, Tensor], file: Path) -> None:
-        """Raise ModelError if a tensor, read from `file`, has another shape than the model's part."""
-        for key, shape in self.shapes.items():
-            if tuple(tensors[key].shape) != shape:
-                raise ModelError(
-                    f"{file}: {key} is {list(tensors[key].shape)}, the model needs {list(shape)}. Load the base that "
-                    "the adapter was trained on"
-                )
-
-    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put the parts into a base, in place of its own modules, which stay unchanged."""
-        memo: dict[int, Any] = {}  # so that weights that are tied stay tied
-        originals = [model.get_submodule(name) for name in self.modules]
-        replace_modules(model, {original: copy.deepcopy(original, memo) for original in originals})
-        assigned: dict[Tensor, tuple[Tensor, nn.Parameter]] = {}
-        for name in self.modules:
-            for inner, module in _owners(model, name).items():
-                setattr(module, _MARK, True)
-                for key, own in state_of(module).items():
-                    stored = tensors[f"{PREFIX}{inner}.{key}"]
-                    tied = assigned.get(own)
-                    if tied is not None and torch.equal(tied[0], stored):
-                        setattr(module, key, tied[1])
-                        continue
-                    content = stored.to("cpu" if own.is_meta else own.device, own.dtype)
-                    if isinstance(own, nn.Parameter):
-                        assigned[own] = stored, nn.Parameter(content)
-                        setattr(module, key, assigned[own][1])
-                    else:
-                        module.register_buffer(key, content)
-        values = {
-            key: nn.Parameter(_beside(model, name, tensors[key])) for name, (_, key) in self.rows.items()
-        }
-        place_rows(model, {name: (ids, values[key]) for name, (ids, key) in self.rows.items()})
-
-    @torch.no_grad()
-    def copy_into(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-        """Copy the parts into those of an adapted model. Raises ModelError if it has others."""
-        own = trained_parts(model)
-        ids = {name: list(module.ids) for name, module in TrainedRows.of(model).items()}
-        if own.keys() != self.shapes.keys() or ids != {name: given for name, (given, _) in self.rows.items()}:
-            raise ModelError(
-                f"{file}: this adapter has other tokens or modules trained beside it than the model. Load it into a "
-                "model without an adapter"
-            )
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
 def has_parts(config: Mapping[str, Any]) -> bool:
@@ -302,7 +211,7 @@ def _fits(name: str, entry: str) -> bool:
 def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
     """Return the modules that one entry matches, each with those inside it, all with parameters of their own."""
     matched = [name for name, _ in model.named_modules() if name and _fits(name, entry)]
-    chosen = {inner: module for name in matched for inner, module in _owners(model, name).items()}
+    chosen = {inner: module for name in matched for inner, module in owners_in(model, name).items()}
     if not chosen:
         leaves = Counter(
             name.rpartition(".")[2] for name, module in model.named_modules() if name and _is_dense(module)
@@ -346,7 +255,7 @@ def _check_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _owners(model: nn.Module, name: str) -> dict[str, nn.Module]:
+def owners_in(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """Return the modules with tensors of their own at and below `name`."""
     found = {}
     for inner, module in model.get_submodule(name).named_modules(prefix=name):
@@ -365,13 +274,6 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **buffers}
 
 
-def _beside(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor on the device of the module `name`; on the CPU beside one without content."""
-    base: Any = plain(model.get_submodule(name))
-    device = getattr(base, "device", base.weight.device)
-    return tensor.to("cpu" if device.type == "meta" else device)
-
-
 def _endings(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """Return the shortest endings that match exactly these modules in PEFT, which compares ends of whole names."""
     everything = [name for name, _ in model.named_modules()]
@@ -381,40 +283,3 @@ def _endings(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> list
         alone = all(other in names for other in everything if other.endswith(ending))
         endings.add(ending if alone else name)
     return sorted(endings)
-
-
-def _rows_in(model: nn.Module, field: Any, file: Path) -> dict[str, tuple[list[int], str]]:
-    """Return the modules with trained rows, their token ids and their tensors' names, chosen as in PEFT."""
-    if not field:
-        return {}
-    try:
-        embedding, head = embedding_and_head(model)
-    except UsageError as error:
-        raise ModelError(f"{file}: {error}") from error
-    wanted = field if isinstance(field, dict) else {embedding: field}
-    found: dict[str, tuple[list[int], str]] = {}
-    for ending, ids in wanted.items():
-        names = [name for name in (embedding, head) if name is not None and name.endswith(ending)]
-        if not names:
-            raise ModelError(
-                f"{file}: {TOKENS} names {ending}, which is neither the input embedding nor the output head of this "
-                "model. Load the base that it was trained on"
-            )
-        found |= {name: (list(ids), PREFIX + name + DELTA) for name in names}
-    if head is not None and embedding in found:
-        weights = [plain(model.get_submodule(name)).weight for name in (embedding, head)]
-        tied = weights[0] is weights[1]
-        if tied and found.get(head, found[embedding])[0] == found[embedding][0]:
-            found[head] = found[embedding]
-    return found
-
-
-def _modules_in(model: nn.Module, field: Sequence[str] | None) -> list[str]:
-    """Return the modules trained as a whole, chosen as in PEFT: by the end of their name; without those inside another.
-
-    An entry can match nothing: PEFT names `classifier` and `score` for every sequence classifier.
-    """
-    if not field:
-        return []
-    names = [name for name, _ in model.named_modules() if name and name.endswith(tuple(field))]
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]

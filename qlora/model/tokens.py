@@ -39,7 +39,10 @@ class TrainedTokens:
             ModelError: the base has no tokenizer.
             RecipeError: a token cannot be added.
         """
-        tokenizer, wanted = load_tokenizer(recipe.base), recipe.adapter.train_tokens
+        base, wanted = recipe.base, recipe.adapter.train_tokens
+        if base.model.endswith(".json"):  # an estimate from a config file, which has no tokenizer
+            base = base.model_copy(update={"init": "synthetic"})
+        tokenizer = load_tokenizer(base)
         names = missing_tokens(recipe.data, tokenizer) if wanted == NEW else list(wanted)
         spelled = add_tokens(tokenizer, names) if names else {}
         ids = [tokenizer.get_vocab()[name] for name in dict.fromkeys(names)]
