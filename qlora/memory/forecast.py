@@ -269,7 +269,7 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
 
 
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
-    """Return the permanent bytes of the optimizer over all trained parameters, and the trace rows of an update.
+    """Return the permanent bytes of optimizer and course over all trained parameters, and the trace of an update.
 
     One parameter replaces all parameters of the same dtype and weight decay, because the optimizer lays them end to end
     anyway. It updates them in equal chunks, so a few chunks are enough.
@@ -278,7 +278,8 @@ def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     for parameter in trainable_parameters(arch.model).values():
         kind = parameter.dtype, parameter.ndim >= 2  # only matrices have weight decay
         sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
-    permanent = _row(inventory.of_optimizer(_optimizer_over(sizes, recipe)))
+    course = METHODS[recipe.adapter.method].course(arch.model, recipe.adapter, 1)
+    permanent = _row([*inventory.of_optimizer(_optimizer_over(sizes, recipe)), *inventory.of_course(course)])
     few = {kind: min(blocks, FEW_CHUNKS * CHUNK_SIZE // BLOCK_SIZE) for kind, blocks in sizes.items()}
     optimizer = _optimizer_over(few, recipe)
     known = list(inventory.of_optimizer(optimizer))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from qlora.adapter.methods import Course
 from qlora.optim import Optimizer
 from qlora.optim.paged import is_paged
 from qlora.quantization.nf4 import is_nf4, quant_state, statistics
@@ -34,6 +35,14 @@ def of_optimizer(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
         yield tensor, "optimizer_state_paged" if is_paged(tensor) else _KINDS[kind]
 
 
-def inventory(model: nn.Module, optimizer: Optimizer) -> list[tuple[Tensor, str]]:
-    """Return (tensor, part) for both. A storage that several tensors share belongs to the first of them."""
-    return [*of_optimizer(optimizer), *of_model(model)]
+def of_course(course: Course) -> Iterator[tuple[Tensor, str]]:
+    """Yield (tensor, part) for the state of the adapter method during the run, such as AdaLoRA's averages."""
+    for tensor in course.state().values():
+        yield tensor, "optimizer_state"
+
+
+def inventory(
+    model: nn.Module, optimizer: Optimizer, course: Course | None = None
+) -> list[tuple[Tensor, str]]:
+    """Return (tensor, part) for all of them. A storage that several tensors share belongs to the first of them."""
+    return [*of_optimizer(optimizer), *of_course(course or Course()), *of_model(model)]
