@@ -1,6 +1,6 @@
 """Tensors that stay in memory during the whole run, each with its memory category."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -27,6 +27,15 @@ def of_model(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.requires_grad:
             yield tensor, "base_unquantized"
+
+
+def of_layer(layers: Sequence[nn.Module], number: int) -> Iterator[tuple[Tensor, str]]:
+    """Yield (tensor, part) for the frozen tensors of a layer alone, without those that other layers share with it."""
+    others = [layer for other, layer in enumerate(layers) if other != number]
+    shared = {tensor.untyped_storage()._cdata for layer in others for tensor, _ in of_model(layer)}
+    for tensor, part in of_model(layers[number]):
+        if tensor.untyped_storage()._cdata not in shared:
+            yield tensor, part
 
 
 def of_optimizer(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:

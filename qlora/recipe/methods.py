@@ -28,10 +28,12 @@ class MethodFacts:
     """True if the base is not trained: it can be in NF4, and the result is an adapter; else the result is a model"""
     unused: tuple[str, ...] = ()
     """keys of the section `adapter` that have no effect"""
+    rate_is_loras: bool = False
+    """True if the learning rates that were found for LoRA are right for this method too"""
 
 
 METHODS = {
-    "lora": MethodFacts("LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS),
+    "lora": MethodFacts("LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
     "dora": MethodFacts("DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS),
     "adalora": MethodFacts(
         "AdaLoRA of rank {rank} on average on {targets}",

@@ -56,7 +56,7 @@ class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
     method: Literal["lora", "dora", "adalora", "vera", "full", "bitfit"] = "lora"
-    """lora, dora, adalora, vera: low-rank updates, see Methods; full: all weights of an unquantized base; bitfit: biases."""
+    """lora, dora, adalora, vera: low-rank updates (see Methods); full: all weights; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
@@ -67,8 +67,8 @@ class Adapter(Section):
     """Factor of B·A·x: alpha/rank (LoRA) or alpha/sqrt(rank) (rsLoRA), which is stable at high ranks."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """Initial distribution of A (LoRA, section 4.1: Gaussian; its code: Kaiming uniform). B starts at zero."""
-    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "attention"
-    """Adapted layers: attention (q, k, v, o), all-linear (QLoRA, section 4), or suffixes and regular expressions."""
+    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Positive] = {}

@@ -87,7 +87,7 @@ class Dora(Lora):
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `qlora.adapter.adapt`."""
-        return adapt(model, spec_of(settings), seed=seed, layer=DoraLinear)
+        return adapt(model, spec_of(settings), seed=seed, layers=self.layers)
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig, with use_dora."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.course import Course
 from qlora.recipe import Adapter
@@ -54,16 +54,20 @@ class AdapterMethod(Method):
 
     peft_type: ClassVar[str]
     """name in adapter_config.json"""
-    layers: ClassVar[tuple[type[AdaptedLinear], ...]]
+    layers: ClassVar[tuple[type[AdaptedLayer], ...]]
     """classes of the adapted layers; no other method has them"""
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
         return config.get("peft_type") == self.peft_type
 
-    def layer_for(self, module: nn.Module) -> type[AdaptedLinear]:
+    def adapts(self, module: nn.Module) -> bool:
+        """Return True if the method has a layer for plain layers of the kind of `module`."""
+        return any(kind.adapts(module) for kind in self.layers)
+
+    def layer_for(self, module: nn.Module) -> type[AdaptedLayer]:
         """Return the class that adapts `module`, a plain or adapted layer."""
-        return self.layers[0]
+        return layer_class(self.layers, module)
 
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the frozen tensors that all layers of an adapted model share, by their names in the file."""
