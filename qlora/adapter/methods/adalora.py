@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
-from qlora.adapter.config import check_config, targets_in, targets_of
+from qlora.adapter.config import CONFIG_FILE, check_config, read_fields, targets_in, targets_of
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.course import Course
 from qlora.adapter.methods.lora import layer_generator
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.methods.rank_allocation import RankAllocation, Schedule
+from qlora.adapter.patterns import exactly
+from qlora.adapter.peft_tensors import SUFFIX_A as LORA_A
+from qlora.adapter.peft_tensors import SUFFIX_B as LORA_B
+from qlora.adapter.peft_tensors import read_layers
 from qlora.adapter.targets import features, select
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
@@ -130,7 +134,8 @@ class AdaloraLinear(AdaptedLinear):
         return lora_linear(x, linear, Update(self.lora_a * self.lora_e, self.lora_b))
 
     def prune(self, kept: Tensor) -> None:
-        """Remove the triplets that `kept` [rank] leaves out, with new parameters. The scaling stays."""
+        """Remove the triplets that `kept` [rank] leaves out, with new parameters, once. The scaling stays."""
+        assert self.spec.kept is None, "the triplets are numbered as at the start"
         for name, dim in (("lora_a", 0), ("lora_b", 1), ("lora_e", 0)):
             rows = getattr(self, name).detach().index_select(dim, kept.nonzero().view(-1))
             setattr(self, name, nn.Parameter(rows))
@@ -175,6 +180,7 @@ class Adalora(AdapterMethod):
     name = "adalora"
     peft_type = "ADALORA"
     layers = (AdaloraLinear,)
+    why_no_sum = None
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and wrap each target; its initial A and B depend only on the seed and its name."""
@@ -226,6 +232,28 @@ class Adalora(AdapterMethod):
             "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
             "total_step": 1,
         }
+
+    def as_lora(self, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Read the adapter as LoRA of scaling 1, with E and the scaling in A. Layers without a triplet are left out."""
+        file = folder / CONFIG_FILE
+        config = read_fields(file)
+        self.check(config, file)
+        stored, _ = read_layers(folder, [list(AdaloraLinear.SAVED)])
+        factors = {name: self.spec(config, name, file).factor for name in stored}
+        pairs = {
+            name: {
+                LORA_A: parts[SUFFIX_A].float() * parts[SUFFIX_E].float() * factors[name],
+                LORA_B: parts[SUFFIX_B].float(),
+            }
+            for name, parts in stored.items()
+            if parts[SUFFIX_E].numel()
+        }
+        ranks = {exactly(name): len(pair[LORA_A]) for name, pair in pairs.items()}
+        kept = {field: value for field, value in config.items() if field not in OWN_FIELDS}
+        return {
+            **kept, "peft_type": "LORA", "target_modules": sorted(pairs), "rank_pattern": ranks, "alpha_pattern": ranks,
+            "use_rslora": False, "layers_to_transform": None, "layers_pattern": None,
+        }, pairs  # fmt: skip
 
     def check(self, config: Mapping[str, Any], file: Path) -> None:
         """Raise ModelError if a field is unknown or not supported."""
