@@ -1,4 +1,4 @@
-"""Adapter methods, all in the same tests: they train, merge, are inspected, and are composed or refused with a reason."""
+"""Adapter methods, all in the same tests: they train, merge, are inspected, and are composed or refused by name."""
 
 import json
 from pathlib import Path

@@ -34,7 +34,7 @@ class MethodFacts:
 
 METHODS = {
     "lora": MethodFacts("LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
-    "dora": MethodFacts("DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
     "adalora": MethodFacts(
         "AdaLoRA of rank {rank} on average on {targets}",
         unused=("scaling", "init", "rank_pattern", "alpha_pattern"),
