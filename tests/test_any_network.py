@@ -306,7 +306,9 @@ def test_diffusers_loader_reads_our_file(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # diffusers adds the second adapter
+@pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config`:UserWarning"
+)  # diffusers adds the second adapter
 def test_a_character_and_a_style_are_composed_by_weight(tmp_path: Path) -> None:
     """The composed adapter is the weighted sum of both updates, and diffusers' own mixture computes the same."""
     network = unet()

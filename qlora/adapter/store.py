@@ -87,22 +87,26 @@ def save_adapter(
         check_diffusers(tensors, fields)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(folder / TENSORS_FILE) as file:
-            save_file(tensors, file, metadata={"format": "pt"})
+        _write_tensors(folder / TENSORS_FILE, tensors)
         if diffusers is not None:
             with atomic.replacing(folder / DIFFUSERS_FILE) as file:
                 write_diffusers(file, tensors, fields, diffusers)
         atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
         atomic.write(folder / CONFIG_FILE, config.encode())
-        back = load_file(folder / TENSORS_FILE)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
+    return folder
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors and read them back. Raises SaveError if they differ."""
+    with atomic.replacing(path) as file:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    back = load_file(path)
     if not all(key in back and torch.equal(tensors[key], back[key]) for key in tensors):
         raise SaveError(
-            f"{folder / TENSORS_FILE}: the numbers read back differ from the numbers written; "
-            "check this disk, or write to another"
+            f"{path}: the numbers read back differ from the numbers written; check this disk, or write to another"
         )
-    return folder
 
 
 def load_adapter(
@@ -152,6 +156,10 @@ def load_adapter(
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
         _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
+    common = {name: others[name] for name in shared}
+    method.check_shared(
+        [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
+    )
     if not layers:
         use_nf4_linears(model.requires_grad_(False))
         dtype = next(iter(stored[names[0]].values())).dtype
@@ -159,7 +167,7 @@ def load_adapter(
         modules = {name: model.get_submodule(name) for name in specs}
         wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
     _load_layers(model, specs, stored)
-    method.load_shared(model, {name: others[name] for name in shared}, tensors_file)
+    method.load_shared(model, common, tensors_file)
     load_parts(model, {name: others[name] for name in parts}, tensors_file)
     return model
 

@@ -120,17 +120,7 @@ class Lora(AdapterMethod):
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
-        spec = LoraSpec(
-            rank=settings.rank,
-            alpha=settings.resolved_alpha,
-            dropout=settings.dropout,
-            scaling=settings.scaling,
-            init=settings.init,
-            targets=settings.targets,
-            rank_pattern=settings.rank_pattern,
-            alpha_pattern=settings.alpha_pattern,
-        )
-        return adapt(model, spec, seed=seed)
+        return adapt(model, spec_of(settings), seed=seed)
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig."""
@@ -149,6 +139,20 @@ class Lora(AdapterMethod):
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> LoraSpec:
         """Return the settings of the layer `name`; missing fields have PEFT's defaults."""
         return spec_of_layer(config, name, file)
+
+
+def spec_of(settings: Adapter) -> LoraSpec:
+    """Return the LoRA settings of a recipe's section `adapter`."""
+    return LoraSpec(
+        rank=settings.rank,
+        alpha=settings.resolved_alpha,
+        dropout=settings.dropout,
+        scaling=settings.scaling,
+        init=settings.init,
+        targets=settings.targets,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+    )
 
 
 def adapt(

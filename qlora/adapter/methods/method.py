@@ -5,7 +5,7 @@ schema, and its test. Training, forecast, storage, merging and chat call this in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,6 +76,15 @@ class AdapterMethod(Method):
     def stored_shared(self, config: Mapping[str, Any]) -> list[str]:
         """Return the names in the file of the tensors that all layers share."""
         return []
+
+    def check_shared(
+        self,
+        linears: Collection[nn.Module],
+        specs: Collection[Any],
+        tensors: Mapping[str, Tensor],
+        file: Path,
+    ) -> None:
+        """Raise ModelError if the shared tensors, by their names in `file`, do not fit these layers and settings."""
 
     def load_shared(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Give the adapted layers of `model` the tensors that they share, by their names in `file`."""
