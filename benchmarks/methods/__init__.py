@@ -1,1 +1,1 @@
-"""Experiments that compare fine-tuning methods and their settings on E2E NLG; `python -m benchmarks.methods` runs them."""
+"""Experiments on E2E NLG that compare fine-tuning methods and settings: `python -m benchmarks.methods`."""

@@ -86,9 +86,8 @@ def plan(arguments: argparse.Namespace) -> int:
         print(f"{name:<13} seed {cell.seed}  {cell.setting.method}{weights} {keys}")
     seconds = median([record["seconds"] for record in records.values()] or [SECONDS])
     screening, more = experiments.upper_count(listed)
-    print(
-        f"\n{len(records)} cells finished; {len(pending)} are known to be next, {len(pending) * seconds / 60:.0f} minutes"
-    )
+    minutes = len(pending) * seconds / 60
+    print(f"\n{len(records)} cells finished; {len(pending)} are known to be next, {minutes:.0f} minutes")
     print(
         f"in all {screening} cells of screening and up to {more} with more seeds: at most "
         f"{(screening + more) * seconds / 60:.0f} minutes at {seconds:.0f} s a cell, half with two processes"

@@ -1,7 +1,7 @@
 """Adapter layers (Houlsby et al. 2019, arXiv:1902.00751), a rival of LoRA that exists in this benchmark only.
 
-Each attention and each MLP of a decoder layer is followed by a bottleneck, before the residual sum: y + U gelu(D y + c)
-+ e, with D [width, out], U [out, width]. U, c and e start at zero, so training starts at the base. The bottleneck cannot
+A bottleneck follows each attention and each MLP of a decoder layer, before the residual sum: y + U gelu(D y + c) + e,
+with D [width, out] and U [out, width]. U, c and e start at zero, so training starts at the base. The bottleneck cannot
 be merged, because it is not linear.
 """
 
@@ -19,7 +19,7 @@ from qlora.adapter.targets import select
 from qlora.recipe import Adapter
 
 WIDTH = 38
-"""width of a bottleneck; 157,936 parameters on the bundled base, as many as LoRA of rank 8 on all linears (157,696)"""
+"""width of a bottleneck; 158,000 parameters on the bundled base, as many as LoRA of rank 8 on all linears (157,696)"""
 
 PLACES = ("o_proj", "down_proj")
 """last linears of the attention and of the MLP; a bottleneck follows each"""

@@ -1,9 +1,9 @@
 """The base that the experiments adapt: the bundled base after reading half of E2E in the other direction.
 
-The bundled base has never read about restaurants and cannot copy a name from a prompt, so a cell of under a minute could
-not teach it the task. It first learns to turn sentences into MRs, on the half of the training set that fine-tuning does
-not see. It then knows the words and copies names, and MR to sentence is still new to it. This takes about ten minutes on
-two cores, once. The weights are stored in a cache folder and not in the repository.
+The bundled base has never read about restaurants and cannot copy a name from a prompt, so a cell of under a minute
+could not teach it the task. It first learns to turn sentences into MRs, on the half of the training set that
+fine-tuning does not see. It then knows the words and copies names, and MR to sentence is still new to it. This takes
+about ten minutes on two cores, once. The weights are stored in a cache folder and not in the repository.
 """
 
 import hashlib

@@ -4,12 +4,12 @@ A label has one or several settings, usually one setting at several learning rat
 with the lowest held-out loss goes on with seeds 1 to 5, which no choice has used, and only these seeds are reported.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.ledger import Records
-from benchmarks.methods.rows import ALL_LINEAR, LORA, NEAR, QLORA, RANK, TABLE, Row, doubled, rows
+from benchmarks.methods.rows import LORA, NEAR, QLORA, RANK, TABLE, Row, doubled, rows
 from benchmarks.methods.training import trains
 
 SCREENING, SEEDS = 0, (1, 2, 3, 4, 5)
@@ -73,19 +73,20 @@ def _loss(records: Records, setting: Setting) -> float | None:
 def experiments() -> list[Experiment]:
     """Return all experiments, the most valuable first, with the settings that this version of the package can train."""
     table: list[Row] = rows()
+    everything = {"base, untrained": [BASE]} | {row.label: row.grid for row in table}
+    lora, full = _rates(LORA, doubled(5e-4, 7)), _rates(FULL, doubled(6.25e-5, 7))
+    ranks = {f"r = {rank}": _near(LORA.but(adapter__rank=rank)) for rank in RANKS}
     made = [
-        Experiment("methods", "Which method learns the task best?", {"base, untrained": [BASE]} | {r.label: r.grid for r in table}),
-        Experiment("lr-lora", "Which learning rate does LoRA need?", _rates(LORA, doubled(5e-4, 7)), neighbours=True),
-        Experiment("lr-full", "Which learning rate does full fine-tuning need?", _rates(FULL, doubled(6.25e-5, 7)), neighbours=True),
-        Experiment("rank", "Which rank does the task need?", {f"r = {r}": _near(LORA.but(adapter__rank=r)) for r in RANKS}),
+        Experiment("methods", "Which method learns the task best?", everything),
+        Experiment("lr-lora", "Which learning rate does LoRA need?", lora, neighbours=True),
+        Experiment("lr-full", "Which learning rate does full fine-tuning need?", full, neighbours=True),
+        Experiment("rank", "Which rank does the task need?", ranks),
         Experiment("quantization", "What does a 4-bit base cost?", _quantization()),
         Experiment("targets", "Which layers, at equal numbers of parameters?", _targets()),
         Experiment("batch", "Does LoRA tolerate large batches less?", _batches()),
         Experiment("alpha", "Which alpha?", _alphas()),
-        Experiment("init", "Which initialisation?", {
-            name: _near(LORA.but(adapter__init=name)) for name in ("kaiming", "gaussian", "orthogonal", "pissa")
-        }),
-    ]  # fmt: skip
+        Experiment("init", "Which initialisation?", _initialisations()),
+    ]
     return [_trainable(experiment) for experiment in made]
 
 
@@ -127,11 +128,18 @@ def matched_rank(label: str) -> int:
 
 
 def _alphas() -> dict[str, list[Setting]]:
-    lr = NEAR[1]
+    alphas = {"1": 1.0, "r/2": RANK / 2, "r": None, "2r": 2.0 * RANK, "4r": 4.0 * RANK}
+    fixed = LORA.but(optimizer__lr=NEAR[1])
     return {
-        f"alpha = {name}": [LORA.but(adapter__alpha=float(alpha), optimizer__lr=lr)]
-        for name, alpha in (("1", 1), ("r/2", RANK / 2), ("r", RANK), ("2r", 2 * RANK), ("4r", 4 * RANK))
+        f"alpha = {name}": [fixed if alpha is None else fixed.but(adapter__alpha=alpha)]
+        for name, alpha in alphas.items()
     }
+
+
+def _initialisations() -> dict[str, list[Setting]]:
+    pissa = next(row for row in TABLE if row.label == "PiSSA")
+    others = {name: _near(LORA.but(adapter__init=name)) for name in ("gaussian", "orthogonal")}
+    return {"kaiming": _near(LORA), **others, "pissa": pissa.grid}
 
 
 def _batches() -> dict[str, list[Setting]]:
@@ -198,6 +206,11 @@ def plan(records: Records, chosen: Sequence[Experiment] | None = None) -> Iterat
 def upper_count(chosen: Sequence[Experiment] | None = None) -> tuple[int, int]:
     """Return the numbers of screening cells and of cells with more seeds, if no two experiments chose the same."""
     listed = chosen or experiments()
-    screening = {setting for e in listed for settings in e.settings.values() for setting in settings}
+    screening = {
+        Cell(setting, SCREENING).key
+        for e in listed
+        for settings in e.settings.values()
+        for setting in settings
+    }
     more = sum(min(3, len(e.settings)) if e.neighbours else len(e.settings) for e in listed)
     return len(screening), more * len(SEEDS)

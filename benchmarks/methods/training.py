@@ -173,6 +173,8 @@ def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
     if not failed:
         result |= spectrum(before, dense_weights(session.model)) if losses.values else {}
         result |= judged(session, data, cell)
+    if outcome := session.course.outcome():
+        result["outcome"] = outcome
     result["training_seconds"] = round(training, 2)
     result["seconds"] = round(time.perf_counter() - began, 2)
     return result
