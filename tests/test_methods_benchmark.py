@@ -4,16 +4,18 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.methods import e2e, experiments, ledger, rows, simulated
+from benchmarks.methods import claims, e2e, experiments, ledger, report, rows, simulated
 from benchmarks.methods.adapter_layers import WIDTH, AdapterLayers
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.generation import CACHE, greedy
 from benchmarks.methods.prefix_tuning import LENGTH, PrefixLM, PrefixTuning, keys_and_values, prefix_cache
+from benchmarks.methods.results import Result
 from benchmarks.methods.statistics import Interval, Paired, holm, t_quantile, t_tail
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.data import IGNORE_INDEX, Batch
@@ -142,6 +144,74 @@ def test_paired_differences() -> None:
 def test_holms_correction() -> None:
     corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
     assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+
+
+# claims
+
+
+def result(label: str, losses: list[float], before: float = 2.0) -> Result:
+    records = {seed: {"loss_after": loss, "loss_before": before} for seed, loss in enumerate(losses, 1)}
+    return Result(label, Setting.of("lora"), records, records[1])
+
+
+def test_a_claimed_difference_needs_the_right_sign() -> None:
+    low, high = result("low", [0.50, 0.52, 0.51, 0.49]), result("high", [0.61, 0.62, 0.60, 0.60])
+    assert claims.differs("c", low, high, claims.negative).verdict == claims.HOLDS
+    assert claims.differs("c", high, low, claims.negative).verdict == claims.FAILS
+    assert claims.differs("c", low, result("two", [0.6, 0.6]), claims.negative).verdict == claims.WAITS
+    assert claims.differs("c", low, None, claims.negative).verdict == claims.WAITS
+    assert "low minus high: -0.1025 ± " in claims.differs("c", low, high, claims.negative).evidence
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ([0.01, 0.02, 0.01, 0.02], claims.HOLDS),  # worse, but within 5% of the fall of 1.5 nats
+        ([-0.3, -0.2, -0.3, -0.2], claims.HOLDS),
+        ([0.20, 0.21, 0.20, 0.21], claims.FAILS),
+        ([0.20, -0.20, 0.20, -0.20], claims.OPEN),
+    ],
+)
+def test_a_claimed_equality_needs_the_whole_interval(gaps: list[float], verdict: str) -> None:
+    base = [0.50, 0.51, 0.49, 0.50]
+    first = result("first", [loss + gap for loss, gap in zip(base, gaps, strict=True)])
+    assert claims.equals("c", first, result("second", base)).verdict == verdict
+
+
+def test_a_table_without_cells_judges_nothing() -> None:
+    tables = {experiment.name: {} for experiment in experiments.experiments()}
+    assert {one.verdict for one in claims.verdicts(tables, None)} == {claims.WAITS, claims.SIZE}
+
+
+def test_the_page_is_made_of_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss falls with the rank here, and a learning rate of 4e-3 is best."""
+    place = {"machine": "CPU", "cpu_flags": [], "versions": {}, "date": "2026-01-01", "base": "b"}
+    records: ledger.Records = {}
+    while pending := [cell for _, cell in experiments.plan(records)]:
+        for cell in pending:
+            rank, lr = cell.setting.get("adapter.rank", 8), cell.setting.get("optimizer.lr", 4e-3)
+            loss = 1 / rank + abs(lr - 4e-3) + 1e-3 * cell.seed**2
+            records[cell.key] = {
+                **cell.as_json(), **place, "loss_after": loss, "loss_before": 3.0, "bleu": 50.0, "trainable": rank,
+                "base_parameters": 100, "seconds": 1.0, "dtype": "float32",
+            }  # fmt: skip
+    file = tmp_path / "cells.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in records.values()))
+    (tmp_path / "docs/benchmarks").mkdir(parents=True)
+    drawn: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        "benchmarks.methods.pictures.write", lambda *arguments: drawn.append(arguments) or ["a.png"]
+    )
+    report.main(SimpleNamespace(ledger=file, docs=tmp_path / "docs"))
+    ((tables, folder),) = drawn
+    assert folder == tmp_path / "docs/pictures"
+    page = (tmp_path / "docs/benchmarks/methods.md").read_text()
+    assert "| r = 64 | 64 | 4e-3 | 0.0266 ± 0.0120 | -0.1094 ± 0.0000 | < 0.001 | 50.0 ± 0.0 | — |" in page
+    assert "| r = 1 often works [D3]: as good as r = 8 | **does not hold here** |" in page
+    assert pictures.rank(tables["rank"]).startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "methods.json").read_text())["experiments"]["rank"]["r = 1"]["bleu"] == {
+        str(seed): 50.0 for seed in experiments.SEEDS
+    }
 
 
 # simulated 4-bit weights

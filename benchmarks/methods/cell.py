@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Keys = tuple[tuple[str, Any], ...]
@@ -25,12 +25,13 @@ class Setting:
     @classmethod
     def of(cls, method: str, weights: str = "16-bit", **keys: Any) -> "Setting":
         """Make a setting of keywords such as `adapter__rank=8` for the recipe key adapter.rank."""
-        named = {name.replace("__", "."): value for name, value in keys.items()}
-        return cls(method, tuple(sorted(named.items())), weights)
+        return cls(method, weights=weights).but(**keys)
 
     def but(self, **keys: Any) -> "Setting":
         """Return a copy with other values of some keys."""
-        changed = dict(self.keys) | {name.replace("__", "."): value for name, value in keys.items()}
+        changed = dict(self.keys)
+        for name, value in keys.items():
+            changed[name.replace("__", ".")] = tuple(value) if isinstance(value, list) else value
         return Setting(self.method, tuple(sorted(changed.items())), self.weights)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -48,7 +49,7 @@ class Cell:
 
     setting: Setting
     seed: int
-    size: str = field(default="full", compare=True)
+    size: str = "full"
     """name of the sizes in `training.SIZES`; only tests use another than full"""
 
     @property

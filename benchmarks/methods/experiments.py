@@ -1,7 +1,7 @@
 """The experiments: questions, each with settings under labels; and the cells that are to be run next.
 
 A label has one or several settings, usually one setting at several learning rates. Seed 0 screens all of them. The one
-with the lowest held-out loss goes on with seeds 1 to 5, which no choice has used, and only these seeds are reported.
+with the lowest held-out loss gets seeds 1 to 5 as well, which no choice has used, and only these seeds are reported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ class Experiment:
         return found
 
     def replicated(self, records: Records) -> list[Setting]:
-        """Return the settings that go on with all seeds; for a grid none until its screening is complete."""
+        """Return the settings that get all seeds; for a grid none until its screening is complete."""
         chosen = self.chosen(records)
         if not self.neighbours:
             return list(chosen.values())
@@ -177,7 +177,7 @@ def _quantization() -> dict[str, list[Setting]]:
 def plan(records: Records, chosen: Sequence[Experiment] | None = None) -> Iterator[tuple[str, Cell]]:
     """Yield the unfinished cells that are known now, in the order of their value, each with its experiment.
 
-    All screening comes first. What goes on with more seeds is known once its label's screening is complete, so the
+    All screening comes first. Which setting gets more seeds is known once its label's screening is complete, so the
     plan of a started table grows.
     """
     listed = chosen or experiments()

@@ -1,9 +1,11 @@
 """One cell: a training through the package's own session and step, then losses, answers, scores and spectra."""
 
+import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,7 +24,7 @@ from qlora.adapter.adapted_linear import AdaptedLinear, trainable_parameters
 from qlora.adapter.algebra.spectrum import Spectrum
 from qlora.adapter.methods import Method
 from qlora.data import Prompts, held_out_batches
-from qlora.errors import DivergedError
+from qlora.errors import DivergedError, QloraError
 from qlora.model.prepare import build_optimizer
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
@@ -130,8 +132,6 @@ def session_of(cell: Cell, data: E2E, cache: Path, *, watch_all: bool = False) -
 
 def held_out_file(cache: Path, data: E2E, count: int) -> Path:
     """Return the file of the held-out rows, written at its first use."""
-    import json
-
     file = cache / f"held-out-{count}.jsonl"
     text = "".join(json.dumps(row) + "\n" for row in data.held_out_rows(count))
     if not file.exists() or file.read_text() != text:
@@ -248,10 +248,9 @@ def base_parameters(model: nn.Module) -> int:
     return int(config.vocab_size * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width)
 
 
+@cache
 def trains(setting: Setting) -> bool:
     """Return True if this version of the package, or this benchmark, accepts the setting."""
-    from qlora.errors import QloraError
-
     if setting.method in (*RIVALS, "none"):
         return True
     try:
