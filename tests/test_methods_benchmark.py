@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.methods import claims, e2e, experiments, ledger, report, rows, simulated
+from benchmarks.methods import claims, e2e, experiments, ledger, pictures, report, rows, simulated
 from benchmarks.methods.adapter_layers import WIDTH, AdapterLayers
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.generation import CACHE, greedy
