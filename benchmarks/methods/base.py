@@ -7,8 +7,11 @@ about ten minutes on two cores, once. The weights are stored in a cache folder a
 """
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 from benchmarks.methods import simulated
 from benchmarks.methods.e2e import E2E, reversed_rows
@@ -48,10 +51,24 @@ def make(data: E2E, cache: Path, epochs: int = 1) -> Path:
             outcome = train(recipe(cache / "base-run", epochs), rows=reversed_rows(data.base), resume=True)
             if outcome.result is None:
                 raise SystemExit("the base is unfinished; the same command resumes its training")
-            draft = cache / "16-bit.draft"
-            shutil.copytree(outcome.result, draft, dirs_exist_ok=True)
-            draft.rename(folder)
+            in_16_bits(outcome.result, folder)
     return folder
+
+
+def in_16_bits(model: Path, to: Path) -> None:
+    """Write a copy of the model with weights in bf16, as bases are published."""
+    draft = to.with_name(f".{to.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(model, draft)
+    tensors = load_file(draft / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in tensors.items()},
+        draft / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = json.loads((draft / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    draft.rename(to)
 
 
 def weights_folder(cache: Path, name: str) -> Path:
