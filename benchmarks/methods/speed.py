@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.methods.base import digest, make
@@ -27,6 +26,7 @@ from benchmarks.methods.prefix_tuning import prefix_cache
 from benchmarks.methods.rows import rows
 from benchmarks.methods.training import session_of
 from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.merge import merge_adapter
 from qlora.data import Prompts
 from qlora.training.session import Session
 from qlora.training.train import update
@@ -76,24 +76,7 @@ def merged(model: nn.Module) -> nn.Module | None:
     layers = AdaptedLinear.of(model)
     if not layers or any(not (layer.changes_weight or layer.changes_bias) for layer in layers.values()):
         return None
-    plain = copy.deepcopy(model)
-    for name, layer in AdaptedLinear.of(plain).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(plain.get_submodule(parent), leaf, as_linear(layer))
-    return plain.eval()
-
-
-@torch.no_grad()
-def as_linear(layer: AdaptedLinear) -> nn.Linear:
-    """Return a plain linear with the layer's merged weight and bias."""
-    dtype = layer.base.weight.dtype if layer.base.weight.is_floating_point() else torch.float32
-    weight = layer.merged_weight() if layer.changes_weight else layer.base.weight.detach()
-    bias = layer.merged_bias() if layer.changes_bias else layer.base.bias
-    linear = nn.Linear(layer.in_features, layer.out_features, bias is not None, dtype=dtype)
-    linear.weight.copy_(weight)
-    if bias is not None:
-        linear.bias.copy_(bias)
-    return linear.requires_grad_(False)
+    return merge_adapter(copy.deepcopy(model)).eval()
 
 
 def main(arguments: argparse.Namespace) -> None:

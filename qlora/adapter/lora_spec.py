@@ -38,8 +38,8 @@ class LoraSpec:
     init: str = "kaiming"
     """initialisation of A: "kaiming" (uniform with a = sqrt(5), that is between -1/sqrt(in) and 1/sqrt(in)), "gaussian"
     (standard deviation 1/rank) or "zero" (before an adapter is loaded). B is zero, so training starts at the base"""
-    targets: str | Sequence[str] = "attention"
-    """layers to adapt: "attention", "all-linear" or a list, see `qlora.adapter.select`"""
+    targets: str | Sequence[str] = "all-linear"
+    """layers to adapt: "all-linear", "attention" or a list, see `qlora.adapter.select`"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """ranks of single layers. A key is a regular expression that matches a layer's name or the last parts of the name;
     the first matching key counts"""

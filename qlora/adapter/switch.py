@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
@@ -36,14 +36,14 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if AdaptedLinear.of(model):
+        if AdaptedLayer.of(model):
             raise ModelError(
                 "the model is adapted already: pass the base without an adapter, then load the adapters by name"
             )
         self.model = model
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
-        self._layers: dict[str, list[tuple[Place, AdaptedLinear]]] = {}
+        self._layers: dict[str, list[tuple[Place, AdaptedLayer]]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -123,11 +123,11 @@ class Adapters:
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
 
 
-def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
-    """Return every place of an AdaptedLinear in the model; a shared layer has several places."""
+def _places(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
+    """Return every place of an AdaptedLayer in the model; a shared layer has several places."""
     return [
         ((parent, attribute), child)
         for parent in model.modules()
         for attribute, child in parent._modules.items()
-        if isinstance(child, AdaptedLinear)
+        if isinstance(child, AdaptedLayer)
     ]

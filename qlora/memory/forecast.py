@@ -6,6 +6,7 @@ are counted as in a measurement (`live.py`). Of equal layers only a few run, and
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -298,11 +299,19 @@ def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recip
 
 def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
     """Return the bytes [parts] of the frozen model, including the layers that do not run."""
-    layers = decoder_layers(model)
+    layers = [list(inventory.of_model(layer)) for layer in decoder_layers(model)]
+    uses = Counter(storage for layer in layers for storage in {_storage(tensor) for tensor, _ in layer})
     row = _row(inventory.of_model(model))
     for layer, count in copies:
-        row = row + count * _row(inventory.of_model(layers[layer]))
+        # A storage that several layers use, such as VeRA's projections, is in memory once
+        row = row + count * _row(
+            (tensor, part) for tensor, part in layers[layer] if uses[_storage(tensor)] == 1
+        )
     return row
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
@@ -310,10 +319,9 @@ def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
     row = np.zeros(len(PARTS), dtype=np.int64)
     seen = set()
     for tensor, part in tensors:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            row[_COLUMN[part]] += -(-storage.nbytes() // ROUNDING) * ROUNDING
+        if _storage(tensor) not in seen:
+            seen.add(_storage(tensor))
+            row[_COLUMN[part]] += -(-tensor.untyped_storage().nbytes() // ROUNDING) * ROUNDING
     return row
 
 

@@ -15,10 +15,17 @@ class MethodFacts:
     """True if the base is not trained: it can be in NF4, and the result is an adapter; else the result is a model"""
     unused: tuple[str, ...] = ()
     """keys of the section `adapter` that have no effect"""
+    rate_is_loras: bool = False
+    """True if the learning rates that were found for LoRA are right for this method too"""
 
 
 METHODS = {
-    "lora": MethodFacts("LoRA of rank {rank} on {targets}"),
+    "lora": MethodFacts("LoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "vera": MethodFacts(
+        "VeRA of rank {rank} on {targets}",
+        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern"),
+    ),
     "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }

@@ -66,8 +66,9 @@ class Base(Section):
 class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
-    method: Literal["lora", "full", "bitfit"] = "lora"
-    """lora: train A and B (LoRA, section 4.1); full: all weights of an unquantized base; bitfit: biases only."""
+    method: Literal["lora", "dora", "vera", "full", "bitfit"] = "lora"
+    """lora: train A and B (LoRA, section 4.1); dora: also the norms of the weight's rows (DoRA, section 4); vera: two
+    vectors a layer (VeRA, section 3); full: all weights of an unquantized base; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
@@ -78,8 +79,8 @@ class Adapter(Section):
     """Factor of B·A·x: alpha/rank (LoRA) or alpha/sqrt(rank) (rsLoRA), which is stable at high ranks."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """Initial distribution of A (LoRA, section 4.1: Gaussian; its code: Kaiming uniform). B starts at zero."""
-    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "attention"
-    """Adapted layers: attention (q, k, v, o), all-linear (QLoRA, section 4), or suffixes and regular expressions."""
+    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Positive] = {}

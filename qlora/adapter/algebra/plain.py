@@ -6,13 +6,14 @@ plain adapter all of these rules give the same factor: one alpha, one rank, no p
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from qlora.adapter.algebra.compose import ApproximationError
-from qlora.adapter.algebra.tensors import Adapter, Layer, dtype_name
+from qlora.adapter.algebra.tensors import Adapter, dtype_name
 from qlora.adapter.config import commonest
 from qlora.errors import ModelError
 
@@ -64,6 +65,6 @@ def plain(
             raise ModelError(
                 f"the update of {name} is too large for {dtype_name(dtype)}; use a wider --dtype"
             )
-        layers[name] = Layer(a, b, scaling * rank, scaling)
+        layers[name] = replace(layer, a=a, b=b, alpha=scaling * rank, scaling=scaling)
         deviations[name] = ApproximationError.between(layers[name], layer.update)
     return Adapter(adapter.config, layers, adapter.extra_files), deviations
