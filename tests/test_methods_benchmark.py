@@ -74,6 +74,19 @@ def test_only_the_best_rate_goes_on_and_finished_cells_do_not_run_again() -> Non
     assert [cell for _, cell in experiments.plan(records, [experiment])] == more[1:]
 
 
+def test_a_grid_grows_while_its_best_rate_is_at_an_end() -> None:
+    grid = [Setting.of("lora", optimizer__lr=lr) for lr in (1.0, 2.0, 4.0)]
+    experiment = experiments.Experiment("one", "?", {"LoRA": grid})
+    records = screened(experiment, {grid[2]: 1.0})
+    for lr in (8.0, 16.0, 32.0):
+        (wider,) = [cell for _, cell in experiments.plan(records, [experiment])]
+        assert (wider.setting, wider.seed) == (grid[0].but(optimizer__lr=lr), 0)
+        records[wider.key] = record(wider, 1 / lr)
+    assert {cell.seed for _, cell in experiments.plan(records, [experiment])} == set(experiments.SEEDS)
+    lower = screened(experiment, {grid[0]: 1.0})
+    assert experiments.extended(grid, lower) == [grid[0].but(optimizer__lr=0.5), *grid]
+
+
 def test_a_grid_goes_on_with_the_best_value_and_its_neighbours() -> None:
     settings = {str(lr): [Setting.of("full", optimizer__lr=lr)] for lr in (1.0, 2.0, 4.0, 8.0)}
     experiment = experiments.Experiment("rates", "?", settings, neighbours=True)

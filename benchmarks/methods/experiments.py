@@ -1,7 +1,8 @@
 """The experiments: questions, each with settings under labels; and the cells that are to be run next.
 
-A label has one or several settings, usually one setting at several learning rates. Seed 0 screens all of them. The one
-with the lowest held-out loss gets seeds 1 to 5 as well, which no choice has used, and only these seeds are reported.
+A label has one or several settings, usually one setting at several learning rates. Seed 0 screens all of them, and
+further rates while the best is at an end of the grid. The setting with the lowest held-out loss gets seeds 1 to 5, which
+no choice has used, and only these seeds are reported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from benchmarks.methods.rows import LORA, NEAR, QLORA, RANK, TABLE, Row, doubled
 from benchmarks.methods.training import trains
 
 SCREENING, SEEDS = 0, (1, 2, 3, 4, 5)
+EXTENSIONS = 3
+"""most learning rates that a grid gets beyond its first ones"""
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 BATCHES = (8, 32, 128, 256)
@@ -40,6 +43,7 @@ class Experiment:
         """Return the best setting of each label whose screening is complete, without the diverged."""
         found = {}
         for label, settings in self.settings.items():
+            settings = extended(settings, records)
             losses = [_loss(records, setting) for setting in settings]
             if any(loss is None for loss in losses):
                 continue
@@ -59,6 +63,27 @@ class Experiment:
         losses = [_loss(records, setting) or 0.0 for setting in grid]
         best = losses.index(min(losses))
         return grid[max(0, best - 1) : best + 2]
+
+
+def extended(settings: list[Setting], records: Records) -> list[Setting]:
+    """Return the settings with further learning rates, each twice or half the last, while the best is at an end.
+
+    So no grid decides by its bounds. A single setting is no grid.
+    """
+    grid = list(settings)
+    while 1 < len(grid) < len(settings) + EXTENSIONS:
+        losses = [_loss(records, setting) for setting in grid]
+        if any(loss is None for loss in losses):
+            break
+        best = min(range(len(grid)), key=lambda n: losses[n] or 0.0)
+        if 0 < best < len(grid) - 1:
+            break
+        lr = grid[best].get("optimizer.lr")
+        if best == 0:
+            grid.insert(0, grid[0].but(optimizer__lr=lr / 2))
+        else:
+            grid.append(grid[-1].but(optimizer__lr=lr * 2))
+    return grid
 
 
 def _loss(records: Records, setting: Setting) -> float | None:
@@ -192,7 +217,7 @@ def plan(records: Records, chosen: Sequence[Experiment] | None = None) -> Iterat
 
     for experiment in listed:
         for settings in experiment.settings.values():
-            for setting in settings:
+            for setting in extended(settings, records):
                 if cell := new(setting, SCREENING):
                     yield experiment.name, cell
     for experiment in listed:

@@ -12,7 +12,7 @@ from benchmarks.methods.results import BLEU, LOSS, Result, corrected, results
 from benchmarks.methods.rows import absent
 from benchmarks.methods.speed import FILE as SPEED
 from benchmarks.methods.statistics import LEVEL, Interval
-from benchmarks.methods.training import SIZES
+from benchmarks.methods.training import RIVALS, SIZES
 
 MIB = 2**20
 REFERENCES = {
@@ -181,12 +181,12 @@ def _cost(table: Mapping[str, Result], speed: Mapping[str, Any] | None) -> Itera
             continue
         record = result.first
         rates = rows.get(label, {})
+        merged = "cannot be" if rates and result.setting.method in RIVALS else _span(rates.get("merged"))
         memory = result.interval("memory_bytes")
         yield (
             f"| {label} | {record['trainable']:,} | {record['trainable'] / record['base_parameters']:.2%} | "
             f"{_span(rates.get('training'))} | {_span(rates.get('inference'))} | "
-            f"{_span(rates.get('merged')) if rates.get('merged') or not rates else 'cannot be'} | "
-            f"{'—' if memory is None else f'{memory.mean / MIB:.0f}'} |"
+            f"{merged} | {'—' if memory is None else f'{memory.mean / MIB:.0f}'} |"
         )
     yield ""
     if speed is None:
@@ -230,6 +230,14 @@ def _dial(experiment: Experiment, table: Mapping[str, Result]) -> Iterator[str]:
 
 
 def _not_measured() -> Iterator[str]:
+    yield "\n## Run it again\n"
+    yield (
+        "`python -m benchmarks.methods plan` lists the cells that have not run and their time; `run --data FOLDER "
+        "--minutes 60` runs them, the most valuable first, and can be stopped and repeated; two processes share the "
+        "work with `--part 1/2` and `--part 2/2`; `speed --data FOLDER` needs an idle machine; `report` writes this "
+        "page. FOLDER is that of the E2E data (github.com/tuetschek/e2e-dataset). The packages of the scores come with "
+        "`pip install -e '.[bench]'`."
+    )
     yield "\n## Not measured\n"
     yield "- METEOR and CIDEr, which the E2E challenge also uses: no well-kept package for them."
     yield "- Any GPU, any base above 3.7M parameters, any second task. Memory and speed at 7B: [the reports](index.md)."

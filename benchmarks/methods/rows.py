@@ -29,7 +29,6 @@ class Row:
     setting: Setting
     """without a learning rate"""
     lrs: tuple[float, ...]
-    note: str = ""
 
     @property
     def grid(self) -> list[Setting]:
@@ -51,7 +50,7 @@ TABLE = (
     Row("prefix tuning", Setting.of("prefix_tuning"), doubled(1e-2, 4)),
     Row("DoRA", Setting.of("dora", **LOW_RANK), NEAR),
     Row("VeRA", Setting.of("vera", **ALL_LINEAR, adapter__rank=64), doubled(8e-3, 4)),
-    Row("AdaLoRA", Setting.of("adalora", **LOW_RANK), doubled(2e-3, 4)),
+    Row("AdaLoRA", Setting.of("adalora", **LOW_RANK, adapter__budget__every=4), doubled(2e-3, 4)),
     Row("rsLoRA", LORA.but(adapter__scaling="alpha/sqrt(rank)"), NEAR),
     Row("LoRA+", LORA.but(adapter__lr_ratio=16.0), doubled(2.5e-4, 4)),
     Row("PiSSA", LORA.but(adapter__init="pissa"), doubled(5e-4, 4)),

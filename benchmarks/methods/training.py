@@ -106,12 +106,15 @@ def recipe_of(cell: Cell, base: Path, held_out: Path) -> Recipe:
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return section.key names as nested dictionaries."""
-    sections: dict[str, Any] = {}
+    """Return names such as adapter.budget.every as nested dictionaries."""
+    recipe: dict[str, Any] = {}
     for name, value in keys.items():
-        section, key = name.split(".")
-        sections.setdefault(section, {})[key] = value
-    return sections
+        *sections, key = name.split(".")
+        place = recipe
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return recipe
 
 
 def session_of(cell: Cell, data: E2E, cache: Path, *, watch_all: bool = False) -> Session:
