@@ -28,7 +28,7 @@ from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed
+from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed, lr_factors
 from qlora.model.varlen_attention import read_documents
 from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
@@ -77,6 +77,9 @@ Row = NDArray[np.int64]
 """[parts]"""
 Rows = NDArray[np.int64]
 """[events, parts]"""
+
+_Kind = tuple[torch.dtype, bool, float]
+"""parameters that the optimizer lays end to end: dtype, True for matrices, factor of the learning rate"""
 
 _COLUMN = {part: index for index, part in enumerate(PARTS)}
 
@@ -268,12 +271,13 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     """Return the permanent bytes of the optimizer over all trained parameters, and the trace rows of an update.
 
-    One parameter replaces all parameters of the same dtype and weight decay, because the optimizer lays them end to end
-    anyway. It updates them in equal chunks, so a few chunks are enough.
+    One parameter replaces all parameters of the same dtype, weight decay and learning rate, because the optimizer lays
+    them end to end anyway. It updates them in equal chunks, so a few chunks are enough.
     """
-    sizes: dict[tuple[torch.dtype, bool], int] = {}
-    for parameter in trainable_parameters(arch.model).values():
-        kind = parameter.dtype, parameter.ndim >= 2  # only matrices have weight decay
+    sizes: dict[_Kind, int] = {}
+    factors = lr_factors(arch.model, recipe)
+    for name, parameter in trainable_parameters(arch.model).items():
+        kind = parameter.dtype, parameter.ndim >= 2, factors[name]  # only matrices have weight decay
         sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
     permanent = _row(inventory.of_optimizer(_optimizer_over(sizes, recipe)))
     few = {kind: min(blocks, FEW_CHUNKS * CHUNK_SIZE // BLOCK_SIZE) for kind, blocks in sizes.items()}
@@ -285,13 +289,14 @@ def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     return permanent, live.trace().parts - _row(known)
 
 
-def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recipe) -> Optimizer:
-    """Build the recipe's optimizer over the given number of blocks of each (dtype, is a matrix)."""
-    whole = nn.Module()
-    for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
+def _optimizer_over(sizes: Mapping[_Kind, int], recipe: Recipe) -> Optimizer:
+    """Build the recipe's optimizer over the given number of blocks of each kind."""
+    whole, factors = nn.Module(), {}
+    for number, ((dtype, is_matrix, factor), blocks) in enumerate(sizes.items()):
         shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
         whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
-    return build_optimizer(whole, recipe)
+        factors[str(number)] = factor
+    return build_optimizer(whole, recipe, factors)
 
 
 def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:

@@ -3,6 +3,7 @@
 Training and the memory forecast both use these functions, so that the forecast describes the training run.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,11 +69,23 @@ def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
         checkpoint_layers(model, *counts, offload=recipe.training.activation_offloading and on_gpu)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly."""
+def lr_factors(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Return the learning rate of each trainable parameter, as a multiple of `optimizer.lr`."""
+    method = METHODS[recipe.adapter.method]
+    return {name: method.lr_factor(name, recipe.adapter) for name in trainable_parameters(model)}
+
+
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, factors: Mapping[str, float] | None = None
+) -> Optimizer:
+    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly.
+
+    factors: learning rates of the parameters as multiples of `optimizer.lr`; None means `lr_factors`.
+    """
     settings = recipe.optimizer
     return Optimizer(
         trainable_parameters(model),
+        lr_factors=lr_factors(model, recipe) if factors is None else factors,
         name=settings.name,
         betas=settings.betas,
         eps=settings.eps,

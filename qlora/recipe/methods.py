@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern")
+LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
     return [
         *_idle(settings, given),
         *_method(settings, given),
+        *_scaling(settings),
         *_steps(settings, given),
         *_sources(settings),
         *_rows(settings),
@@ -131,6 +132,11 @@ def _method(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
         yield key, f"{method} needs base.quantization: none, because NF4 weights cannot be trained"
     if settings.get("base.embedding") == "host":
         yield "base.embedding", f"host needs a frozen base; with adapter.method: {method}, leave it out"
+
+
+def _scaling(settings: Settings) -> Iterator[KeyProblem]:
+    if settings.get("adapter.scaling") == "alpha" and settings.get("adapter.alpha", 1) is None:
+        yield "adapter.scaling", "alpha needs the factor itself in adapter.alpha, such as 1; write both"
 
 
 def _frozen_base(settings: Settings) -> bool:

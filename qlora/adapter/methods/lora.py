@@ -67,8 +67,8 @@ class LoRALinear(AdaptedLinear):
 
     @property
     def alpha(self) -> float:
-        """Numerator of the scaling, alpha/rank or alpha/sqrt(rank)."""
-        return self.spec.resolved_alpha
+        """Numerator of the scaling in PEFT's config, alpha/rank or alpha/sqrt(rank)."""
+        return self.spec.numerator
 
     @property
     def scaling(self) -> float:
@@ -133,7 +133,8 @@ class LoRALinear(AdaptedLinear):
 
     def extra_repr(self) -> str:
         """Return the layer's settings for print(model)."""
-        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        alpha = self.spec.resolved_alpha
+        return f"rank={self.rank}, alpha={alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 class Lora(AdapterMethod):
@@ -156,6 +157,10 @@ class Lora(AdapterMethod):
             alpha_pattern=settings.alpha_pattern,
         )
         return adapt(model, spec, seed=seed)
+
+    def lr_factor(self, parameter: str, settings: Adapter) -> float:
+        """Return `lr_ratio` for B and 1 for A (LoRA+, Hayou et al. 2024, section 5): eta_B = lr_ratio * eta_A."""
+        return settings.lr_ratio if parameter.endswith("lora_b") else 1.0
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig."""
@@ -253,6 +258,8 @@ def _initial(
     a = torch.empty(shape)
     if init == "gaussian":
         return a.normal_(0.0, 1 / shape[0], generator=generator)
+    if init == "orthogonal":
+        return nn.init.orthogonal_(a, generator=generator)
     bound = 1 / math.sqrt(shape[1])
     return a.uniform_(-bound, bound, generator=generator)
 

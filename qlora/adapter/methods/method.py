@@ -39,6 +39,10 @@ class Method(ABC):
             UsageError: the settings match no layer of the model.
         """
 
+    def lr_factor(self, parameter: str, settings: Adapter) -> float:
+        """Return the learning rate of the parameter with this name, as a multiple of `optimizer.lr`."""
+        return 1.0
+
     def notes(self, model: nn.Module) -> list[str]:
         """Return remarks for the user about this method on this adapted model."""
         return []
