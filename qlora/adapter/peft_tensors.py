@@ -1,6 +1,6 @@
 """Adapter tensors under PEFT's names, in PEFT's file."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,32 +28,40 @@ def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
     Raises:
         ModelError: a number is not finite.
     """
-    tensors = {}
-    for name, parts in layers.items():
-        for suffix, tensor in parts.items():
-            if not tensor.isfinite().all():
-                raise ModelError(
-                    f"{name}{suffix} is not finite: nothing was saved. Train again with a lower optimizer.lr"
-                )
-            tensors[PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
-    return tensors
+    return finite(
+        {PREFIX + name + suffix: tensor for name, parts in layers.items() for suffix, tensor in parts.items()}
+    )
+
+
+def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return named tensors on the CPU. Raises ModelError if a number is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{name.removeprefix(PREFIX)} is not finite: nothing was saved. Train again with a lower optimizer.lr"
+            )
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Read A [rank, in] and B [out, rank] of each layer, on the CPU. Raises ModelError as `read_layers` does."""
-    layers = read_layers(folder, (SUFFIX_A, SUFFIX_B))
+    layers, _ = read_layers(folder, [(SUFFIX_A, SUFFIX_B)])
     return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}
 
 
-def read_layers(folder: Path, suffixes: Collection[str]) -> dict[str, dict[str, Tensor]]:
+def read_layers(
+    folder: Path, kinds: Sequence[Collection[str]], others: Collection[str] = ()
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Read the tensors of each layer from an adapter folder, on the CPU.
 
     Args:
         folder: the adapter folder.
-        suffixes: endings of the tensor names after the layer's name; each layer must have exactly these tensors.
+        kinds: for each kind of layer, the endings of its tensors' names after the layer's name; each layer must have
+            exactly the tensors of one kind.
+        others: names of the tensors that belong to no layer; the file must have all of them.
 
     Returns:
-        For each layer name, its tensors by suffix.
+        For each layer name, its tensors by suffix; and the other tensors by name.
 
     Raises:
         ModelError: the file is missing, damaged or a pickle; a tensor is missing, unexpected or not finite.
@@ -71,18 +79,25 @@ def read_layers(folder: Path, suffixes: Collection[str]) -> dict[str, dict[str, 
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged, or not a safetensors file: {error}. Restore the file") from error
     layers: dict[str, dict[str, Tensor]] = {}
+    suffixes = list(dict.fromkeys(suffix for kind in kinds for suffix in kind))
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ModelError(f"{path}: {key} holds numbers that are not finite; use an earlier checkpoint")
+        if key in others:
+            continue
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if not key.startswith(PREFIX) or suffix is None:
             raise ModelError(
                 f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}. "
                 "Restore the file, or save the adapter without this tensor"
             )
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ModelError(f"{path}: {key} holds numbers that are not finite; use an earlier checkpoint")
         layers.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor
     for name, parts in layers.items():
-        for suffix in suffixes:
-            if suffix not in parts:
-                raise ModelError(f"{path}: {PREFIX}{name}{suffix} is missing. Restore the file")
-    return layers
+        kind = max(kinds, key=lambda kind: len(parts.keys() & set(kind)))
+        for suffix in {*kind} ^ parts.keys():
+            problem = "is missing" if suffix in kind else "is unexpected beside the layer's other tensors"
+            raise ModelError(f"{path}: {PREFIX}{name}{suffix} {problem}. Restore the file")
+    for key in others:
+        if key not in tensors:
+            raise ModelError(f"{path}: {key} is missing. Restore the file")
+    return layers, {key: tensors[key] for key in others}

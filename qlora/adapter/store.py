@@ -25,7 +25,8 @@ from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
-from qlora.adapter.peft_tensors import TENSORS_FILE, named_tensors, read_layers
+from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
+from qlora.adapter.trained_parts import load_parts, stored_parts, trained_parts
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic
@@ -64,9 +65,14 @@ def save_adapter(
     layers = AdaptedLinear.of(model)
     base = base or BaseIdentity.of(model)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
-    fields = method_of(layers).config(model, layers, base)
+    method = method_of(layers)
+    fields = method.config(model, layers, base)
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    tensors = named_tensors({name: layer.saved() for name, layer in layers.items()})
+    tensors = {
+        **named_tensors({name: layer.saved() for name, layer in layers.items()}),
+        **finite(method.shared(model)),
+        **finite(trained_parts(model)),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(folder / TENSORS_FILE) as file:
@@ -113,14 +119,14 @@ def load_adapter(
     folder = Path(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config = read_fields(file)
-    method = ADAPTERS.get(str(config.get("peft_type")))
-    if method is None:
-        raise _unknown_method(config, file)
+    method = method_for(config, file)
     method.check(config, file)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
         require_same_base(recorded, base or BaseIdentity.of(model), folder)
-    stored = read_layers(folder, method.layer.SAVED)
+    shared, parts = method.stored_shared(config), stored_parts(config)
+    kinds = [list(kind.SAVED) for kind in method.layers]
+    stored, others = read_layers(folder, kinds, [*shared, *parts])
     layers = AdaptedLinear.of(model)
     if layers and method_of(layers) is not method:
         raise ModelError(
@@ -135,7 +141,35 @@ def load_adapter(
         use_nf4_linears(model.requires_grad_(False))
         dtype = next(iter(stored[names[0]].values())).dtype
         specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
-        wrap(model, {n: method.layer(model.get_submodule(n), spec) for n, spec in specs.items()})
+        modules = {name: model.get_submodule(name) for name in specs}
+        wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
+    _load_layers(model, specs, stored)
+    method.load_shared(model, {name: others[name] for name in shared}, tensors_file)
+    load_parts(model, {name: others[name] for name in parts}, tensors_file)
+    return model
+
+
+def method_for(config: Mapping[str, Any], file: Path) -> AdapterMethod:
+    """Return the method whose adapter `config`, read from `file`, describes. Raises ModelError if there is none."""
+    method = next((method for method in ADAPTERS if method.claims(config)), None)
+    if method is None:
+        known = " or ".join(f'"{name}"' for name in dict.fromkeys(method.peft_type for method in ADAPTERS))
+        raise ModelError(f"{file}: peft_type must be {known}, not {json.dumps(config.get('peft_type'))}")
+    return method
+
+
+def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
+    """Return the adapter method of these layers of a model. Raises ModelError if there are no layers."""
+    if not layers:
+        raise ModelError("the model has no adapter: there is nothing to save. Add one with adapt")
+    kind = type(next(iter(layers.values())))
+    return next(method for method in ADAPTERS if kind in method.layers)
+
+
+def _load_layers(
+    model: nn.Module, specs: Mapping[str, Any], stored: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Give each adapted layer its settings and its tensors by suffix; a parameter on the meta device becomes real."""
     with torch.no_grad():
         for name, layer in AdaptedLinear.of(model).items():
             layer.spec = specs[name]
@@ -144,20 +178,6 @@ def load_adapter(
                     setattr(layer, layer.SAVED[suffix], nn.Parameter(stored[name][suffix]))
                 else:
                     parameter.copy_(stored[name][suffix])
-    return model
-
-
-def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
-    """Return the adapter method of these layers of a model. Raises ModelError if there are no layers."""
-    if not layers:
-        raise ModelError("the model has no adapter: there is nothing to save. Add one with adapt")
-    kind = type(next(iter(layers.values())))
-    return next(method for method in ADAPTERS.values() if method.layer is kind)
-
-
-def _unknown_method(config: Mapping[str, Any], file: Path) -> ModelError:
-    known = " or ".join(f'"{name}"' for name in ADAPTERS)
-    return ModelError(f"{file}: peft_type must be {known}, not {json.dumps(config.get('peft_type'))}")
 
 
 def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> None:
@@ -180,7 +200,11 @@ def _check_shapes(
 ) -> None:
     if isinstance(module, AdaptedLinear) and (reason := module.why_incompatible(spec)) is not None:
         raise ModelError(f"{path}: {name} {reason}")
-    for suffix, shape in method.layer.shapes(module, spec).items():
+    for suffix, shape in method.layer_for(module).shapes(module, spec).items():
+        if suffix not in stored:
+            raise ModelError(
+                f"{path}: {name}{suffix} is missing. Load the base that the adapter was trained on"
+            )
         if tuple(stored[suffix].shape) != shape:
             raise ModelError(
                 f"{path}: {name}{suffix} is {list(stored[suffix].shape)}, the model needs {list(shape)}. "

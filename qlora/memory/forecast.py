@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.methods import METHODS
 from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
@@ -202,10 +203,11 @@ class Forecaster:
         """
         objective = objective_of(recipe)
         layers = len(decoder_layers(model))
+        course = METHODS[recipe.adapter.method].course(model, recipe.adapter, 1)
 
         def step(batch: Batch) -> None:
             optimizer.zero_grad()
-            accumulate(model, [batch], objective, seed=0, step=0)
+            accumulate(model, [batch], objective, seed=0, step=0, penalty=course.penalty)
 
         def to_loss(batch: Batch) -> None:
             with announce(Phase.FORWARD):

@@ -12,11 +12,11 @@ and `qlora.memory.live` assigns live bytes to them.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.data import Batch
 from qlora.objective.causal_lm import CausalLM
@@ -37,6 +37,7 @@ def accumulate(
     step: int,
     rank: int = 0,
     processes: int = 1,
+    penalty: Callable[[], Tensor | None] | None = None,
 ) -> Loss:
     """Add the gradients of one optimizer step to the parameters' `.grad`.
 
@@ -51,9 +52,11 @@ def accumulate(
         rank: number of this process. It computes every `processes`-th micro-batch, starting at `rank`, so the sum over
             all processes is the step.
         processes: number of processes.
+        penalty: computes what the adapter method adds to the loss once a step; None for nothing.
 
     Returns:
-        This process's share of the mean loss and metrics; for causal language modelling, per supervised token.
+        This process's share of the mean loss and metrics, without the penalty; for causal language modelling, per
+        supervised token.
     """
     weight = sum(map(objective.weight, batches))
     assert weight > 0, "a step has no supervised token; qlora.data must not produce such a step"
@@ -64,10 +67,17 @@ def accumulate(
         with masks_by_row(fold_seed(seed, step), first):
             with announce(Phase.FORWARD):
                 loss = _divided(objective.loss(model, batch), weight)
-            with announce(Phase.BACKWARD):
-                loss.sum.backward()
+            _add_gradients(loss.sum)
         total = _added(total, loss)
+    if penalty is not None and (added := penalty()) is not None:
+        _add_gradients(added / processes)  # the processes' gradients are summed
     return total
+
+
+def _add_gradients(loss: Tensor) -> None:
+    """Add the gradients of a scalar to the parameters' `.grad`."""
+    with announce(Phase.BACKWARD):
+        loss.backward()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qlora.adapter.methods import METHODS
-from qlora.data import load_dataset, training_batches
+from qlora.data import Dataset, load_dataset, training_batches
 from qlora.errors import DataError, RecipeError
 from qlora.formats import Row
 from qlora.memory.plan import changed
@@ -50,11 +50,7 @@ def prepare(
     with startup.stage("reading the data") as progress:
         tokenizer = load_tokenizer(recipe.base)
         dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
-    if processes.from_main(lambda: dataset.fingerprint) != dataset.fingerprint:
-        raise DataError(
-            "the processes of this run read different rows, so they would train on different data. Give all of them "
-            "the same files"
-        )
+    _check_same_rows(processes, dataset)
     notes = overruled_settings(recipe.base, load_config(recipe.base))
     if recipe.training.memory is not None:
         if plan is None:
@@ -79,12 +75,22 @@ def prepare(
         check_model(model, tokenizer, recipe)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
-    notes += METHODS[recipe.adapter.method].notes(model)
+    method = METHODS[recipe.adapter.method]
+    course = method.course(model, recipe.adapter, steps)
     memory = memory.with_watch(model, optimizer, every_step=watch_all)
     return Session(
-        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), memory, plan, notes,
-        startup,
+        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
+        [*notes, *method.notes(model)], startup,
     )  # fmt: skip
+
+
+def _check_same_rows(processes: DataParallel, dataset: Dataset) -> None:
+    """Raise DataError if the processes of a run have read different rows."""
+    if processes.from_main(lambda: dataset.fingerprint) != dataset.fingerprint:
+        raise DataError(
+            "the processes of this run read different rows, so they would train on different data. Give all of them "
+            "the same files"
+        )
 
 
 def check_warmup(recipe: Recipe, steps: int) -> None:

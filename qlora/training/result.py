@@ -27,6 +27,8 @@ class TrainResult:
     """the signal that stopped the run early"""
     facts: dict[str, Any] | None = None
     """facts known before the first step (see `qlora.report.facts`); None for a run of an earlier version"""
+    adapter: dict[str, Any] | None = None
+    """what the adapter method found during the run, such as the final ranks; None for a run of an earlier version"""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, as stored in a run's result.json."""

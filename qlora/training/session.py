@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.methods import Course
 from qlora.data import Batches, Dataset, prompt_digests
 from qlora.memory.run_memory import RunMemory
 from qlora.objective import Objective
@@ -31,6 +32,8 @@ class Session:
     model: nn.Module
     optimizer: Optimizer
     objective: Objective
+    course: Course
+    """what the adapter method does during the run"""
     memory: RunMemory
     plan: dict[str, Any] | None
     """settings of `training` that the memory budget chose; None without a budget"""

@@ -40,6 +40,8 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
         with checkpoint.writing(run.path, progress.step, run.run_id) as folder:
             write_weights(session, folder / session.result_name)
             checkpoint.save_tensors(folder / "optimizer.safetensors", state)
+            if course := session.course.state():
+                checkpoint.save_tensors(folder / "course.safetensors", course)
             checkpoint.write_state(
                 folder,
                 {
@@ -74,6 +76,8 @@ def restore(session: Session, run: RunFolder) -> Progress:
         )
     read_weights(session, folder / session.result_name)
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
+    if (course := folder / "course.safetensors").exists():
+        session.course.load_state(checkpoint.load_tensors(course))
     return Progress(state["step"], state["loss_before"], state.get("seconds", 0.0))
 
 

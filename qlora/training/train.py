@@ -140,6 +140,7 @@ def fit(
             seconds=seconds_before + time.monotonic() - began,
             stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
             facts=facts.as_json(),
+            adapter=session.course.outcome(),
         )
         if result is not None and session.processes.is_main:
             run.write_result(outcome.as_json())
@@ -175,7 +176,7 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
     optimizer.zero_grad()
     sums = accumulate(
         session.model, batches, session.objective, seed=training.seed, step=step, rank=processes.rank,
-        processes=processes.count,
+        processes=processes.count, penalty=session.course.penalty,
     )  # fmt: skip
     processes.reduce([*optimizer.gradients(), sums.sum, *sums.metrics.values()])
     with announce(Phase.UPDATE):
@@ -192,4 +193,5 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
         )
     with announce(Phase.UPDATE):
         optimizer.step(lr)
+        session.course.after_step(step)
     return metrics

@@ -63,7 +63,7 @@ class BitFit(AdapterMethod):
 
     name = "bitfit"
     peft_type = "BITFIT"  # PEFT has no such method and rejects it
-    layer = BiasLinear
+    layers = (BiasLinear,)
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and add a trainable bias update to each target."""

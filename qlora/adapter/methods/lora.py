@@ -142,7 +142,7 @@ class Lora(AdapterMethod):
 
     name = "lora"
     peft_type = "LORA"
-    layer = LoRALinear
+    layers = (LoRALinear,)
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""

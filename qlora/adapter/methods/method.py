@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.methods.course import Course
 from qlora.recipe import Adapter
 
 
@@ -47,14 +48,37 @@ class Method(ABC):
         """Return remarks for the user about this method on this adapted model."""
         return []
 
+    def course(self, model: nn.Module, settings: Adapter, total_steps: int) -> Course:
+        """Return what the method does during a run of `total_steps` steps of this adapted model."""
+        return Course()
+
 
 class AdapterMethod(Method):
     """A method that keeps the base unchanged and saves the trained parameters as an adapter."""
 
     peft_type: ClassVar[str]
     """name in adapter_config.json"""
-    layer: ClassVar[type[AdaptedLinear]]
-    """class of the adapted layers"""
+    layers: ClassVar[tuple[type[AdaptedLinear], ...]]
+    """classes of the adapted layers; no other method has them"""
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
+        return config.get("peft_type") == self.peft_type
+
+    def layer_for(self, module: nn.Module) -> type[AdaptedLinear]:
+        """Return the class that adapts `module`, a plain or adapted layer."""
+        return self.layers[0]
+
+    def shared(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the frozen tensors that all layers of an adapted model share, by their names in the file."""
+        return {}
+
+    def stored_shared(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the names in the file of the tensors that all layers share."""
+        return []
+
+    def load_shared(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+        """Give the adapted layers of `model` the tensors that they share, by their names in `file`."""
 
     @abstractmethod
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
@@ -72,4 +96,4 @@ class AdapterMethod(Method):
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> Any:
-        """Return the settings of the layer `name`; `layer(linear, settings)` then builds it."""
+        """Return the settings of the layer `name`; `layer_for(module)(module, settings)` then builds it."""
