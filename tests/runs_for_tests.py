@@ -1,6 +1,7 @@
 """Writes the files of a finished LoRA run without training; the adapter's update is not zero."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,17 @@ def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter:
     return folder.parent
 
 
-def killed_and_resumed(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+def resumed(recipe: Recipe) -> Path:
+    """Resume a run to its end and return its folder."""
+    return loop.train(recipe, resume=True, terminal=False).run
+
+
+def killed_and_resumed(
+    recipe: Recipe,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: Callable[[Recipe], Path] = resumed,
+) -> Path:
     """Train, stop with an error at this step (from 0), resume to the end, and return the run's folder."""
     update = loop.update
 
@@ -50,8 +61,8 @@ def killed_and_resumed(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loop, "update", interrupted)
     with pytest.raises(InterruptedError):
         loop.train(recipe, terminal=False)
-    monkeypatch.undo()
-    return loop.train(recipe, resume=True, terminal=False).run
+    monkeypatch.setattr(loop, "update", update)
+    return resume(recipe)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -15,7 +15,9 @@ SCALINGS = {
     # alpha itself, as PEFT computes it from lora_alpha = alpha * rank: not a bit changes when an adapter is saved
     "alpha": lambda alpha, rank: alpha * rank / rank,
 }
-INITS = ("kaiming", "gaussian", "orthogonal", "zero")
+FROM_WEIGHTS = ("pissa", "loftq")
+"""initialisations that need the base's 16-bit weights, see initial.py"""
+INITS = ("kaiming", "gaussian", "orthogonal", *FROM_WEIGHTS, "zero")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class LoraSpec:
     """initialisation of A: "kaiming" (uniform with a = sqrt(5), that is between -1/sqrt(in) and 1/sqrt(in)), "gaussian"
     (standard deviation 1/rank), "orthogonal" (random orthonormal rows, Saxe et al. 2014; orthonormal columns if the
     rank is above `in`) or "zero" (before an adapter is loaded). B is zero, so training starts at the base. (PEFT's
-    "orthogonal" is another scheme: A and B are both nonzero, and their product is zero up to rounding.)"""
+    "orthogonal" is another scheme: A and B are both nonzero, and their product is zero up to rounding.) Or "pissa" or
+    "loftq": A and B from the base's weights, see `qlora.adapter.initial`; "pissa" changes the base"""
     targets: str | Sequence[str] = "attention"
     """layers to adapt: "attention", "all-linear" or a list, see `qlora.adapter.select`"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

@@ -4,6 +4,7 @@
     adapter_model.safetensors    base_model.model.<path of the layer>.lora_A.weight [rank, in]
                                  base_model.model.<path of the layer>.lora_B.weight [out, rank]
                                  (other methods: the suffixes in their layer's SAVED)
+    adapter_initial.safetensors  A and B before the first step, if they came from the base's weights; see initial.py
     qlora.json                   fingerprint of the base model, which PEFT does not have; see identity.py
 
 Nothing is unpickled, and no field of the JSON selects code to run. Reading is strict: each target layer needs its
@@ -22,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
-from qlora.adapter.config import CONFIG_FILE, read_fields
+from qlora.adapter.config import CONFIG_FILE, INITIAL_FILE, read_fields
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
+from qlora.adapter.initial import InitialValues, prepare_base, prepared_base
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.trained_parts import load_parts, stored_parts, trained_parts
@@ -77,6 +79,10 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(folder / TENSORS_FILE) as file:
             save_file(tensors, file, metadata={"format": "pt"})
+        if (values := InitialValues.of(model)) is not None and values.layers:
+            values.write(folder)
+        else:
+            (folder / INITIAL_FILE).unlink(missing_ok=True)  # of an earlier adapter
         atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
         atomic.write(folder / CONFIG_FILE, config.encode())
         back = load_file(folder / TENSORS_FILE)
@@ -121,9 +127,11 @@ def load_adapter(
     config = read_fields(file)
     method = method_for(config, file)
     method.check(config, file)
+    values = InitialValues.stored(folder)
+    loaded = prepared_base(model, base, values, folder)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
-        require_same_base(recorded, base or BaseIdentity.of(model), folder)
+        require_same_base(recorded, loaded, folder)
     shared, parts = method.stored_shared(config), stored_parts(config)
     kinds = [list(kind.SAVED) for kind in method.layers]
     stored, others = read_layers(folder, kinds, [*shared, *parts])
@@ -138,6 +146,7 @@ def load_adapter(
     for name, spec in specs.items():
         _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
     if not layers:
+        prepare_base(model, values)
         use_nf4_linears(model.requires_grad_(False))
         dtype = next(iter(stored[names[0]].values())).dtype
         specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}

@@ -293,11 +293,10 @@ def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
 
 def _optimizer_over(sizes: Mapping[_Kind, int], recipe: Recipe) -> Optimizer:
     """Build the recipe's optimizer over the given number of blocks of each kind."""
-    whole, factors = nn.Module(), {}
-    for number, ((dtype, is_matrix, factor), blocks) in enumerate(sizes.items()):
+    whole, factors = nn.Module(), {str(number): factor for number, (*_, factor) in enumerate(sizes)}
+    for number, ((dtype, is_matrix, _), blocks) in enumerate(sizes.items()):
         shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
         whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
-        factors[str(number)] = factor
     return build_optimizer(whole, recipe, factors)
 
 

@@ -105,6 +105,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
         *_idle(settings, given),
         *_method(settings, given),
         *_scaling(settings),
+        *_init(settings),
         *_steps(settings, given),
         *_sources(settings),
         *_rows(settings),
@@ -137,6 +138,11 @@ def _method(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
 def _scaling(settings: Settings) -> Iterator[KeyProblem]:
     if settings.get("adapter.scaling") == "alpha" and settings.get("adapter.alpha", 1) is None:
         yield "adapter.scaling", "alpha needs the factor itself in adapter.alpha, such as 1; write both"
+
+
+def _init(settings: Settings) -> Iterator[KeyProblem]:
+    if settings.get("adapter.init") == "loftq" and settings.get("base.quantization") == "none":
+        yield "adapter.init", "loftq corrects the error of NF4, so it needs base.quantization: nf4"
 
 
 def _frozen_base(settings: Settings) -> bool:

@@ -1,6 +1,7 @@
 """Preparation of a run: data, memory plan and forecast, base, adapter and optimizer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def prepare(
     startup: Startup | None = None,
     watch_all: bool = False,
     rows: Iterable[Row] | None = None,
+    start: Path | None = None,
 ) -> Session:
     """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
 
@@ -42,6 +44,7 @@ def prepare(
         startup: shows the stages; None shows nothing.
         watch_all: measure memory in every step, not only in the largest.
         rows: rows in memory, as in `load_dataset`.
+        start: an adapter of the run that is resumed, which has its initial values.
 
     Raises:
         QloraError: as `train`.
@@ -69,7 +72,7 @@ def prepare(
         with startup.stage(f"downloading {recipe.base.model}", own_bars=True):
             download(recipe.base)
     with startup.stage("loading the base") as progress, tensors_counted(progress):
-        model, optimizer = build(recipe, device)
+        model, optimizer = build(recipe, device, start=start)
         model = processes.shard(model)
     with startup.stage("checking the model"):
         check_model(model, tokenizer, recipe)

@@ -7,7 +7,7 @@ anything.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from qlora.adapter.config import (
     read_config,
     spec_of_layer,
 )
-from qlora.adapter.identity import IDENTITY_FILE
+from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
+from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
@@ -91,6 +92,8 @@ class Adapter:
     """layers by name, in the order of the file"""
     extra_files: Mapping[str, str] = field(default_factory=dict)
     """content of the text files that are copied along, by name"""
+    note: str | None = None
+    """remark for the user about what reading changed"""
 
     @property
     def base(self) -> str | None:
@@ -103,6 +106,9 @@ class Adapter:
 
 def read(path: str | Path) -> Adapter:
     """Read an adapter from its folder.
+
+    An adapter whose initialisation changed the base (PiSSA) is converted to the unchanged base: A0 and B0 before the
+    first step become further rows of A and columns of B, so that B A - B0 A0 is added to the base's own weights.
 
     Args:
         path: an adapter folder, written by qlora or PEFT, or the folder of a run.
@@ -123,7 +129,13 @@ def read(path: str | Path) -> Adapter:
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, *pair, folder) for name, pair in pairs.items()}
     extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
-    return Adapter(config, layers, extra_files)
+    adapter = Adapter(config, layers, extra_files)
+    values = InitialValues.stored(folder)
+    return (
+        adapter
+        if values is None or values.changed is None
+        else _on_the_unchanged_base(adapter, values, folder)
+    )
 
 
 def write(adapter: Adapter, path: str | Path) -> int:
@@ -162,6 +174,28 @@ def write(adapter: Adapter, path: str | Path) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _on_the_unchanged_base(adapter: Adapter, values: InitialValues, folder: Path) -> Adapter:
+    """Return the adapter with B A - B0 A0 in place of B A (Meng et al. 2024, conversion to LoRA)."""
+    if adapter.layers.keys() != values.layers.keys():
+        raise ModelError(f"{folder}: adapter and initial values have different layers. Restore both files")
+    layers = {}
+    for name, layer in adapter.layers.items():
+        initial = values.layers[name]
+        a = torch.cat([layer.a, initial.a.to(layer.a)])
+        b = torch.cat([layer.b, -initial.b.to(layer.b)], 1)
+        layers[name] = Layer(a, b, layer.scaling * len(a), layer.scaling)
+    files = dict(adapter.extra_files)
+    if IDENTITY_FILE in files:
+        files[IDENTITY_FILE] = replace(BaseIdentity.parse(files[IDENTITY_FILE]), changed=None).as_json()
+    error = stored_distances(folder).get("converted")
+    away = "" if error is None else f", {error:.2%} away from the base of the training (relative to the norm)"
+    note = (
+        f"the adapter of {values.spec.init} is converted to the unchanged base{away}; its rank is doubled, and holds "
+        "only what was learned"
+    )
+    return Adapter({**adapter.config, "init_lora_weights": True}, layers, files, note)
 
 
 def _text(file: Path) -> str:

@@ -7,6 +7,7 @@ every target layer of a model. A and B are bf16; the optimizer keeps the bits th
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.initial import InitialValues, start_from_weights
+from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
+from qlora.adapter.methods.course import Course
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
@@ -146,17 +149,20 @@ class Lora(AdapterMethod):
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
-        spec = LoraSpec(
-            rank=settings.rank,
-            alpha=settings.resolved_alpha,
-            dropout=settings.dropout,
-            scaling=settings.scaling,
-            init=settings.init,
-            targets=settings.targets,
-            rank_pattern=settings.rank_pattern,
-            alpha_pattern=settings.alpha_pattern,
-        )
-        return adapt(model, spec, seed=seed)
+        return adapt(model, spec_of(settings), seed=seed)
+
+    def initial_values(self, settings: Adapter, seed: int) -> InitialValues | None:
+        """Return the reader of the base's weights that `init: pissa` and `init: loftq` need."""
+        return InitialValues(spec_of(settings), seed) if settings.init in FROM_WEIGHTS else None
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """Return the distance from the 16-bit base at the start, if A and B come from its weights."""
+        values = InitialValues.of(model)
+        return [] if values is None else [values.note]
+
+    def course(self, model: nn.Module, settings: Adapter, total_steps: int) -> Course:
+        """Return a course that only reports the distance from the 16-bit base at the start."""
+        return _Start(InitialValues.of(model))
 
     def lr_factor(self, parameter: str, settings: Adapter) -> float:
         """Return `lr_ratio` for B and 1 for A (LoRA+, Hayou et al. 2024, section 5): eta_B = lr_ratio * eta_A."""
@@ -181,10 +187,36 @@ class Lora(AdapterMethod):
         return spec_of_layer(config, name, file)
 
 
+class _Start(Course):
+    """Course that only reports where the training started."""
+
+    def __init__(self, values: InitialValues | None) -> None:
+        self._distances = None if values is None else values.distances
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the distances from the 16-bit base at the start, if they were measured."""
+        return {} if self._distances is None else {"distance_from_16_bit": self._distances.as_json()}
+
+
+def spec_of(settings: Adapter) -> LoraSpec:
+    """Return the LoRA settings of a recipe's section `adapter`."""
+    return LoraSpec(
+        rank=settings.rank,
+        alpha=settings.resolved_alpha,
+        dropout=settings.dropout,
+        scaling=settings.scaling,
+        init=settings.init,
+        targets=settings.targets,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+    )
+
+
 def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
     """Freeze `model` and wrap its target layers in `LoRALinear`, in place.
 
     The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
+    `init` pissa takes A and B from the weights of `model` and changes them; it needs plain weights.
 
     Args:
         model: any `nn.Module` with linear layers, also on the meta device.
@@ -195,7 +227,7 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
         The same model.
 
     Raises:
-        ModelError: the model has an adapter already.
+        ModelError: the model has an adapter already, or `init` needs 16-bit weights that it does not have.
         UsageError: the targets or a pattern match no layer.
 
     Examples:
@@ -213,11 +245,17 @@ def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> n
             raise UsageError(
                 f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
             )
+    values = start_from_weights(model, spec, seed) if spec.init in FROM_WEIGHTS else None
     use_nf4_linears(model.requires_grad_(False))
+    drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
     layers = {
-        name: LoRALinear(model.get_submodule(name), spec.for_layer(name), layer_generator(seed, name))
+        name: LoRALinear(model.get_submodule(name), drawn.for_layer(name), layer_generator(seed, name))
         for name in names
     }
+    with torch.no_grad():
+        for name, initial in (values.layers if values else {}).items():
+            layers[name].lora_a.copy_(initial.a)
+            layers[name].lora_b.copy_(initial.b)
     return wrap(model, layers)
 
 
@@ -255,6 +293,10 @@ def _initial(
         return torch.empty(shape, device=device)
     if init == "zero":
         return torch.zeros(shape)
+    if init in FROM_WEIGHTS:
+        raise UsageError(
+            f"init {init} needs the weights of a model: use adapt(model, LoraSpec(init={init!r}))"
+        )
     a = torch.empty(shape)
     if init == "gaussian":
         return a.normal_(0.0, 1 / shape[0], generator=generator)
