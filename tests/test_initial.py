@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from qlora.merging.write import MergeSource
 from qlora.model.load import load_base
 from qlora.quantization import nf4
 from qlora.recipe import Adapter, Base, Recipe
+from qlora.recipe.methods import METHODS as FACTS
+from qlora.runtime.distributed import DataParallel
+from qlora.training.prepare import _check_same_start
 from qlora.training.train import train
 
 # PEFT 0.21 reads a transformers 4 attribute, which transformers 5 deprecates
@@ -223,7 +227,7 @@ def test_a_loftq_adapter_is_an_ordinary_one_on_the_ordinary_base(tiny_llama: Pat
     assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] is True
     plain = load_base(Base(model=str(tiny_llama), compute_dtype="float32")).eval()
     assert torch.equal(logits(load_adapter(plain, tmp_path)), logits(model))
-    assert (tmp_path / INITIAL_FILE).is_file()
+    assert "includes the correction of NF4 that loftq started from" in str(tensors.read(tmp_path).note)
     save_adapter(adapt(load_base(Base(model=str(tiny_llama), compute_dtype="float32"))), tmp_path)
     assert not (tmp_path / INITIAL_FILE).exists(), "it belongs to the earlier adapter"
 
@@ -274,6 +278,20 @@ def test_bases_without_16_bit_weights_are_refused_or_named(tiny_llama: Path, tmp
         METHODS["lora"].layers[0](nn.Linear(4, 4), LoraSpec(init="pissa"))
     with pytest.raises(RecipeError, match=r"adapter\.init: loftq corrects the error of NF4"):
         Recipe.load("quickstart", ["adapter.init=loftq", "base.quantization=none"])
+
+
+def test_processes_with_different_starts_and_other_methods_are_refused(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Others(DataParallel):
+        def from_main(self, find: Callable[[], Any]) -> Any:
+            return "another digest"
+
+    with pytest.raises(ModelError, match="decompose the same weights with different last bits"):
+        _check_same_start(Others(torch.device("cpu")), started(tiny_llama, "loftq"))
+    monkeypatch.setitem(FACTS, "lora", replace(FACTS["lora"], starts_from_weights=False))
+    with pytest.raises(RecipeError, match=r"adapter\.init: pissa is not defined for adapter\.method: lora"):
+        Recipe.load("quickstart", ["adapter.init=pissa"])
 
 
 def test_a_synthetic_base_has_nothing_to_take(tiny_llama: Path) -> None:

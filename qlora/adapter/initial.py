@@ -194,11 +194,15 @@ class InitialValues:
                 weight.copy_(kept)
 
     @property
+    def digest(self) -> str:
+        """Digest of all values."""
+        return digest(_bytes(self.layers))
+
+    @property
     def changed(self) -> str | None:
         """Name of the change to the base, with a digest of its numbers; None if the base is unchanged."""
-        if not any(initial.changes_base for initial in self.layers.values()):
-            return None
-        return f"{self.spec.init} {digest(_bytes(self.layers))}"
+        changes = any(initial.changes_base for initial in self.layers.values())
+        return f"{self.spec.init} {self.digest}" if changes else None
 
     @property
     def note(self) -> str:

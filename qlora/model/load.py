@@ -142,8 +142,8 @@ def load_base(
         seed: seed of the weights for `init: random` and `synthetic`.
         config: transformers' configuration; None means that of the base.
         initial: takes the initial values of an adapter from the 16-bit weights, and changes these if the values are
-            those of PiSSA; None keeps all weights. One weight at a time is decomposed, on `device`, which needs about
-            five fp32 copies of the largest target.
+            those of PiSSA; None keeps all weights. One weight at a time is decomposed, on `device`, which needs several
+            fp32 copies of it.
 
     Returns:
         The model on `device`, in training mode. No parameter of a quantized model is trainable.

@@ -15,10 +15,12 @@ class MethodFacts:
     """True if the base is not trained: it can be in NF4, and the result is an adapter; else the result is a model"""
     unused: tuple[str, ...] = ()
     """keys of the section `adapter` that have no effect"""
+    starts_from_weights: bool = False
+    """True if `init` can be pissa or loftq"""
 
 
 METHODS = {
-    "lora": MethodFacts("LoRA of rank {rank} on {targets}"),
+    "lora": MethodFacts("LoRA of rank {rank} on {targets}", starts_from_weights=True),
     "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }

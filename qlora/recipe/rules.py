@@ -141,7 +141,13 @@ def _scaling(settings: Settings) -> Iterator[KeyProblem]:
 
 
 def _init(settings: Settings) -> Iterator[KeyProblem]:
-    if settings.get("adapter.init") == "loftq" and settings.get("base.quantization") == "none":
+    init, method = settings.get("adapter.init"), settings.get("adapter.method", "")
+    facts = METHODS.get(method)
+    if init not in ("pissa", "loftq") or facts is None or "init" in facts.unused:
+        return
+    if not facts.starts_from_weights:
+        yield "adapter.init", f"{init} is not defined for adapter.method: {method}; use another init"
+    elif init == "loftq" and settings.get("base.quantization") == "none":
         yield "adapter.init", "loftq corrects the error of NF4, so it needs base.quantization: nf4"
 
 

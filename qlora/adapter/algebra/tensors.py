@@ -131,11 +131,11 @@ def read(path: str | Path) -> Adapter:
     extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
     adapter = Adapter(config, layers, extra_files)
     values = InitialValues.stored(folder)
-    return (
-        adapter
-        if values is None or values.changed is None
-        else _on_the_unchanged_base(adapter, values, folder)
-    )
+    if values is None:
+        return adapter
+    if values.changed is None:
+        return replace(adapter, note=_correction(values, folder))
+    return _on_the_unchanged_base(adapter, values, folder)
 
 
 def write(adapter: Adapter, path: str | Path) -> int:
@@ -196,6 +196,16 @@ def _on_the_unchanged_base(adapter: Adapter, values: InitialValues, folder: Path
         "only what was learned"
     )
     return Adapter({**adapter.config, "init_lora_weights": True}, layers, files, note)
+
+
+def _correction(values: InitialValues, folder: Path) -> str:
+    """Return the remark that an adapter holds a correction of its base."""
+    size = stored_distances(folder).get("converted")
+    share = "" if size is None else f", {size:.2%} of the weights' norm"
+    return (
+        f"the update includes the correction of NF4 that {values.spec.init} started from{share}: it belongs to the NF4 "
+        "base, and a 16-bit base would be corrected for an error that it does not have"
+    )
 
 
 def _text(file: Path) -> str:
