@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora.adapter.adapted_linear import trainable_parameters as trainable_parameters
     from qlora.adapter.lora_spec import LoraSpec as LoraSpec
+    from qlora.adapter.merge import merge_adapter as merge_adapter
     from qlora.adapter.methods.lora import LoRALinear as LoRALinear
     from qlora.adapter.methods.lora import adapt as adapt
     from qlora.adapter.methods.lora import lora_layers as lora_layers
@@ -44,6 +45,7 @@ _HOME = {
     "load_tokenizer": "qlora.model.load",
     "lora_layers": "qlora.adapter.methods.lora",
     "merge": "qlora.merging.merge",
+    "merge_adapter": "qlora.adapter.merge",
     "save_adapter": "qlora.adapter.store",
     "train": "qlora.training.train",
     "trainable_parameters": "qlora.adapter.adapted_linear",

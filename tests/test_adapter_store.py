@@ -177,7 +177,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "not a JSON object"),
     "another method": (lambda f: edit(f, peft_type="IA3"), 'peft_type must be "LORA"'),
-    "dora": (lambda f: edit(f, use_dora=True), "use_dora = true is not supported"),
+    "dora": (lambda f: edit(f, use_dora=True), "lora_magnitude_vector is missing"),
     "bias": (lambda f: edit(f, bias="all"), 'bias = "all" is not supported'),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), 'init_lora_weights = "pissa" is not supported'),
     "saved modules": (lambda f: edit(f, modules_to_save=["head"]), r'modules_to_save = \["head"\]'),

@@ -208,7 +208,7 @@ def test_public_names_exist_and_are_documented() -> None:
     import qlora
 
     assert qlora.__all__ == sorted(qlora.__all__)
-    assert 10 <= len(qlora.__all__) <= 16
+    assert 10 <= len(qlora.__all__) <= 18
     for name in qlora.__all__:
         assert ">>>" in (getattr(qlora, name).__doc__ or ""), f"{name} has no example in its docstring"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

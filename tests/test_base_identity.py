@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
-from qlora.adapter.identity import SAMPLE_BYTES, WHOLE_BYTES, BaseIdentity, checkpoint_digest
+from qlora import merge_adapter
+from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter, trainable_parameters
+from qlora.adapter.digest import SAMPLE_BYTES, WHOLE_BYTES
+from qlora.adapter.identity import BaseIdentity, checkpoint_digest
 from qlora.cli import app
 from qlora.data import prompt_digests
 from qlora.errors import ModelError
@@ -33,10 +35,7 @@ def section(model: Path | str, **settings: Any) -> Base:
 
 def saved(base: nn.Module, folder: Path) -> BaseIdentity:
     """Save an adapter on `base` and return the identity that it records."""
-    save_adapter(adapt(base, LoraSpec(rank=2)), folder)
-    found = BaseIdentity.read(folder)
-    assert found is not None
-    return found
+    return saved_identity(adapt(base, LoraSpec(rank=2)), folder)
 
 
 def change(folder: Path, name: str, by: float = 1e-3) -> Path:
@@ -123,10 +122,110 @@ def network() -> nn.Module:
     return nn.ModuleDict({"up": nn.Linear(4, 4)})
 
 
-def test_a_network_without_an_identity_takes_any_adapter(tmp_path: Path) -> None:
-    save_adapter(adapt(network(), LoraSpec(targets=["up"], rank=2)), tmp_path)
-    assert BaseIdentity.read(tmp_path) == BaseIdentity(quantization="none")
-    load_adapter(network(), tmp_path)
+def saved_identity(model: nn.Module, folder: Path) -> BaseIdentity:
+    save_adapter(model, folder)
+    found = BaseIdentity.read(folder)
+    assert found is not None
+    return found
+
+
+def seeded(seed: int = 1) -> nn.Module:
+    """Return a plain network with a large layer and running statistics."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 600), nn.BatchNorm1d(600), nn.Linear(600, 600), nn.Linear(600, 2))
+
+
+def trained_steps(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(trainable_parameters(model).values(), 0.1)
+    for _ in range(2):
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    return model
+
+
+def test_a_plain_network_is_known_by_its_weights(tmp_path: Path) -> None:
+    model = seeded().eval()
+    identity = BaseIdentity.of(model)
+    assert identity.weights is not None
+    assert identity.weights.endswith(" (in memory)")
+    adapt(model, LoraSpec(targets=["0", "2"], rank=2, dtype=torch.float32))
+    assert BaseIdentity.of(model) == identity
+    assert saved_identity(trained_steps(model), tmp_path) == identity
+    load_adapter(seeded().eval(), tmp_path)
+    again = load_adapter(seeded(), tmp_path)
+    assert BaseIdentity.of(again) == identity
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "another seed": lambda m: seeded(2).state_dict(),
+    "one weight": lambda m: m[0].weight.data[3, 3].add_(1e-3),
+    "a buffer": lambda m: m[1].running_mean[5].add_(1e-3),
+    "the last weight of a large layer": lambda m: m[2].weight.data[-1, -1].add_(1e-3),
+    "dtype": lambda m: m.double(),
+    "a name": lambda m: m.add_module("one more", nn.Linear(1, 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_plain_network_is_refused(tmp_path: Path, change: str) -> None:
+    saved_identity(adapt(seeded(), LoraSpec(targets=["0"], rank=2)), tmp_path)
+    other = seeded()
+    changed = CHANGES[change](other)
+    if change == "another seed":
+        other.load_state_dict(changed)
+    with pytest.raises(ModelError, match=r"differ in weights: .* \(in memory\) and .* \(in memory\)"):
+        load_adapter(other, tmp_path)
+    load_adapter(other, tmp_path, any_base=True)
+
+
+def test_another_class_with_the_same_weights_is_another_network(tmp_path: Path) -> None:
+    class Other(nn.Sequential):
+        pass
+
+    saved_identity(adapt(seeded(), LoraSpec(targets=["0"], rank=2)), tmp_path)
+    with pytest.raises(ModelError, match="differ in weights"):
+        load_adapter(Other(*seeded()), tmp_path)
+
+
+def test_a_plain_network_in_nf4_is_known_by_its_codes(tmp_path: Path) -> None:
+    def quantized(scale: float = 1.0) -> nn.Module:
+        torch.manual_seed(1)
+        return nn.ModuleDict({"up": nf4.NF4Linear(nf4.quantize(torch.randn(64, 64) * scale))})
+
+    found = saved_identity(adapt(quantized(), LoraSpec(targets=["up"], rank=2)), tmp_path)
+    assert found.quantization == "nf4 in blocks of 64, double quantization"
+    load_adapter(quantized(), tmp_path)
+    with pytest.raises(ModelError, match="differ in weights"):
+        load_adapter(quantized(2.0), tmp_path)  # equal codes, other scales
+
+
+def test_what_the_adapter_does_not_hold_is_not_lost_in_silence(tmp_path: Path) -> None:
+    model = adapt(seeded(), LoraSpec(targets=["0"], rank=2, dtype=torch.float32))
+    with torch.no_grad():
+        model.train()(torch.randn(4, 8))
+    with pytest.raises(
+        ModelError, match=r"1.running_mean, 1.running_var, 1.num_batches_tracked would be lost"
+    ):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_adapter(model, tmp_path, base=BaseIdentity.of(model))  # the caller says what the base is
+    model = adapt(seeded(), LoraSpec(targets=["0"], rank=2))
+    model[3].weight.data.add_(1)
+    with pytest.raises(ModelError, match=r"3\.weight would be lost: changed since the adapter was added"):
+        save_adapter(model, tmp_path)
+    save_adapter(
+        adapt(seeded(), LoraSpec(targets=["0"], rank=2)).double(), tmp_path
+    )  # only the dtype differs
+
+
+def test_a_merged_network_is_another_base(tmp_path: Path) -> None:
+    model = trained_steps(adapt(seeded().eval(), LoraSpec(targets=["0"], rank=2, dtype=torch.float32)))
+    save_adapter(model, tmp_path)
+    identity = BaseIdentity.of(model)
+    merge_adapter(model)
+    assert BaseIdentity.of(model) != identity
+    with pytest.raises(ModelError, match="differ in weights"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_a_good_recipe_is_ok_with_its_numbers(recipe_file: RecipeFile, tmp_path:
     shown = "\n".join(rest)
     assert "24 rows read, 20 trained, 4 held out" in shown
     assert "15 of 4 rows in micro-batches of 2; 5 an epoch, 3 epochs" in shown
+    assert "capacity       LoRA of rank 4 on all-linear: 8,192 parameters for " in shown
+    assert "advice         none: published comparisons begin at 1B parameters" in shown
     assert "not checked" not in shown
     assert done.stderr.splitlines()[0] == "loading torch and transformers"
     assert not (tmp_path / "run").exists()

@@ -276,6 +276,14 @@ def test_bases_without_16_bit_weights_are_refused_or_named(tiny_llama: Path, tmp
         adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(init="loftq", targets="all-linear"))
     with pytest.raises(UsageError, match="init pissa needs the weights of a model"):
         METHODS["lora"].layers[0](nn.Linear(4, 4), LoraSpec(init="pissa"))
+    convolution = nn.Sequential(nn.Conv2d(2, 2, 1))
+    with pytest.raises(UsageError, match="init pissa is defined for LoRA's linear layers"):
+        adapt(convolution, LoraSpec(rank=1, init="pissa", targets=["0"]))
+    with pytest.raises(UsageError, match="an embedding, where B is drawn"):
+        adapt(nn.Sequential(nn.Embedding(4, 4)), LoraSpec(rank=1, init="orthogonal", targets=["0"]))
+    network = adapt(nn.Sequential(nn.Linear(4, 4)), LoraSpec(rank=1, init="pissa"))
+    with pytest.raises(ModelError, match="PiSSA changed its base"):
+        save_adapter(network, tmp_path / "d", diffusers="unet")
     with pytest.raises(RecipeError, match=r"adapter\.init: loftq corrects the error of NF4"):
         Recipe.load("quickstart", ["adapter.init=loftq", "base.quantization=none"])
 

@@ -290,7 +290,7 @@ def test_code_that_reads_the_weight_of_the_layer_gets_an_error() -> None:
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"scaling": "rank"}, "scaling must be alpha/rank or"),
         ({"scaling": "alpha"}, "scaling alpha needs a number in alpha"),
-        ({"init": "zeros"}, "init must be kaiming, gaussian, orthogonal or zero"),
+        ({"init": "zeros"}, "init must be kaiming, gaussian, orthogonal, pissa, loftq or zero"),
         ({"rank_pattern": {"nothing": 2}}, '"nothing" matches no targeted layer'),
         ({"alpha_pattern": {"(": 2.0}}, "is not a valid regular expression"),
     ],

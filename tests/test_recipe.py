@@ -39,7 +39,7 @@ def write(folder: Path, text: str, name: str = "my.yaml") -> Path:
 def test_defaults_follow_the_documents(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, SMALL))
     assert recipe.adapter == Adapter(
-        rank=8, alpha=None, dropout=0.0, targets="attention", scaling="alpha/rank"
+        rank=8, alpha=None, dropout=0.0, targets="all-linear", scaling="alpha/rank"
     )
     assert recipe.adapter.resolved_alpha == 8.0
     assert (recipe.base.quantization, recipe.base.double_quant, recipe.base.block_size) == ("nf4", True, 64)

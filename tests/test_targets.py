@@ -146,7 +146,9 @@ def test_the_error_for_a_target_without_a_match_lists_the_layers() -> None:
         'targets: "query" matches nothing in LlamaForCausalLM. Its linear layers: q_proj (2), k_proj (2), '
         "v_proj (2), o_proj (2), gate_proj (2), up_proj (2), down_proj (2), lm_head (1)."
     )
-    with pytest.raises(UsageError, match='"embed_tokens" matches 1 Embedding, but no linear layer'):
+    with pytest.raises(
+        UsageError, match='"embed_tokens" matches 1 Embedding, but no layer that the method adapts'
+    ):
         select(llama, ["embed_tokens"])
     with pytest.raises(UsageError, match="the list is empty"):
         select(llama, [])
@@ -183,5 +185,5 @@ def test_only_plain_products_are_linear_layers() -> None:
         }
     )
     assert select(model, "all-linear") == ["plain", "packed"]
-    with pytest.raises(UsageError, match="matches 1 Scaled, but no linear layer"):
+    with pytest.raises(UsageError, match="matches 1 Scaled, but no layer that the method adapts"):
         select(model, ["scaled"])

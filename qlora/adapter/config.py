@@ -16,7 +16,7 @@ from torch import nn
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import SCALINGS, LoraSpec
 from qlora.adapter.patterns import exactly, pattern_value
-from qlora.adapter.targets import linear_names, list_linears
+from qlora.adapter.targets import is_linear, layer_names, list_layers
 from qlora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
@@ -201,29 +201,35 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def targets_in(
-    model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], path: Path
+    model: nn.Module,
+    config: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    path: Path,
+    can_adapt: Callable[[nn.Module], bool] = is_linear,
 ) -> list[str]:
-    """Return the linear layers of `model` that `config` targets, chosen as in PEFT, in the order of the model.
+    """Return the layers of `model` that `config` targets, chosen as in PEFT, in the order of the model.
 
     Args:
         model: the model that the adapter is for.
         config: the fields of adapter_config.json.
         stored: layers that have tensors; they are the targets if the config names none.
         path: the config's file, for error messages.
+        can_adapt: function that returns True for the layers that the method adapts.
 
     Raises:
         ModelError: no layer matches.
     """
-    linears = linear_names(model)
+    layers = layer_names(model, can_adapt)
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
     if targets is None:
-        names = [name for name in linears if name in stored]
+        names = [name for name in layers if name in stored]
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        linears = [name for name in layers if is_linear(model.get_submodule(name))]
         names = [name for name in linears if head is None or model.get_submodule(name) is not head]
     else:
-        names = list(filter(_matcher(targets), linears))
+        names = list(filter(_matcher(targets), layers))
     is_excluded = _matcher(excluded)
     names = [name for name in names if not is_excluded(name)]
     if indices is not None and indices != []:
@@ -232,7 +238,7 @@ def targets_in(
     if not names:
         raise ModelError(
             f"{path}: the adapter does not fit this model: its target_modules, {json.dumps(targets)}, match no "
-            f"layer of {type(model).__name__}. {list_linears(linears)} "
+            f"layer of {type(model).__name__}. {list_layers(model, layers)} "
             "Load the base that it was trained on"
         )
     return names

@@ -3,19 +3,21 @@
     qlora.json    next to PEFT's files: {"base": {name, revision, commit, weights, ...}, "format": 1}
 
 The fingerprint covers the weights in the checkpoint files, not in memory. In memory the dtype and the last bits of NF4
-depend on the device, but the same files are the same base everywhere. The quantization is recorded separately.
+depend on the device, but the same files are the same base everywhere. The quantization is recorded separately. A plain
+module has no files, so its fingerprint covers its weights in memory (base_digest.py).
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
+from qlora.adapter.base_digest import memory_digest
+from qlora.adapter.digest import digest, sampled
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4, quant_state
 from qlora.storage.safetensors_files import StoredTensor, checkpoint_files, find_checkpoint, stored_tensors
@@ -25,7 +27,6 @@ FORMAT = 1
 """version of the layout of qlora.json"""
 
 COMPARED = ("weights", "quantization", "tokenizer", "template")
-SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 2**20
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class BaseIdentity:
     commit: str | None = None
     """commit that the hub delivered"""
     weights: str | None = None
-    """`checkpoint_digest`, or the seed of random weights"""
+    """`checkpoint_digest`; the seed of random weights; or `memory_digest` of a module without files"""
     quantization: str | None = None
     """storage of the linear weights, see `quantization_of`"""
     tokenizer: str | None = None
@@ -55,13 +56,16 @@ class BaseIdentity:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Return the fingerprint that `load_base` attached to `model`, or else one from the model's configuration."""
+        """Return the fingerprint that `load_base` attached to `model`, or else one from its configuration or weights.
+
+        A module without the name of a checkpoint is known by its weights in memory, as they were before the adapter.
+        """
         known = getattr(model, "base_identity", None)
         if isinstance(known, cls):
             return known
         config = getattr(model, "config", None)
         name, commit = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
-        weights = _weights_of(name, commit)
+        weights = memory_digest(model) if name is None else _weights_of(name, commit)
         return cls(name, commit=commit, weights=weights, quantization=quantization_of(model))
 
     @classmethod
@@ -139,15 +143,6 @@ def require_same_base(recorded: BaseIdentity, loaded: BaseIdentity, folder: Path
         )
 
 
-def digest(parts: Iterable[bytes]) -> str:
-    """Return the BLAKE2b-128 digest of byte strings, each preceded by its length."""
-    total = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        total.update(len(part).to_bytes(8, "little"))
-        total.update(part)
-    return total.hexdigest()
-
-
 def checkpoint_digest(files: Sequence[Path]) -> str:
     """Return the BLAKE2b-128 digest of a checkpoint's tensors, independent of their distribution over the files.
 
@@ -168,14 +163,7 @@ def checkpoint_digest(files: Sequence[Path]) -> str:
 def _parts(tensor: StoredTensor) -> Iterator[bytes]:
     """Yield the parts of a tensor that the digest covers."""
     yield json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode()
-    size = tensor.stop - tensor.start
-    if size <= WHOLE_BYTES:
-        yield from tensor.byte_ranges([0], size)
-    else:
-        last = size - SAMPLE_BYTES
-        yield from tensor.byte_ranges(
-            (last * index // (SAMPLES - 1) for index in range(SAMPLES)), SAMPLE_BYTES
-        )
+    yield from tensor.byte_ranges(*sampled(tensor.stop - tensor.start))
 
 
 def _weights_of(name: str | None, commit: str | None) -> str | None:

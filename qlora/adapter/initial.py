@@ -15,7 +15,7 @@ told apart from the start, without a decomposition, which could have other last 
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -28,7 +28,8 @@ from torch.nn.functional import pad
 
 from qlora.adapter.algebra.low_rank import principal
 from qlora.adapter.config import CONFIG_FILE, INITIAL_FILE, read_fields, spec_of_layer
-from qlora.adapter.identity import BaseIdentity, digest
+from qlora.adapter.digest import digest
+from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
 from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, named_tensors
 from qlora.adapter.targets import is_conv1d, linear_names, select
@@ -218,13 +219,12 @@ class InitialValues:
             f"relative to their norm; with another init they start {found['without']} away"
         )
 
-    def write(self, folder: Path) -> None:
-        """Write the values beside the adapter in `folder`. Raises OSError or SafetensorError."""
-        named = named_tensors({name: {SUFFIX_A: x.a, SUFFIX_B: x.b} for name, x in self.layers.items()})
-        origin = {"init": self.spec.init, "distances": self.distances and self.distances.as_json()}
-        with atomic.replacing(folder / INITIAL_FILE) as file:
-            # one key, because safetensors writes several in random order
-            save_file(named, file, metadata={ORIGIN: json.dumps(origin)})
+    def fill(self, layers: Mapping[str, Any]) -> None:
+        """Copy the values to the parameters `lora_a` and `lora_b` of adapted layers, by name."""
+        with torch.no_grad():
+            for name, initial in self.layers.items():
+                layers[name].lora_a.copy_(initial.a)
+                layers[name].lora_b.copy_(initial.b)
 
 
 def start_from_weights(model: nn.Module, spec: LoraSpec, seed: int) -> InitialValues:
@@ -257,41 +257,50 @@ def start_from_weights(model: nn.Module, spec: LoraSpec, seed: int) -> InitialVa
     return values
 
 
-def prepared_base(
-    model: nn.Module, base: BaseIdentity | None, values: InitialValues | None, folder: Path
-) -> BaseIdentity:
-    """Return the fingerprint that a model has after `prepare_base`.
-
-    Args:
-        model: the model that the adapter in `folder` is loaded into.
-        base: fingerprint of the model; None reads it from the model.
-        values: the initial values in `folder`; None if it has none.
-        folder: the adapter folder, for the error message.
-
-    Raises:
-        ModelError: the model is in NF4, and its weights were not changed before they were quantized.
-    """
-    base = base or BaseIdentity.of(model)
-    if values is None or values.changed is None or base.changed is not None:
-        return base
+def require_16_bit(model: nn.Module, values: InitialValues | None, folder: Path) -> None:
+    """Raise ModelError if the adapter in `folder` needs a changed base, and `model` is in NF4 without the change."""
+    if values is None or values.changed is None:
+        return
     values.choose(model)
-    linears = {name: model.get_submodule(name) for name in values.names & set(linear_names(model))}
-    if any(is_nf4(linear) for linear in linears.values()):
+    linears = [model.get_submodule(name) for name in values.names & set(linear_names(model))]
+    if any(map(is_nf4, linears)) and BaseIdentity.of(model).changed is None:
         raise ModelError(
-            f"{folder}: the adapter was trained on {base} without the initial update of {values.spec.init}, which must "
+            f"{folder}: the adapter was trained on a base without the initial update of {values.spec.init}, which must "
             "be taken out before the base is quantized. Load both with load_trained, or convert the adapter to the "
             f"unchanged base: qlora adapter export {folder} --to DIR"
         )
-    return replace(base, changed=values.changed)
+
+
+def prepared_base(base: BaseIdentity, values: InitialValues | None) -> BaseIdentity:
+    """Return the fingerprint that a model with the fingerprint `base` has after `prepare_base`."""
+    return base if values is None or base.changed is not None else replace(base, changed=values.changed)
 
 
 def prepare_base(model: nn.Module, values: InitialValues | None) -> None:
     """Make a model without an adapter the base that belongs to the initial values, and attach these to it."""
-    base = BaseIdentity.of(model)
-    if values is not None and values.changed is not None and base.changed is None:
-        values.read(model)
-        model.base_identity = replace(base, changed=values.changed)  # type: ignore[assignment]
+    if values is not None and values.changed is not None:
+        base = BaseIdentity.of(model)  # of the weights before the change
+        if base.changed is None:
+            values.read(model)
+            model.base_identity = replace(base, changed=values.changed)  # type: ignore[assignment]
     model.initial_values = values  # type: ignore[assignment]
+
+
+def write_initial(model: nn.Module, folder: Path) -> None:
+    """Write the initial values of `model` beside its adapter in `folder`, or remove those of an earlier adapter.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    values, file = InitialValues.of(model), folder / INITIAL_FILE
+    if values is None or not values.layers:
+        file.unlink(missing_ok=True)
+        return
+    named = named_tensors({name: {SUFFIX_A: x.a, SUFFIX_B: x.b} for name, x in values.layers.items()})
+    origin = {"init": values.spec.init, "distances": values.distances and values.distances.as_json()}
+    with atomic.replacing(file) as draft:
+        # one key, because safetensors writes several in random order
+        save_file(named, draft, metadata={ORIGIN: json.dumps(origin)})
 
 
 def stored_distances(folder: Path) -> dict[str, float]:
@@ -314,7 +323,7 @@ def _bytes(layers: dict[str, Initial]) -> Iterator[bytes]:
     for name, initial in sorted(layers.items()):
         yield f"{name} {initial.scaling!r}".encode()
         for tensor in (initial.a, initial.b):
-            yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _weight(linear: nn.Module) -> Tensor:

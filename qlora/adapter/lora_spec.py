@@ -46,8 +46,8 @@ class LoraSpec:
     rank is above `in`) or "zero" (before an adapter is loaded). B is zero, so training starts at the base. (PEFT's
     "orthogonal" is another scheme: A and B are both nonzero, and their product is zero up to rounding.) Or "pissa" or
     "loftq": A and B from the base's weights, see `qlora.adapter.initial`; "pissa" changes the base"""
-    targets: str | Sequence[str] = "attention"
-    """layers to adapt: "attention", "all-linear" or a list, see `qlora.adapter.select`"""
+    targets: str | Sequence[str] = "all-linear"
+    """layers to adapt: "all-linear", "attention" or a list, see `qlora.adapter.select`"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """ranks of single layers. A key is a regular expression that matches a layer's name or the last parts of the name;
     the first matching key counts"""

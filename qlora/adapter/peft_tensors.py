@@ -17,6 +17,9 @@ CONVERSION = (
     "s.save_file({k: v.contiguous().clone() for k, v in t.items()}, 'adapter_model.safetensors')\""
 )
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+PAIRS = [(SUFFIX_A, SUFFIX_B), (EMBEDDING_A, EMBEDDING_B)]
+"""names of A and B in linear layers and convolutions, and in embeddings"""
 
 
 def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -43,10 +46,10 @@ def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read A [rank, in] and B [out, rank] of each layer, on the CPU. Raises ModelError as `read_layers` does."""
-    layers, _ = read_layers(folder, [(SUFFIX_A, SUFFIX_B)])
-    return {name: (tensors[SUFFIX_A], tensors[SUFFIX_B]) for name, tensors in layers.items()}
+def read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Read A and B of each layer by suffix, A first, on the CPU. Raises ModelError as `read_layers` does."""
+    layers, _ = read_layers(folder, PAIRS)
+    return {name: dict(sorted(tensors.items())) for name, tensors in layers.items()}
 
 
 def read_layers(

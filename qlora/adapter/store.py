@@ -6,6 +6,7 @@
                                  (other methods: the suffixes in their layer's SAVED)
     adapter_initial.safetensors  A and B before the first step, if they came from the base's weights; see initial.py
     qlora.json                   fingerprint of the base model, which PEFT does not have; see identity.py
+    pytorch_lora_weights.safetensors     only on request, for diffusers; see diffusers_file.py
 
 Nothing is unpickled, and no field of the JSON selects code to run. Reading is strict: each target layer needs its
 tensors, and each tensor needs its target layer. Otherwise the model stays unchanged, and the error names the mismatch.
@@ -22,10 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
-from qlora.adapter.config import CONFIG_FILE, INITIAL_FILE, read_fields
+from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import trainable_parameters, wrap
+from qlora.adapter.base_digest import changed
+from qlora.adapter.config import CONFIG_FILE, read_fields
+from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
-from qlora.adapter.initial import InitialValues, prepare_base, prepared_base
+from qlora.adapter.initial import InitialValues, prepare_base, prepared_base, require_16_bit, write_initial
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.trained_parts import load_parts, stored_parts, trained_parts
@@ -41,6 +45,7 @@ def save_adapter(
     base_model: str | None = None,
     revision: str | None = None,
     base: BaseIdentity | None = None,
+    diffusers: str | None = None,
 ) -> Path:
     """Save the adapter of `model` in PEFT's layout, and verify the tensors by reading them back.
 
@@ -52,22 +57,27 @@ def save_adapter(
         base_model: name of the base to record, instead of the name in `base`.
         revision: revision of the base to record, instead of the revision in `base`.
         base: fingerprint of the base that the adapter was trained on; None reads it from `model`.
+        diffusers: name of the model in a pipeline of diffusers, such as "unet" or "transformer": also write the file
+            that diffusers' `load_lora_weights` and `load_lora_adapter` read.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: the model has no adapter, a number is not finite, or PEFT's config cannot express the adapter.
+        ModelError: the model has no adapter, a number is not finite, or PEFT's config cannot express the adapter; or,
+            without `base`, training changed tensors that are no part of the adapter, such as running statistics.
         SaveError: a file cannot be written, or the tensors read back differ.
 
     Examples:
         >>> save_adapter(model, "runs/mine/adapter", base_model="huggyllama/llama-7b")
     """
     folder = Path(folder)
-    layers = AdaptedLinear.of(model)
-    base = base or BaseIdentity.of(model)
-    base = replace(base, name=base_model or base.name, revision=revision or base.revision)
+    layers = AdaptedLayer.of(model)
     method = method_of(layers)
+    if base is None:
+        _refuse_lost(model)
+        base = BaseIdentity.of(model)
+    base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = method.config(model, layers, base)
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     tensors = {
@@ -75,25 +85,31 @@ def save_adapter(
         **finite(method.shared(model)),
         **finite(trained_parts(model)),
     }
+    if diffusers is not None:
+        check_diffusers(tensors, fields)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(folder / TENSORS_FILE) as file:
-            save_file(tensors, file, metadata={"format": "pt"})
-        if (values := InitialValues.of(model)) is not None and values.layers:
-            values.write(folder)
-        else:
-            (folder / INITIAL_FILE).unlink(missing_ok=True)  # of an earlier adapter
+        _write_tensors(folder / TENSORS_FILE, tensors)
+        if diffusers is not None:
+            with atomic.replacing(folder / DIFFUSERS_FILE) as file:
+                write_diffusers(file, tensors, fields, diffusers)
+        write_initial(model, folder)
         atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
         atomic.write(folder / CONFIG_FILE, config.encode())
-        back = load_file(folder / TENSORS_FILE)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
+    return folder
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors and read them back. Raises SaveError if they differ."""
+    with atomic.replacing(path) as file:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    back = load_file(path)
     if not all(key in back and torch.equal(tensors[key], back[key]) for key in tensors):
         raise SaveError(
-            f"{folder / TENSORS_FILE}: the numbers read back differ from the numbers written; "
-            "check this disk, or write to another"
+            f"{path}: the numbers read back differ from the numbers written; check this disk, or write to another"
         )
-    return folder
 
 
 def load_adapter(
@@ -128,14 +144,14 @@ def load_adapter(
     method = method_for(config, file)
     method.check(config, file)
     values = InitialValues.stored(folder)
-    loaded = prepared_base(model, base, values, folder)
+    require_16_bit(model, values, folder)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
-        require_same_base(recorded, loaded, folder)
+        require_same_base(recorded, prepared_base(base or BaseIdentity.of(model), values), folder)
     shared, parts = method.stored_shared(config), stored_parts(config)
     kinds = [list(kind.SAVED) for kind in method.layers]
     stored, others = read_layers(folder, kinds, [*shared, *parts])
-    layers = AdaptedLinear.of(model)
+    layers = AdaptedLayer.of(model)
     if layers and method_of(layers) is not method:
         raise ModelError(
             f"{file}: the model has an adapter of another method than {method.name}; load it into a base"
@@ -145,17 +161,49 @@ def load_adapter(
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
         _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
+    common = {name: others[name] for name in shared}
+    method.check_shared(
+        [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
+    )
     if not layers:
         prepare_base(model, values)
-        use_nf4_linears(model.requires_grad_(False))
-        dtype = next(iter(stored[names[0]].values())).dtype
-        specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
-        modules = {name: model.get_submodule(name) for name in specs}
-        wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
+        specs = _add_layers(model, method, specs, next(iter(stored[names[0]].values())).dtype)
     _load_layers(model, specs, stored)
-    method.load_shared(model, {name: others[name] for name in shared}, tensors_file)
+    method.load_shared(model, common, tensors_file)
     load_parts(model, {name: others[name] for name in parts}, tensors_file)
     return model
+
+
+def _add_layers(
+    model: nn.Module, method: AdapterMethod, specs: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Freeze a model without an adapter and wrap these layers of it; return their settings, with the dtype."""
+    specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
+    use_nf4_linears(model.requires_grad_(False))
+    modules = {name: model.get_submodule(name) for name in specs}
+    wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
+    return specs
+
+
+def _refuse_lost(model: nn.Module) -> None:
+    """Raise ModelError if training changes tensors of `model` that the adapter does not hold."""
+    held = {
+        id(parameter) for layer in AdaptedLayer.of(model).values() for parameter in layer.saved().values()
+    }
+    held |= {id(parameter) for parameter in trained_parts(model).values()}
+    lost = [name for name, parameter in trainable_parameters(model).items() if id(parameter) not in held]
+    if lost:
+        raise ModelError(
+            f"{listed(lost)} would be lost: trained (requires_grad), but no part of the adapter. Name the modules in "
+            "train_modules, freeze them with requires_grad_(False), or save the whole model"
+        )
+    held_names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+    lost = [name for name in changed(model) if name not in held_names]
+    if lost:
+        raise ModelError(
+            f"{listed(lost)} would be lost: changed since the adapter was added, but no part of it. Keep such "
+            "layers in eval mode in training (module.eval()), or save the whole model with torch.save"
+        )
 
 
 def method_for(config: Mapping[str, Any], file: Path) -> AdapterMethod:
@@ -167,7 +215,7 @@ def method_for(config: Mapping[str, Any], file: Path) -> AdapterMethod:
     return method
 
 
-def method_of(layers: Mapping[str, AdaptedLinear]) -> AdapterMethod:
+def method_of(layers: Mapping[str, AdaptedLayer]) -> AdapterMethod:
     """Return the adapter method of these layers of a model. Raises ModelError if there are no layers."""
     if not layers:
         raise ModelError("the model has no adapter: there is nothing to save. Add one with adapt")
@@ -180,7 +228,7 @@ def _load_layers(
 ) -> None:
     """Give each adapted layer its settings and its tensors by suffix; a parameter on the meta device becomes real."""
     with torch.no_grad():
-        for name, layer in AdaptedLinear.of(model).items():
+        for name, layer in AdaptedLayer.of(model).items():
             layer.spec = specs[name]
             for suffix, parameter in layer.saved().items():
                 if parameter.is_meta:
@@ -207,9 +255,13 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
 def _check_shapes(
     name: str, module: nn.Module, stored: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
 ) -> None:
-    if isinstance(module, AdaptedLinear) and (reason := module.why_incompatible(spec)) is not None:
-        raise ModelError(f"{path}: {name} {reason}")
-    for suffix, shape in method.layer_for(module).shapes(module, spec).items():
+    kind = method.layer_for(module)
+    if isinstance(module, AdaptedLayer):
+        if (reason := module.why_incompatible(spec)) is not None:
+            raise ModelError(f"{path}: {name} {reason}")
+    elif (reason := kind.why_unsuitable(module)) is not None:
+        raise ModelError(f"{path}: {method.name} is not defined on {name}: {reason}")
+    for suffix, shape in kind.shapes(module, spec).items():
         if suffix not in stored:
             raise ModelError(
                 f"{path}: {name}{suffix} is missing. Load the base that the adapter was trained on"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
@@ -39,15 +39,15 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if AdaptedLinear.of(model):
+        if AdaptedLayer.of(model):
             raise ModelError(
                 "the model is adapted already: pass the base without an adapter, then load the adapters by name"
             )
         self.model = model
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
-        self._layers: dict[str, list[tuple[Place, AdaptedLinear]]] = {}
-        self._base: list[tuple[Place, AdaptedLinear]] = []
+        self._layers: dict[str, list[tuple[Place, AdaptedLayer]]] = {}
+        self._base: list[tuple[Place, AdaptedLayer]] = []
 
     @property
     def names(self) -> list[str]:
@@ -114,7 +114,7 @@ class Adapters:
         self.activate(None)
 
     @property
-    def _shown(self) -> list[tuple[Place, AdaptedLinear]]:
+    def _shown(self) -> list[tuple[Place, AdaptedLayer]]:
         return self._base if self.active is None else self._layers[self.active]
 
     def _check(self, name: str) -> None:
@@ -123,7 +123,7 @@ class Adapters:
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
 
 
-def _put_in(layers: list[tuple[Place, AdaptedLinear]]) -> None:
+def _put_in(layers: list[tuple[Place, AdaptedLayer]]) -> None:
     """Put adapted layers into their places."""
     for (parent, attribute), layer in layers:
         if layer.training != layer.base.training:  # the model's mode changed while the layer was out
@@ -131,19 +131,19 @@ def _put_in(layers: list[tuple[Place, AdaptedLinear]]) -> None:
         setattr(parent, attribute, layer)
 
 
-def _put_back(layers: list[tuple[Place, AdaptedLinear]]) -> None:
+def _put_back(layers: list[tuple[Place, AdaptedLayer]]) -> None:
     """Put the bases of adapted layers back into their places."""
     for (parent, attribute), layer in layers:
         setattr(parent, attribute, layer.base)
 
 
-def _at_start(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
+def _at_start(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
     """Return layers with the initial update that was taken out of the base, by place; empty if none was."""
     values = InitialValues.of(model)
     if values is None or values.changed is None:
         return []
     layers = {}
-    for name, layer in AdaptedLinear.of(model).items():
+    for name, layer in AdaptedLayer.of(model).items():
         initial, twin = values.layers[name], type(layer)(layer.base, layer.spec)
         twin.number = layer.number
         for suffix, tensor in ((SUFFIX_A, initial.a), (SUFFIX_B, initial.b)):
@@ -163,11 +163,11 @@ def _require_prepared(model: nn.Module, folder: str | Path) -> None:
         )
 
 
-def _places(model: nn.Module) -> list[tuple[Place, AdaptedLinear]]:
-    """Return every place of an AdaptedLinear in the model; a shared layer has several places."""
+def _places(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
+    """Return every place of an AdaptedLayer in the model; a shared layer has several places."""
     return [
         ((parent, attribute), child)
         for parent in model.modules()
         for attribute, child in parent._modules.items()
-        if isinstance(child, AdaptedLinear)
+        if isinstance(child, AdaptedLayer)
     ]

@@ -1,8 +1,8 @@
-"""Choice of the linear layers that get an adapter. Training, storage and forecasts all call `select`."""
+"""Choice of the layers that get an adapter. Training, storage and forecasts all call `select`."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 from torch import nn
@@ -17,6 +17,7 @@ from qlora.quantization.routers import routers
 ATTENTION = frozenset([
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "Wqkv", "wqkv",
     "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "c_attn", "q_attn", "to_q", "to_k", "to_v",
+    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 ])
 INSIDE_ATTENTION = frozenset([
     "out_proj", "dense", "proj", "c_proj", "to_out", "wq", "wk", "wv", "wo", "q", "k", "v", "o",
@@ -31,25 +32,30 @@ HEADS = frozenset(["lm_head", "embed_out"])
 """Names of output heads in models without `get_output_embeddings`."""
 
 
-def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Return the names of the linear layers that `targets` selects, in the order of the model.
+def select(
+    model: nn.Module, targets: str | Sequence[str], can_adapt: Callable[[nn.Module], bool] | None = None
+) -> list[str]:
+    """Return the names of the layers that `targets` selects, in the order of the model.
 
     Linear layers are `nn.Linear`, `Linear4bit` and GPT-2's `Conv1D`.
 
     Args:
-        model: any module with linear layers.
+        model: any module with layers to adapt.
         targets: "attention" for the query, key, value and output projections; "all-linear" for every linear layer
             except the output head and the routers of a mixture of experts; or a list. Each entry of a list is a
             layer's name, the last parts of a name (`mlp.up_proj`), or a regular expression that matches a whole name.
             Any other string is a list of one entry.
+        can_adapt: function that returns True for the layers that a list can name; None means linear layers. The words
+            "attention" and "all-linear" always mean linear layers.
 
     Raises:
-        UsageError: nothing matches, or an entry of the list matches nothing. The message lists the linear layers.
+        UsageError: nothing matches, or an entry of the list matches nothing. The message lists the layers.
 
     Examples:
         >>> select(model, ["q_proj", "mlp.up_proj"])
     """
-    linears = linear_names(model)
+    names = layer_names(model, can_adapt or is_linear)
+    linears = names if can_adapt is None else linear_names(model)
     if isinstance(targets, str) and targets not in ("attention", "all-linear"):
         targets = [targets]
     if targets == "attention":
@@ -61,22 +67,27 @@ def select(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             raise UsageError("targets: the list is empty; name a layer, or write all-linear")
         chosen = set()
         for entry in targets:
-            chosen |= _match(model, linears, entry)
+            chosen |= _match(model, names, entry)
     if not chosen:
         kind = type(model).__name__
-        raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {list_linears(linears)}')
-    return [name for name in linears if name in chosen]
+        raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {list_layers(model, names)}')
+    return [name for name in names if name in chosen]
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Return the names of all layers that can be adapted: linears that are called and compute the plain product."""
+    """Return the names of all linears that can be adapted: those that are called and compute the plain product."""
+    return layer_names(model, is_linear)
+
+
+def layer_names(model: nn.Module, can_adapt: Callable[[nn.Module], bool]) -> list[str]:
+    """Return the names of all layers that can be adapted: those that are called and for which `can_adapt` is True."""
     bypassed = {  # torch's attention reads this weight and never calls the layer
         module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)
     }
     return [
         name
         for name, module in model.named_modules()
-        if name and is_linear(module) and module not in bypassed
+        if name and can_adapt(module) and module not in bypassed
     ]
 
 
@@ -113,8 +124,8 @@ def heads(model: nn.Module) -> set[str]:
     return {name for name, module in modules.items() if module in found or name.rpartition(".")[2] in HEADS}
 
 
-def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
-    """Return the linears that one entry of a list matches."""
+def _match(model: nn.Module, names: Sequence[str], entry: str) -> set[str]:
+    """Return the layers that one entry of a list matches."""
     try:
         pattern = re.compile(entry)
     except re.error as error:
@@ -123,18 +134,27 @@ def _match(model: nn.Module, linears: Sequence[str], entry: str) -> set[str]:
     def fits(name: str) -> bool:
         return name == entry or name.endswith("." + entry) or pattern.fullmatch(name) is not None
 
-    matches = {name for name in linears if fits(name)}
+    matches = {name for name in names if fits(name)}
     if not matches:
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
-        why = f"matches {kinds}, but no linear layer" if others else "matches nothing"
-        raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {list_linears(linears)}')
+        why = f"matches {kinds}, but no layer that the method adapts" if others else "matches nothing"
+        raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {list_layers(model, names)}')
     return matches
+
+
+def list_layers(model: nn.Module, names: Sequence[str]) -> str:
+    """Return sentences that list these layers of `model`: the linear layers, then the others."""
+    linears = [name for name in names if is_linear(model.get_submodule(name))]
+    others = [name for name in names if name not in set(linears)]
+    return list_linears(linears) + (f" Its other layers: {_counts(others)}." if others else "")
 
 
 def list_linears(linears: Sequence[str]) -> str:
     """Return a sentence that lists the linear layers by the last part of their names, with counts."""
-    if not linears:
-        return "It has no linear layers."
-    leaves = Counter(name.rpartition(".")[2] for name in linears)
-    return "Its linear layers: " + ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items()) + "."
+    return f"Its linear layers: {_counts(linears)}." if linears else "It has no linear layers."
+
+
+def _counts(names: Sequence[str]) -> str:
+    leaves = Counter(name.rpartition(".")[2] for name in names)
+    return ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())

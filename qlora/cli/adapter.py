@@ -46,6 +46,13 @@ Energy = Annotated[
 ]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the stored A and B.")]
+Diffusers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMPONENT",
+        help="Also write the file that diffusers reads; COMPONENT is unet, transformer or another part of a pipeline.",
+    ),
+]
 PerLayer = Annotated[bool, typer.Option("--layers", help="Print one line per layer.")]
 
 
@@ -64,6 +71,7 @@ def compose(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Combine the adapters even if their bases differ.")
     ] = False,
+    diffusers: Diffusers = None,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
@@ -86,7 +94,8 @@ def compose(
     result, deviations = composing.compose(
         adapters, rank=rank, energy=energy, dtype=tensors.DTYPES[dtype], any_base=any_base
     )
-    _save(_made_by(result, "compose", *parts), to, deviations, per_layer, json_output)
+    made = _made_by(result, "compose", *parts)
+    _save(made, to, deviations, per_layer, json_output, diffusers=diffusers)
 
 
 @app.command("compress")
@@ -126,6 +135,7 @@ def export(
     adapter: AdapterArgument,
     to: To,
     dtype: DtypeOption = "float32",
+    diffusers: Diffusers = None,
     per_layer: PerLayer = False,
     json_output: Json = False,
 ) -> None:
@@ -142,7 +152,8 @@ def export(
 
     check_absent(to)
     result, deviations = plain(tensors.read(adapter), dtype=tensors.DTYPES[dtype])
-    _save(_made_by(result, "export", str(adapter)), to, deviations, per_layer, json_output)
+    made = _made_by(result, "export", str(adapter))
+    _save(made, to, deviations, per_layer, json_output, diffusers=diffusers)
 
 
 @app.command("extract")
@@ -324,13 +335,15 @@ def _save(
     per_layer: bool,
     json_output: bool,
     not_captured: dict[str, float | None] | None = None,
+    *,
+    diffusers: str | None = None,
 ) -> None:
     """Write the adapter, then print its ranks, its size and its error."""
     from qlora.adapter.algebra import plain, tensors
     from qlora.adapter.algebra.compose import relative_error
     from qlora.adapter.config import CONFIG_FILE, read_config
 
-    written_bytes = tensors.write(adapter, to)
+    written_bytes = tensors.write(adapter, to, diffusers=diffusers)
     note = "; ".join(filter(None, [adapter.note, plain.note(read_config(to / CONFIG_FILE), to)])) or None
     dtype = tensors.dtype_name(next(iter(adapter.layers.values())).a.dtype)
     total = relative_error(deviations.values())

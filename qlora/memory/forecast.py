@@ -6,11 +6,10 @@ are counted as in a measurement (`live.py`). Of equal layers only a few run, and
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
 from qlora.memory.fake_tensors import MetaKernels, as_packed, faked, keep_all_layers
+from qlora.memory.layer_marks import layers_marked
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.no_forecast import failure_named
 from qlora.memory.parts import PARTS
@@ -256,7 +256,7 @@ def _trace(
     known = inventory.inventory(model, optimizer)
     experts = any("experts" in name for name, _ in model.named_modules())
     kernels = MetaKernels() if experts else nullcontext()
-    with LiveBytes(known) as live, _layers_marked(model, live), kernels, as_packed(batch):
+    with LiveBytes(known) as live, layers_marked(model, live), kernels, as_packed(batch):
         run(faked(batch, fake))
     return live.trace().from_first_phase().without(_row(known))
 
@@ -302,11 +302,19 @@ def _optimizer_over(sizes: Mapping[_Kind, int], recipe: Recipe) -> Optimizer:
 
 def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
     """Return the bytes [parts] of the frozen model, including the layers that do not run."""
-    layers = decoder_layers(model)
+    layers = [list(inventory.of_model(layer)) for layer in decoder_layers(model)]
+    uses = Counter(storage for layer in layers for storage in {_storage(tensor) for tensor, _ in layer})
     row = _row(inventory.of_model(model))
     for layer, count in copies:
-        row = row + count * _row(inventory.of_model(layers[layer]))
+        # A storage that several layers use, such as VeRA's projections, is in memory once
+        row = row + count * _row(
+            (tensor, part) for tensor, part in layers[layer] if uses[_storage(tensor)] == 1
+        )
     return row
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
@@ -314,10 +322,9 @@ def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
     row = np.zeros(len(PARTS), dtype=np.int64)
     seen = set()
     for tensor, part in tensors:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            row[_COLUMN[part]] += -(-storage.nbytes() // ROUNDING) * ROUNDING
+        if _storage(tensor) not in seen:
+            seen.add(_storage(tensor))
+            row[_COLUMN[part]] += -(-tensor.untyped_storage().nbytes() // ROUNDING) * ROUNDING
     return row
 
 
@@ -367,34 +374,3 @@ def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
     setting = Checkpointing(full=layers, mlp=mlps)
     training = recipe.training.model_copy(update={"activation_checkpointing": setting})
     return recipe.model_copy(update={"training": training})
-
-
-@contextmanager
-def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """Mark in the trace where the passes enter and leave each decoder layer."""
-
-    def enter(number: int, module: nn.Module, args: Any) -> None:
-        if live.clock.phase != Phase.BACKWARD:  # in the backward pass a checkpointed layer runs forward again
-            live.clock.mark(number)
-
-    def leave(number: int, module: nn.Module, args: Any, output: Any) -> None:
-        if live.clock.phase == Phase.BACKWARD:
-            return
-        # A layer frees its local tensors only after this hook, so the layer's segment ends where the next layer begins
-        if number == last:
-            live.clock.mark()
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: live.clock.mark(number))
-
-    handles = []
-    layers = decoder_layers(model)
-    last = len(layers) - 1
-    for number, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(partial(enter, number)))
-        handles.append(layer.register_forward_hook(partial(leave, number)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

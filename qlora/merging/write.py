@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.initial import Initial, InitialValues
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts
@@ -57,7 +57,7 @@ class _Matrix:
 
     name: str
     """name of the layer in the model"""
-    adapted: AdaptedLinear | None
+    adapted: AdaptedLayer | None
     """the layer's adapter, if it changes the weight"""
     initial: Initial | None
     """A and B before the first step, if they came from the base's weights"""
@@ -181,11 +181,11 @@ class MergeSource:
             if (name := names.module(key, ".weight")) is None:
                 continue
             module = modules[name]
-            adapted = module if isinstance(module, AdaptedLinear) and module.changes_weight else None
+            adapted = module if isinstance(module, AdaptedLayer) and module.changes_weight else None
             transposed = name in meta_base.transposed and not prequantized
             matrices[key] = _Matrix(name, adapted, initial.get(name), name in quantized, transposed)
         located = {matrix.name for matrix in matrices.values()}
-        wanted = quantized | AdaptedLinear.of(meta_base.model).keys()
+        wanted = quantized | AdaptedLayer.of(meta_base.model).keys()
         if missing := sorted(wanted - located):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the model's layers ({listed(missing)}) have no weight of their own "
@@ -193,9 +193,9 @@ class MergeSource:
             )
         return matrices
 
-    def _locate_biases(self, model: nn.Module) -> dict[str, AdaptedLinear]:
+    def _locate_biases(self, model: nn.Module) -> dict[str, AdaptedLayer]:
         """Find the layers whose bias the adapter changes, by the names of the biases in the files."""
-        wanted = {name: layer for name, layer in AdaptedLinear.of(model).items() if layer.changes_bias}
+        wanted = {name: layer for name, layer in AdaptedLayer.of(model).items() if layer.changes_bias}
         names = _ParameterNames(model)
         found = {key: names.module(key, ".bias") for key in self.reader} if wanted else {}
         biases = {key: wanted[name] for key, name in found.items() if name in wanted}

@@ -38,6 +38,12 @@ class Linear(NamedTuple):
         """Factor of the update: the scaling, times the rescaling of dropout."""
         return self.scaling if self.dropout is None else self.scaling / (1 - self.dropout.rate)
 
+    def dropped(self, rows: Tensor) -> Tensor:
+        """Return rows [N, in] times the mask / (1 - rate), the same at every call; without dropout, the rows."""
+        if self.dropout is None:
+            return rows
+        return (rows * self.dropout.mask(rows)).div_(1 - self.dropout.rate)
+
     def assert_frozen(self) -> None:
         """Assert that weight and bias require no gradient."""
         assert_frozen(self.weight, self.bias)

@@ -17,10 +17,17 @@ class MethodFacts:
     """keys of the section `adapter` that have no effect"""
     starts_from_weights: bool = False
     """True if `init` can be pissa or loftq"""
+    rate_is_loras: bool = False
+    """True if the learning rates that were found for LoRA are right for this method too"""
 
 
 METHODS = {
-    "lora": MethodFacts("LoRA of rank {rank} on {targets}", starts_from_weights=True),
+    "lora": MethodFacts("LoRA of rank {rank} on {targets}", starts_from_weights=True, rate_is_loras=True),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "vera": MethodFacts(
+        "VeRA of rank {rank} on {targets}",
+        unused=("alpha", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern"),
+    ),
     "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
     "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
 }

@@ -66,8 +66,9 @@ class Base(Section):
 class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
-    method: Literal["lora", "full", "bitfit"] = "lora"
-    """lora: train A and B (LoRA, section 4.1); full: all weights of an unquantized base; bitfit: biases only."""
+    method: Literal["lora", "dora", "vera", "full", "bitfit"] = "lora"
+    """lora: train A and B (LoRA, section 4.1); dora: also the norms of the weight's rows (DoRA, section 4); vera: two
+    vectors a layer (VeRA, section 3); full: all weights of an unquantized base; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
@@ -80,8 +81,8 @@ class Adapter(Section):
     """Random A and zero B; or A and B from the weights: pissa (arXiv:2404.02948), loftq (NF4; arXiv:2310.08659)."""
     lr_ratio: Positive = 1.0
     """Learning rate of B over that of A, `optimizer.lr` (LoRA+, arXiv:2402.12354, section 5: about 16)."""
-    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "attention"
-    """Adapted layers: attention (q, k, v, o), all-linear (QLoRA, section 4), or suffixes and regular expressions."""
+    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Positive] = {}

@@ -24,6 +24,7 @@ from qlora.recipe.sizes import unit_for
 from qlora.report.facts import DataFacts, DeviceFacts, MemoryFacts, Row, StepFacts
 from qlora.storage.safetensors_files import find_checkpoint
 from qlora.tracking.startup import Startup, silent
+from qlora.training.advice import Advice, advise
 from qlora.training.facts import data_facts, device_facts, memory_facts, step_facts
 from qlora.training.prepare import check_warmup
 from qlora.training.run_folder import check_output
@@ -45,6 +46,8 @@ class Checked:
     steps: StepFacts | None = None
     """None if not all rows were read"""
     memory: MemoryFacts | None = None
+    advice: Advice | None = None
+    """None if not all rows were read, or the architecture cannot be forecast"""
     precision: str = ""
     """the base's linear weights that are in 4 bits; empty without quantization or forecast"""
     notes: list[str] = field(default_factory=list)
@@ -66,7 +69,11 @@ class Checked:
 
     def rows(self) -> list[Row]:
         """Return what was found, in the words of the header of a run."""
-        parts = [part for part in (self.device, self.data, self.steps, self.memory) if part is not None]
+        parts = [
+            part
+            for part in (self.device, self.data, self.steps, self.memory, self.advice)
+            if part is not None
+        ]
         rows = [row for part in parts for row in part.rows()]
         if self.precision:
             rows.insert(1, ("base", self.precision))
@@ -132,6 +139,9 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     with startup.stage("forecasting memory"):
         memory = RunMemory.of(recipe, dataset, batches, steps, device)
     found.memory = memory_facts(memory)
+    if whole and (made := memory.forecast) is not None:
+        tokens = dataset.counts.supervised
+        found.advice = advise(recipe, made.trained_parameters, made.parameters, tokens)
     if memory.precision is not None and recipe.base.quantization == "nf4":
         found.precision = memory.precision.line()
     return found

@@ -81,10 +81,11 @@ def compose(
     layers, deviations = {}, {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
         terms = [weight * adapter.layers[name].update for adapter, weight in parts if name in adapter.layers]
-        _check_shapes(name, terms)
+        alike = [adapter.layers[name] for adapter in adapters if name in adapter.layers]
+        _check_shapes(name, terms, alike)
         exact = reduce(add, terms)
         full = rank is None and energy is None
-        layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype)
+        layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype, alike[0])
         deviations[name] = ApproximationError.between(layers[name], exact)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
     notes = dict.fromkeys(adapter.note for adapter in adapters if adapter.note)
@@ -136,7 +137,15 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _check_shapes(name: str, terms: Sequence[LowRank]) -> None:
+def _check_shapes(name: str, terms: Sequence[LowRank], layers: Sequence[Layer]) -> None:
+    if len(kinds := {(layer.kernel, layer.suffixes) for layer in layers}) > 1:
+        forms = " and ".join(
+            f"a convolution with kernel {list(kernel)}" if kernel else f"a layer with {suffix.lstrip('.')}"
+            for kernel, (suffix, _) in sorted(kinds)
+        )
+        raise ModelError(
+            f"{name} is {forms} in different adapters: their bases differ in architecture. Combine adapters of one base"
+        )
     shapes = list(dict.fromkeys((term.b.shape[0], term.a.shape[1]) for term in terms))
     if len(shapes) > 1:
         sizes = " and ".join(f"[{out}, {into}]" for out, into in shapes)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from qlora.adapter.algebra.compose import ApproximationError
-from qlora.adapter.algebra.tensors import Adapter, Layer, dtype_name
+from qlora.adapter.algebra.tensors import Adapter, dtype_name
 from qlora.adapter.config import commonest
 from qlora.errors import ModelError
 
@@ -70,6 +70,6 @@ def plain(
             raise ModelError(
                 f"the update of {name} is too large for {dtype_name(dtype)}; use a wider --dtype"
             )
-        layers[name] = Layer(a, b, scaling * rank, scaling)
+        layers[name] = replace(layer, a=a, b=b, alpha=scaling * rank, scaling=scaling)
         deviations[name] = ApproximationError.between(layers[name], layer.update)
     return replace(adapter, layers=layers), deviations

@@ -23,6 +23,7 @@ from qlora.adapter.config import (
     read_config,
     spec_of_layer,
 )
+from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.patterns import exactly
@@ -43,7 +44,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Layer:
-    """Tensors and scaling of one adapted layer; its update is scaling * B A."""
+    """Tensors and scaling of one adapted layer; its update is scaling * B A.
+
+    A convolution's update [out, in, *kernel] is the same product, with A as the matrix [rank, in * kernel]. An
+    embedding's update is the transpose of the product, so `in` is its vocabulary and `out` its width.
+    """
 
     a: Tensor
     """[rank, in], in the stored dtype"""
@@ -51,6 +56,17 @@ class Layer:
     """[out, rank], in the stored dtype"""
     alpha: float
     scaling: float
+    kernel: tuple[int, ...] = ()
+    """sizes of a convolution's kernel"""
+    suffixes: tuple[str, str] = (SUFFIX_A, SUFFIX_B)
+    """endings of the names of A and B in the file"""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B by suffix, in the shapes of the file."""
+        a = self.a.unflatten(1, (-1, *self.kernel)) if self.kernel else self.a
+        b = self.b.reshape(*self.b.shape, *(1 for _ in self.kernel))
+        return dict(zip(self.suffixes, (a, b), strict=True))
 
     @property
     def rank(self) -> int:
@@ -63,13 +79,14 @@ class Layer:
         return self.scaling * LowRank.of(self.b, self.a)
 
     @classmethod
-    def store(cls, name: str, update: LowRank, dtype: torch.dtype) -> "Layer":
+    def store(cls, name: str, update: LowRank, dtype: torch.dtype, like: "Layer | None" = None) -> "Layer":
         """Round an update to `dtype`, with alpha = rank, so that the scaling is 1 and causes no rounding.
 
         Args:
             name: name of the layer, for the error message.
             update: the update to store.
             dtype: dtype of A and B.
+            like: a layer of the same kind; None means a linear layer.
 
         Raises:
             ModelError: a number is too large for `dtype`.
@@ -79,7 +96,8 @@ class Layer:
             raise ModelError(
                 f"the update of {name} is too large for {dtype_name(dtype)}; use a wider --dtype"
             )
-        return cls(a, b, float(update.rank), 1.0)
+        stored = cls(a, b, float(update.rank), 1.0)
+        return stored if like is None else replace(stored, kernel=like.kernel, suffixes=like.suffixes)
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ def read(path: str | Path) -> Adapter:
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
-    layers = {name: _layer(config, name, *pair, folder) for name, pair in pairs.items()}
+    layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
     extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
     adapter = Adapter(config, layers, extra_files)
     values = InitialValues.stored(folder)
@@ -138,28 +156,34 @@ def read(path: str | Path) -> Adapter:
     return _on_the_unchanged_base(adapter, values, folder)
 
 
-def write(adapter: Adapter, path: str | Path) -> int:
+def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -> int:
     """Write an adapter to a new folder, and verify the tensors by reading them back.
 
     Args:
         adapter: the adapter to write.
         path: the folder, which must not exist. It does not exist after an error either.
+        diffusers: name of the model in a pipeline of diffusers: also write the file that diffusers reads.
 
     Returns:
         Size of the tensor file in bytes.
 
     Raises:
         UsageError: `path` exists.
-        ModelError: a number is not finite, or PEFT's config cannot express the adapter.
+        ModelError: a number is not finite, PEFT's config cannot express the adapter, or diffusers cannot read it.
         SaveError: a file cannot be written, or the tensors read back differ.
     """
     folder = Path(path)
-    tensors = named_tensors({name: {SUFFIX_A: x.a, SUFFIX_B: x.b} for name, x in adapter.layers.items()})
-    config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
+    tensors = named_tensors({name: layer.tensors for name, layer in adapter.layers.items()})
+    fields = _config(adapter)
+    config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    if diffusers is not None:
+        check_diffusers(tensors, fields)
     with drafting(folder) as drafts, save_errors(folder):
         draft = drafts / "adapter"
         draft.mkdir()
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
+        if diffusers is not None:
+            write_diffusers(draft / DIFFUSERS_FILE, tensors, fields, diffusers)
         for name, text in {CONFIG_FILE: config, **adapter.extra_files}.items():
             (draft / name).write_text(text, encoding="utf-8")
         back = load_file(draft / TENSORS_FILE)
@@ -216,15 +240,17 @@ def _text(file: Path) -> str:
         raise ModelError(f"{file}: cannot be read: {error}; restore the file, or leave it out") from error
 
 
-def _layer(config: Mapping[str, Any], name: str, a: Tensor, b: Tensor, folder: Path) -> Layer:
+def _layer(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], folder: Path) -> Layer:
     spec = spec_of_layer(config, name, folder / CONFIG_FILE)
-    for tensor, suffix, dim in ((a, SUFFIX_A, 0), (b, SUFFIX_B, 1)):
-        if tensor.ndim != 2 or tensor.shape[dim] != spec.rank or not tensor.numel():
+    (suffix_a, a), (suffix_b, b) = pair.items()
+    for tensor, suffix, dim in ((a, suffix_a, 0), (b, suffix_b, 1)):
+        if not 2 <= tensor.ndim == a.ndim or tensor.shape[dim] != spec.rank or not tensor.numel():
             raise ModelError(
                 f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, but the rank in "
                 f"{CONFIG_FILE} is {spec.rank}. Restore both files from the same adapter"
             )
-    return Layer(a, b, spec.resolved_alpha, spec.factor)
+    kernel = tuple(a.shape[2:])
+    return Layer(a.flatten(1), b.flatten(1), spec.resolved_alpha, spec.factor, kernel, (suffix_a, suffix_b))
 
 
 def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from qlora.adapter.methods.bitfit import BitFit
 from qlora.adapter.methods.course import Course
+from qlora.adapter.methods.dora import Dora
 from qlora.adapter.methods.full import Full
 from qlora.adapter.methods.lora import Lora
 from qlora.adapter.methods.method import AdapterMethod, Method
+from qlora.adapter.methods.vera import Vera
 
-METHODS: dict[str, Method] = {method.name: method for method in (Lora(), Full(), BitFit())}
+# DoRA before LoRA, whose config it extends: the first method that claims a config reads it
+METHODS: dict[str, Method] = {method.name: method for method in (Dora(), Lora(), Vera(), Full(), BitFit())}
 
 ADAPTERS = [method for method in METHODS.values() if isinstance(method, AdapterMethod)]
 """methods that save an adapter"""

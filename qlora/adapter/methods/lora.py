@@ -1,12 +1,12 @@
 """LoRA (Hu et al. 2021): h = W x + scaling * B A x, with W frozen, A [rank, in] random and B [out, rank] zero at first.
 
-`LoRALinear` wraps an `nn.Linear`, a 4-bit linear or GPT-2's `Conv1D` and keeps its weights unchanged. `adapt` wraps
-every target layer of a model. A and B are bf16; the optimizer keeps the bits that bf16 rounds away.
+`LoRALinear` wraps an `nn.Linear`, a 4-bit linear or GPT-2's `Conv1D` and keeps its weights unchanged; `LoRAConv` and
+`LoRAEmbedding` wrap convolutions and embeddings. `adapt` wraps every target layer of a model. A and B are bf16; the
+optimizer keeps the bits that bf16 rounds away.
 """
 
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues, start_from_weights
+from qlora.adapter.lora_conv import LoRAConv
+from qlora.adapter.lora_embedding import LoRAEmbedding
 from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
+from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
 from qlora.adapter.methods.course import Course
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
@@ -28,11 +32,11 @@ from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
-from qlora.quantization.nf4 import dense, use_nf4_linears
+from qlora.quantization.nf4 import use_nf4_linears
 from qlora.recipe import Adapter
 
 
-class LoRALinear(AdaptedLinear):
+class LoRALinear(LowRankLayer, AdaptedLinear):
     """A frozen linear with a trainable low-rank update (Hu et al. 2021).
 
     The layer maps x [..., in] to W x + bias + scaling * B A x, [..., out] in x.dtype.
@@ -50,38 +54,17 @@ class LoRALinear(AdaptedLinear):
     """
 
     SAVED: ClassVar = {SUFFIX_A: "lora_a", SUFFIX_B: "lora_b"}
-    changes_weight = True
-    spec: LoraSpec
 
     def __init__(
         self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
     ) -> None:
-        spec = spec or LoraSpec()
         super().__init__(base, spec)
         device = self.base.weight.device
-        a = _initial(spec.init, (spec.rank, self.in_features), device, generator)
-        self.lora_a = nn.Parameter(a.to(device, spec.dtype))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device, dtype=spec.dtype))
-
-    @property
-    def rank(self) -> int:
-        """Rank of the update: rows of A, columns of B."""
-        return self.spec.rank
-
-    @property
-    def alpha(self) -> float:
-        """Numerator of the scaling in PEFT's config, alpha/rank or alpha/sqrt(rank)."""
-        return self.spec.numerator
-
-    @property
-    def scaling(self) -> float:
-        """Factor of the update B A x."""
-        return self.spec.factor
-
-    @property
-    def dropout(self) -> float:
-        """Share of A's input that is dropped in training."""
-        return self.spec.dropout
+        a = initial_a(self.spec.init, (self.spec.rank, self.in_features), device, generator)
+        self.lora_a = nn.Parameter(a.to(device, self.spec.dtype))
+        self.lora_b = nn.Parameter(
+            torch.zeros(self.out_features, self.spec.rank, device=device, dtype=self.spec.dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
@@ -98,12 +81,6 @@ class LoRALinear(AdaptedLinear):
         """Return the shapes of A [rank, in] and B [out, rank]."""
         in_features, out_features = features(linear)
         return {SUFFIX_A: (spec.rank, in_features), SUFFIX_B: (out_features, spec.rank)}
-
-    def why_incompatible(self, spec: LoraSpec) -> str | None:
-        """Return why the layer cannot load tensors of another rank; None if the rank is the same."""
-        if spec.rank == self.rank:
-            return None
-        return f"has rank {spec.rank} in the file and {self.rank} in the model: load it into a model without an adapter"
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return the dense weight W + scaling * B A, so that a plain linear computes the same without dropout.
@@ -123,21 +100,18 @@ class LoRALinear(AdaptedLinear):
             >>> y = torch.nn.functional.linear(x, layer.merged_weight(), layer.base.bias)
         """
         if weight is None:
-            packed, state = self.base.weight, self.frozen[1]
-            weight = dense(packed, state, _wide(self.lora_a, packed))
+            weight, a, b = self.wide(self.base.weight, self.frozen[1])
             weight = weight.T if self.fan_in_fan_out else weight
+        else:
+            weight, a, b = self.wide(weight)
         assert weight.shape == (self.out_features, self.in_features), (
             f"{weight.shape} is not the layer's shape"
         )
-        dtype = _wide(self.lora_a, weight)
-        a = self.lora_a.detach().to(weight.device, dtype)
-        b = self.lora_b.detach().to(weight.device, dtype)
-        return torch.addmm(weight.detach().to(dtype), b, a, alpha=self.scaling)
+        return torch.addmm(weight, b, a, alpha=self.scaling)
 
-    def extra_repr(self) -> str:
-        """Return the layer's settings for print(model)."""
-        alpha = self.spec.resolved_alpha
-        return f"rank={self.rank}, alpha={alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+LAYERS: tuple[type[LowRankLayer], ...] = (LoRALinear, LoRAConv, LoRAEmbedding)
+"""classes of LoRA's layers: for linears, convolutions and embeddings"""
 
 
 class Lora(AdapterMethod):
@@ -145,7 +119,7 @@ class Lora(AdapterMethod):
 
     name = "lora"
     peft_type = "LORA"
-    layers = (LoRALinear,)
+    layers = LAYERS
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
@@ -180,7 +154,7 @@ class Lora(AdapterMethod):
         self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
     ) -> list[str]:
         """Return the target layers, chosen as in PEFT."""
-        return targets_in(model, config, stored, file)
+        return targets_in(model, config, stored, file, self.adapts)
 
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> LoraSpec:
         """Return the settings of the layer `name`; missing fields have PEFT's defaults."""
@@ -212,54 +186,75 @@ def spec_of(settings: Adapter) -> LoraSpec:
     )
 
 
-def adapt(model: nn.Module, spec: LoraSpec | None = None, *, seed: int = 0) -> nn.Module:
-    """Freeze `model` and wrap its target layers in `LoRALinear`, in place.
+def adapt(
+    model: nn.Module,
+    spec: LoraSpec | None = None,
+    *,
+    seed: int = 0,
+    layers: Sequence[type[LowRankLayer]] = LAYERS,
+) -> nn.Module:
+    """Freeze `model` and wrap its target layers in `LoRALinear`, `LoRAConv` or `LoRAEmbedding`, in place.
 
     The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
     `init` pissa takes A and B from the weights of `model` and changes them; it needs plain weights.
 
     Args:
-        model: any `nn.Module` with linear layers, also on the meta device.
+        model: any `nn.Module` with linear layers, convolutions or embeddings, also on the meta device.
         spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
         seed: seed of the initial A of each layer.
+        layers: classes of the adapted layers; the first one that is for a target's kind of layer adapts it.
 
     Returns:
         The same model.
 
     Raises:
         ModelError: the model has an adapter already, or `init` needs 16-bit weights that it does not have.
-        UsageError: the targets or a pattern match no layer.
+        UsageError: the targets or a pattern match no layer, or a layer on which LoRA or `init` is not defined.
 
     Examples:
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
     """
     spec = spec or LoraSpec()
-    if AdaptedLinear.of(model):
+    if AdaptedLayer.of(model):
         raise ModelError(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
-    names = select(model, spec.targets)
+    names = select(model, spec.targets, lambda module: any(kind.adapts(module) for kind in layers))
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
             pattern = "rank_pattern" if key in spec.rank_pattern else "alpha_pattern"
             raise UsageError(
                 f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
             )
+    for name in names:
+        _check_target(name, model.get_submodule(name), spec, layers)
     values = start_from_weights(model, spec, seed) if spec.init in FROM_WEIGHTS else None
     use_nf4_linears(model.requires_grad_(False))
+    modules = {name: model.get_submodule(name) for name in names}
     drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
-    layers = {
-        name: LoRALinear(model.get_submodule(name), drawn.for_layer(name), layer_generator(seed, name))
-        for name in names
+    adapted = {
+        name: layer_class(layers, module)(module, drawn.for_layer(name), layer_generator(seed, name))
+        for name, module in modules.items()
     }
-    with torch.no_grad():
-        for name, initial in (values.layers if values else {}).items():
-            layers[name].lora_a.copy_(initial.a)
-            layers[name].lora_b.copy_(initial.b)
-    return wrap(model, layers)
+    if values is not None:
+        values.fill(adapted)
+    return wrap(model, adapted)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def _check_target(name: str, module: nn.Module, spec: LoraSpec, layers: Sequence[type[LowRankLayer]]) -> None:
+    """Raise UsageError if the adapted layers or the initialisation are not defined on a target."""
+    kind = layer_class(layers, module)
+    if (reason := kind.why_unsuitable(module)) is not None:
+        raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
+    if spec.init in FROM_WEIGHTS and kind is not LoRALinear:
+        raise UsageError(f"init {spec.init} is defined for LoRA's linear layers, and {name} is another layer")
+    if spec.init == "orthogonal" and kind is LoRAEmbedding:
+        raise UsageError(
+            f"init orthogonal draws A, and {name} is an embedding, where B is drawn; use gaussian"
+        )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """Return the LoRA layers of `model` by name, in the order of the model.
 
     Args:
@@ -271,7 +266,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     Examples:
         >>> sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora_layers(model).values())
     """
-    return LoRALinear.of(model)
+    return LowRankLayer.of(model)
 
 
 def lora_parameter_count(out_features: int, in_features: int, rank: int) -> int:
@@ -283,29 +278,3 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator that depends only on the seed and the layer's name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _initial(
-    init: str, shape: tuple[int, int], device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Return the initial A [rank, in] in fp32, drawn on the CPU so that all devices start from the same numbers."""
-    if device.type == "meta":
-        return torch.empty(shape, device=device)
-    if init == "zero":
-        return torch.zeros(shape)
-    if init in FROM_WEIGHTS:
-        raise UsageError(
-            f"init {init} needs the weights of a model: use adapt(model, LoraSpec(init={init!r}))"
-        )
-    a = torch.empty(shape)
-    if init == "gaussian":
-        return a.normal_(0.0, 1 / shape[0], generator=generator)
-    if init == "orthogonal":
-        return nn.init.orthogonal_(a, generator=generator)
-    bound = 1 / math.sqrt(shape[1])
-    return a.uniform_(-bound, bound, generator=generator)
-
-
-def _wide(*operands: Tensor) -> torch.dtype:
-    """Return fp64 if an operand is fp64, or else fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32

@@ -5,13 +5,13 @@ schema, and its test. Training, forecast, storage, merging and chat call this in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods.course import Course
@@ -63,16 +63,20 @@ class AdapterMethod(Method):
 
     peft_type: ClassVar[str]
     """name in adapter_config.json"""
-    layers: ClassVar[tuple[type[AdaptedLinear], ...]]
+    layers: ClassVar[tuple[type[AdaptedLayer], ...]]
     """classes of the adapted layers; no other method has them"""
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
         return config.get("peft_type") == self.peft_type
 
-    def layer_for(self, module: nn.Module) -> type[AdaptedLinear]:
+    def adapts(self, module: nn.Module) -> bool:
+        """Return True if the method has a layer for plain layers of the kind of `module`."""
+        return any(kind.adapts(module) for kind in self.layers)
+
+    def layer_for(self, module: nn.Module) -> type[AdaptedLayer]:
         """Return the class that adapts `module`, a plain or adapted layer."""
-        return self.layers[0]
+        return layer_class(self.layers, module)
 
     def shared(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the frozen tensors that all layers of an adapted model share, by their names in the file."""
@@ -81,6 +85,15 @@ class AdapterMethod(Method):
     def stored_shared(self, config: Mapping[str, Any]) -> list[str]:
         """Return the names in the file of the tensors that all layers share."""
         return []
+
+    def check_shared(
+        self,
+        linears: Collection[nn.Module],
+        specs: Collection[Any],
+        tensors: Mapping[str, Tensor],
+        file: Path,
+    ) -> None:
+        """Raise ModelError if the shared tensors, by their names in `file`, do not fit these layers and settings."""
 
     def load_shared(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Give the adapted layers of `model` the tensors that they share, by their names in `file`."""

@@ -1,0 +1,98 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): h = m (W + scaling * B A) / ||W + scaling * B A|| x + bias.
+
+Each row of the weight is split into its norm m, which is trained, and its direction, which LoRA trains. W is frozen, m
+[out] starts at the norms of W's rows and B at zero, so the model starts as the base. ||.|| are the norms of the rows,
+over the inputs; the gradient treats them as constants (section 4.3).
+
+m is fp32, because it must start at the norms exactly for the layer to equal the base, and bf16 would round them by up
+to 0.4%. It takes 4 bytes for each output, a small part of B.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapter.config import check_config, config_of
+from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.methods.lora import Lora, LoRALinear, adapt, spec_of
+from qlora.adapter.targets import features
+from qlora.ops.dora_linear import dora_linear, row_squares
+from qlora.quantization.nf4 import dense
+from qlora.recipe import Adapter
+
+SUFFIX_MAGNITUDE = ".lora_magnitude_vector"
+
+
+class DoraLinear(LoRALinear):
+    """A frozen linear with a low-rank update and a trained norm of each row (DoRA).
+
+    The layer maps x [..., in] to m (W + scaling * B A) / ||W + scaling * B A|| x + bias, [..., out] in x.dtype. In
+    training with dropout, the whole change of the layer sees the dropped input, as in PEFT.
+
+    The arguments and errors are those of `LoRALinear`.
+    """
+
+    SAVED: ClassVar = {**LoRALinear.SAVED, SUFFIX_MAGNITUDE: "magnitude"}
+
+    squares: Tensor
+    """squared norms [out] of the rows of W, in fp32 (fp64 if W is fp64); computed once, because W is frozen"""
+
+    def __init__(
+        self, base: nn.Module, spec: LoraSpec | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(base, spec, generator)
+        weight, state = self.frozen
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if weight.is_meta:
+            squares = torch.empty(self.out_features, dtype=wide, device=weight.device)
+        else:
+            squares = row_squares(dense(weight, state, wide))
+        self.register_buffer("squares", squares, persistent=False)
+        self.magnitude = nn.Parameter(squares.sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]."""
+        return dora_linear(x, *self.product(), self.magnitude, self.squares)
+
+    @classmethod
+    def shapes(cls, linear: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A [rank, in], B [out, rank] and m [out]."""
+        return {**super().shapes(linear, spec), SUFFIX_MAGNITUDE: (features(linear)[1],)}
+
+    def merged_weight(self, weight: Tensor | None = None) -> Tensor:
+        """Return the dense weight m (W + scaling * B A) / ||W + scaling * B A|| [out, in] in fp32 or fp64.
+
+        Args:
+            weight: dense W [out, in]; None means the layer's own frozen weight, dequantized if it is 4-bit. The norms
+                are those of this weight with the update.
+        """
+        merged = super().merged_weight(weight)
+        norms = torch.linalg.vector_norm(merged, dim=1).clamp_(min=torch.finfo(merged.dtype).tiny)
+        return merged.mul_((self.magnitude.detach().to(merged) / norms)[:, None])
+
+
+class Dora(Lora):
+    """DoRA: trains A, B and the norms of the rows of every target."""
+
+    name = "dora"
+    layers = (DoraLinear,)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Return True if `config` is one of LoRA with use_dora."""
+        return super().claims(config) and config.get("use_dora") is True
+
+    def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
+        """Adapt `model` with the recipe's settings; see `qlora.adapter.adapt`."""
+        return adapt(model, spec_of(settings), seed=seed, layers=(DoraLinear,))
+
+    def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
+        """Return the fields of PEFT's LoraConfig, with use_dora."""
+        return {**config_of(model, layers, base), "use_dora": True}
+
+    def check(self, config: Mapping[str, Any], file: Path) -> None:
+        """Raise ModelError if a field is unknown or not supported."""
+        check_config({**config, "use_dora": False}, file)

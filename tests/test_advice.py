@@ -1,0 +1,73 @@
+"""Advice compares a recipe with published findings, names their source, and gives none for small models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.recipe import Recipe
+from qlora.recipe.evidence import BATCH, CAPACITY, FINDINGS, FULL_RATE, LORA_RATE, TARGETS, Finding
+from qlora.training.advice import Advice, advise
+
+PAGE = Path(__file__).parent.parent / "docs" / "explanations" / "advice.md"
+
+
+def advice(
+    tokens: int = 1_000_000, trained: int = 2_000_000, size: int = 7 * 10**9, **sections: Any
+) -> Advice:
+    settings = {"base": {"model": "some/model"}, "data": {"source": "rows.jsonl"}, **sections}
+    return advise(Recipe.from_dict(settings), trained, size, tokens)
+
+
+def suggested(found: Advice) -> list[str]:
+    return [text for label, text in found.rows() if label == "advice"]
+
+
+def test_the_default_recipe_is_as_published_findings_suggest() -> None:
+    [line] = suggested(advice())
+    assert line.startswith("rank, targets, learning rate and batch are as published findings suggest")
+    assert dict(advice().rows())["capacity"] == (
+        "LoRA of rank 8 on all-linear: 2,000,000 parameters for 1,000,000 trained tokens, 2.00 a token"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finding", "words"),
+    [
+        ({"tokens": 5_000_000}, CAPACITY, "adapter.rank=32 has"),  # 8 · 5 / 2 = 20
+        ({"tokens": 2_000_001}, CAPACITY, "adapter.rank=16 has"),
+        ({"tokens": 10**9}, CAPACITY, "no rank up to 256 has"),
+        ({"adapter": {"targets": "attention"}}, TARGETS, "adapter.targets=all-linear"),
+        ({"optimizer": {"lr": 2e-5}}, LORA_RATE, "optimizer.lr=2e-05 is below 0.0001 to 0.0005"),
+        ({"optimizer": {"lr": 6e-4}}, LORA_RATE, "optimizer.lr=0.0006 is above"),
+        (
+            {"adapter": {"method": "full"}, "base": {"model": "m", "quantization": "none"}},
+            FULL_RATE,
+            "optimizer.lr=0.0002 is above 1e-05 to 5e-05",
+        ),
+        ({"training": {"global_batch_size": 256}}, BATCH, "a step of 256 rows"),
+    ],
+)
+def test_each_finding_is_applied_and_named(arguments: dict[str, Any], finding: Finding, words: str) -> None:
+    [line] = suggested(advice(**arguments))
+    assert line.startswith(words)
+    assert line.endswith(f"Found on {finding.models}: {finding.claim} ({finding.source})")
+
+
+def test_enough_parameters_need_no_other_rank() -> None:
+    assert not advice(tokens=2_000_000).suggestions
+
+
+def test_a_small_base_gets_no_advice() -> None:
+    found = advice(size=999_999_999, tokens=10**9, optimizer={"lr": 1e-2}, adapter={"targets": "attention"})
+    [line] = suggested(found)
+    assert line.startswith("none: published comparisons begin at 1B parameters, and this base has ")
+
+
+def test_a_rank_is_no_matter_of_biases() -> None:
+    assert not advice(tokens=10**9, adapter={"method": "bitfit"}, optimizer={"lr": 1e-2}).suggestions
+
+
+def test_the_page_has_the_table() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{f.key}` | {f.claim} | {f.source} | {f.models} |" for f in FINDINGS]
