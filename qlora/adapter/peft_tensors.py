@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora.errors import ModelError
-from qlora.storage.safetensors_files import stored_tensors
 
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -47,26 +46,10 @@ def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def read_pairs(
-    folder: Path, *, with_parts: bool = False
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Read A and B of each layer by suffix, A first, on the CPU.
-
-    Args:
-        folder: the adapter folder.
-        with_parts: True if tensors of no layer are parts that were trained beside the adapter, not an error.
-
-    Returns:
-        A and B by layer name, and the other tensors by their names in the file.
-
-    Raises:
-        ModelError: as `read_layers`.
-    """
-    path = folder / TENSORS_FILE
-    names = [tensor.name for tensor in stored_tensors(path)] if with_parts and path.is_file() else []
-    suffixes = tuple(suffix for pair in PAIRS for suffix in pair)
-    layers, parts = read_layers(folder, PAIRS, [name for name in names if not name.endswith(suffixes)])
-    return {name: dict(sorted(tensors.items())) for name, tensors in layers.items()}, parts
+def read_pairs(folder: Path, others: Collection[str] = ()) -> dict[str, dict[str, Tensor]]:
+    """Read A and B of each layer by suffix, A first, on the CPU. Raises ModelError as `read_layers` does."""
+    layers, _ = read_layers(folder, PAIRS, others)
+    return {name: dict(sorted(tensors.items())) for name, tensors in layers.items()}
 
 
 def read_layers(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.peft_tensors import PREFIX
 from qlora.adapter.trained_parts import DELTA, MARK, MODULES, TOKENS, owners_in, state_of, trained_parts
@@ -52,8 +53,16 @@ class StoredParts:
             name for name in names if not any(f"{name}.".startswith(f"{whole}.") for whole in self.modules)
         ]
 
-    def check(self, tensors: Mapping[str, Tensor], file: Path) -> None:
-        """Raise ModelError if a tensor, read from `file`, has another shape than the model's part."""
+    def check(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+        """Raise ModelError if a tensor, read from `file`, does not fit, or an adapted model has other parts."""
+        own = trained_parts(model).keys() if AdaptedLayer.of(model) else self.shapes.keys()
+        ids = {name: list(module.ids) for name, module in TrainedRows.of(model).items()}
+        given = {name: ids for name, (ids, _) in self.rows.items()}
+        if own != self.shapes.keys() or (AdaptedLayer.of(model) and ids != given):
+            raise ModelError(
+                f"{file}: this adapter has other tokens or modules trained beside it than the model. Load it into a "
+                "model without an adapter"
+            )
         for key, shape in self.shapes.items():
             if tuple(tensors[key].shape) != shape:
                 raise ModelError(
@@ -61,8 +70,13 @@ class StoredParts:
                     "the adapter was trained on"
                 )
 
-    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Put the parts into a base, in place of its own modules, which stay unchanged."""
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor], *, in_place: bool) -> None:
+        """Copy the parts into those of an adapted model, or put them into a base, whose own modules stay unchanged."""
+        if in_place:
+            with torch.no_grad():
+                for name, tensor in trained_parts(model).items():
+                    tensor.copy_(tensors[name])
+            return
         memo: dict[int, Any] = {}  # so that weights that are tied stay tied
         originals = [model.get_submodule(name) for name in self.modules]
         replace_modules(model, {original: copy.deepcopy(original, memo) for original in originals})
@@ -86,19 +100,6 @@ class StoredParts:
             key: nn.Parameter(_beside(model, name, tensors[key])) for name, (_, key) in self.rows.items()
         }
         place_rows(model, {name: (ids, values[key]) for name, (ids, key) in self.rows.items()})
-
-    @torch.no_grad()
-    def copy_into(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-        """Copy the parts into those of an adapted model. Raises ModelError if it has others."""
-        own = trained_parts(model)
-        ids = {name: list(module.ids) for name, module in TrainedRows.of(model).items()}
-        if own.keys() != self.shapes.keys() or ids != {name: given for name, (given, _) in self.rows.items()}:
-            raise ModelError(
-                f"{file}: this adapter has other tokens or modules trained beside it than the model. Load it into a "
-                "model without an adapter"
-            )
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
 def _beside(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

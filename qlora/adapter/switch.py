@@ -2,7 +2,8 @@
 
 Each adapter is kept as a set of adapted layers, with the modules and token rows that were trained beside it. Activating
 an adapter puts them in the place of the base's modules; deactivating it puts these back. So adapters can differ in
-rank, alpha, targets and tokens. Without an active adapter the model is exactly the base.
+rank, alpha, targets and tokens. Without an active adapter the model is exactly the base. If PiSSA took its initial
+update out of the base, layers with that update are then in the place of the target layers.
 """
 
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
 from qlora.quantization.nf4 import use_nf4_linears
@@ -54,6 +57,7 @@ class Adapters:
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
         self._changes: dict[str, list[Change]] = {}
+        self._base: list[Change] = []
 
     @property
     def names(self) -> list[str]:
@@ -79,21 +83,23 @@ class Adapters:
             raise UsageError(
                 f"an adapter named {name!r} is loaded already: choose another name, or unload that adapter"
             )
-        active = self.active
-        self.deactivate()
+        _require_prepared(self.model, folder)
+        _put_back(self._shown)
         try:
             use_nf4_linears(self.model)
             before = _children(self.model)
             load_adapter(self.model, folder, base=base, any_base=any_base)
             after = _children(self.model)
-            self._changes[name] = [
+            changes = [
                 Change(place, child, after[place])
                 for place, child in before.items()
                 if place in after and after[place] is not child
             ]
-            self._put_back(name)
+            self._changes[name] = changes
+            self._base = self._base or _at_start(self.model, changes)
+            _put_back(changes)
         finally:
-            self.activate(active)
+            _put_in(self._shown)
 
     def unload(self, name: str) -> None:
         """Drop a loaded adapter, deactivating it first if it is active.
@@ -117,27 +123,62 @@ class Adapters:
         """
         if name is not None:
             self._check(name)
-        if self.active is not None:
-            self._put_back(self.active)
-        if name is not None:
-            for (parent, attribute), base, module in self._changes[name]:
-                if module.training != base.training:  # the model's mode changed while the module was out
-                    module.train(base.training)
-                setattr(parent, attribute, module)
+        _put_back(self._shown)
         self.active = name
+        _put_in(self._shown)
 
     def deactivate(self) -> None:
         """Make the model compute the base alone."""
         self.activate(None)
 
-    def _put_back(self, name: str) -> None:
-        for (parent, attribute), base, _ in self._changes[name]:
-            setattr(parent, attribute, base)
+    @property
+    def _shown(self) -> list[Change]:
+        return self._base if self.active is None else self._changes[self.active]
 
     def _check(self, name: str) -> None:
         if name not in self._changes:
             have = ", ".join(self._changes) or "none"
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
+
+
+def _put_in(changes: list[Change]) -> None:
+    """Put modules into their places."""
+    for (parent, attribute), base, module in changes:
+        if module.training != base.training:  # the model's mode changed while the module was out
+            module.train(base.training)
+        setattr(parent, attribute, module)
+
+
+def _put_back(changes: list[Change]) -> None:
+    """Put the base's modules back into their places."""
+    for (parent, attribute), base, _ in changes:
+        setattr(parent, attribute, base)
+
+
+def _at_start(model: nn.Module, changes: list[Change]) -> list[Change]:
+    """Return changes to layers with the initial update that was taken out of the base; empty if none was."""
+    values = InitialValues.of(model)
+    if values is None or values.changed is None:
+        return []
+    layers: dict[nn.Module, AdaptedLayer] = {}
+    for name, layer in AdaptedLayer.of(model).items():
+        initial, twin = values.layers[name], type(layer)(layer.base, layer.spec)
+        twin.number = layer.number
+        for suffix, tensor in ((SUFFIX_A, initial.a), (SUFFIX_B, initial.b)):
+            like = layer.saved()[suffix]
+            setattr(twin, twin.SAVED[suffix], nn.Parameter(tensor.to(like), requires_grad=False))
+        layers[layer] = twin
+    return [change._replace(module=layers[change.module]) for change in changes if change.module in layers]
+
+
+def _require_prepared(model: nn.Module, folder: str | Path) -> None:
+    """Raise ModelError if the adapter in `folder` would change the base, which the other adapters share."""
+    values = InitialValues.stored(Path(folder))
+    if values is not None and values.changed not in (None, BaseIdentity.of(model).changed):
+        raise ModelError(
+            f"{folder}: the adapter was trained on a base that {values.spec.init} changed, and this one is unchanged. "
+            f"Convert the adapter: qlora adapter export {folder} --to DIR"
+        )
 
 
 def _children(model: nn.Module) -> dict[Place, nn.Module]:

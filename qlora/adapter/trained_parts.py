@@ -12,7 +12,7 @@ A parameter that was unfrozen by hand is a trained part too: its module is saved
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import replace_modules
-from qlora.adapter.peft_tensors import PREFIX
+from qlora.adapter.peft_tensors import PREFIX, TENSORS_FILE
 from qlora.adapter.trained_rows import (
     TrainedRows,
     embedding_and_head,
@@ -28,6 +28,7 @@ from qlora.adapter.trained_rows import (
 )
 from qlora.errors import ModelError, UsageError, listed
 from qlora.quantization.nf4 import is_nf4
+from qlora.storage.safetensors_files import stored_tensors
 
 TOKENS, MODULES = "trainable_token_indices", "modules_to_save"
 """fields of adapter_config.json"""
@@ -160,6 +161,20 @@ def merge_parts(model: nn.Module) -> None:
 def has_parts(config: Mapping[str, Any]) -> bool:
     """Return True if the fields of an adapter_config.json name parts trained beside the adapter."""
     return bool(config.get(TOKENS) or config.get(MODULES))
+
+
+def part_names(folder: Path, config: Mapping[str, Any], suffixes: Collection[str]) -> list[str]:
+    """Return the names of the tensors in an adapter folder that belong to no layer, if `config` names such parts.
+
+    Args:
+        folder: the adapter folder.
+        config: fields of its adapter_config.json.
+        suffixes: endings of the names of tensors of layers.
+    """
+    file = folder / TENSORS_FILE
+    if not (has_parts(config) and file.is_file()):
+        return []
+    return [tensor.name for tensor in stored_tensors(file) if not tensor.name.endswith(tuple(suffixes))]
 
 
 def describe_parts(config: Mapping[str, Any]) -> list[str]:

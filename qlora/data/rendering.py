@@ -311,10 +311,9 @@ class Renderer:
     @property
     def missing_markers(self) -> list[str]:
         """`unknown_markers`, and the unknown markers around a system message, which not every row has."""
-        try:
+        with suppress(BadRow):  # a template can refuse system messages
             return self._find_unknown_markers({"role": "system", "content": "?"})
-        except BadRow:  # the template refuses system messages
-            return self.unknown_markers
+        return self.unknown_markers
 
     def _find_unknown_markers(self, *before: Message) -> list[str]:
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}

@@ -17,7 +17,7 @@ from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
-from qlora.model.load import KNOWN_ARCHITECTURES
+from qlora.model.known_architectures import KNOWN_ARCHITECTURES
 from qlora.model.precision import ENOUGH, Precision
 from qlora.model.tokens import tokenizer_of
 from qlora.quantization.transformers_loader import overruled_settings

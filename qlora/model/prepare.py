@@ -3,6 +3,8 @@
 Training and the memory forecast both use these functions, so that the forecast describes the training run.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
 from qlora.adapter.trained_parts import train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
@@ -24,7 +27,7 @@ from qlora.runtime.device import on_cuda
 
 
 def build(
-    recipe: Recipe, device: torch.device | str, *, config: Any = None
+    recipe: Recipe, device: torch.device | str, *, config: Any = None, start: Path | None = None
 ) -> tuple[PreTrainedModel, Optimizer]:
     """Load the recipe's base, adapt it, fuse and checkpoint its layers, and create the optimizer.
 
@@ -32,6 +35,7 @@ def build(
         recipe: the recipe.
         device: device of the model.
         config: transformers' configuration; None means that of the base.
+        start: folder of an adapter of the run that is resumed, which starts from the same initial values.
 
     Returns:
         The model, and the optimizer over its trainable parameters.
@@ -42,7 +46,10 @@ def build(
     Examples:
         >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """
-    model = load_base(recipe.base, device, seed=recipe.training.seed, config=config)
+    method, seed = METHODS[recipe.adapter.method], recipe.training.seed
+    initial = start and InitialValues.stored(start, measured=True)
+    initial = initial or method.initial_values(recipe.adapter, seed)
+    model = load_base(recipe.base, device, seed=seed, config=config, initial=initial)
     apply_adapter(model, recipe)
     apply_checkpointing(model, recipe)
     return model, build_optimizer(model, recipe)
@@ -53,6 +60,9 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
     """
     settings = recipe.adapter
     METHODS[settings.method].apply(model, settings, recipe.training.seed)
@@ -104,11 +114,23 @@ def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
         checkpoint_layers(model, *counts, offload=recipe.training.activation_offloading and on_gpu)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly."""
+def lr_factors(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Return the learning rate of each trainable parameter, as a multiple of `optimizer.lr`."""
+    method = METHODS[recipe.adapter.method]
+    return {name: method.lr_factor(name, recipe.adapter) for name in trainable_parameters(model)}
+
+
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, factors: Mapping[str, float] | None = None
+) -> Optimizer:
+    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly.
+
+    factors: learning rates of the parameters as multiples of `optimizer.lr`; None means `lr_factors`.
+    """
     settings = recipe.optimizer
     return Optimizer(
         trainable_parameters(model),
+        lr_factors=lr_factors(model, recipe) if factors is None else factors,
         name=settings.name,
         betas=settings.betas,
         eps=settings.eps,

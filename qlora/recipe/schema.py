@@ -3,39 +3,28 @@
 The models are frozen and strict (the text "3" is not the number 3) and forbid unknown keys. The string under
 each field is its documentation in error messages, in the JSON schema and in editors. Sources:
 LoRA is Hu et al. 2021 (arXiv:2106.09685), QLoRA is Dettmers et al. 2023 (arXiv:2305.14314), rsLoRA is
-Kalajdzievski 2023 (arXiv:2312.03732).
+Kalajdzievski 2023 (arXiv:2312.03732), DoRA is Liu et al. 2024 (arXiv:2402.09353), AdaLoRA is Zhang et al. 2023
+(arXiv:2303.10512), VeRA is Kopiczko et al. 2023 (arXiv:2310.11454).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
 
 from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts, summary_of
+from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
+from qlora.recipe.section import Count, CountOrZero, Decay, Positive, PositiveOrZero, Section, Text
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]
 _FIELDS = ", ".join(f"{format.name} ({', '.join(format.fields)})" for format in FORMATS.values())
 _FORMAT = Field(description=f"Layout of the rows. Each layout and its fields: {_FIELDS}.")
-
-
-class Section(BaseModel):
-    """A group of recipe keys."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Base(Section):
@@ -66,19 +55,20 @@ class Base(Section):
 class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
-    method: Literal["lora", "dora", "vera", "full", "bitfit"] = "lora"
-    """lora: train A and B (LoRA, section 4.1); dora: also the norms of the weight's rows (DoRA, section 4); vera: two
-    vectors a layer (VeRA, section 3); full: all weights of an unquantized base; bitfit: biases only."""
+    method: Literal["lora", "dora", "adalora", "vera", "full", "bitfit"] = "lora"
+    """lora, dora, adalora, vera: low-rank updates (see Methods); full: all weights; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
     """Numerator of `scaling` (LoRA, section 4.1); null: equal to `rank`."""
     dropout: Decay = 0.0
     """Dropout probability of the input of A (QLoRA, appendix B.2: 0.1 up to 13B, 0.05 above)."""
-    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
-    """Factor of B·A·x: alpha/rank (LoRA) or alpha/sqrt(rank) (rsLoRA), which is stable at high ranks."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Initial distribution of A (LoRA, section 4.1: Gaussian; its code: Kaiming uniform). B starts at zero."""
+    scaling: Literal["alpha/rank", "alpha/sqrt(rank)", "alpha"] = "alpha/rank"
+    """Factor of B·A·x: alpha/rank (LoRA), alpha/sqrt(rank) (rsLoRA, stable at high ranks), or alpha for every rank."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"] = "kaiming"
+    """Random A and zero B; or A and B from the weights: pissa (arXiv:2404.02948), loftq (NF4; arXiv:2310.08659)."""
+    lr_ratio: Positive = 1.0
+    """Learning rate of B over that of A, `optimizer.lr` (LoRA+, arXiv:2402.12354, section 5: about 16)."""
     targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}
@@ -89,6 +79,13 @@ class Adapter(Section):
     """Tokens whose rows of embedding and head are trained too; new: control tokens of the template without a token."""
     train_modules: list[Text] = []
     """Modules trained as a whole, such as norm, lm_head or score: suffixes and regular expressions of their names."""
+    budget: RankBudget = RankBudget()
+    """AdaLoRA's budget of ranks."""
+
+    @property
+    def initial_rank(self) -> int:
+        """AdaLoRA's rank of every layer at the start."""
+        return self.budget.initial_rank or -(-3 * self.rank // 2)
 
     @property
     def resolved_alpha(self) -> float:

@@ -29,6 +29,8 @@ ELSEWHERE = {
     "trainable_token_indices": "adapter.train_tokens",
     "modules_to_save": "adapter.train_modules",
     "lora_modules_to_save": "adapter.train_modules",
+    "init_lora_weights": "adapter.init",
+    "loraplus_lr_ratio": "adapter.lr_ratio",
     "dataset": "data.source",
     "datasets": "data.sources",
     "dataset_mixer": "data.sources",

@@ -86,6 +86,7 @@ def step_facts(
         lr=settings.lr,
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
+        lr_ratio=recipe.adapter.lr_ratio,
     )
 
 

@@ -20,14 +20,17 @@ from qlora.adapter.config import (
     CONFIG_FILE,
     commonest,
     is_rslora,
-    read_config,
+    read_fields,
     spec_of_layer,
 )
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
-from qlora.adapter.identity import IDENTITY_FILE
+from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
+from qlora.adapter.initial import InitialValues, stored_distances
+from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors, read_pairs
-from qlora.adapter.trained_parts import has_parts
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
+from qlora.adapter.store import method_for
+from qlora.adapter.trained_parts import part_names, without_parts
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
@@ -110,6 +113,8 @@ class Adapter:
     """layers by name, in the order of the file"""
     extra_files: Mapping[str, str] = field(default_factory=dict)
     """content of the text files that are copied along, by name"""
+    note: str | None = None
+    """remark for the user about what reading changed"""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """tensors trained beside the adapter (rows of tokens, whole modules), by their names in the file"""
 
@@ -125,6 +130,9 @@ class Adapter:
 def read(path: str | Path) -> Adapter:
     """Read an adapter from its folder.
 
+    An adapter whose initialisation changed the base (PiSSA) is converted to the unchanged base: A0 and B0 before the
+    first step become further rows of A and columns of B, so that B A - B0 A0 is added to the base's own weights.
+
     Args:
         path: an adapter folder, written by qlora or PEFT, or the folder of a run.
 
@@ -132,19 +140,49 @@ def read(path: str | Path) -> Adapter:
         ModelError: a file is missing, damaged or a pickle, the config is not supported, or config and tensors do not
             match.
     """
-    folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
-        folder /= "adapter"
-    config = read_config(folder / CONFIG_FILE)
-    pairs, parts = read_pairs(folder, with_parts=has_parts(config))
+    folder = adapter_folder(path)
+    method = method_in(folder)
+    config, pairs = method.as_lora(folder)
+    parts = part_names(folder, config, [suffix for kind in method.layers for suffix in kind.SAVED])
     if not pairs:
         raise ModelError(
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
+    beside = load_file(folder / TENSORS_FILE) if parts else {}
+    adapter = replace(
+        without_layers(folder, config), layers=layers, parts={name: beside[name] for name in parts}
+    )
+    values = InitialValues.stored(folder)
+    if values is None:
+        return adapter
+    if values.changed is None:
+        return replace(adapter, note=_correction(values, folder))
+    return _on_the_unchanged_base(adapter, values, folder)
+
+
+def without_layers(folder: Path, config: Mapping[str, Any]) -> Adapter:
+    """Return an adapter with this config and the text files of `folder`, and no layers."""
     extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
-    return Adapter(config, layers, extra_files, parts)
+    return Adapter(config, {}, extra_files)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder in `path`, itself or the folder of a run."""
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
+        folder /= "adapter"
+    return folder
+
+
+def method_in(folder: Path) -> AdapterMethod:
+    """Return the method of the adapter in `folder`. Raises ModelError if the config is missing, or not supported."""
+    file = folder / CONFIG_FILE
+    config = read_fields(file)
+    method = method_for(config, file)
+    method.check(without_parts(config, file), file)
+    return method
 
 
 def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -> int:
@@ -190,6 +228,38 @@ def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _on_the_unchanged_base(adapter: Adapter, values: InitialValues, folder: Path) -> Adapter:
+    """Return the adapter with B A - B0 A0 in place of B A (Meng et al. 2024, conversion to LoRA)."""
+    if adapter.layers.keys() != values.layers.keys():
+        raise ModelError(f"{folder}: adapter and initial values have different layers. Restore both files")
+    layers = {}
+    for name, layer in adapter.layers.items():
+        initial = values.layers[name]
+        a = torch.cat([layer.a, initial.a.to(layer.a)])
+        b = torch.cat([layer.b, -initial.b.to(layer.b)], 1)
+        layers[name] = Layer(a, b, layer.scaling * len(a), layer.scaling)
+    files = dict(adapter.extra_files)
+    if IDENTITY_FILE in files:
+        files[IDENTITY_FILE] = replace(BaseIdentity.parse(files[IDENTITY_FILE]), changed=None).as_json()
+    error = stored_distances(folder).get("converted")
+    away = "" if error is None else f", {error:.2%} away from the base of the training (relative to the norm)"
+    note = (
+        f"the adapter of {values.spec.init} is converted to the unchanged base{away}; its rank is doubled, and holds "
+        "only what was learned"
+    )
+    return Adapter({**adapter.config, "init_lora_weights": True}, layers, files, note, adapter.parts)
+
+
+def _correction(values: InitialValues, folder: Path) -> str:
+    """Return the remark that an adapter holds a correction of its base."""
+    size = stored_distances(folder).get("converted")
+    share = "" if size is None else f", {size:.2%} of the weights' norm"
+    return (
+        f"the update includes the correction of NF4 that {values.spec.init} started from{share}: it belongs to the NF4 "
+        "base, and a 16-bit base would be corrected for an error that it does not have"
+    )
 
 
 def _text(file: Path) -> str:

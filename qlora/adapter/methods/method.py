@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods.course import Course
+from qlora.errors import ModelError
 from qlora.recipe import Adapter
 
 
@@ -40,6 +42,14 @@ class Method(ABC):
             UsageError: the settings match no layer of the model.
         """
 
+    def initial_values(self, settings: Adapter, seed: int) -> InitialValues | None:
+        """Return what reads the base's 16-bit weights while they are loaded; None if the method does not need them."""
+        return None
+
+    def lr_factor(self, parameter: str, settings: Adapter) -> float:
+        """Return the learning rate of the parameter with this name, as a multiple of `optimizer.lr`."""
+        return 1.0
+
     def notes(self, model: nn.Module) -> list[str]:
         """Return remarks for the user about this method on this adapted model."""
         return []
@@ -56,6 +66,9 @@ class AdapterMethod(Method):
     """name in adapter_config.json"""
     layers: ClassVar[tuple[type[AdaptedLayer], ...]]
     """classes of the adapted layers; no other method has them"""
+
+    why_no_sum: ClassVar[str | None] = "their updates are not low-rank products"
+    """why adapters of this method have no sum; None if each update is a low-rank product, as `as_lora` returns it"""
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
@@ -88,6 +101,20 @@ class AdapterMethod(Method):
 
     def load_shared(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Give the adapted layers of `model` the tensors that they share, by their names in `file`."""
+
+    def as_lora(self, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Read the adapter in `folder` as one of LoRA with the same updates.
+
+        Returns:
+            The fields of LoRA's config; for each layer name, A and B by suffix, A first.
+
+        Raises:
+            ModelError: the updates are not low-rank products, or a file is missing or damaged.
+        """
+        raise ModelError(
+            f"{folder}: adapters of {self.name} cannot be composed, compressed or exported, because {self.why_no_sum}. "
+            "Merge them into their base instead, with qlora merge"
+        )
 
     @abstractmethod
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
