@@ -145,7 +145,7 @@ def held_out_file(cache: Path, data: E2E, count: int) -> Path:
 
 def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
     """Train and judge one cell; return all that its line in the ledger holds except the machine."""
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     session = session_of(cell, data, cache)
     before = dense_weights(session.model)
     losses, failed = Losses(), None
@@ -180,6 +180,7 @@ def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
         result["outcome"] = outcome
     result["training_seconds"] = round(training, 2)
     result["seconds"] = round(time.perf_counter() - began, 2)
+    result["cpu_seconds"] = round(time.process_time() - cpu_began, 2)
     return result
 
 
