@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from qlora.adapter import load_adapter, save_adapter, select, trainable_parameters
 from qlora.adapter.adapted_linear import AdaptedLinear
-from qlora.adapter.methods import METHODS
+from qlora.adapter.methods import METHODS, Course
 from qlora.adapter.store import method_of
 from qlora.data import Batch
 from qlora.objective.step import accumulate
@@ -34,9 +34,10 @@ def tiny(folder: Path, dtype: torch.dtype = torch.float32, *, quantized: bool = 
 def adapted(model: nn.Module, method: str, size: float = 0.0, **settings: Any) -> nn.Module:
     """Apply a method to every linear; then add normal numbers of this standard deviation to all it trains."""
     METHODS[method].apply(model, Adapter(method=method, targets="all-linear", **settings), seed=0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
-            parameter.add_(torch.randn(parameter.shape) * size)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     return model
 
 
@@ -78,29 +79,48 @@ def optimizer_over(model: nn.Module) -> Optimizer:
     return Optimizer(trainable_parameters(model), name="adamw", exact_sums=True)
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: range, lr: float) -> list[float]:
+def train(
+    model: nn.Module, optimizer: Optimizer, steps: range, lr: float, course: Course | None = None
+) -> list[float]:
     """Take training steps of two micro-batches over the same two batches. Returns the losses."""
-    losses = []
+    losses, course = [], course or Course()
     for step in steps:
         optimizer.zero_grad()
-        losses.append(accumulate(model.train(), [batch(0), batch(1)], seed=0, step=step).sum.item())
+        batches = [batch(0), batch(1)]
+        loss = accumulate(model.train(), batches, seed=0, step=step, penalty=course.penalty)
+        losses.append(loss.sum.item())
         optimizer.clip(1.0)
         optimizer.step(lr)
+        course.after_step(step)
     return losses
 
 
-def assert_resumes(make: Callable[[], nn.Module], folder: Path, lr: float = 1e-2) -> None:
-    """Assert that training, saved and loaded half way, ends with the same bits, and that the loss falls."""
-    whole, first, second = make(), make(), make()
-    losses = train(whole, optimizer_over(whole), range(6), lr)
+def assert_resumes(
+    make: Callable[[], nn.Module],
+    folder: Path,
+    *,
+    lr: float = 1e-2,
+    steps: int = 6,
+    stop: int = 3,
+    course: Callable[[nn.Module, int], Course] = lambda model, steps: Course(),
+) -> nn.Module:
+    """Assert that training, saved and loaded after `stop` steps, ends with the same bits, and that the loss falls.
+
+    Returns:
+        The trained model.
+    """
+    models = [make() for _ in range(3)]
+    courses = [course(model, steps) for model in models]
+    optimizers = [optimizer_over(model) for model in models]
+    losses = train(models[0], optimizers[0], range(steps), lr, courses[0])
     assert losses[-1] < losses[0] - 0.1
-    optimizer = optimizer_over(first)
-    train(first, optimizer, range(3), lr)
-    save_adapter(first, folder)
-    resumed = optimizer_over(second)
-    load_adapter(second, folder)
-    resumed.load_state(optimizer.state())
-    train(second, resumed, range(3, 6), lr)
-    ended = trainable_parameters(second)
+    train(models[1], optimizers[1], range(stop), lr, courses[1])
+    save_adapter(models[1], folder)
+    load_adapter(models[2], folder)
+    optimizers[2].load_state(optimizers[1].state())
+    courses[2].load_state(courses[1].state())
+    train(models[2], optimizers[2], range(stop, steps), lr, courses[2])
+    ended = trainable_parameters(models[2])
     assert ended
-    assert all(torch.equal(ended[name], value) for name, value in trainable_parameters(whole).items())
+    assert all(torch.equal(ended[name], value) for name, value in trainable_parameters(models[0]).items())
+    return models[0]

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from qlora.adapter.methods import METHODS as ADAPTERS
 from qlora.memory import forecast as forecasting
 from qlora.memory.architecture import architecture
 from qlora.memory.forecast import Forecast, forecast
@@ -49,12 +50,14 @@ def measured(recipe: Recipe, workload: Workload) -> Trace:
     model, optimizer = build(recipe, "cpu")
     read_documents_if_apart(model)
     objective = objective_of(recipe)
-    with LiveBytes(inventory(model, optimizer)) as live:
+    course = ADAPTERS[recipe.adapter.method].course(model, recipe.adapter, 10)
+    with LiveBytes(inventory(model, optimizer, course)) as live:
         optimizer.zero_grad()
-        accumulate(model, [workload.train], objective, seed=0, step=0)
+        accumulate(model, [workload.train], objective, seed=0, step=0, penalty=course.penalty)
         with announce(Phase.UPDATE):
             optimizer.clip(0.3)
             optimizer.step(1e-4)
+            course.after_step(0)
         if workload.evaluation is not None:
             evaluate(model, [workload.evaluation], objective)
     return live.trace()

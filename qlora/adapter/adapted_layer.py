@@ -70,6 +70,10 @@ class AdaptedLayer(nn.Module):
         """Return why the layer cannot load tensors with the settings `spec`; None if it can."""
         return None
 
+    def numbers(self, weight: Tensor) -> dict[str, float]:
+        """Return numbers of the update for `qlora adapter inspect`, by heading; `weight` is the base's, dense."""
+        return {}
+
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return the dense weight plus the update; `weight` None means the base's own weight."""
         raise NotImplementedError

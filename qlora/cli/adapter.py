@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,18 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qlora.cli.arguments import Json, TrustRemoteCode
-from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
+from qlora.cli.base_weights import base_weights
+from qlora.cli.tables import grouped, say, show_changes, show_deviations, show_spectra, small
 from qlora.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.tensors import Adapter
-    from qlora.storage.safetensors_files import ShardReader
 
 MiB = 2**20
-
-CHEAP_BYTES = 4 * 2**30
-"""`inspect` reads a base up to this size, to compare norms, even without --base"""
 
 app = typer.Typer(
     help="Combine, compress and inspect adapters; extract one from a fine-tuned model.",
@@ -240,8 +236,15 @@ def inspect(
 
     if picture is not None:
         spectrum_picture.require_format(picture)
+    if (reason := tensors.method_in(tensors.adapter_folder(adapter)).why_no_sum) is not None:
+        if picture is not None:
+            raise UsageError(
+                f"--picture draws spectra, and this adapter has none, because {reason}; leave it out"
+            )
+        _show_changes(adapter, base, per_layer, json_output)
+        return
     whole = tensors.read(adapter)
-    layers = spectra(whole, _base_weights(whole, base))
+    layers = spectra(whole, base_weights(whole, base))
     verdict = judge(layers)
     if picture is not None:
         spectrum_picture.draw(layers, picture, "/".join(adapter.parts[-2:]))
@@ -304,26 +307,24 @@ def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str
     return {"recipe.yaml": recipe_of(tuned, changes, trust_remote_code=trust_remote_code).to_yaml()}
 
 
-def _base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
-    """Return the weights of the base that the user gave, else of the recorded base if it is cached and small.
+def _show_changes(adapter: Path, base: str | None, per_layer: bool, json_output: bool) -> None:
+    """Print the norm of each layer's change, for an adapter without spectra."""
+    from qlora.adapter.algebra import tensors
+    from qlora.adapter.algebra.changes import changes
+    from qlora.adapter.config import CONFIG_FILE, read_fields
 
-    The recorded base is used only if its weights are the ones from training: the files can have changed, and a run
-    with a random base (base.init) used none.
-    """
-    from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, checkpoint_digest
-    from qlora.storage.safetensors_files import ShardReader, find_checkpoint
-
-    if given is not None:
-        return ShardReader(find_checkpoint(given))
-    name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
-    if isinstance(name, str):
-        with suppress(ModelError):
-            identity = adapter.extra_files.get(IDENTITY_FILE)
-            used = BaseIdentity.parse(identity).weights if identity else None
-            weights = ShardReader(find_checkpoint(name, revision))
-            small = sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES
-            return weights if small and used in (None, checkpoint_digest(weights.files)) else None
-    return None
+    folder = tensors.adapter_folder(adapter)
+    weights = base_weights(tensors.without_layers(folder, read_fields(folder / CONFIG_FILE)), base)
+    if weights is None:
+        raise ModelError(
+            f"{folder}: the change of each layer is measured against the base, which is not cached, large, or has "
+            "changed. Give it with --base"
+        )
+    layers = changes(folder, weights)
+    if json_output:
+        print(json.dumps({"layers": {name: layer.as_json() for name, layer in layers.items()}}))
+        return
+    show_changes(layers, per_layer)
 
 
 def _save(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from qlora.adapter.algebra.changes import Change
     from qlora.adapter.algebra.compose import ApproximationError
     from qlora.adapter.algebra.spectrum import Spectrum
 
@@ -59,6 +60,24 @@ def show_spectra(layers: "Mapping[str, Spectrum]", per_layer: bool) -> None:
         )
     head = ["", "layers", "rank", "norm", "of base", "effective rank", "90%", "99%", "last quarter"]
     show(head, rows)
+
+
+def show_changes(layers: "Mapping[str, Change]", per_layer: bool) -> None:
+    """Print the norms of changes and the method's own numbers: of each layer, or the medians of each kind of layer."""
+    headings = next(iter(layers.values())).numbers
+    rows = []
+    for name, group in grouped(layers, per_layer).items():
+        relative = [x.relative_norm for x in group if x.relative_norm is not None]
+        rows.append(
+            [
+                name,
+                str(len(group)),
+                f"{median(x.norm for x in group):.3g}",
+                f"{median(relative):.1%}" if relative else "-",
+                *(f"{median(x.numbers[heading] for x in group):.3g}" for heading in headings),
+            ]
+        )
+    show(["", "layers", "norm of change", "of base", *headings], rows)
 
 
 def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -93,6 +93,8 @@ def report(outcome: "TrainResult") -> str:
             f"memory         {memory.allocated_bytes / GiB:.2f} GiB peak allocated on the device, "
             f"{memory.reserved_bytes / GiB:.2f} GiB peak reserved"
         )
+    if outcome.adapter and "summary" in outcome.adapter:
+        lines.append(f"adapter        {outcome.adapter['summary']}")
     lines.append(f"host memory    {memory.resident_bytes / GiB:.2f} GiB peak resident, libraries included")
     lines.append(
         f"time           {duration(outcome.seconds)} for {outcome.steps} of {outcome.total_steps} steps"

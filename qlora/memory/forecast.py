@@ -6,7 +6,6 @@ are counted as in a measurement (`live.py`). Of equal layers only a few run, and
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -269,7 +268,7 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
 
 
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
-    """Return the permanent bytes of the optimizer over all trained parameters, and the trace rows of an update.
+    """Return the permanent bytes of optimizer and course over all trained parameters, and the trace of an update.
 
     One parameter replaces all parameters of the same dtype and weight decay, because the optimizer lays them end to end
     anyway. It updates them in equal chunks, so a few chunks are enough.
@@ -278,7 +277,8 @@ def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     for parameter in trainable_parameters(arch.model).values():
         kind = parameter.dtype, parameter.ndim >= 2  # only matrices have weight decay
         sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
-    permanent = _row(inventory.of_optimizer(_optimizer_over(sizes, recipe)))
+    course = METHODS[recipe.adapter.method].course(arch.model, recipe.adapter, 1)
+    permanent = _row([*inventory.of_optimizer(_optimizer_over(sizes, recipe)), *inventory.of_course(course)])
     few = {kind: min(blocks, FEW_CHUNKS * CHUNK_SIZE // BLOCK_SIZE) for kind, blocks in sizes.items()}
     optimizer = _optimizer_over(few, recipe)
     known = list(inventory.of_optimizer(optimizer))
@@ -299,19 +299,11 @@ def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recip
 
 def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
     """Return the bytes [parts] of the frozen model, including the layers that do not run."""
-    layers = [list(inventory.of_model(layer)) for layer in decoder_layers(model)]
-    uses = Counter(storage for layer in layers for storage in {_storage(tensor) for tensor, _ in layer})
+    layers = decoder_layers(model)
     row = _row(inventory.of_model(model))
     for layer, count in copies:
-        # A storage that several layers use, such as VeRA's projections, is in memory once
-        row = row + count * _row(
-            (tensor, part) for tensor, part in layers[layer] if uses[_storage(tensor)] == 1
-        )
+        row = row + count * _row(inventory.of_layer(layers, layer))
     return row
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
@@ -319,9 +311,10 @@ def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
     row = np.zeros(len(PARTS), dtype=np.int64)
     seen = set()
     for tensor, part in tensors:
-        if _storage(tensor) not in seen:
-            seen.add(_storage(tensor))
-            row[_COLUMN[part]] += -(-tensor.untyped_storage().nbytes() // ROUNDING) * ROUNDING
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            row[_COLUMN[part]] += -(-storage.nbytes() // ROUNDING) * ROUNDING
     return row
 
 

@@ -1,9 +1,10 @@
 """Tensors that stay in memory during the whole run, each with its memory category."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from qlora.adapter.methods import Course
 from qlora.optim import Optimizer
 from qlora.optim.paged import is_paged
 from qlora.quantization.nf4 import is_nf4, quant_state, statistics
@@ -28,12 +29,29 @@ def of_model(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
             yield tensor, "base_unquantized"
 
 
+def of_layer(layers: Sequence[nn.Module], number: int) -> Iterator[tuple[Tensor, str]]:
+    """Yield (tensor, part) for the frozen tensors of a layer alone, without those that other layers share with it."""
+    others = [layer for other, layer in enumerate(layers) if other != number]
+    shared = {tensor.untyped_storage()._cdata for layer in others for tensor, _ in of_model(layer)}
+    for tensor, part in of_model(layers[number]):
+        if tensor.untyped_storage()._cdata not in shared:
+            yield tensor, part
+
+
 def of_optimizer(optimizer: Optimizer) -> Iterator[tuple[Tensor, str]]:
     """Yield (tensor, part) for the trained parameters, their gradients and the optimizer state."""
     for kind, tensor in optimizer.tensors():
         yield tensor, "optimizer_state_paged" if is_paged(tensor) else _KINDS[kind]
 
 
-def inventory(model: nn.Module, optimizer: Optimizer) -> list[tuple[Tensor, str]]:
-    """Return (tensor, part) for both. A storage that several tensors share belongs to the first of them."""
-    return [*of_optimizer(optimizer), *of_model(model)]
+def of_course(course: Course) -> Iterator[tuple[Tensor, str]]:
+    """Yield (tensor, part) for the state of the adapter method during the run, such as AdaLoRA's averages."""
+    for tensor in course.state().values():
+        yield tensor, "optimizer_state"
+
+
+def inventory(
+    model: nn.Module, optimizer: Optimizer, course: Course | None = None
+) -> list[tuple[Tensor, str]]:
+    """Return (tensor, part) for all of them. A storage that several tensors share belongs to the first of them."""
+    return [*of_optimizer(optimizer), *of_course(course or Course()), *of_model(model)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.adapter.methods import Course
 from qlora.memory import inventory
 from qlora.memory.live import LiveBytes, Trace
 from qlora.memory.parts import PARTS
@@ -77,19 +78,26 @@ class Watch:
     Args:
         model: the model of the run.
         optimizer: its optimizer.
+        course: what the adapter method does during the run.
         device: the device whose tensors are counted.
         wanted: returns True for the number of a step to measure.
 
-    >>> watch = Watch(model, optimizer, device, wanted={0}.__contains__)
+    >>> watch = Watch(model, optimizer, course, device, wanted={0}.__contains__)
     >>> with watch.measuring(step):
     ...     update()
     >>> watch.measured()
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, device: torch.device, wanted: Callable[[int], bool]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        course: Course,
+        device: torch.device,
+        wanted: Callable[[int], bool],
     ) -> None:
-        self._model, self._optimizer, self._device, self._wanted = model, optimizer, device, wanted
+        self._model, self._optimizer, self._course = model, optimizer, course
+        self._device, self._wanted = device, wanted
         self._highest: Trace | None = None
         self._phases: dict[str, int] = {}
         self._steps = 0
@@ -101,7 +109,7 @@ class Watch:
         if not self._wanted(step):
             yield
             return
-        known = inventory.inventory(self._model, self._optimizer)
+        known = inventory.inventory(self._model, self._optimizer, self._course)
         with _uncollected(), LiveBytes(known, self._device.type) as live:
             yield
         self._take(live.trace())

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from qlora.adapter.methods import Course
 from qlora.data import Batches, Dataset
 from qlora.memory import measure
 from qlora.memory.account import account
@@ -70,14 +71,16 @@ class RunMemory:
             return cls(recipe, workload, device, None, str(error))
         return cls(recipe, workload, device, made, _summary(made, device), precision=arch.precision)
 
-    def with_watch(self, model: nn.Module, optimizer: Optimizer, every_step: bool = False) -> "RunMemory":
+    def with_watch(
+        self, model: nn.Module, optimizer: Optimizer, course: Course, every_step: bool = False
+    ) -> "RunMemory":
         """Return a copy that measures the steps with the run's largest micro-batches, or every step."""
         largest = {self.workload.step, self.workload.densest_step}
 
         def wanted(step: int) -> bool:
             return every_step or step in largest
 
-        return replace(self, watch=measure.Watch(model, optimizer, self.device, wanted))
+        return replace(self, watch=measure.Watch(model, optimizer, course, self.device, wanted))
 
     def measuring(self, step: int, *, evaluation: bool = False) -> AbstractContextManager[None]:
         """Return a context for step number `step`, or for the evaluation before it, that measures it if wanted."""

@@ -11,7 +11,8 @@ from qlora.recipe.messages import explain
 from qlora.recipe.overrides import COMMAND_LINE
 from qlora.recipe.problems import UNUSABLE, Document, Problem, dotted
 from qlora.recipe.rules import ALTERNATIVES, conflicts, flatten, keys_without_effect
-from qlora.recipe.schema import Recipe, Section
+from qlora.recipe.schema import Recipe
+from qlora.recipe.section import Section
 
 
 def check(document: Document, name: str) -> Recipe:

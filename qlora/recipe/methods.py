@@ -4,6 +4,19 @@ from dataclasses import dataclass
 
 LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern")
 
+BUDGET_KEYS = tuple(
+    f"budget.{key}"
+    for key in (
+        "initial_rank",
+        "start",
+        "final",
+        "every",
+        "orthogonality",
+        "smoothing",
+        "uncertainty_smoothing",
+    )
+)
+
 
 @dataclass(frozen=True)
 class MethodFacts:
@@ -20,12 +33,18 @@ class MethodFacts:
 
 
 METHODS = {
-    "lora": MethodFacts("LoRA of rank {rank} on {targets}", rate_is_loras=True),
-    "dora": MethodFacts("DoRA of rank {rank} on {targets}", rate_is_loras=True),
+    "lora": MethodFacts("LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
+    "dora": MethodFacts("DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
+    "adalora": MethodFacts(
+        "AdaLoRA of rank {rank} on average on {targets}",
+        unused=("scaling", "init", "rank_pattern", "alpha_pattern"),
+    ),
     "vera": MethodFacts(
         "VeRA of rank {rank} on {targets}",
-        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern"),
+        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern", *BUDGET_KEYS),
     ),
-    "full": MethodFacts("all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, "targets")),
-    "bitfit": MethodFacts("biases of {targets}", unused=LOW_RANK_KEYS),
+    "full": MethodFacts(
+        "all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, *BUDGET_KEYS, "targets")
+    ),
+    "bitfit": MethodFacts("biases of {targets}", unused=(*LOW_RANK_KEYS, *BUDGET_KEYS)),
 }

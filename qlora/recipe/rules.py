@@ -112,6 +112,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
         *_columns(settings),
         *_raw_pairs(settings),
         *_patterns(settings),
+        *_budget(settings),
     ]
 
 
@@ -271,6 +272,17 @@ def _patterns(settings: Settings) -> Iterator[KeyProblem]:
         for entry in () if isinstance(entries, str) else entries:
             if reason := _not_a_pattern(entry):
                 yield key, f"{shorten(entry)!r} is not a valid regular expression: {reason}"
+
+
+def _budget(settings: Settings) -> Iterator[KeyProblem]:
+    if settings.get("adapter.method") != "adalora":
+        return
+    first, last = settings.get("adapter.budget.initial_rank"), settings.get("adapter.rank")
+    if first is not None and last is not None and first < last:
+        yield "adapter.budget.initial_rank", f"must be at least adapter.rank ({last}), the average at the end"
+    start, final = settings.get("adapter.budget.start"), settings.get("adapter.budget.final")
+    if start is not None and final is not None and start + final >= 1:
+        yield "adapter.budget.final", f"start ({start:g}) and final ({final:g}) must be below 1 together"
 
 
 def _not_a_pattern(text: str) -> str:

@@ -3,39 +3,28 @@
 The models are frozen and strict (the text "3" is not the number 3) and forbid unknown keys. The string under
 each field is its documentation in error messages, in the JSON schema and in editors. Sources:
 LoRA is Hu et al. 2021 (arXiv:2106.09685), QLoRA is Dettmers et al. 2023 (arXiv:2305.14314), rsLoRA is
-Kalajdzievski 2023 (arXiv:2312.03732).
+Kalajdzievski 2023 (arXiv:2312.03732), DoRA is Liu et al. 2024 (arXiv:2402.09353), AdaLoRA is Zhang et al. 2023
+(arXiv:2303.10512), VeRA is Kopiczko et al. 2023 (arXiv:2310.11454).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
 
 from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts
+from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
+from qlora.recipe.section import Count, CountOrZero, Decay, Positive, PositiveOrZero, Section, Text
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]
 _FIELDS = ", ".join(f"{format.name} ({', '.join(format.fields)})" for format in FORMATS.values())
 _FORMAT = Field(description=f"Layout of the rows. Each layout and its fields: {_FIELDS}.")
-
-
-class Section(BaseModel):
-    """A group of recipe keys."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Base(Section):
@@ -66,9 +55,8 @@ class Base(Section):
 class Adapter(Section):
     """The trained parameters: low-rank matrices or biases of a frozen model, or the whole model."""
 
-    method: Literal["lora", "dora", "vera", "full", "bitfit"] = "lora"
-    """lora: train A and B (LoRA, section 4.1); dora: also the norms of the weight's rows (DoRA, section 4); vera: two
-    vectors a layer (VeRA, section 3); full: all weights of an unquantized base; bitfit: biases only."""
+    method: Literal["lora", "dora", "adalora", "vera", "full", "bitfit"] = "lora"
+    """lora, dora, adalora, vera: low-rank updates (see Methods); full: all weights; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Positive | None = None
@@ -85,6 +73,13 @@ class Adapter(Section):
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Positive] = {}
     """Alpha of the modules whose name matches the suffix or regular expression; the first match applies."""
+    budget: RankBudget = RankBudget()
+    """AdaLoRA's budget of ranks."""
+
+    @property
+    def initial_rank(self) -> int:
+        """AdaLoRA's rank of every layer at the start."""
+        return self.budget.initial_rank or -(-3 * self.rank // 2)
 
     @property
     def resolved_alpha(self) -> float:

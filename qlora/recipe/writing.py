@@ -8,7 +8,10 @@ from ruamel.yaml import YAML
 
 
 def to_yaml(settings: Mapping[str, Any], leave_out: Collection[str]) -> str:
-    """Return nested settings as YAML 1.2, in their order, without the dotted keys in `leave_out`."""
+    """Return nested settings as YAML 1.2, in their order, without the dotted keys in `leave_out`.
+
+    A section whose keys are all left out is left out too.
+    """
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -22,6 +25,11 @@ def _without(settings: Mapping[str, Any], leave_out: Collection[str], prefix: st
     kept: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        if key not in leave_out:
-            kept[name] = _without(value, leave_out, f"{key}.") if isinstance(value, Mapping) else value
+        if key in leave_out:
+            continue
+        if isinstance(value, Mapping) and value:
+            value = _without(value, leave_out, f"{key}.")
+            if not value:
+                continue
+        kept[name] = value
     return kept

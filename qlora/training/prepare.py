@@ -77,7 +77,7 @@ def prepare(
         torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
     method = METHODS[recipe.adapter.method]
     course = method.course(model, recipe.adapter, steps)
-    memory = memory.with_watch(model, optimizer, every_step=watch_all)
+    memory = memory.with_watch(model, optimizer, course, every_step=watch_all)
     return Session(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
         [*notes, *method.notes(model)], startup,

@@ -20,13 +20,15 @@ from qlora.adapter.config import (
     CONFIG_FILE,
     commonest,
     is_rslora,
-    read_config,
+    read_fields,
     spec_of_layer,
 )
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE
+from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors, read_pairs
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors
+from qlora.adapter.store import method_for
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
@@ -129,19 +131,38 @@ def read(path: str | Path) -> Adapter:
         ModelError: a file is missing, damaged or a pickle, the config is not supported, or config and tensors do not
             match.
     """
-    folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
-        folder /= "adapter"
-    config = read_config(folder / CONFIG_FILE)
-    pairs = read_pairs(folder)
+    folder = adapter_folder(path)
+    config, pairs = method_in(folder).as_lora(folder)
     if not pairs:
         raise ModelError(
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
+    return replace(without_layers(folder, config), layers=layers)
+
+
+def without_layers(folder: Path, config: Mapping[str, Any]) -> Adapter:
+    """Return an adapter with this config and the text files of `folder`, and no layers."""
     extra_files = {name: _text(folder / name) for name in COMPANIONS if (folder / name).is_file()}
-    return Adapter(config, layers, extra_files)
+    return Adapter(config, {}, extra_files)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder in `path`, itself or the folder of a run."""
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
+        folder /= "adapter"
+    return folder
+
+
+def method_in(folder: Path) -> AdapterMethod:
+    """Return the method of the adapter in `folder`. Raises ModelError if the config is missing, or not supported."""
+    file = folder / CONFIG_FILE
+    config = read_fields(file)
+    method = method_for(config, file)
+    method.check(config, file)
+    return method
 
 
 def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -> int:

@@ -64,6 +64,7 @@ class BitFit(AdapterMethod):
     name = "bitfit"
     peft_type = "BITFIT"  # PEFT has no such method and rejects it
     layers = (BiasLinear,)
+    why_no_sum = "they change biases, not weights"
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and add a trainable bias update to each target."""

@@ -19,6 +19,7 @@ from qlora.adapter.config import check_config, config_of
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import Lora, LoRALinear, adapt, spec_of
+from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.targets import features
 from qlora.ops.dora_linear import dora_linear, row_squares
 from qlora.quantization.nf4 import dense
@@ -63,6 +64,11 @@ class DoraLinear(LoRALinear):
         """Return the shapes of A [rank, in], B [out, rank] and m [out]."""
         return {**super().shapes(linear, spec), SUFFIX_MAGNITUDE: (features(linear)[1],)}
 
+    def numbers(self, weight: Tensor) -> dict[str, float]:
+        """Return the rank, and the mean relative change of the norms of the rows of `weight`."""
+        moved = self.magnitude.detach() / torch.linalg.vector_norm(weight, dim=1) - 1
+        return {"rank": self.rank, "row norms moved": moved.abs().mean().item()}
+
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return the dense weight m (W + scaling * B A) / ||W + scaling * B A|| [out, in] in fp32 or fp64.
 
@@ -80,6 +86,9 @@ class Dora(Lora):
 
     name = "dora"
     layers = (DoraLinear,)
+    why_no_sum = (
+        "the trained norms rescale the weight of the base, so a sum of updates is not the update of a sum"
+    )
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config` is one of LoRA with use_dora."""
@@ -87,11 +96,13 @@ class Dora(Lora):
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `qlora.adapter.adapt`."""
-        return adapt(model, spec_of(settings), seed=seed, layers=(DoraLinear,))
+        return adapt(model, spec_of(settings), seed=seed, layers=self.layers)
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig, with use_dora."""
         return {**config_of(model, layers, base), "use_dora": True}
+
+    as_lora = AdapterMethod.as_lora
 
     def check(self, config: Mapping[str, Any], file: Path) -> None:
         """Raise ModelError if a field is unknown or not supported."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
-from qlora.adapter.config import check_config, config_of, spec_of_layer, targets_in
+from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_conv import LoRAConv
 from qlora.adapter.lora_embedding import LoRAEmbedding
@@ -23,7 +23,7 @@ from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
-from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, read_pairs
 from qlora.adapter.targets import features, select
 from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
@@ -117,6 +117,7 @@ class Lora(AdapterMethod):
     name = "lora"
     peft_type = "LORA"
     layers = LAYERS
+    why_no_sum: ClassVar[str | None] = None
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Adapt `model` with the recipe's settings; see `adapt`."""
@@ -129,6 +130,10 @@ class Lora(AdapterMethod):
     def check(self, config: Mapping[str, Any], file: Path) -> None:
         """Raise ModelError if a field is unknown or not supported."""
         check_config(config, file)
+
+    def as_lora(self, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Read config and tensors."""
+        return read_config(folder / CONFIG_FILE), read_pairs(folder)
 
     def targets(
         self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path

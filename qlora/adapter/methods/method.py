@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.course import Course
+from qlora.errors import ModelError
 from qlora.recipe import Adapter
 
 
@@ -57,6 +58,9 @@ class AdapterMethod(Method):
     layers: ClassVar[tuple[type[AdaptedLayer], ...]]
     """classes of the adapted layers; no other method has them"""
 
+    why_no_sum: ClassVar[str | None] = "their updates are not low-rank products"
+    """why adapters of this method have no sum; None if each update is a low-rank product, as `as_lora` returns it"""
+
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
         return config.get("peft_type") == self.peft_type
@@ -88,6 +92,20 @@ class AdapterMethod(Method):
 
     def load_shared(self, model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Give the adapted layers of `model` the tensors that they share, by their names in `file`."""
+
+    def as_lora(self, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Read the adapter in `folder` as one of LoRA with the same updates.
+
+        Returns:
+            The fields of LoRA's config; for each layer name, A and B by suffix, A first.
+
+        Raises:
+            ModelError: the updates are not low-rank products, or a file is missing or damaged.
+        """
+        raise ModelError(
+            f"{folder}: adapters of {self.name} cannot be composed, compressed or exported, because {self.why_no_sum}. "
+            "Merge them into their base instead, with qlora merge"
+        )
 
     @abstractmethod
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:

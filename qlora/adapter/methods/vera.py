@@ -144,6 +144,11 @@ class VeraLinear(AdaptedLinear):
             "adapter"
         )
 
+    def numbers(self, weight: Tensor) -> dict[str, float]:
+        """Return the rank, and the mean sizes of b and d."""
+        b, d = (vector.detach().abs().mean().item() for vector in (self.lambda_b, self.lambda_d))
+        return {"rank": self.spec.rank, "mean |b|": b, "mean |d|": d}
+
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return the dense weight W + diag(b) B diag(d) A [out, in] in fp32, or fp64 if an operand is fp64.
 
@@ -170,6 +175,7 @@ class Vera(AdapterMethod):
     name = "vera"
     peft_type = "VERA"
     layers = (VeraLinear,)
+    why_no_sum = "a sum of their updates is no product of the shared projections with two vectors"
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and wrap each target; the shared A and B depend on the seed and the widest target only."""

@@ -1,0 +1,99 @@
+"""Change of each layer by an adapter of any method, measured against the base's weights, without a model.
+
+An adapter whose updates are low-rank products has spectra (`spectrum`); this is for the others.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.algebra.tensors import adapter_folder, method_in
+from qlora.adapter.config import CONFIG_FILE, read_fields
+from qlora.adapter.peft_tensors import read_layers
+from qlora.adapter.store import load_adapter
+from qlora.errors import ModelError
+from qlora.storage.safetensors_files import ShardReader
+
+
+@dataclass(frozen=True)
+class Change:
+    """Change of one layer."""
+
+    norm: float
+    """Frobenius norm of the change of the weight, or the norm of the change of the bias"""
+    base_norm: float | None
+    """Frobenius norm of the base's weight; None if the weight does not change"""
+    numbers: Mapping[str, float]
+    """numbers of the method, such as the rank, by their headings"""
+
+    @property
+    def relative_norm(self) -> float | None:
+        """`norm` divided by `base_norm`; None if the weight does not change."""
+        return self.norm / self.base_norm if self.base_norm else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON values."""
+        return {**asdict(self), "relative_norm": self.relative_norm}
+
+
+def changes(path: str | Path, base: ShardReader) -> dict[str, Change]:
+    """Return the change of every layer by the adapter in `path`, the folder of an adapter or of a run.
+
+    Args:
+        path: an adapter folder, or the folder of a run.
+        base: the weights of the base.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the base lacks a layer in 16 or 32 bits.
+    """
+    folder = adapter_folder(path)
+    config, method = read_fields(folder / CONFIG_FILE), method_in(folder)
+    stored, _ = read_layers(
+        folder, [list(kind.SAVED) for kind in method.layers], method.stored_shared(config)
+    )
+    weights = {
+        name: _weight(base, name, folder, transposed=bool(config.get("fan_in_fan_out"))) for name in stored
+    }
+    model = load_adapter(_linears(weights), folder, any_base=True)
+    return {name: _change(layer, weights[name]) for name, layer in AdaptedLayer.of(model).items()}
+
+
+def _weight(base: ShardReader, name: str, folder: Path, *, transposed: bool) -> Tensor:
+    stored = base.layer_weight(name)
+    if stored is None or stored.is_quantized:
+        raise ModelError(
+            f"{folder}: the base has no weight of {name} in 16 or 32 bits to measure the change against. Give the base "
+            "that was quantized, with --base"
+        )
+    weight = stored.read().float()
+    return weight.T if transposed else weight
+
+
+def _linears(weights: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module that has linears on the meta device under these names."""
+    root = nn.Module()
+    for name, weight in weights.items():
+        *parents, leaf = name.split(".")
+        parent = root
+        for part in parents:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
+    return root
+
+
+def _change(layer: AdaptedLayer, weight: Tensor) -> Change:
+    numbers = layer.numbers(weight)
+    if not layer.changes_weight:
+        return Change(_norm(layer.merged_bias()), None, numbers)
+    return Change(_norm(layer.merged_weight(weight) - weight), _norm(weight), numbers)
+
+
+def _norm(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
