@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.ledger import Records
-from benchmarks.methods.rows import LORA, NEAR, QLORA, RANK, TABLE, Row, doubled, rows
+from benchmarks.methods.rows import LORA, NEAR, QLORA, RANK, TABLE, Row, doubled, rows, short
 from benchmarks.methods.training import trains
 
 SCREENING, SEEDS = 0, (1, 2, 3, 4, 5)
@@ -125,7 +125,7 @@ def _trainable(experiment: Experiment) -> Experiment:
 
 
 def _rates(setting: Setting, lrs: Sequence[float]) -> dict[str, list[Setting]]:
-    return {f"{lr:g}": [setting.but(optimizer__lr=lr)] for lr in lrs}
+    return {short(lr): [setting.but(optimizer__lr=lr)] for lr in lrs}
 
 
 def _near(setting: Setting, lrs: Sequence[float] = NEAR) -> list[Setting]:
