@@ -25,6 +25,7 @@ from transformers.conversion_mapping import WeightRenaming, get_model_conversion
 from transformers.core_model_loading import rename_source_key
 
 from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import other_layers
 from qlora.adapter.initial import Initial, InitialValues
 from qlora.adapter.store import load_adapter
 from qlora.adapter.trained_parts import state_of, whole_modules
@@ -92,6 +93,11 @@ class MergeSource:
         meta_base = bases.meta_base(base)
         self.prequantized, self.excluded = meta_base.prequantized, meta_base.excluded
         load_adapter(meta_base.model, adapter, any_base=any_base)
+        if others := other_layers(meta_base.model):
+            raise ModelError(
+                f"{adapter}: {listed(others)}: only linear layers are merged into files. Merge this adapter in memory, "
+                "with qlora.merge_adapter"
+            )
         self.matrices = self._locate(meta_base)
         self.biases = self._locate_biases(meta_base.model)
         self.parts = self._locate_parts(meta_base.model)

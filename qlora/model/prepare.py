@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
 from qlora.adapter.trained_parts import train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
-from qlora.errors import listed
+from qlora.errors import UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.load import load_base
@@ -66,6 +66,11 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     """
     settings = recipe.adapter
     METHODS[settings.method].apply(model, settings, recipe.training.seed)
+    if others := other_layers(model):
+        raise UsageError(
+            f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
+            "convolutions and embeddings can be adapted from Python, with qlora.adapt"
+        )
     if settings.train_tokens:
         TrainedTokens.of(recipe).train(model)
     if settings.train_modules:
