@@ -316,12 +316,9 @@ class Renderer:
         return self.unknown_markers
 
     def _find_unknown_markers(self, *before: Message) -> list[str]:
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        asked = [*before, question]
-        text = (
-            self.template.render([*asked, answer], [])[0]
-            + self.template.render(asked, [], generation=True)[0]
-        )
+        asked = [*before, {"role": "user", "content": "?"}]
+        answered = [*asked, {"role": "assistant", "content": "!"}]
+        text = self.template.render(answered, [])[0] + self.template.render(asked, [], generation=True)[0]
         return [marker for marker in dict.fromkeys(MARKER.findall(text)) if not self._encoder.knows(marker)]
 
     def _unwritten(self, text: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:
