@@ -75,6 +75,15 @@ def test_a_second_source_is_held_out_as_a_whole(hundred: Path, tmp_path: Path) -
     assert dataset.counts.read == 27
 
 
+def test_rows_in_memory_are_trained_and_the_held_out_file_is_read(tmp_path: Path) -> None:
+    second = write(tmp_path / "second.jsonl", pairs(7))
+    section = Data(source="memory", format="prompt-completion", max_length=64, held_out=str(second))
+    dataset = load_dataset(section, TOKENIZER, 0, rows=pairs(5))
+    assert [example.origin for example in dataset.train] == [f"memory:row {row}" for row in range(1, 6)]
+    assert [example.origin for example in dataset.held_out] == [f"{second}:{row}" for row in range(1, 8)]
+    assert len(dataset.prompts) == 7
+
+
 def test_the_fingerprint_depends_only_on_what_is_trained(hundred: Path, tmp_path: Path) -> None:
     rows = pairs(100)
     reference = load(hundred).fingerprint

@@ -120,11 +120,12 @@ def make_dataset(
     progress: Progress | None = None,
 ) -> Dataset:
     """Read, render, tokenise and split the rows of a `data` section. Arguments and errors as in `load_dataset`."""
-    parts = [*section.parts, *([section.evaluation] if section.evaluation else [])]
+    evaluation = section.evaluation  # a copy of the section, another one at each access
+    parts = [*section.parts, *([evaluation] if evaluation else [])]
     with ExampleWriter() as writer:
         sources = []
         for part in parts:
-            given = None if part is section.evaluation else rows
+            given = None if part is evaluation else rows
             layout = Layout(part, tokenizer)
             reading = read_examples(part, layout, writer, given, progress)
             if not reading.examples:

@@ -1,0 +1,1 @@
+"""Experiments on E2E NLG that compare fine-tuning methods and settings: `python -m benchmarks.methods`."""
