@@ -24,6 +24,7 @@ from transformers.conversion_mapping import WeightRenaming, get_model_conversion
 from transformers.core_model_loading import rename_source_key
 
 from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import other_layers
 from qlora.adapter.initial import Initial, InitialValues
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts
@@ -89,6 +90,11 @@ class MergeSource:
         meta_base = bases.meta_base(base)
         self.prequantized, self.excluded = meta_base.prequantized, meta_base.excluded
         load_adapter(meta_base.model, adapter, any_base=any_base)
+        if others := other_layers(meta_base.model):
+            raise ModelError(
+                f"{adapter}: {listed(others)}: only linear layers are merged into files. Merge this adapter in memory, "
+                "with qlora.merge_adapter"
+            )
         self.matrices = self._locate(meta_base)
         self.biases = self._locate_biases(meta_base.model)
         # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
+from qlora.errors import UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
@@ -52,8 +53,18 @@ def build(
 
 
 def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Apply the recipe's adapter method to the model, in place, and return the model."""
-    return METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
+    """Apply the recipe's adapter method to the model, in place, and return the model.
+
+    Raises:
+        UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
+    """
+    METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
+    if others := other_layers(model):
+        raise UsageError(
+            f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
+            "convolutions and embeddings can be adapted from Python, with qlora.adapt"
+        )
+    return model
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
