@@ -58,6 +58,7 @@ def merge_adapter(model: nn.Module, *, quantize: bool = False) -> nn.Module:
     merge_parts(model)
     # The model is another base now: an adapter that is added next must not claim the old one
     model.base_identity = BaseIdentity(weights=memory_digest(model), quantization=quantization_of(model))  # type: ignore[assignment]
+    model.initial_values = None  # type: ignore[assignment]
     return model
 
 

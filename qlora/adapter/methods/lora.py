@@ -19,7 +19,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.initial import InitialValues, start_from_weights
+from qlora.adapter.initial import InitialValues, start_values
 from qlora.adapter.lora_conv import LoRAConv
 from qlora.adapter.lora_embedding import LoRAEmbedding
 from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
@@ -241,7 +241,7 @@ def adapt(
             )
     for name in names:
         _check_target(name, model.get_submodule(name), spec, layers)
-    values = start_from_weights(model, spec, seed) if spec.init in FROM_WEIGHTS else None
+    values = start_values(model, spec, seed)
     use_nf4_linears(model.requires_grad_(False))
     modules = {name: model.get_submodule(name) for name in names}
     drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
