@@ -1,8 +1,8 @@
 """The experiments: questions, each with settings under labels; and the cells that are to be run next.
 
 A label has one or several settings, usually one setting at several learning rates. Seed 0 screens all of them, and
-further rates while the best is at an end of the grid. The setting with the lowest held-out loss gets seeds 1 to 5, which
-no choice has used, and only these seeds are reported.
+further rates while the best is at an end of the grid. The setting with the lowest held-out loss gets seeds 1 to 5,
+which no choice has used, and only these seeds are reported.
 """
 
 from collections.abc import Iterator, Sequence
