@@ -1,5 +1,7 @@
 """A sequence classifier with a new head: LoRA in the attention, and the head trained as a whole."""
 
+import tempfile
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
