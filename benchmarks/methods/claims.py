@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.methods.results import BLEU, LOSS, Result
+from benchmarks.methods.rows import short
 from benchmarks.methods.statistics import LEVEL, Paired, holm
 
 HOLDS, FAILS, OPEN, SIZE, WAITS = (
@@ -142,7 +143,7 @@ def _rates(tables: Tables) -> Iterator[Verdict]:
         return
     lora, full = (float(best[name].lr or 0) for name in ("lora", "full"))  # type: ignore[union-attr]
     ratio = lora / full
-    text = f"best of grids in steps of two: LoRA {lora:g}, full {full:g}, ratio {ratio:g}"
+    text = f"best of grids in steps of two: LoRA {short(lora)}, full {short(full)}, ratio {ratio:g}"
     yield Verdict(claim, HOLDS if 5 <= ratio <= 20 else FAILS, text)
 
 

@@ -1,7 +1,7 @@
 """The experiments: questions, each with settings under labels; and the cells that are to be run next.
 
 A label has one or several settings, usually one setting at several learning rates. Seed 0 screens all of them, and
-further rates while the best is at an end of the grid. The setting with the lowest held-out loss gets seeds 1 to 5,
+further rates while the best is at an end of the grid. The setting with the lowest held-out loss gets seeds 1 to 5, too,
 which no choice has used, and only these seeds are reported.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.ledger import Records
-from benchmarks.methods.rows import LORA, NEAR, QLORA, RANK, TABLE, Row, doubled, rows
+from benchmarks.methods.rows import LORA, NEAR, QLORA, RANK, TABLE, Row, doubled, rows, short
 from benchmarks.methods.training import trains
 
 SCREENING, SEEDS = 0, (1, 2, 3, 4, 5)
@@ -125,7 +125,7 @@ def _trainable(experiment: Experiment) -> Experiment:
 
 
 def _rates(setting: Setting, lrs: Sequence[float]) -> dict[str, list[Setting]]:
-    return {f"{lr:g}": [setting.but(optimizer__lr=lr)] for lr in lrs}
+    return {short(lr): [setting.but(optimizer__lr=lr)] for lr in lrs}
 
 
 def _near(setting: Setting, lrs: Sequence[float] = NEAR) -> list[Setting]:

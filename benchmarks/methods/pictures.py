@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.results import BLEU, LOSS, Result
+from benchmarks.methods.rows import short
 from qlora.report.pictures import ACCENT, LINE, MUTED, SECOND, figure, png
 
 FAINT = "#b9c1ca"
@@ -127,14 +128,6 @@ def quantization(table: Table) -> bytes:
         _dots(right, ordered, LOSS, "after fine-tuning, nats a token")
         drawing.tight_layout()
         return png(drawing)
-
-
-def short(value: float) -> str:
-    """Return a number with at most three digits, small ones as 1.25e-4."""
-    if value >= 1:
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def mean(result: Result, metric: str) -> float:

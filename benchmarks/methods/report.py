@@ -9,7 +9,7 @@ from benchmarks.methods import ledger, pictures
 from benchmarks.methods.claims import MARGIN, Tables, Verdict, shown, verdicts
 from benchmarks.methods.experiments import Experiment, experiments
 from benchmarks.methods.results import BLEU, LOSS, Result, corrected, results
-from benchmarks.methods.rows import absent
+from benchmarks.methods.rows import absent, short
 from benchmarks.methods.speed import FILE as SPEED
 from benchmarks.methods.statistics import LEVEL, Interval
 from benchmarks.methods.training import RIVALS, SIZES
@@ -184,7 +184,7 @@ def _cost(table: Mapping[str, Result], speed: Mapping[str, Any] | None) -> Itera
         merged = "cannot be" if rates and result.setting.method in RIVALS else _span(rates.get("merged"))
         memory = result.interval("memory_bytes")
         yield (
-            f"| {label} | {record['trainable']:,} | {record['trainable'] / record['base_parameters']:.2%} | "
+            f"| {label} | {_trained(record)} | {record['trainable'] / record['base_parameters']:.2%} | "
             f"{_span(rates.get('training'))} | {_span(rates.get('inference'))} | "
             f"{merged} | {'—' if memory is None else f'{memory.mean / MIB:.0f}'} |"
         )
@@ -220,7 +220,7 @@ def _dial(experiment: Experiment, table: Mapping[str, Result]) -> Iterator[str]:
     yield "|---|---:|---:|" + ("---:|" if before else "") + "---:|---:|---:|---:|---:|"
     for label, result in table.items():
         record = result.first
-        cells = [_label(result), f"{record['trainable']:,}", _rate(result)]
+        cells = [_label(result), _trained(record), _rate(result)]
         cells += [_number(result.interval("loss_before"), 4)] if before else []
         cells += [
             _number(result.interval(LOSS), 4), _difference(table, label, reference), _p(ps.get(label)),
@@ -250,8 +250,14 @@ def _label(result: Result) -> str:
     return f"{result.label} {MARK}" if result.screened_only else result.label
 
 
+def _trained(record: Mapping[str, Any]) -> str:
+    """Return the number of trained parameters, and that at the end if it changed."""
+    start, end = record["trainable"], record.get("trainable_end", record["trainable"])
+    return f"{start:,}" if start == end else f"{start:,}, at the end {end:,}"
+
+
 def _rate(result: Result) -> str:
-    return "—" if result.lr is None else pictures.short(result.lr)
+    return "—" if result.lr is None else short(result.lr)
 
 
 def _number(interval: Interval | None, digits: int) -> str:

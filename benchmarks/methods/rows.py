@@ -21,6 +21,14 @@ def doubled(first: float, count: int) -> tuple[float, ...]:
     return tuple(first * 2**n for n in range(count))
 
 
+def short(value: float) -> str:
+    """Return a number with at most three digits, small ones as 1.25e-4."""
+    if value >= 1:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the table."""

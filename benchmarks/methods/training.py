@@ -145,10 +145,10 @@ def held_out_file(cache: Path, data: E2E, count: int) -> Path:
 
 def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
     """Train and judge one cell; return all that its line in the ledger holds except the machine."""
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     session = session_of(cell, data, cache)
     before = dense_weights(session.model)
-    losses, failed = Losses(), None
+    losses, failed, trained = Losses(), None, trained_parameters(session.model)
     loss_before = held_out_loss(session)
     training = time.perf_counter()
     try:
@@ -159,7 +159,8 @@ def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
     training = time.perf_counter() - training
     result: dict[str, Any] = {
         **cell.as_json(),
-        "trainable": sum(p.numel() for p in trainable_parameters(session.model).values()),
+        "trainable": trained,
+        "trainable_end": trained_parameters(session.model),
         "base_parameters": base_parameters(session.model),
         "steps": len(losses.values),
         "tokens": losses.tokens,
@@ -170,7 +171,7 @@ def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
         "dtype": str(session.model.get_input_embeddings().weight.dtype).removeprefix("torch."),  # type: ignore[operator]
     }
     if cell.setting.method == "none":
-        result["trainable"] = 0
+        result["trainable"] = result["trainable_end"] = 0
     else:
         result["memory_bytes"] = (session.memory.watch.measured() or {}).get("total_bytes")  # type: ignore[union-attr]
     if not failed:
@@ -180,6 +181,7 @@ def run(cell: Cell, data: E2E, cache: Path) -> dict[str, Any]:
         result["outcome"] = outcome
     result["training_seconds"] = round(training, 2)
     result["seconds"] = round(time.perf_counter() - began, 2)
+    result["cpu_seconds"] = round(time.process_time() - cpu_began, 2)
     return result
 
 
@@ -242,6 +244,11 @@ def spectrum(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
         "rank_99": median(layer.rank_for(0.99) for layer in learned),
         "relative_norm": median(layer.relative_norm or 0.0 for layer in learned),
     }
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Return the number of trained parameters; AdaLoRA has fewer at the end than at the start."""
+    return sum(parameter.numel() for parameter in trainable_parameters(model).values())
 
 
 def base_parameters(model: nn.Module) -> int:
