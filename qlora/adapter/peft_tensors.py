@@ -90,6 +90,11 @@ def read_layers(
         if key in others:
             continue
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
+        if key.endswith(".base_layer.weight"):
+            raise ModelError(
+                f"{path}: {key} is a weight of the base, which PEFT stores next to an adapted embedding. Save "
+                "the adapter again, with PEFT's save_pretrained(folder, save_embedding_layers=False)"
+            )
         if not key.startswith(PREFIX) or suffix is None:
             raise ModelError(
                 f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}. "
