@@ -380,6 +380,15 @@ def test_commands_know_the_tokens_of_a_run(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/base\nHi\n"))
     answered = qlora("chat", run)
     assert answered.returncode == 0, answered.stderr
+    plain = train(
+        Recipe.load(recipe_file(output=str(tmp_path / "plain"), training={"max_steps": 1})), terminal=False
+    )
+    refused = qlora("chat", plain.run, "--adapter", f"tokens={run}")
+    assert refused.returncode == 4
+    assert "trained with another tokenizer than the one of this chat" in " ".join(refused.stderr.split())
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/adapter plain\nHi\n"))
+    both = qlora("chat", run, "--adapter", f"plain={plain.run}")
+    assert both.returncode == 0, both.stderr
 
 
 @pytest.mark.parametrize(
