@@ -212,6 +212,14 @@ def test_an_adapter_for_another_kind_of_layer_is_refused(tmp_path: Path) -> None
             load_adapter(nn.ModuleDict({"x": other}), tmp_path, any_base=True)
 
 
+def test_an_adapter_for_a_layer_on_which_lora_is_not_defined_is_refused(tmp_path: Path) -> None:
+    save_adapter(adapt(nn.ModuleDict({"x": nn.Embedding(4, 4)}), LoraSpec(targets=["x"])), tmp_path)
+    other = nn.ModuleDict({"x": nn.Embedding(4, 4, max_norm=1.0)})
+    with pytest.raises(ModelError, match="lora is not defined on x: it has max_norm"):
+        load_adapter(other, tmp_path, any_base=True)
+    assert other["x"].weight.requires_grad, "the model is unchanged"
+
+
 def saved(folder: Path, seed: int, **settings: Any) -> nn.Module:
     torch.manual_seed(seed)
     model = adapt(
