@@ -167,7 +167,7 @@ def test_dropout_draws_masks_for_convolutions_and_none_for_embeddings() -> None:
     assert not torch.equal(first, model(IDS))
     torch.manual_seed(1)
     assert torch.equal(first, model(IDS))
-    mean = torch.stack([model(IDS) for _ in range(400)]).mean(0)  # what follows the layer is linear
+    mean = torch.stack([model(IDS) for _ in range(200)]).mean(0)  # what follows the layer is linear
     expected = model.eval()(IDS)
     plain = Net()(IDS)
     assert (mean - expected).norm() < 0.2 * (expected - plain).norm(), "the mean over the masks is the output"
