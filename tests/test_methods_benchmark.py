@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.methods import claims, e2e, experiments, ledger, pictures, report, rows, simulated
+from benchmarks.methods.__main__ import main
 from benchmarks.methods.adapter_layers import WIDTH, AdapterLayers
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.generation import CACHE, greedy
@@ -126,6 +127,38 @@ def test_a_damaged_line_inside_is_not_guessed(tmp_path: Path) -> None:
     file.write_text('{"key": "a"}\n{"key": \n{"key": "b"}\n')
     with pytest.raises(SystemExit, match=r"cells\.jsonl:2: not a record"):
         ledger.read(file)
+
+
+def test_a_run_continues_after_a_broken_cell_and_tries_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = [Setting.of("lora", optimizer__lr=lr) for lr in (1.0, 2.0, 4.0)]
+    one = experiments.Experiment("one", "?", {"LoRA": grid})
+    monkeypatch.setattr(experiments, "experiments", lambda: [one])
+    monkeypatch.setattr("benchmarks.methods.__main__._threads", lambda _: None)
+    monkeypatch.setattr("benchmarks.methods.base.make", lambda *_: None)
+    monkeypatch.setattr("benchmarks.methods.base.digest", lambda _: "b")
+    monkeypatch.setattr("benchmarks.methods.machine.where", lambda _: {})
+    ran: list[Cell] = []
+
+    def train(cell: Cell, *_: object) -> dict[str, object]:
+        ran.append(cell)
+        if cell.setting == grid[0] and len(ran) == 1:
+            raise ValueError("broken")
+        return record(cell, 2.0 - (cell.setting == grid[1]))
+
+    monkeypatch.setattr("benchmarks.methods.training.run", train)
+    file, data = tmp_path / "cells.jsonl", write_data(tmp_path / "e2e")
+    command = ["methods", "run", "--data", str(data), "--ledger", str(file), "--cache", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    assert main() == 1
+    assert "FAILED one" in capsys.readouterr().err
+    assert [cell.setting for cell in ran] == grid
+    monkeypatch.setattr("sys.argv", [*command, "--part", "1/1"])
+    assert main() == 0
+    assert ran[3:] == [Cell(grid[0], 0), *(Cell(grid[1], seed) for seed in experiments.SEEDS)]
+    assert main() == 0
+    assert len(ran) == len(ledger.read(file)) + 1 == 9
 
 
 # statistics
