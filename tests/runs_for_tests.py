@@ -1,10 +1,12 @@
 """Writes the files of a finished LoRA run without training; the adapter's update is not zero."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ from qlora.data import prompt_digests
 from qlora.model.load import load_base, load_tokenizer
 from qlora.model.prepare import apply_adapter
 from qlora.recipe import Recipe
+from qlora.training import train as loop
 
 
 def update(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
@@ -34,6 +37,32 @@ def finished_run(recipe: Recipe, *, seed: int = 0, size: float = 0.2, **adapter:
     save_adapter(model, folder, base=replace(BaseIdentity.of(model), **prompts))
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     return folder.parent
+
+
+def resumed(recipe: Recipe) -> Path:
+    """Resume a run to its end and return its folder."""
+    return loop.train(recipe, resume=True, terminal=False).run
+
+
+def killed_and_resumed(
+    recipe: Recipe,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: Callable[[Recipe], Path] = resumed,
+) -> Path:
+    """Train, stop with an error at this step (from 0), resume to the end, and return the run's folder."""
+    update = loop.update
+
+    def interrupted(session: Any, batches: Any, number: int, lr: float) -> dict[str, float]:
+        if number == step:
+            raise InterruptedError
+        return update(session, batches, number, lr)
+
+    monkeypatch.setattr(loop, "update", interrupted)
+    with pytest.raises(InterruptedError):
+        loop.train(recipe, terminal=False)
+    monkeypatch.setattr(loop, "update", update)
+    return resume(recipe)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora.errors import ModelError
-from qlora.model.load import KNOWN_ARCHITECTURES, compute_dtype, load_base, load_config, load_tokenizer
+from qlora.model.known_architectures import KNOWN_ARCHITECTURES
+from qlora.model.load import compute_dtype, load_base, load_config, load_tokenizer
 from qlora.quantization import nf4
 from qlora.recipe import Base
 

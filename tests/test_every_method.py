@@ -24,7 +24,7 @@ OVERRIDES: Mapping[str, list[str]] = {
     "adalora": ["optimizer.lr=1e-2"],
     "vera": ["optimizer.lr=1e-1"],
 }
-"""what a method needs besides its name; a method without an entry has the quickstart's settings"""
+"""settings of a method in addition to its name; a method without an entry has the quickstart's"""
 
 VARIANTS: Mapping[str, list[str]] = {
     "lora, alpha/sqrt(rank)": ["adapter.scaling=alpha/sqrt(rank)"],

@@ -168,7 +168,9 @@ def test_checkpointing_a_model_with_dropout_changes_no_bit(base: PreTrainedModel
     assert not same(gradients(base), expected), "dropout must draw another mask for another seed"
 
 
-@pytest.mark.parametrize(("scaling", "expected"), [("alpha/rank", 2.0), ("alpha/sqrt(rank)", 4.0)])
+@pytest.mark.parametrize(
+    ("scaling", "expected"), [("alpha/rank", 2.0), ("alpha/sqrt(rank)", 4.0), ("alpha", 8.0)]
+)
 def test_the_update_is_scaled(scaling: str, expected: float) -> None:
     layer = LoRALinear(nn.Linear(6, 5), LoraSpec(rank=4, alpha=8, scaling=scaling, dtype=torch.float32))
     assert layer.scaling == expected
@@ -186,7 +188,9 @@ def test_a_is_initialised_as_in_the_documents_and_b_is_zero() -> None:
     assert kaiming.lora_a.std().item() == pytest.approx(1 / math.sqrt(3 * 1024), rel=0.03)
     gaussian = LoRALinear(linear, LoraSpec(rank=16, init="gaussian", dtype=torch.float32))
     assert gaussian.lora_a.std().item() == pytest.approx(1 / 16, rel=0.03)
-    for layer in (kaiming, gaussian):
+    orthogonal = LoRALinear(linear, LoraSpec(rank=16, init="orthogonal", dtype=torch.float32))
+    torch.testing.assert_close(orthogonal.lora_a @ orthogonal.lora_a.T, torch.eye(16))
+    for layer in (kaiming, gaussian, orthogonal):
         assert layer.lora_a.shape == (16, 1024)
         assert layer.lora_b.shape == (512, 16)
         assert not layer.lora_b.any()
@@ -284,8 +288,9 @@ def test_code_that_reads_the_weight_of_the_layer_gets_an_error() -> None:
         ({"alpha": 0.0}, "alpha must be above 0"),
         ({"alpha": float("nan")}, "alpha must be above 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
-        ({"scaling": "alpha"}, "scaling must be alpha/rank or"),
-        ({"init": "zeros"}, "init must be kaiming, gaussian or zero"),
+        ({"scaling": "rank"}, "scaling must be alpha/rank or"),
+        ({"scaling": "alpha"}, "scaling alpha needs a number in alpha"),
+        ({"init": "zeros"}, "init must be kaiming, gaussian, orthogonal, pissa, loftq or zero"),
         ({"rank_pattern": {"nothing": 2}}, '"nothing" matches no targeted layer'),
         ({"alpha_pattern": {"(": 2.0}}, "is not a valid regular expression"),
     ],

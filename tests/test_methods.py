@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods_for_tests import adapted, logits
+from methods_for_tests import adapted, logits, tiny
 from tokenizers_for_tests import byte_level
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from qlora.adapter import load_adapter, save_adapter
+from qlora.adapter import Adapters, load_adapter, save_adapter
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.algebra import compose, tensors
 from qlora.adapter.algebra.changes import changes
@@ -65,6 +65,25 @@ def test_a_merged_checkpoint_computes_the_same(tiny_llama: Path, tmp_path: Path,
         for name, layer in AdaptedLayer.of(live).items():
             plain.get_submodule(name).weight.copy_(layer.merged_weight())
     assert (logits(plain) - logits(live)).abs().max() < 0.01 * change
+
+
+@pytest.mark.parametrize("method", CHANGING_WEIGHTS)
+def test_adapters_are_switched_without_a_trace(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    wanted = {}
+    for name, size in (("one", 0.1), ("two", 0.2)):
+        model = adapted(tiny(tiny_llama), method, size)
+        save_adapter(model, tmp_path / name)
+        wanted[name] = logits(model)
+    adapters = Adapters(tiny(tiny_llama))
+    before = logits(adapters.model)
+    for name in wanted:
+        adapters.load(name, tmp_path / name)
+    for name in ("one", "two", "one"):
+        adapters.activate(name)
+        assert torch.equal(logits(adapters.model), wanted[name])
+    assert not torch.equal(wanted["one"], wanted["two"])
+    adapters.deactivate()
+    assert torch.equal(logits(adapters.model), before)
 
 
 @pytest.mark.parametrize("method", WITHOUT_SUM)

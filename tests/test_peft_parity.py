@@ -127,7 +127,11 @@ def test_our_dropout_has_the_distribution_of_pefts(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6}, "alpha_pattern": {"v_proj": 1.5}}],
+    [
+        {},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6}, "alpha_pattern": {"v_proj": 1.5}},
+        {"scaling": "alpha", "alpha": 0.1, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 1.5}},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_adapter_gives_the_same_logits_in_peft(
@@ -143,6 +147,8 @@ def test_our_adapter_gives_the_same_logits_in_peft(
     expected = model.eval()(input_ids=ids).logits
     assert (expected - plain).abs().max() > 0.05
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    again = lora_layers(load_adapter(base(tiny_llama), tmp_path))
+    assert {n: x.scaling for n, x in again.items()} == {n: x.scaling for n, x in lora_layers(model).items()}
 
 
 @pytest.mark.parametrize(

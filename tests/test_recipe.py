@@ -150,6 +150,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.budget.final": st.floats(0, 0.99),
     "adapter.rank": COUNT,
     "adapter.alpha": st.none() | st.floats(1e-3, 1e3),
+    "adapter.scaling": st.sampled_from(["alpha/rank", "alpha"]),
     "adapter.targets": st.just("all-linear") | st.lists(TEXT.map(re.escape), min_size=1, max_size=3),
     "adapter.rank_pattern": st.dictionaries(TEXT.map(re.escape), COUNT, max_size=2),
     "data.source": st.just("bundled/tickets/train.jsonl") | TEXT,

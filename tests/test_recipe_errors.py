@@ -229,6 +229,7 @@ CASES = {
     # settings that exclude each other
     "adapter: {method: full}": "3:11: adapter.method: full needs base.quantization: none",
     "base: {model: m, quantization: none}\nadapter: {method: full, rank: 8}": "adapter.rank: has no effect",
+    "adapter: {scaling: alpha}": "3:11: adapter.scaling: alpha needs the factor itself in adapter.alpha, such as 1",
     "base: {model: m, quantization: none, block_size: 64}": "base.block_size: has no effect with",
     "base: {model: ./m, revision: x}": "base.revision: has no effect with base.model: ./m",
     "data: {source: x.jsonl.gz, split: train}": "data.split: has no effect with data.source: x.jsonl.gz",

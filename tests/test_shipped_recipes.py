@@ -9,7 +9,8 @@ from commands_for_tests import qlora
 
 from qlora.memory.estimate import estimate
 from qlora.memory.gpus import CARDS
-from qlora.model.load import KNOWN_ARCHITECTURES, load_config, meta_model
+from qlora.model.known_architectures import KNOWN_ARCHITECTURES
+from qlora.model.load import load_config, meta_model
 from qlora.recipe import Base, Recipe, shipped
 from qlora.recipe.checking import DEFAULTS
 from qlora.recipe.reading import read

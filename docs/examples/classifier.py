@@ -39,7 +39,7 @@ def accuracy(model: torch.nn.Module) -> float:
 model = build()
 before = accuracy(model)
 qlora.adapt(model, qlora.LoraSpec(rank=8, alpha=16, targets="attention"))
-model.classifier.requires_grad_(True)
+model.classifier.requires_grad_(True)  # a head is new, so it is trained as a whole
 optimizer = torch.optim.AdamW(qlora.trainable_parameters(model).values(), lr=5e-3)
 for _ in range(200):
     ids, labels = sentences(32)
@@ -47,5 +47,11 @@ for _ in range(200):
     F.cross_entropy(model(input_ids=ids).logits, labels).backward()
     optimizer.step()
 
+with tempfile.TemporaryDirectory() as folder:
+    qlora.save_adapter(model, folder)  # with the head, because it was unfrozen
+    model = qlora.load_adapter(build(), folder)
 after = accuracy(model)
-print(f"accuracy on new sentences: {before:.0%} before, {after:.0%} after")
+merged = accuracy(qlora.merge_adapter(model))
+assert after > 0.9
+assert merged == after
+print(f"accuracy on new sentences: {before:.0%} before, {after:.0%} after, {merged:.0%} merged")

@@ -56,7 +56,7 @@ with tempfile.TemporaryDirectory() as folder:
             unet, qlora.LoraSpec(rank=8, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0", "conv1"])
         )
         optimizer = torch.optim.AdamW(qlora.trainable_parameters(unet).values(), lr=5e-3)
-        for _ in range(60):
+        for _ in range(40):
             optimizer.zero_grad()
             noise_error(unet, image).backward()
             optimizer.step()

@@ -46,6 +46,11 @@ class AdaptedLinear(AdaptedLayer):
         return self.base.weight.T if self.fan_in_fan_out else self.base.weight, quant_state(self.base)
 
 
+def other_layers(model: nn.Module) -> list[str]:
+    """Return the names of the adapted layers of `model` that are no linears, such as convolutions and embeddings."""
+    return [name for name, layer in AdaptedLayer.of(model).items() if not isinstance(layer, AdaptedLinear)]
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that training changes, by name.
 

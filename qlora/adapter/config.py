@@ -20,6 +20,8 @@ from qlora.adapter.targets import is_linear, layer_names, list_layers
 from qlora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
+INITIAL_FILE = "adapter_initial.safetensors"
+"""A and B before the first step, see initial.py"""
 
 
 class LoraLayer(Protocol):
@@ -135,7 +137,8 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
         "exclude_modules": None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "inference_mode": True,
-        "init_lora_weights": True,
+        # PEFT's name for a base that was changed in this way; PEFT then makes the change itself, or refuses (NF4)
+        "init_lora_weights": "pissa" if base.changed else True,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
@@ -185,6 +188,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     for field, value in config.items():
         if field in HONOURED:
             _check_type(field, value, path)
+        elif field == "init_lora_weights" and value == "pissa" and (path.parent / INITIAL_FILE).is_file():
+            continue  # ours: the file tells how the base was changed
         elif field not in INFORMATION and value not in NEUTRAL.get(field, NOTHING):
             meaning = REFUSED.get(field, "a field that this version of qlora does not know")
             raise ModelError(

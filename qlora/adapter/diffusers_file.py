@@ -29,6 +29,11 @@ def check_diffusers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         raise ModelError(
             f"diffusers reads adapters of LoRA, not of peft_type {config.get('peft_type')}. Save it without diffusers"
         )
+    if config.get("init_lora_weights") == "pissa":
+        raise ModelError(
+            "diffusers would add this adapter to the unchanged base, and PiSSA changed its base. Save it without "
+            "diffusers, and convert it: qlora adapter export"
+        )
     if others := sorted(name.removeprefix(PREFIX) for name in tensors if not name.endswith(LAYERS)):
         raise ModelError(
             f"diffusers reads A and B of linear layers and convolutions, not {listed(others)}. Leave such layers out "

@@ -51,6 +51,8 @@ class BaseIdentity:
     """digest of the tokenizer's vocabulary"""
     template: str | None = None
     """digest of the chat template that formatted the training rows"""
+    changed: str | None = None
+    """change to the weights before training, see `InitialValues.changed`; None: they are those of the files"""
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -106,6 +108,11 @@ class BaseIdentity:
         Equal weights mean the same base under any name. If the weights are unknown, names are compared, but only
         names that identify one base. A folder's name does not identify its content.
         """
+        if self.changed != other.changed:
+            mine, theirs = (
+                f"changed by {one}" if one else "unchanged" for one in (self.changed, other.changed)
+            )
+            return f"the weights before training: {mine} and {theirs}"
         for key in COMPARED:
             mine, theirs = getattr(self, key), getattr(other, key)
             if mine is not None and theirs is not None:

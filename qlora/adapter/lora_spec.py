@@ -12,7 +12,12 @@ from qlora.errors import UsageError
 SCALINGS = {
     "alpha/rank": lambda alpha, rank: alpha / rank,  # LoRA, section 4.1
     "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, Kalajdzievski 2023
+    # alpha itself, as PEFT computes it from lora_alpha = alpha * rank: not a bit changes when an adapter is saved
+    "alpha": lambda alpha, rank: alpha * rank / rank,
 }
+FROM_WEIGHTS = ("pissa", "loftq")
+"""initialisations that need the base's 16-bit weights, see initial.py"""
+INITS = ("kaiming", "gaussian", "orthogonal", *FROM_WEIGHTS, "zero")
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,17 @@ class LoraSpec:
     rank: int = 8
     """rank of the update: rows of A [rank, in], columns of B [out, rank]"""
     alpha: float | None = None
-    """numerator of the scaling; None means alpha = rank"""
+    """numerator of the scaling; None means alpha = rank, and is not allowed with the scaling "alpha\""""
     dropout: float = 0.0
     """share of A's input that is dropped in training, at least 0 and below 1"""
     scaling: str = "alpha/rank"
-    """factor of the update: "alpha/rank" (LoRA) or "alpha/sqrt(rank)" (rsLoRA)"""
+    """factor of the update: "alpha/rank" (LoRA), "alpha/sqrt(rank)" (rsLoRA) or "alpha", the same for every rank"""
     init: str = "kaiming"
     """initialisation of A: "kaiming" (uniform with a = sqrt(5), that is between -1/sqrt(in) and 1/sqrt(in)), "gaussian"
-    (standard deviation 1/rank) or "zero" (before an adapter is loaded). B is zero, so training starts at the base"""
+    (standard deviation 1/rank), "orthogonal" (random orthonormal rows, Saxe et al. 2014; orthonormal columns if the
+    rank is above `in`) or "zero" (before an adapter is loaded). B is zero, so training starts at the base. (PEFT's
+    "orthogonal" is another scheme: A and B are both nonzero, and their product is zero up to rounding.) Or "pissa" or
+    "loftq": A and B from the base's weights, see `qlora.adapter.initial`; "pissa" changes the base"""
     targets: str | Sequence[str] = "all-linear"
     """layers to adapt: "all-linear", "attention" or a list, see `qlora.adapter.select`"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -57,13 +65,20 @@ class LoraSpec:
             raise UsageError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling not in SCALINGS:
             raise UsageError(f"scaling must be {' or '.join(SCALINGS)}, not {self.scaling!r}")
-        if self.init not in ("kaiming", "gaussian", "zero"):
-            raise UsageError(f"init must be kaiming, gaussian or zero, not {self.init!r}")
+        if self.scaling == "alpha" and self.alpha is None:
+            raise UsageError("scaling alpha needs a number in alpha, which is the factor itself, such as 1")
+        if self.init not in INITS:
+            raise UsageError(f"init must be {', '.join(INITS[:-1])} or {INITS[-1]}, not {self.init!r}")
 
     @property
     def resolved_alpha(self) -> float:
         """alpha, or the rank if alpha is None."""
         return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def numerator(self) -> float:
+        """PEFT's lora_alpha, which has no scaling "alpha": alpha * rank then, so that lora_alpha / rank is alpha."""
+        return self.resolved_alpha * self.rank if self.scaling == "alpha" else self.resolved_alpha
 
     @property
     def factor(self) -> float:

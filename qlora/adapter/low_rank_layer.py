@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
 from qlora.errors import UsageError
 from qlora.quantization.nf4 import QuantState, dense
 
@@ -26,8 +26,8 @@ class LowRankLayer(AdaptedLayer):
 
     @property
     def alpha(self) -> float:
-        """Numerator of the scaling, alpha/rank or alpha/sqrt(rank)."""
-        return self.spec.resolved_alpha
+        """Numerator of the scaling in PEFT's config, alpha/rank or alpha/sqrt(rank)."""
+        return self.spec.numerator
 
     @property
     def scaling(self) -> float:
@@ -52,7 +52,8 @@ class LowRankLayer(AdaptedLayer):
 
     def extra_repr(self) -> str:
         """Return the layer's settings for print(model)."""
-        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        alpha = self.spec.resolved_alpha
+        return f"rank={self.rank}, alpha={alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
     def wide(self, weight: Tensor, state: QuantState | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `weight`, A and B for a sum: dense and detached, in fp64 if one of them is fp64, else in fp32."""
@@ -73,9 +74,11 @@ def initial_a(
     a = torch.empty(shape)
     if init == "gaussian":
         return a.normal_(0.0, 1 / shape[0], generator=generator)
-    if init != "kaiming":
+    if init == "orthogonal":
+        return nn.init.orthogonal_(a, generator=generator)
+    if init in FROM_WEIGHTS:
         raise UsageError(
-            f"init {init!r} is defined on linear layers only: name only such layers, or use kaiming"
+            f"init {init} needs the weights of a model: use adapt(model, LoraSpec(init={init!r}))"
         )
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return a.uniform_(-bound, bound, generator=generator)

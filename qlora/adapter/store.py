@@ -4,6 +4,7 @@
     adapter_model.safetensors    base_model.model.<path of the layer>.lora_A.weight [rank, in]
                                  base_model.model.<path of the layer>.lora_B.weight [out, rank]
                                  (other methods: the suffixes in their layer's SAVED)
+    adapter_initial.safetensors  A and B before the first step, if they came from the base's weights; see initial.py
     qlora.json                   fingerprint of the base model, which PEFT does not have; see identity.py
     pytorch_lora_weights.safetensors     only on request, for diffusers; see diffusers_file.py
 
@@ -28,6 +29,7 @@ from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
+from qlora.adapter.initial import InitialValues, prepare_base, prepared_base, require_16_bit, write_initial
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.trained_parts import load_parts, stored_parts, trained_parts
@@ -91,6 +93,7 @@ def save_adapter(
         if diffusers is not None:
             with atomic.replacing(folder / DIFFUSERS_FILE) as file:
                 write_diffusers(file, tensors, fields, diffusers)
+        write_initial(model, folder)
         atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
         atomic.write(folder / CONFIG_FILE, config.encode())
     except (OSError, SafetensorError) as error:
@@ -140,9 +143,11 @@ def load_adapter(
     config = read_fields(file)
     method = method_for(config, file)
     method.check(config, file)
+    values = InitialValues.stored(folder)
+    require_16_bit(model, values, folder)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
-        require_same_base(recorded, base or BaseIdentity.of(model), folder)
+        require_same_base(recorded, prepared_base(base or BaseIdentity.of(model), values), folder)
     shared, parts = method.stored_shared(config), stored_parts(config)
     kinds = [list(kind.SAVED) for kind in method.layers]
     stored, others = read_layers(folder, kinds, [*shared, *parts])
@@ -161,15 +166,23 @@ def load_adapter(
         [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
     )
     if not layers:
-        use_nf4_linears(model.requires_grad_(False))
-        dtype = next(iter(stored[names[0]].values())).dtype
-        specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
-        modules = {name: model.get_submodule(name) for name in specs}
-        wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
+        prepare_base(model, values)
+        specs = _add_layers(model, method, specs, next(iter(stored[names[0]].values())).dtype)
     _load_layers(model, specs, stored)
     method.load_shared(model, common, tensors_file)
     load_parts(model, {name: others[name] for name in parts}, tensors_file)
     return model
+
+
+def _add_layers(
+    model: nn.Module, method: AdapterMethod, specs: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Freeze a model without an adapter and wrap these layers of it; return their settings, with the dtype."""
+    specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
+    use_nf4_linears(model.requires_grad_(False))
+    modules = {name: model.get_submodule(name) for name in specs}
+    wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
+    return specs
 
 
 def _refuse_lost(model: nn.Module) -> None:

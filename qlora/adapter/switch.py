@@ -2,7 +2,8 @@
 
 Each adapter is kept as a set of adapted layers. Activating an adapter puts its layers in the place of the target
 layers; deactivating it puts the target layers back. So adapters can differ in rank, alpha and targets. Without an
-active adapter the model is exactly the base.
+active adapter the model is exactly the base. If PiSSA took its initial update out of the base, layers with that update
+are then in the place of the target layers.
 """
 
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
 
@@ -44,6 +47,7 @@ class Adapters:
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
         self._layers: dict[str, list[tuple[Place, AdaptedLayer]]] = {}
+        self._base: list[tuple[Place, AdaptedLayer]] = []
 
     @property
     def names(self) -> list[str]:
@@ -69,14 +73,15 @@ class Adapters:
             raise UsageError(
                 f"an adapter named {name!r} is loaded already: choose another name, or unload that adapter"
             )
-        active = self.active
-        self.deactivate()
+        _require_prepared(self.model, folder)
+        _put_back(self._shown)
         try:
             load_adapter(self.model, folder, base=base, any_base=any_base)
             self._layers[name] = _places(self.model)
-            self._put_back(name)
+            self._base = self._base or _at_start(self.model)
+            _put_back(self._layers[name])
         finally:
-            self.activate(active)
+            _put_in(self._shown)
 
     def unload(self, name: str) -> None:
         """Drop a loaded adapter, deactivating it first if it is active.
@@ -100,27 +105,62 @@ class Adapters:
         """
         if name is not None:
             self._check(name)
-        if self.active is not None:
-            self._put_back(self.active)
-        if name is not None:
-            for (parent, attribute), layer in self._layers[name]:
-                if layer.training != layer.base.training:  # the model's mode changed while the layer was out
-                    layer.train(layer.base.training)
-                setattr(parent, attribute, layer)
+        _put_back(self._shown)
         self.active = name
+        _put_in(self._shown)
 
     def deactivate(self) -> None:
         """Make the model compute the base alone."""
         self.activate(None)
 
-    def _put_back(self, name: str) -> None:
-        for (parent, attribute), layer in self._layers[name]:
-            setattr(parent, attribute, layer.base)
+    @property
+    def _shown(self) -> list[tuple[Place, AdaptedLayer]]:
+        return self._base if self.active is None else self._layers[self.active]
 
     def _check(self, name: str) -> None:
         if name not in self._layers:
             have = ", ".join(self._layers) or "none"
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
+
+
+def _put_in(layers: list[tuple[Place, AdaptedLayer]]) -> None:
+    """Put adapted layers into their places."""
+    for (parent, attribute), layer in layers:
+        if layer.training != layer.base.training:  # the model's mode changed while the layer was out
+            layer.train(layer.base.training)
+        setattr(parent, attribute, layer)
+
+
+def _put_back(layers: list[tuple[Place, AdaptedLayer]]) -> None:
+    """Put the bases of adapted layers back into their places."""
+    for (parent, attribute), layer in layers:
+        setattr(parent, attribute, layer.base)
+
+
+def _at_start(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
+    """Return layers with the initial update that was taken out of the base, by place; empty if none was."""
+    values = InitialValues.of(model)
+    if values is None or values.changed is None:
+        return []
+    layers = {}
+    for name, layer in AdaptedLayer.of(model).items():
+        initial, twin = values.layers[name], type(layer)(layer.base, layer.spec)
+        twin.number = layer.number
+        for suffix, tensor in ((SUFFIX_A, initial.a), (SUFFIX_B, initial.b)):
+            like = layer.saved()[suffix]
+            setattr(twin, twin.SAVED[suffix], nn.Parameter(tensor.to(like), requires_grad=False))
+        layers[layer] = twin
+    return [(place, layers[layer]) for place, layer in _places(model)]
+
+
+def _require_prepared(model: nn.Module, folder: str | Path) -> None:
+    """Raise ModelError if the adapter in `folder` would change the base, which the other adapters share."""
+    values = InitialValues.stored(Path(folder))
+    if values is not None and values.changed not in (None, BaseIdentity.of(model).changed):
+        raise ModelError(
+            f"{folder}: the adapter was trained on a base that {values.spec.init} changed, and this one is unchanged. "
+            f"Convert the adapter: qlora adapter export {folder} --to DIR"
+        )
 
 
 def _places(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:

@@ -254,6 +254,8 @@ def inspect(
         return
     show_spectra(layers, per_layer)
     say(f"\n{verdict.sentence} {LIMITS}")
+    if whole.note is not None:
+        say(f"note  {whole.note}")
     if verdict.enough is not None:
         print(
             f"\nTry it:  qlora adapter compress {adapter} --rank {verdict.enough} --to DIR && qlora eval DIR"
@@ -343,7 +345,7 @@ def _save(
     from qlora.adapter.config import CONFIG_FILE, read_config
 
     written_bytes = tensors.write(adapter, to, diffusers=diffusers)
-    note = plain.note(read_config(to / CONFIG_FILE), to)
+    note = "; ".join(filter(None, [adapter.note, plain.note(read_config(to / CONFIG_FILE), to)])) or None
     dtype = tensors.dtype_name(next(iter(adapter.layers.values())).a.dtype)
     total = relative_error(deviations.values())
     if json_output:

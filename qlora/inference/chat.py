@@ -275,7 +275,9 @@ def open_chat(
     if BASE in others or own.keys() & others.keys():
         raise UsageError(f"--adapter: the names {BASE!r} and {recipe.name!r} are taken; choose another name")
     adapter_folders = {name: find_adapter(Path(path)) for name, path in {**own, **others}.items()}
-    trained = load_trained(folder, device=device, with_adapter=not own, trust_remote_code=trust_remote_code)
+    trained = load_trained(
+        folder, device=device, with_adapter=not own, prepared=True, trust_remote_code=trust_remote_code
+    )
     adapters = Adapters(trained.model)
     for name, path in adapter_folders.items():
         # The others answer with the tokenizer and template of the first, so only their base is compared

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts, held_out_batches, load_dataset, prompt_digests
 from qlora.data.prompt_files import shared_system
@@ -48,6 +49,7 @@ def load_trained(
     *,
     device: str = "auto",
     with_adapter: bool = True,
+    prepared: bool = False,
     any_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Trained:
@@ -57,6 +59,7 @@ def load_trained(
         folder: folder of a run or of an adapter.
         device: auto, cpu or cuda.
         with_adapter: False loads the base alone.
+        prepared: change the base as the adapter's initialisation did (PiSSA), also without the adapter.
         any_base: accept a base, tokenizer or template that is not the one from training.
         trust_remote_code: allow the base to run its own code, if the recipe asks for it.
 
@@ -69,7 +72,10 @@ def load_trained(
     base = recipe.base
     if with_adapter and not recipe.adapter.facts.frozen_base:
         base = base.model_copy(update={"model": str(adapter), "init": "pretrained"})
-    model = load_base(base, device_named(device), seed=recipe.training.seed)
+    initial = InitialValues.stored(adapter) if with_adapter or prepared else None
+    if initial is not None and initial.changed is None:
+        initial = None  # the base is the ordinary one
+    model = load_base(base, device_named(device), seed=recipe.training.seed, initial=initial)
     trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base), shared_system(adapter))
     if with_adapter and recipe.adapter.facts.frozen_base:
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.adapter.lora_spec import SCALINGS
 from qlora.memory.architecture import Architecture, architecture
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import SMALL_LOSS_CHUNK, changed, needed, sized
@@ -185,9 +186,13 @@ def _rank(recipe: Recipe, _: Architecture) -> Steps:
     rank = recipe.adapter.rank
     while "rank" not in recipe.adapter.facts.unused and (rank := rank // 2) >= SMALLEST_RANK:
         # keep the scaling, so that the learning rate stays right
-        alpha = None if recipe.adapter.alpha is None else recipe.adapter.alpha * rank / recipe.adapter.rank
+        scale, alpha = SCALINGS[recipe.adapter.scaling], recipe.adapter.alpha
+        if alpha is not None:
+            alpha *= scale(1, recipe.adapter.rank) / scale(1, rank)
         adapter = recipe.adapter.model_copy(update={"rank": rank, "alpha": alpha})
-        setting = f"adapter.rank={rank}" + ("" if alpha is None else f" adapter.alpha={alpha:g}")
+        setting = f"adapter.rank={rank}" + (
+            "" if alpha == recipe.adapter.alpha else f" adapter.alpha={alpha:g}"
+        )
         yield recipe.model_copy(update={"adapter": adapter}), setting
 
 

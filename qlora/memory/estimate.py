@@ -17,7 +17,8 @@ from qlora.memory.budget import resolve_budget
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
-from qlora.model.load import KNOWN_ARCHITECTURES, load_tokenizer
+from qlora.model.known_architectures import KNOWN_ARCHITECTURES
+from qlora.model.load import load_tokenizer
 from qlora.model.precision import ENOUGH, Precision
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe

@@ -6,11 +6,9 @@ are counted as in a measurement (`live.py`). Of equal layers only a few run, and
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +21,14 @@ from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
 from qlora.memory.fake_tensors import MetaKernels, as_packed, faked, keep_all_layers
+from qlora.memory.layer_marks import layers_marked
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.no_forecast import failure_named
 from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
-from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed
+from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed, lr_factors
 from qlora.model.varlen_attention import read_documents
 from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
@@ -78,6 +77,9 @@ Row = NDArray[np.int64]
 """[parts]"""
 Rows = NDArray[np.int64]
 """[events, parts]"""
+
+_Kind = tuple[torch.dtype, bool, float]
+"""parameters that the optimizer lays end to end: dtype, True for matrices, factor of the learning rate"""
 
 _COLUMN = {part: index for index, part in enumerate(PARTS)}
 
@@ -253,7 +255,7 @@ def _trace(
     known = inventory.inventory(model, optimizer)
     experts = any("experts" in name for name, _ in model.named_modules())
     kernels = MetaKernels() if experts else nullcontext()
-    with LiveBytes(known) as live, _layers_marked(model, live), kernels, as_packed(batch):
+    with LiveBytes(known) as live, layers_marked(model, live), kernels, as_packed(batch):
         run(faked(batch, fake))
     return live.trace().from_first_phase().without(_row(known))
 
@@ -270,12 +272,13 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
 def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     """Return the permanent bytes of optimizer and course over all trained parameters, and the trace of an update.
 
-    One parameter replaces all parameters of the same dtype and weight decay, because the optimizer lays them end to end
-    anyway. It updates them in equal chunks, so a few chunks are enough.
+    One parameter replaces all parameters of the same dtype, weight decay and learning rate, because the optimizer lays
+    them end to end anyway. It updates them in equal chunks, so a few chunks are enough.
     """
-    sizes: dict[tuple[torch.dtype, bool], int] = {}
-    for parameter in trainable_parameters(arch.model).values():
-        kind = parameter.dtype, parameter.ndim >= 2  # only matrices have weight decay
+    sizes: dict[_Kind, int] = {}
+    factors = lr_factors(arch.model, recipe)
+    for name, parameter in trainable_parameters(arch.model).items():
+        kind = parameter.dtype, parameter.ndim >= 2, factors[name]  # only matrices have weight decay
         sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
     course = METHODS[recipe.adapter.method].course(arch.model, recipe.adapter, 1)
     permanent = _row([*inventory.of_optimizer(_optimizer_over(sizes, recipe)), *inventory.of_course(course)])
@@ -288,13 +291,13 @@ def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
     return permanent, live.trace().parts - _row(known)
 
 
-def _optimizer_over(sizes: Mapping[tuple[torch.dtype, bool], int], recipe: Recipe) -> Optimizer:
-    """Build the recipe's optimizer over the given number of blocks of each (dtype, is a matrix)."""
-    whole = nn.Module()
-    for number, ((dtype, is_matrix), blocks) in enumerate(sizes.items()):
+def _optimizer_over(sizes: Mapping[_Kind, int], recipe: Recipe) -> Optimizer:
+    """Build the recipe's optimizer over the given number of blocks of each kind."""
+    whole, factors = nn.Module(), {str(number): factor for number, (*_, factor) in enumerate(sizes)}
+    for number, ((dtype, is_matrix, _), blocks) in enumerate(sizes.items()):
         shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
         whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
-    return build_optimizer(whole, recipe)
+    return build_optimizer(whole, recipe, factors)
 
 
 def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
@@ -364,34 +367,3 @@ def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:
     setting = Checkpointing(full=layers, mlp=mlps)
     training = recipe.training.model_copy(update={"activation_checkpointing": setting})
     return recipe.model_copy(update={"training": training})
-
-
-@contextmanager
-def _layers_marked(model: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """Mark in the trace where the passes enter and leave each decoder layer."""
-
-    def enter(number: int, module: nn.Module, args: Any) -> None:
-        if live.clock.phase != Phase.BACKWARD:  # in the backward pass a checkpointed layer runs forward again
-            live.clock.mark(number)
-
-    def leave(number: int, module: nn.Module, args: Any, output: Any) -> None:
-        if live.clock.phase == Phase.BACKWARD:
-            return
-        # A layer frees its local tensors only after this hook, so the layer's segment ends where the next layer begins
-        if number == last:
-            live.clock.mark()
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: live.clock.mark(number))
-
-    handles = []
-    layers = decoder_layers(model)
-    last = len(layers) - 1
-    for number, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(partial(enter, number)))
-        handles.append(layer.register_forward_hook(partial(leave, number)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,6 +1,7 @@
 """Writing of a merged model as one ordinary checkpoint: the base's files with an adapter added, tensor by tensor.
 
-    original      the adapter added to the 16-bit weights that the base was quantized from
+    original      what was learned added to the 16-bit weights that the base was quantized from: s (B A - B0 A0), if A
+                  and B started at A0 and B0 from the base's weights (PiSSA, LoftQ), else the adapter
     dequantized   the adapter added to the dequantized NF4 weights, which it was trained with
     nf4           `dequantized`, quantized to NF4 again (for a base that was never quantized: `original`, quantized)
 
@@ -23,6 +24,8 @@ from transformers.conversion_mapping import WeightRenaming, get_model_conversion
 from transformers.core_model_loading import rename_source_key
 
 from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.adapted_linear import other_layers
+from qlora.adapter.initial import Initial, InitialValues
 from qlora.adapter.store import load_adapter
 from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files
@@ -57,6 +60,8 @@ class _Matrix:
     """name of the layer in the model"""
     adapted: AdaptedLayer | None
     """the layer's adapter, if it changes the weight"""
+    initial: Initial | None
+    """A and B before the first step, if they came from the base's weights"""
     quantized: bool
     """True if the base has it in NF4, or would if the base were quantized"""
     transposed: bool
@@ -85,6 +90,11 @@ class MergeSource:
         meta_base = bases.meta_base(base)
         self.prequantized, self.excluded = meta_base.prequantized, meta_base.excluded
         load_adapter(meta_base.model, adapter, any_base=any_base)
+        if others := other_layers(meta_base.model):
+            raise ModelError(
+                f"{adapter}: {listed(others)}: only linear layers are merged into files. Merge this adapter in memory, "
+                "with qlora.merge_adapter"
+            )
         self.matrices = self._locate(meta_base)
         self.biases = self._locate_biases(meta_base.model)
         # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on
@@ -134,6 +144,8 @@ class MergeSource:
     def _matrix(self, key: str, matrix: _Matrix, onto: Onto) -> dict[str, Tensor]:
         weight, packed = self._read(key, matrix, as_trained=onto != "original")
         if matrix.adapted is not None:
+            if packed is None and matrix.initial is not None:  # onto the 16-bit weights
+                weight = weight.float() - matrix.initial.update(weight.float())
             weight = matrix.adapted.merged_weight(weight)
         if onto != "nf4" or not matrix.quantized:
             return {key: (weight.T if matrix.transposed else weight).bfloat16()}
@@ -154,7 +166,8 @@ class MergeSource:
             if not (as_trained and matrix.quantized and self.base.quantization == "nf4"):
                 return weight, None
             # In the dtype in which transformers hands it to bitsandbytes when it loads the base
-            packed = self._quantize(weight.to(bases.compute_dtype(self.base, self.device)))
+            weight = weight.to(bases.compute_dtype(self.base, self.device))
+            packed = self._quantize(matrix.initial.left_in_base(weight) if matrix.initial else weight)
         return nf4.dequantize(packed, packed.quant_state, torch.float32), packed
 
     def _quantize(self, weight: Tensor, like: nf4.Params4bit | None = None) -> nf4.Params4bit:
@@ -166,7 +179,8 @@ class MergeSource:
     def _locate(self, meta_base: bases.MetaBase) -> dict[str, _Matrix]:
         """Find the matrices in the files, by their names there."""
         modules = dict(meta_base.model.named_modules())
-        names = _ParameterNames(meta_base.model)
+        names, values = _ParameterNames(meta_base.model), InitialValues.of(meta_base.model)
+        initial = values.layers if values else {}
         quantized, prequantized = meta_base.quantized, meta_base.prequantized
         matrices = {}
         for key in self.reader:
@@ -175,7 +189,7 @@ class MergeSource:
             module = modules[name]
             adapted = module if isinstance(module, AdaptedLayer) and module.changes_weight else None
             transposed = name in meta_base.transposed and not prequantized
-            matrices[key] = _Matrix(name, adapted, name in quantized, transposed)
+            matrices[key] = _Matrix(name, adapted, initial.get(name), name in quantized, transposed)
         located = {matrix.name for matrix in matrices.values()}
         wanted = quantized | AdaptedLayer.of(meta_base.model).keys()
         if missing := sorted(wanted - located):

@@ -26,45 +26,22 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.adapter.initial import InitialValues
 from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
+from qlora.model.known_architectures import KNOWN_ARCHITECTURES
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
-from qlora.quantization.transformers_loader import block_size_applied, cast_dense, nf4_config, require_nf4
+from qlora.quantization.transformers_loader import (
+    OnWeight,
+    block_size_applied,
+    cast_dense,
+    nf4_config,
+    require_nf4,
+)
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
 from qlora.storage.safetensors_files import find_checkpoint
-
-# Hub ids whose config.json is in the package, so that shipped recipes with `init: synthetic` need no network.
-KNOWN_ARCHITECTURES = {
-    "huggyllama/llama-7b": "llama-7b",
-    "huggyllama/llama-13b": "llama-13b",
-    "huggyllama/llama-30b": "llama-33b",  # the hub's name for the paper's 33B
-    "huggyllama/llama-65b": "llama-65b",
-    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
-    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
-    "mistralai/Mistral-7B-v0.3": "mistral-7b",
-    "Qwen/Qwen3-8B": "qwen3-8b",
-    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
-    "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b",
-    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
-    "meta-llama/Llama-3.3-70B-Instruct": "llama-3.1-70b",
-    "Qwen/Qwen3-0.6B": "qwen3-0.6b",
-    "Qwen/Qwen3-1.7B": "qwen3-1.7b",
-    "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
-    "Qwen/Qwen3-14B": "qwen3-14b",
-    "Qwen/Qwen3-32B": "qwen3-32b",
-    "google/gemma-3-1b-it": "gemma-3-1b",
-    "google/gemma-3-4b-it": "gemma-3-4b",
-    "google/gemma-3-12b-it": "gemma-3-12b",
-    "google/gemma-3-27b-it": "gemma-3-27b",
-    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b",
-    "mistralai/Mistral-Nemo-Instruct-2407": "mistral-nemo-12b",
-    "mistralai/Mistral-Small-24B-Instruct-2501": "mistral-small-24b",
-    "microsoft/Phi-3.5-mini-instruct": "phi-3.5-mini",
-    "microsoft/Phi-4-mini-instruct": "phi-4-mini",
-    "microsoft/phi-4": "phi-4",
-}
 
 
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
@@ -150,7 +127,12 @@ def load_tokenizer(base: Base) -> Tokenizer:
 
 
 def load_base(
-    base: Base, device: torch.device | str = "cpu", *, seed: int = 0, config: Any = None
+    base: Base,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    config: Any = None,
+    initial: InitialValues | None = None,
 ) -> PreTrainedModel:
     """Load the base model and quantize it, or make it with random weights if the recipe requests that.
 
@@ -159,6 +141,9 @@ def load_base(
         device: device of all parameters.
         seed: seed of the weights for `init: random` and `synthetic`.
         config: transformers' configuration; None means that of the base.
+        initial: takes the initial values of an adapter from the 16-bit weights, and changes these if the values are
+            those of PiSSA; None keeps all weights. One weight at a time is decomposed, on `device`, which needs several
+            fp32 copies of it.
 
     Returns:
         The model on `device`, in training mode. No parameter of a quantized model is trainable.
@@ -173,16 +158,24 @@ def load_base(
     device = torch.device(device)
     config = load_config(base) if config is None else config
     check_quantization(base, config)
+    if initial is not None and base.init != "synthetic":
+        _require_16_bit(base, config, initial)
+        initial.choose(meta_model(base, config, compute_dtype(base, device)))
     torch.manual_seed(seed)
     build = {"pretrained": _pretrained, "synthetic": random_init.synthetic, "random": random_init.random}[
         base.init
     ]
     with _quiet():
-        model = build(base, config, device, compute_dtype(base, device))
+        model = build(base, config, device, compute_dtype(base, device), initial)
+    if initial is not None:
+        initial.read(model)
+        model.initial_values = initial
     if base.embedding == "host" and on_cuda(next(model.parameters())):
         _embedding_to_host(model, device)
     nf4.use_nf4_linears(model)
-    model.base_identity = _identity(base, model, seed)
+    model.base_identity = replace(
+        _identity(base, model, seed), changed=None if initial is None else initial.changed
+    )
     model.config.use_cache = False
     return model.train()
 
@@ -191,6 +184,15 @@ def check_quantization(base: Base, config: Any) -> None:
     """Check that the recipe can use the checkpoint's own quantization, if it has one; see `require_nf4`."""
     if (stored := getattr(config, "quantization_config", None)) is not None:
         require_nf4(base, stored)
+
+
+def _require_16_bit(base: Base, config: Any, initial: InitialValues) -> None:
+    """Raise ModelError if the base is an NF4 checkpoint, whose 16-bit weights are gone."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"base.model: {base.model!r} is an NF4 checkpoint, and adapter.init: {initial.spec.init} reads the 16-bit "
+            "weights. Use the 16-bit version of the model, or another adapter.init"
+        )
 
 
 def embedding_is_untied(model: PreTrainedModel) -> bool:
@@ -225,11 +227,14 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
     return replace(identity, name=base.model, revision=base.revision)
 
 
-def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(
+    base: Base, config: Any, device: torch.device, dtype: torch.dtype, on_weight: OnWeight | None = None
+) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
     quantize = prequantized is None and base.quantization == "nf4"
-    if not quantize or base.trust_remote_code:  # a cache key cannot cover foreign code
-        model = _read(base, device, dtype, quantize=quantize)
+    # a cache key cannot cover foreign code, and the cache has no 16-bit weights to read
+    if not quantize or base.trust_remote_code or on_weight is not None:
+        model = _read(base, device, dtype, quantize=quantize, on_weight=on_weight)
         return model if prequantized is None else cast_dense(model, dtype)
     return nf4_cache.quantized(
         locate(base),
@@ -242,11 +247,18 @@ def _pretrained(base: Base, config: Any, device: torch.device, dtype: torch.dtyp
     )
 
 
-def _read(base: Base, device: torch.device, dtype: torch.dtype, *, quantize: bool) -> PreTrainedModel:
+def _read(
+    base: Base,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quantize: bool,
+    on_weight: OnWeight | None = None,
+) -> PreTrainedModel:
     """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     try:
-        with block_size_applied():
+        with block_size_applied(on_weight):
             return AutoModelForCausalLM.from_pretrained(
                 locate(base),
                 revision=_revision(base),

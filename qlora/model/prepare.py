@@ -3,14 +3,18 @@
 Training and the memory forecast both use these functions, so that the forecast describes the training run.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.adapter.adapted_linear import trainable_parameters
+from qlora.adapter.adapted_linear import other_layers, trainable_parameters
+from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
+from qlora.errors import UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
@@ -20,7 +24,7 @@ from qlora.runtime.device import on_cuda
 
 
 def build(
-    recipe: Recipe, device: torch.device | str, *, config: Any = None
+    recipe: Recipe, device: torch.device | str, *, config: Any = None, start: Path | None = None
 ) -> tuple[PreTrainedModel, Optimizer]:
     """Load the recipe's base, adapt it, fuse and checkpoint its layers, and create the optimizer.
 
@@ -28,6 +32,7 @@ def build(
         recipe: the recipe.
         device: device of the model.
         config: transformers' configuration; None means that of the base.
+        start: folder of an adapter of the run that is resumed, which starts from the same initial values.
 
     Returns:
         The model, and the optimizer over its trainable parameters.
@@ -38,15 +43,28 @@ def build(
     Examples:
         >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """
-    model = load_base(recipe.base, device, seed=recipe.training.seed, config=config)
+    method, seed = METHODS[recipe.adapter.method], recipe.training.seed
+    initial = start and InitialValues.stored(start, measured=True)
+    initial = initial or method.initial_values(recipe.adapter, seed)
+    model = load_base(recipe.base, device, seed=seed, config=config, initial=initial)
     apply_adapter(model, recipe)
     apply_checkpointing(model, recipe)
     return model, build_optimizer(model, recipe)
 
 
 def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Apply the recipe's adapter method to the model, in place, and return the model."""
-    return METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
+    """Apply the recipe's adapter method to the model, in place, and return the model.
+
+    Raises:
+        UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
+    """
+    METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
+    if others := other_layers(model):
+        raise UsageError(
+            f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
+            "convolutions and embeddings can be adapted from Python, with qlora.adapt"
+        )
+    return model
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:
@@ -68,11 +86,23 @@ def apply_checkpointing(model: nn.Module, recipe: Recipe) -> None:
         checkpoint_layers(model, *counts, offload=recipe.training.activation_offloading and on_gpu)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly."""
+def lr_factors(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Return the learning rate of each trainable parameter, as a multiple of `optimizer.lr`."""
+    method = METHODS[recipe.adapter.method]
+    return {name: method.lr_factor(name, recipe.adapter) for name in trainable_parameters(model)}
+
+
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, factors: Mapping[str, float] | None = None
+) -> Optimizer:
+    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly.
+
+    factors: learning rates of the parameters as multiples of `optimizer.lr`; None means `lr_factors`.
+    """
     settings = recipe.optimizer
     return Optimizer(
         trainable_parameters(model),
+        lr_factors=lr_factors(model, recipe) if factors is None else factors,
         name=settings.name,
         betas=settings.betas,
         eps=settings.eps,

@@ -1,6 +1,7 @@
 """Bases without a checkpoint, with random weights or with random NF4 codes made directly on the device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,27 +10,37 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora.adapter.targets import is_conv1d, is_linear
 from qlora.quantization import nf4
-from qlora.quantization.transformers_loader import nf4_layers
+from qlora.quantization.transformers_loader import OnWeight, nf4_layers
 from qlora.recipe import Base
 from qlora.runtime.patches import parameters_on_meta
 
 
-def random(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def random(
+    base: Base, config: Any, device: torch.device, dtype: torch.dtype, on_weight: OnWeight | None = None
+) -> PreTrainedModel:
     """Initialise the architecture from torch's seed for training from scratch; quantize it if the recipe does so."""
+    settings: dict[str, Any] = {"block_size": base.block_size, "double_quant": base.double_quant}
+
+    def quantized(name: str, weight: Tensor) -> nf4.Params4bit:
+        kept = weight if on_weight is None else on_weight(name, weight, partial(nf4.rounded, **settings))
+        return nf4.quantize(kept, **settings)
+
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
         )
     if base.quantization == "nf4":
-        _replace_linears(
-            model,
-            lambda weight: nf4.quantize(weight, block_size=base.block_size, double_quant=base.double_quant),
-        )
+        _replace_linears(model, quantized)
     return model
 
 
-def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the architecture with random values, directly in their final dtype; fake tensors work too."""
+def synthetic(
+    base: Base, config: Any, device: torch.device, dtype: torch.dtype, on_weight: OnWeight | None = None
+) -> PreTrainedModel:
+    """Build the architecture with random values, directly in their final dtype; fake tensors work too.
+
+    on_weight: not called, because there is no 16-bit weight.
+    """
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
@@ -39,7 +50,7 @@ def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype)
     if base.quantization == "nf4":
         _replace_linears(
             model,
-            lambda weight: nf4.synthetic_weight(
+            lambda name, weight: nf4.synthetic_weight(
                 *weight.shape,
                 block_size=base.block_size,
                 double_quant=base.double_quant,
@@ -60,7 +71,9 @@ def synthetic(base: Base, config: Any, device: torch.device, dtype: torch.dtype)
 
 
 def _replace_linears(
-    model: PreTrainedModel, quantized: Callable[[Tensor], nf4.Params4bit], device: torch.device | None = None
+    model: PreTrainedModel,
+    quantized: Callable[[str, Tensor], nf4.Params4bit],
+    device: torch.device | None = None,
 ) -> None:
     """Replace the linears that loading quantizes by NF4 linears, one at a time."""
     for name in nf4_layers(model, getattr(model.config, "quantization_config", None)):
@@ -70,7 +83,7 @@ def _replace_linears(
         bias = None if linear.bias is None else linear.bias.data
         if bias is not None and bias.is_meta:
             bias = torch.zeros(bias.shape, dtype=bias.dtype, device=device)
-        model.set_submodule(name, nf4.NF4Linear(quantized(weight), bias))
+        model.set_submodule(name, nf4.NF4Linear(quantized(name, weight), bias))
 
 
 def _materialise(

@@ -19,7 +19,7 @@ within the int32 range of bitsandbytes' kernels."""
 
 
 class FlatGroup:
-    """Flat storage for the parameters of one device, dtype and weight decay.
+    """Flat storage for the parameters of one device, dtype, weight decay and learning rate.
 
     Padding between parameters has zero gradients: it remains zero and adds nothing to a norm.
 
@@ -37,10 +37,12 @@ class FlatGroup:
         method: Method,
         weight_decay: float,
         exact_sums: bool = False,
+        lr_factor: float = 1.0,
     ) -> None:
         self.parameters = dict(parameters)
         self.method = method
         self.weight_decay = weight_decay
+        self.lr_factor = lr_factor
         first = next(iter(self.parameters.values()))
         self.device = first.device
         self.offsets: dict[str, int] = {}

@@ -23,6 +23,8 @@ class Optimizer:
         betas: coefficients of the running averages.
         eps: added to Adam's denominator; Lion ignores it.
         weight_decay: decoupled; applies to tensors of at least two dimensions, not to norms and biases.
+        lr_factors: name -> learning rate of this parameter, as a multiple of that of `step` (the parameter groups of
+            LoRA+, Hayou et al. 2024); 1 for names that it does not have.
         exact_sums: sum the gradients of several backward passes in fp32, for any dtype of the parameters; 2 bytes more
             for each bf16 parameter. In bf16 a sum of 512 gradients is wrong by some percent, because small addends are
             rounded away.
@@ -43,6 +45,7 @@ class Optimizer:
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        lr_factors: Mapping[str, float] | None = None,
         exact_sums: bool = False,
     ) -> None:
         assert parameters, "an optimizer needs at least one parameter"
@@ -51,12 +54,14 @@ class Optimizer:
         self.steps = 0
         self._betas = (float(betas[0]), float(betas[1]))
         self._eps = eps
-        members: dict[tuple[torch.device, torch.dtype, float], dict[str, nn.Parameter]] = {}
+        members: dict[tuple[torch.device, torch.dtype, float, float], dict[str, nn.Parameter]] = {}
         for key, parameter in parameters.items():
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            members.setdefault((parameter.device, parameter.dtype, decay), {})[key] = parameter
+            factor = (lr_factors or {}).get(key, 1.0)
+            members.setdefault((parameter.device, parameter.dtype, decay, factor), {})[key] = parameter
         self._groups = [
-            FlatGroup(group, METHODS[name], decay, exact_sums) for (_, _, decay), group in members.items()
+            FlatGroup(group, METHODS[name], decay, exact_sums, lr_factor=factor)
+            for (_, _, decay, factor), group in members.items()
         ]
         self._scale = torch.ones(1)
 
@@ -92,10 +97,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update all parameters once, with the learning rate `lr`."""
+        """Update all parameters once, with the learning rate `lr` times the factor of each."""
         self.steps += 1
         for group in self._groups:
-            group.step(Update(lr, self.steps, self._betas, self._eps, group.weight_decay), self._scale)
+            own = lr * group.lr_factor
+            group.step(Update(own, self.steps, self._betas, self._eps, group.weight_decay), self._scale)
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimizer state as views with keys `<parameter>.<kind>`. Save or copy them before the next step.

@@ -38,6 +38,7 @@ __all__ = [
     "is_nf4",
     "quant_state",
     "quantize",
+    "rounded",
     "statistics",
     "synthetic_weight",
     "to_tensors",
@@ -80,6 +81,12 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     ]
     packed, absmax = (torch.cat(parts) for parts in zip(*slices, strict=True))
     return _parameter(packed, _state(absmax, weight.shape, dtype, block_size, double_quant))
+
+
+def rounded(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Tensor:
+    """Return the values of `weight` [out, in] after quantization to NF4, in fp32."""
+    packed = quantize(weight, block_size, double_quant)
+    return dequantize(packed, packed.quant_state, torch.float32)
 
 
 def synthetic_weight(

@@ -1,11 +1,14 @@
 """Adds our block size to transformers' bitsandbytes loader, leaves routers dense, and checks the loaded model."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -16,6 +19,10 @@ from qlora.quantization import nf4
 from qlora.quantization.routers import routers
 from qlora.recipe import Base
 from qlora.runtime.patches import quantizer_replaced
+
+OnWeight = Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""called with a layer's name, its weight [out, in] before it is stored, and a function that returns the values of a
+weight after it is stored (dequantized, if it is quantized); returns the weight to store"""
 
 
 def nf4_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -98,9 +105,13 @@ def _yaml(value: object) -> str:
     return str(value).lower()
 
 
-def block_size_applied() -> AbstractContextManager[None]:
-    """Return a context in which `from_pretrained` quantizes with the block size of an `nf4_config`."""
-    return quantizer_replaced("bitsandbytes_4bit", _BlockSizedNF4Quantizer)
+def block_size_applied(on_weight: OnWeight | None = None) -> AbstractContextManager[None]:
+    """Return a context in which `from_pretrained` quantizes with the block size of an `nf4_config`.
+
+    on_weight: called for each weight before it is quantized; None changes nothing.
+    """
+    reads = {"on_weight": staticmethod(on_weight) if on_weight else None}
+    return quantizer_replaced("bitsandbytes_4bit", type("NF4Quantizer", (_BlockSizedNF4Quantizer,), reads))
 
 
 def require_nf4(base: Base, config: Any) -> None:
@@ -149,6 +160,8 @@ class _BlockSizedNF4Config(BitsAndBytesConfig):
 class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
     """transformers' 4-bit loader that leaves out routers and sets the block size of each weight before quantization."""
 
+    on_weight: OnWeight | None = None
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if (
             not self.pre_quantized
@@ -159,3 +172,27 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if nf4.is_nf4(module):
                 module.weight.blocksize = block_size
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        return Bnb4bitQuantize(self) if self.on_weight is None else _ReadingQuantize(self)
+
+
+class _ReadingQuantize(Bnb4bitQuantize):
+    """transformers' quantization of one weight, which calls `on_weight` first."""
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        config, on_weight = self.hf_quantizer.quantization_config, self.hf_quantizer.on_weight
+        stored = partial(
+            nf4.rounded, block_size=config.block_size, double_quant=config.bnb_4bit_use_double_quant
+        )
+        kept = {}
+        for key, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = key.removesuffix(".weight")
+            if issubclass(model.get_submodule(name).source_cls, Conv1D):  # stored as [in, out]
+                kept[key] = on_weight(name, weight.T, stored).T
+            else:
+                kept[key] = on_weight(name, weight, stored)
+        return super().convert(kept, full_layer_name=full_layer_name, model=model, **kwargs)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern")
+LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern")
 
 BUDGET_KEYS = tuple(
     f"budget.{key}"
@@ -28,20 +28,24 @@ class MethodFacts:
     """True if the base is not trained: it can be in NF4, and the result is an adapter; else the result is a model"""
     unused: tuple[str, ...] = ()
     """keys of the section `adapter` that have no effect"""
+    starts_from_weights: bool = False
+    """True if `init` can be pissa or loftq"""
     rate_is_loras: bool = False
     """True if the learning rates that were found for LoRA are right for this method too"""
 
 
 METHODS = {
-    "lora": MethodFacts("LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
+    "lora": MethodFacts(
+        "LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, starts_from_weights=True, rate_is_loras=True
+    ),
     "dora": MethodFacts("DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
     "adalora": MethodFacts(
         "AdaLoRA of rank {rank} on average on {targets}",
-        unused=("scaling", "init", "rank_pattern", "alpha_pattern"),
+        unused=("scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern"),
     ),
     "vera": MethodFacts(
         "VeRA of rank {rank} on {targets}",
-        unused=("alpha", "scaling", "init", "rank_pattern", "alpha_pattern", *BUDGET_KEYS),
+        unused=("alpha", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern", *BUDGET_KEYS),
     ),
     "full": MethodFacts(
         "all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, *BUDGET_KEYS, "targets")

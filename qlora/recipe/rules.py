@@ -104,6 +104,8 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
     return [
         *_idle(settings, given),
         *_method(settings, given),
+        *_scaling(settings),
+        *_init(settings),
         *_steps(settings, given),
         *_sources(settings),
         *_rows(settings),
@@ -132,6 +134,22 @@ def _method(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
         yield key, f"{method} needs base.quantization: none, because NF4 weights cannot be trained"
     if settings.get("base.embedding") == "host":
         yield "base.embedding", f"host needs a frozen base; with adapter.method: {method}, leave it out"
+
+
+def _scaling(settings: Settings) -> Iterator[KeyProblem]:
+    if settings.get("adapter.scaling") == "alpha" and settings.get("adapter.alpha", 1) is None:
+        yield "adapter.scaling", "alpha needs the factor itself in adapter.alpha, such as 1; write both"
+
+
+def _init(settings: Settings) -> Iterator[KeyProblem]:
+    init, method = settings.get("adapter.init"), settings.get("adapter.method", "")
+    facts = METHODS.get(method)
+    if init not in ("pissa", "loftq") or facts is None or "init" in facts.unused:
+        return
+    if not facts.starts_from_weights:
+        yield "adapter.init", f"{init} is not defined for adapter.method: {method}; use another init"
+    elif init == "loftq" and settings.get("base.quantization") == "none":
+        yield "adapter.init", "loftq corrects the error of NF4, so it needs base.quantization: nf4"
 
 
 def _frozen_base(settings: Settings) -> bool:

@@ -63,10 +63,12 @@ class Adapter(Section):
     """Numerator of `scaling` (LoRA, section 4.1); null: equal to `rank`."""
     dropout: Decay = 0.0
     """Dropout probability of the input of A (QLoRA, appendix B.2: 0.1 up to 13B, 0.05 above)."""
-    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
-    """Factor of B·A·x: alpha/rank (LoRA) or alpha/sqrt(rank) (rsLoRA), which is stable at high ranks."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Initial distribution of A (LoRA, section 4.1: Gaussian; its code: Kaiming uniform). B starts at zero."""
+    scaling: Literal["alpha/rank", "alpha/sqrt(rank)", "alpha"] = "alpha/rank"
+    """Factor of B·A·x: alpha/rank (LoRA), alpha/sqrt(rank) (rsLoRA, stable at high ranks), or alpha for every rank."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"] = "kaiming"
+    """Random A and zero B; or A and B from the weights: pissa (arXiv:2404.02948), loftq (NF4; arXiv:2310.08659)."""
+    lr_ratio: Positive = 1.0
+    """Learning rate of B over that of A, `optimizer.lr` (LoRA+, arXiv:2402.12354, section 5: about 16)."""
     targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}

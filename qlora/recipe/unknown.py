@@ -26,6 +26,8 @@ ELSEWHERE = {
     "lora_target_modules": "adapter.targets",
     "lora_modules": "adapter.targets",
     "use_rslora": "adapter.scaling",
+    "init_lora_weights": "adapter.init",
+    "loraplus_lr_ratio": "adapter.lr_ratio",
     "dataset": "data.source",
     "datasets": "data.sources",
     "dataset_mixer": "data.sources",

@@ -125,6 +125,8 @@ class StepFacts:
     lr: float
     schedule: str
     warmup_steps: int
+    lr_ratio: float = 1.0
+    """learning rate of B over that of A, which is `lr`"""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows about steps and learning rate."""
@@ -153,7 +155,8 @@ class StepFacts:
                 f"the run had {self.length_before:,} steps before and has {self.total_steps:,} now{schedule}",
             )
         warmup = f", after {self.warmup_steps} steps of warm-up" if self.warmup_steps else ""
-        yield "learning rate", f"{self.lr:g}, {self.schedule}{warmup}; {self.optimizer}"
+        of_b = "" if self.lr_ratio == 1 else f" for A and {self.lr * self.lr_ratio:g} for B"
+        yield "learning rate", f"{self.lr:g}{of_b}, {self.schedule}{warmup}; {self.optimizer}"
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def step_facts(
         lr=settings.lr,
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
+        lr_ratio=recipe.adapter.lr_ratio,
     )
 
 

@@ -1,13 +1,16 @@
 """Preparation of a run: data, memory plan and forecast, base, adapter and optimizer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
 from qlora.data import Dataset, load_dataset, training_batches
-from qlora.errors import DataError, RecipeError
+from qlora.errors import DataError, ModelError, RecipeError
 from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
@@ -32,6 +35,7 @@ def prepare(
     startup: Startup | None = None,
     watch_all: bool = False,
     rows: Iterable[Row] | None = None,
+    start: Path | None = None,
 ) -> Session:
     """Load the data and the base, add the adapter, make the optimizer. Writes nothing into the run's folder.
 
@@ -42,6 +46,7 @@ def prepare(
         startup: shows the stages; None shows nothing.
         watch_all: measure memory in every step, not only in the largest.
         rows: rows in memory, as in `load_dataset`.
+        start: an adapter of the run that is resumed, which has its initial values.
 
     Raises:
         QloraError: as `train`.
@@ -69,8 +74,9 @@ def prepare(
         with startup.stage(f"downloading {recipe.base.model}", own_bars=True):
             download(recipe.base)
     with startup.stage("loading the base") as progress, tensors_counted(progress):
-        model, optimizer = build(recipe, device)
+        model, optimizer = build(recipe, device, start=start)
         model = processes.shard(model)
+    _check_same_start(processes, model)
     with startup.stage("checking the model"):
         check_model(model, tokenizer, recipe)
     if device.type == "cuda":
@@ -90,6 +96,17 @@ def _check_same_rows(processes: DataParallel, dataset: Dataset) -> None:
         raise DataError(
             "the processes of this run read different rows, so they would train on different data. Give all of them "
             "the same files"
+        )
+
+
+def _check_same_start(processes: DataParallel, model: nn.Module) -> None:
+    """Raise ModelError if the processes of a run took different initial values from the base."""
+    values = InitialValues.of(model)
+    own = None if values is None else values.digest
+    if processes.from_main(lambda: own) != own:
+        raise ModelError(
+            "adapter.init: the processes of this run decompose the same weights with different last bits, so they "
+            "would train different adapters. Use GPUs of one kind, or another init"
         )
 
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.training import checkpoint
 from qlora.training.result import TrainResult
-from qlora.training.run_folder import earlier_run_id
+from qlora.training.run_folder import earlier_plan, earlier_run_id
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,17 @@ def resume_point(path: Path, total_steps: int) -> ResumePoint | None:
             "training.epochs or training.max_steps to at least as many steps, or start again with --fresh"
         )
     return ResumePoint(state["step"], state.get("total_steps"))
+
+
+def earlier(path: Path) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the memory settings of the run in `path`, and an adapter folder with its initial values if it has them.
+
+    Raises:
+        ModelError: every checkpoint is damaged.
+    """
+    run_id = earlier_run_id(path)
+    newest = run_id and checkpoint.newest(path, run_id=run_id, checksums=False, report=lambda line: None)
+    return earlier_plan(path), newest / "adapter" if newest else None
 
 
 def nothing_to_resume(path: Path) -> str:

@@ -31,8 +31,8 @@ from qlora.training.evaluation import held_out_loss
 from qlora.training.facts import facts_of
 from qlora.training.prepare import prepare
 from qlora.training.result import TrainResult
-from qlora.training.resuming import check_finished, nothing_to_resume, resume_point
-from qlora.training.run_folder import RunFolder, check_output, claim, earlier_plan, finished, recorded
+from qlora.training.resuming import check_finished, earlier, nothing_to_resume, resume_point
+from qlora.training.run_folder import RunFolder, check_output, claim, finished, recorded
 from qlora.training.session import Session
 from qlora.training.state import restore, save, write_memory, write_page, write_result
 
@@ -77,8 +77,8 @@ def train(
             )
             return outcome
         with out_of_memory_explained(recipe):
-            plan = earlier_plan(path) if resume else None
-            session = prepare(recipe, processes, plan, startup=startup, rows=rows)
+            plan, start = earlier(path) if resume else (None, None)
+            session = prepare(recipe, processes, plan, startup=startup, rows=rows, start=start)
             point = resume_point(path, session.total_steps) if resume else None
             if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))

@@ -88,7 +88,8 @@ def compose(
         layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype, alike[0])
         deviations[name] = ApproximationError.between(layers[name], exact)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
-    return Adapter(config, layers, adapters[0].extra_files), deviations
+    notes = dict.fromkeys(adapter.note for adapter in adapters if adapter.note)
+    return Adapter(config, layers, adapters[0].extra_files, "; ".join(notes) or None), deviations
 
 
 def compress(

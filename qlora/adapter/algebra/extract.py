@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.algebra.compose import ApproximationError
-from qlora.adapter.algebra.low_rank import ROUNDING, LowRank
+from qlora.adapter.algebra.low_rank import OVERSAMPLING, ROUNDING, SMALL, LowRank, sketch
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.config import targets_of
 from qlora.adapter.methods.lora import layer_generator
@@ -24,17 +24,8 @@ from qlora.errors import ModelError
 from qlora.runtime.device import device_named
 from qlora.storage.safetensors_files import ShardReader
 
-OVERSAMPLING = 16
-"""Extra columns of the sketch: its last singular values are not exact, so they are not used."""
-
-ITERATIONS = 4
-"""Subspace iterations; each raises the power of the singular values in the sketch by two."""
-
 PART = 2**24
 """Elements compared at a time for the norm of a difference."""
-
-SMALL = 512
-"""Matrices with at most this many rows or columns get a full decomposition in float64."""
 
 
 @dataclass(frozen=True)
@@ -151,26 +142,14 @@ def _nearest(difference: Tensor, rank: int | None, energy: float | None, name: s
     while True:
         whole = short <= SMALL or 2 * size >= short
         u, s, vh = (
-            torch.linalg.svd(difference, full_matrices=False) if whole else _sketch(difference, size, name)
+            torch.linalg.svd(difference, full_matrices=False)
+            if whole
+            else sketch(difference, size, layer_generator(0, name))
         )
         kept = s.double().square().cumsum(0)  # energy outside the sketch counts as lost
         if whole or rank is not None or kept[-OVERSAMPLING] >= wanted:
             return LowRank.truncated(u, s, vh, rank or int((kept < wanted).sum()) + 1)
         size *= 2
-
-
-def _sketch(matrix: Tensor, size: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return approximately the first `size` singular triples of `matrix` [out, in]; the seed is the layer's name."""
-    random = torch.randn(matrix.shape[1], size, generator=layer_generator(0, name))
-    q = _orthonormal(matrix @ random.to(matrix))
-    for _ in range(ITERATIONS):
-        q = _orthonormal(matrix @ _orthonormal(matrix.T @ q))
-    # matrix is approximately Q (Q^T matrix), a product of two thin matrices
-    return LowRank.of(q, q.T @ matrix).svd()
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
 
 
 def _norm(matrix: Tensor) -> float:

@@ -11,6 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+OVERSAMPLING = 16
+"""Extra columns of a sketch: its last singular values are not exact, so they are not used."""
+
+ITERATIONS = 4
+"""Subspace iterations; each raises the power of the singular values in the sketch by two."""
+
+SMALL = 512
+"""Matrices with at most this many rows or columns get a full decomposition."""
+
 ROUNDING = 1e-14
 """Rounding error in float64, relative to |B| |A|; singular values below it are noise."""
 
@@ -87,6 +96,34 @@ class LowRank:
         """
         u, s, vh = self.svd()
         return LowRank.truncated(u, s, vh, rank or enough(s, 1.0 if energy is None else energy))
+
+
+def principal(matrix: Tensor, rank: int, random: torch.Generator) -> LowRank:
+    """Return the best approximation of `matrix` [out, in] of this rank; of a large matrix, that in a `sketch`."""
+    size, short = rank + OVERSAMPLING, min(matrix.shape)
+    if short <= SMALL or 2 * size >= short:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, s, vh = sketch(matrix, size, random)
+    return LowRank.truncated(u, s, vh, rank)
+
+
+def sketch(matrix: Tensor, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return approximately the first `size` singular triples of `matrix` [out, in].
+
+    Subspace iteration on random columns (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), drawn from the CPU
+    generator `random`.
+    """
+    columns = torch.randn(matrix.shape[1], size, generator=random)
+    q = _orthonormal(matrix @ columns.to(matrix))
+    for _ in range(ITERATIONS):
+        q = _orthonormal(matrix @ _orthonormal(matrix.T @ q))
+    # matrix is approximately Q (Q^T matrix), a product of two thin matrices
+    return LowRank.of(q, q.T @ matrix).svd()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    return torch.linalg.qr(columns).Q
 
 
 def enough(singular_values: Tensor, energy: float) -> int:

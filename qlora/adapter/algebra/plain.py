@@ -30,6 +30,11 @@ def particulars(config: Mapping[str, Any]) -> str | None:
 
 def note(config: Mapping[str, Any], folder: object) -> str | None:
     """Return a note for the user about what other servers do not read in the adapter in `folder`; None if nothing."""
+    if config.get("init_lora_weights") == "pissa":
+        return (
+            "the adapter belongs to a base without its principal part (PiSSA), which qlora makes again; other programs "
+            f"would add it to the unchanged base. For them: qlora adapter export {folder} --to DIR"
+        )
     used = particulars(config)
     return used and (
         f"the adapter has {used}: PEFT and qlora read this, but vLLM and llama.cpp take one alpha and one rank for "
@@ -67,4 +72,4 @@ def plain(
             )
         layers[name] = replace(layer, a=a, b=b, alpha=scaling * rank, scaling=scaling)
         deviations[name] = ApproximationError.between(layers[name], layer.update)
-    return Adapter(adapter.config, layers, adapter.extra_files), deviations
+    return replace(adapter, layers=layers), deviations

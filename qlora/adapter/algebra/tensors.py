@@ -24,7 +24,8 @@ from qlora.adapter.config import (
     spec_of_layer,
 )
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
-from qlora.adapter.identity import IDENTITY_FILE
+from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
+from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors
@@ -111,6 +112,8 @@ class Adapter:
     """layers by name, in the order of the file"""
     extra_files: Mapping[str, str] = field(default_factory=dict)
     """content of the text files that are copied along, by name"""
+    note: str | None = None
+    """remark for the user about what reading changed"""
 
     @property
     def base(self) -> str | None:
@@ -123,6 +126,9 @@ class Adapter:
 
 def read(path: str | Path) -> Adapter:
     """Read an adapter from its folder.
+
+    An adapter whose initialisation changed the base (PiSSA) is converted to the unchanged base: A0 and B0 before the
+    first step become further rows of A and columns of B, so that B A - B0 A0 is added to the base's own weights.
 
     Args:
         path: an adapter folder, written by qlora or PEFT, or the folder of a run.
@@ -139,7 +145,13 @@ def read(path: str | Path) -> Adapter:
         )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
-    return replace(without_layers(folder, config), layers=layers)
+    adapter = replace(without_layers(folder, config), layers=layers)
+    values = InitialValues.stored(folder)
+    if values is None:
+        return adapter
+    if values.changed is None:
+        return replace(adapter, note=_correction(values, folder))
+    return _on_the_unchanged_base(adapter, values, folder)
 
 
 def without_layers(folder: Path, config: Mapping[str, Any]) -> Adapter:
@@ -207,6 +219,38 @@ def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def _on_the_unchanged_base(adapter: Adapter, values: InitialValues, folder: Path) -> Adapter:
+    """Return the adapter with B A - B0 A0 in place of B A (Meng et al. 2024, conversion to LoRA)."""
+    if adapter.layers.keys() != values.layers.keys():
+        raise ModelError(f"{folder}: adapter and initial values have different layers. Restore both files")
+    layers = {}
+    for name, layer in adapter.layers.items():
+        initial = values.layers[name]
+        a = torch.cat([layer.a, initial.a.to(layer.a)])
+        b = torch.cat([layer.b, -initial.b.to(layer.b)], 1)
+        layers[name] = Layer(a, b, layer.scaling * len(a), layer.scaling)
+    files = dict(adapter.extra_files)
+    if IDENTITY_FILE in files:
+        files[IDENTITY_FILE] = replace(BaseIdentity.parse(files[IDENTITY_FILE]), changed=None).as_json()
+    error = stored_distances(folder).get("converted")
+    away = "" if error is None else f", {error:.2%} away from the base of the training (relative to the norm)"
+    note = (
+        f"the adapter of {values.spec.init} is converted to the unchanged base{away}; its rank is doubled, and holds "
+        "only what was learned"
+    )
+    return Adapter({**adapter.config, "init_lora_weights": True}, layers, files, note)
+
+
+def _correction(values: InitialValues, folder: Path) -> str:
+    """Return the remark that an adapter holds a correction of its base."""
+    size = stored_distances(folder).get("converted")
+    share = "" if size is None else f", {size:.2%} of the weights' norm"
+    return (
+        f"the update includes the correction of NF4 that {values.spec.init} started from{share}: it belongs to the NF4 "
+        "base, and a 16-bit base would be corrected for an error that it does not have"
+    )
 
 
 def _text(file: Path) -> str:

@@ -1,8 +1,7 @@
 """BitFit (Ben Zaken et al. 2021, arXiv:2106.10199): h = W x + b + u, with W and b frozen and u [out] zero at the start.
 
-Only u, the update of a target linear's bias, is trained, so the model starts bit for bit as the base. A linear
-without a bias starts at a zero bias. The paper also trains the biases of norms. We leave them frozen, because our
-adapters change only linears.
+Only u, the update of a target's bias, is trained, so the model starts bit for bit as the base. A linear or convolution
+without a bias starts at a zero bias. The paper also trains the biases of norms, which are no targets here.
 """
 
 from collections.abc import Mapping
@@ -13,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.lora_conv import is_convolution
 from qlora.adapter.methods.method import AdapterMethod
-from qlora.adapter.targets import features, linear_names, list_linears, select
+from qlora.adapter.targets import features, layer_names, list_layers, select
 from qlora.errors import ModelError, listed
 from qlora.quantization.nf4 import frozen_linear, use_nf4_linears
 from qlora.recipe import Adapter
@@ -30,26 +31,17 @@ class BiasSpec:
     """dtype of the update"""
 
 
-class BiasLinear(AdaptedLinear):
-    """A frozen linear with a trained update of its bias; maps x [..., in] to [..., out] in x.dtype."""
+class BiasLayer(AdaptedLayer):
+    """A frozen layer with a trained update u [out] of its bias, zero at the start."""
 
     SAVED: ClassVar = {".bias_update": "bias_update"}
     changes_bias = True
 
     def __init__(self, base: nn.Module, spec: BiasSpec | None = None) -> None:
         super().__init__(base, spec or BiasSpec())
-        zeros = torch.zeros(self.out_features, dtype=self.spec.dtype, device=self.base.weight.device)
+        shape = self.shapes(base, self.spec)[".bias_update"]
+        zeros = torch.zeros(shape, dtype=self.spec.dtype, device=self.base.weight.device)
         self.bias_update = nn.Parameter(zeros)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in] to [..., out]."""
-        y = frozen_linear(x, *self.frozen, self.base.bias)
-        return y + self.bias_update.to(y.dtype)
-
-    @classmethod
-    def shapes(cls, linear: nn.Module, spec: BiasSpec) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the update: one number per output."""
-        return {".bias_update": (features(linear)[1],)}
 
     def merged_bias(self, bias: Tensor | None = None) -> Tensor:
         """Return b + u [out] in fp32."""
@@ -58,23 +50,63 @@ class BiasLinear(AdaptedLinear):
         return update if bias is None else bias.detach().float() + update.to(bias.device)
 
 
+class BiasLinear(BiasLayer, AdaptedLinear):
+    """A frozen linear with a trained update of its bias; maps x [..., in] to [..., out] in x.dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]."""
+        y = frozen_linear(x, *self.frozen, self.base.bias)
+        return y + self.bias_update.to(y.dtype)
+
+    @classmethod
+    def shapes(cls, module: nn.Module, spec: BiasSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the update: one number per output."""
+        return {".bias_update": (features(module)[1],)}
+
+
+class BiasConv(BiasLayer):
+    """A frozen convolution with a trained update of its bias; maps x [N, in, ...] to [N, out, ...] in x.dtype."""
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Return True for convolutions."""
+        return is_convolution(module)
+
+    @classmethod
+    def why_unsuitable(cls, base: nn.Module) -> str | None:
+        """Return why `base` is no convolution; None if it is one."""
+        return None if cls.adapts(base) else "pass nn.Conv1d, nn.Conv2d or nn.Conv3d"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [N, in, ...] to [N, out, ...]."""
+        y: Tensor = self.base(x)
+        return y + self.bias_update.to(y.dtype).view(-1, *(1 for _ in self.base.kernel_size))
+
+    @classmethod
+    def shapes(cls, module: nn.Module, spec: BiasSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the update: one number per output channel."""
+        base: Any = module.base if isinstance(module, AdaptedLayer) else module
+        return {".bias_update": (base.out_channels,)}
+
+
 class BitFit(AdapterMethod):
-    """BitFit: trains the biases of linears."""
+    """BitFit: trains the biases of linears and convolutions."""
 
     name = "bitfit"
     peft_type = "BITFIT"  # PEFT has no such method and rejects it
-    layers = (BiasLinear,)
+    layers = (BiasLinear, BiasConv)
     why_no_sum = "they change biases, not weights"
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and add a trainable bias update to each target."""
-        names = select(model, settings.targets)
+        names = select(model, settings.targets, self.adapts)
         use_nf4_linears(model.requires_grad_(False))
-        return wrap(model, {name: BiasLinear(model.get_submodule(name)) for name in names})
+        modules = {name: model.get_submodule(name) for name in names}
+        return wrap(model, {name: self.layer_for(module)(module) for name, module in modules.items()})
 
     def notes(self, model: nn.Module) -> list[str]:
         """Report the number of target layers without a bias in the base."""
-        layers = BiasLinear.of(model)
+        layers = BiasLayer.of(model)
         without = sum(layer.base.bias is None for layer in layers.values())
         if not without:
             return []
@@ -106,11 +138,11 @@ class BitFit(AdapterMethod):
         self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
     ) -> list[str]:
         """Return the layers that the config names."""
-        names, linears = config["target_modules"], linear_names(model)
-        missing = [name for name in names if name not in linears]
+        names, layers = config["target_modules"], layer_names(model, self.adapts)
+        missing = [name for name in names if name not in layers]
         if missing or not names:
             reason = (
-                f"no linear layer {listed(missing)}. {list_linears(linears)} Load the base that it was trained on"
+                f"no layer {listed(missing)}. {list_layers(model, layers)} Load the base that it was trained on"
                 if names
                 else "target_modules is empty. Restore the file"
             )

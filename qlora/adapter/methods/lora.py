@@ -7,6 +7,7 @@ optimizer keeps the bits that bf16 rounds away.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +18,12 @@ from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues, start_from_weights
 from qlora.adapter.lora_conv import LoRAConv
 from qlora.adapter.lora_embedding import LoRAEmbedding
-from qlora.adapter.lora_spec import LoraSpec
+from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
 from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
+from qlora.adapter.methods.course import Course
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, read_pairs
@@ -123,6 +126,23 @@ class Lora(AdapterMethod):
         """Adapt `model` with the recipe's settings; see `adapt`."""
         return adapt(model, spec_of(settings), seed=seed)
 
+    def initial_values(self, settings: Adapter, seed: int) -> InitialValues | None:
+        """Return the reader of the base's weights that `init: pissa` and `init: loftq` need."""
+        return InitialValues(spec_of(settings), seed) if settings.init in FROM_WEIGHTS else None
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """Return the distance from the 16-bit base at the start, if A and B come from its weights."""
+        values = InitialValues.of(model)
+        return [] if values is None else [values.note]
+
+    def course(self, model: nn.Module, settings: Adapter, total_steps: int) -> Course:
+        """Return a course that only reports the distance from the 16-bit base at the start."""
+        return _Start(InitialValues.of(model))
+
+    def lr_factor(self, parameter: str, settings: Adapter) -> float:
+        """Return `lr_ratio` for B and 1 for A (LoRA+, Hayou et al. 2024, section 5): eta_B = lr_ratio * eta_A."""
+        return settings.lr_ratio if parameter.endswith("lora_b") else 1.0
+
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig."""
         return config_of(model, layers, base)
@@ -144,6 +164,17 @@ class Lora(AdapterMethod):
     def spec(self, config: Mapping[str, Any], name: str, file: Path) -> LoraSpec:
         """Return the settings of the layer `name`; missing fields have PEFT's defaults."""
         return spec_of_layer(config, name, file)
+
+
+class _Start(Course):
+    """Course that only reports where the training started."""
+
+    def __init__(self, values: InitialValues | None) -> None:
+        self._distances = None if values is None else values.distances
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the distances from the 16-bit base at the start, if they were measured."""
+        return {} if self._distances is None else {"distance_from_16_bit": self._distances.as_json()}
 
 
 def spec_of(settings: Adapter) -> LoraSpec:
@@ -170,6 +201,7 @@ def adapt(
     """Freeze `model` and wrap its target layers in `LoRALinear`, `LoRAConv` or `LoRAEmbedding`, in place.
 
     The initial A of a layer depends only on the seed and the layer's name, not on the device or the other targets.
+    `init` pissa takes A and B from the weights of `model` and changes them; it needs plain weights.
 
     Args:
         model: any `nn.Module` with linear layers, convolutions or embeddings, also on the meta device.
@@ -181,8 +213,8 @@ def adapt(
         The same model.
 
     Raises:
-        ModelError: the model has an adapter already.
-        UsageError: the targets or a pattern match no layer, or a layer on which LoRA is not defined.
+        ModelError: the model has an adapter already, or `init` needs 16-bit weights that it does not have.
+        UsageError: the targets or a pattern match no layer, or a layer on which LoRA or `init` is not defined.
 
     Examples:
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
@@ -200,16 +232,31 @@ def adapt(
                 f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
             )
     for name in names:
-        module = model.get_submodule(name)
-        if (reason := layer_class(layers, module).why_unsuitable(module)) is not None:
-            raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
+        _check_target(name, model.get_submodule(name), spec, layers)
+    values = start_from_weights(model, spec, seed) if spec.init in FROM_WEIGHTS else None
     use_nf4_linears(model.requires_grad_(False))
     modules = {name: model.get_submodule(name) for name in names}
+    drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
     adapted = {
-        name: layer_class(layers, module)(module, spec.for_layer(name), layer_generator(seed, name))
+        name: layer_class(layers, module)(module, drawn.for_layer(name), layer_generator(seed, name))
         for name, module in modules.items()
     }
+    if values is not None:
+        values.fill(adapted)
     return wrap(model, adapted)
+
+
+def _check_target(name: str, module: nn.Module, spec: LoraSpec, layers: Sequence[type[LowRankLayer]]) -> None:
+    """Raise UsageError if the adapted layers or the initialisation are not defined on a target."""
+    kind = layer_class(layers, module)
+    if (reason := kind.why_unsuitable(module)) is not None:
+        raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
+    if spec.init in FROM_WEIGHTS and kind is not LoRALinear:
+        raise UsageError(f"init {spec.init} is defined for LoRA's linear layers, and {name} is another layer")
+    if spec.init == "orthogonal" and kind is LoRAEmbedding:
+        raise UsageError(
+            f"init orthogonal draws A, and {name} is an embedding, where B is drawn; use gaussian"
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LowRankLayer]:

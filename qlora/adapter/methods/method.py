@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods.course import Course
 from qlora.errors import ModelError
 from qlora.recipe import Adapter
@@ -40,6 +41,14 @@ class Method(ABC):
             ModelError: the model cannot be adapted, for example because it has an adapter already.
             UsageError: the settings match no layer of the model.
         """
+
+    def initial_values(self, settings: Adapter, seed: int) -> InitialValues | None:
+        """Return what reads the base's 16-bit weights while they are loaded; None if the method does not need them."""
+        return None
+
+    def lr_factor(self, parameter: str, settings: Adapter) -> float:
+        """Return the learning rate of the parameter with this name, as a multiple of `optimizer.lr`."""
+        return 1.0
 
     def notes(self, model: nn.Module) -> list[str]:
         """Return remarks for the user about this method on this adapted model."""

@@ -1,0 +1,31 @@
+"""Hub ids whose config.json is in the package, so that shipped recipes with `init: synthetic` need no network."""
+
+KNOWN_ARCHITECTURES = {
+    "huggyllama/llama-7b": "llama-7b",
+    "huggyllama/llama-13b": "llama-13b",
+    "huggyllama/llama-30b": "llama-33b",  # the hub's name for the paper's 33B
+    "huggyllama/llama-65b": "llama-65b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama-3.2-3b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "meta-llama/Llama-3.3-70B-Instruct": "llama-3.1-70b",
+    "Qwen/Qwen3-0.6B": "qwen3-0.6b",
+    "Qwen/Qwen3-1.7B": "qwen3-1.7b",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
+    "Qwen/Qwen3-14B": "qwen3-14b",
+    "Qwen/Qwen3-32B": "qwen3-32b",
+    "google/gemma-3-1b-it": "gemma-3-1b",
+    "google/gemma-3-4b-it": "gemma-3-4b",
+    "google/gemma-3-12b-it": "gemma-3-12b",
+    "google/gemma-3-27b-it": "gemma-3-27b",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b",
+    "mistralai/Mistral-Nemo-Instruct-2407": "mistral-nemo-12b",
+    "mistralai/Mistral-Small-24B-Instruct-2501": "mistral-small-24b",
+    "microsoft/Phi-3.5-mini-instruct": "phi-3.5-mini",
+    "microsoft/Phi-4-mini-instruct": "phi-4-mini",
+    "microsoft/phi-4": "phi-4",
+}
