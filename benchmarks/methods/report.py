@@ -100,6 +100,8 @@ def markdown(
         yield from _dial(experiment, tables[experiment.name])
     yield "\n## What the documents claim\n"
     yield (
+        "The documents that this project implements: [D0] an article, [D1] a course page, [D2] a repository's README, "
+        "[D3] a summary of the paper, [D4] a lecture note.\n\n"
         f"A difference counts if its p, after Holm's correction over all claims of a difference, is below {LEVEL}. A "
         f"claim of equality holds if the whole confidence interval is better than {MARGIN:.0%} worse: of the "
         "reference's fall in loss, or of its BLEU. The p shown are not corrected.\n"
