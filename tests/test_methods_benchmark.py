@@ -226,7 +226,11 @@ def test_a_claimed_equality_needs_the_whole_interval(gaps: list[float], verdict:
 
 def test_a_table_without_cells_judges_nothing() -> None:
     tables = {experiment.name: {} for experiment in experiments.experiments()}
-    assert {one.verdict for one in claims.verdicts(tables, None)} == {claims.WAITS, claims.SIZE}
+    judged = claims.verdicts(tables, None)
+    assert {one.verdict for one in judged} == {claims.WAITS, claims.SIZE}
+    page = "\n".join(report.markdown(experiments.experiments(), tables, {}, None, judged, []))
+    assert "**No cell has run yet.**" in page
+    assert page.count("Not run yet.") == len(tables) - 1
 
 
 def test_the_page_is_made_of_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,8 +365,19 @@ def test_the_halves_of_the_training_set_share_no_facts(tmp_path: Path) -> None:
     assert data.base
     assert data.training_rows(1, 9) == data.training_rows(1, 9) != data.training_rows(2, 9)
     assert data.test["name[Eagle 0], area[riverside]"] == ["Eagle 0 is by the river."] * 2
+    assert {row["prompt"] for row in e2e.base_rows(data.base)} & {pair.mr for pair in data.tune} == set()
     with pytest.raises(SystemExit, match=r"trainset\.csv: missing"):
         e2e.E2E.read(tmp_path)
+
+
+def test_the_base_reads_the_facts_in_two_other_forms() -> None:
+    mr = "name[Zizzi], eatType[pub], customer rating[5 out of 5], familyFriendly[no], near[Café Rouge]"
+    reverse, listed = e2e.base_rows([e2e.Pair(mr, "Zizzi is a pub.")])
+    assert reverse == {"prompt": "Zizzi is a pub.", "completion": mr}
+    assert listed["completion"] == "Zizzi is a pub."
+    assert sorted(listed["prompt"].split("; ")) == [
+        "children welcome: no", "kind: pub", "name: Zizzi", "near: Café Rouge", "rating: 5 out of 5",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
