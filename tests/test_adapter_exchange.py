@@ -23,6 +23,7 @@ from qlora.adapter import (
     trainable_parameters,
 )
 from qlora.adapter.config import HONOURED, INFORMATION, NEUTRAL, NOTHING, REFUSED
+from qlora.adapter.trained_parts import MODULES, TOKENS
 from qlora.errors import ModelError
 from qlora.model.load import load_base
 from qlora.quantization import nf4
@@ -142,7 +143,7 @@ def test_the_name_of_the_base_comes_along(tmp_path: Path) -> None:
 
 def test_every_field_of_peft_is_classified() -> None:
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    classes = [set(HONOURED), set(INFORMATION), set(REFUSED)]
+    classes = [set(HONOURED), set(INFORMATION), set(REFUSED), {MODULES, TOKENS}]
     assert fields - set().union(*classes) == set(), "a new field of PEFT: obey it, refuse it, or say why not"
     assert sum(map(len, classes)) == len(set().union(*classes)), "no field has two classes"
     assert set(NEUTRAL) <= set(REFUSED)
@@ -154,8 +155,6 @@ def test_every_field_of_peft_is_classified() -> None:
 SET = {
     "bias": "lora_only",
     "init_lora_weights": "pissa_niter_4",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": {"embed_tokens": [1]},
     "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 2], [1, 3]],
     "alora_invocation_tokens": [5],
@@ -189,8 +188,6 @@ def test_a_field_that_only_informs_changes_nothing(tmp_path: Path, field: str) -
     [
         ({"use_dora": True}, "use_dora = true"),
         ({"lora_bias": True}, "lora_bias = true"),
-        ({"modules_to_save": ["lm_head"]}, r'modules_to_save = \["lm_head"\]'),
-        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices = \[1, 2\]"),
         (
             {"target_modules": ["q_proj", "embed_tokens"]},
             r"unexpected tensor .*embed_tokens.*: tensors of this method end in .*lora_A",

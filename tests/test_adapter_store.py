@@ -180,7 +180,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dora": (lambda f: edit(f, use_dora=True), "lora_magnitude_vector is missing"),
     "bias": (lambda f: edit(f, bias="all"), 'bias = "all" is not supported'),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), 'init_lora_weights = "pissa" is not supported'),
-    "saved modules": (lambda f: edit(f, modules_to_save=["head"]), r'modules_to_save = \["head"\]'),
+    "saved modules": (
+        lambda f: edit(f, modules_to_save=["head"]),
+        r"base_model\.model\.head\.weight is missing",
+    ),
     "unknown field": (lambda f: edit(f, tomorrow=1), "tomorrow = 1 is not supported"),
     "rank": (lambda f: edit(f, r="2"), 'r must be a whole number, not "2"'),
     "no rank": (lambda f: edit(f, r=0), "r of blocks.0.up must be a whole number of at least 1, not 0"),

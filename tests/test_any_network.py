@@ -209,7 +209,7 @@ SLOW: list[Any] = [whisper, unet, dit, sd3]
 
 
 def train(network: Network, steps: int, **settings: Any) -> tuple[nn.Module, list[float]]:
-    model = adapt(network.model(), LoraSpec(**{"rank": 8, "alpha": 16, **settings}))
+    model = adapt(network.model(), LoraSpec(**{"rank": 8, "alpha": 16, "targets": "attention", **settings}))
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=network.lr, weight_decay=0)
     curve = []
     for _ in range(steps):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.data import IGNORE_INDEX
 from qlora.ops import linear_cross_entropy
 from qlora.ops.cross_entropy import tokens_at_once
+from qlora.ops.trained_rows import Rows, replace_rows
 
 
 class Recorder(TorchDispatchMode):
@@ -85,6 +86,84 @@ def test_loss_and_all_gradients_agree_with_fp64(
     for found, wanted in zip((hidden, weight, bias)[: 2 + biased], exact, strict=False):
         assert found.grad.dtype == dtype
         torch.testing.assert_close(found.grad.double(), wanted.grad, **tolerance)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    vocabulary=st.integers(2, 30),
+    replaced=st.integers(0, 2),
+    added=st.integers(0, 3),
+    chunk=st.sampled_from([1, 7, 1024]),
+    biased=st.booleans(),
+    softcap=st.sampled_from([None, 5.0]),
+    scale=st.sampled_from([1.0, 0.0625]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_trained_rows_have_the_gradient_of_the_whole_head(
+    vocabulary: int,
+    replaced: int,
+    added: int,
+    chunk: int,
+    biased: bool,
+    softcap: float | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> None:
+    size = vocabulary + added
+    hidden, weight, bias, _ = case(20, 9, vocabulary, dtype)
+    labels = torch.randint(0, size, (20,))
+    labels[::4] = IGNORE_INDEX
+    ids = torch.cat([torch.randperm(vocabulary)[:replaced], torch.arange(vocabulary, size)])
+    values = torch.randn(len(ids), 9, dtype=dtype, requires_grad=True)
+    rows = Rows(ids, values, size)
+    given = bias if biased else None
+    loss = linear_cross_entropy(hidden, weight.detach(), labels, given, softcap, scale, chunk, rows=rows)
+    (loss * 0.37).backward()
+    exact = [double(tensor) for tensor in (hidden, bias)]
+    whole = F.pad(weight.detach().double(), (0, 0, 0, added)).index_copy(0, ids, values.detach().double())
+    whole.requires_grad_()
+    expected = reference(
+        exact[0], whole, labels, F.pad(exact[1], (0, added)) if biased else None, softcap, scale
+    )
+    (expected * 0.37).backward()
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    for found, wanted in [
+        (hidden, exact[0].grad),
+        (values, whole.grad[ids]),
+        *[(bias, exact[1].grad)] * biased,
+    ]:
+        torch.testing.assert_close(found.grad.double(), wanted, **tolerance)
+
+
+def test_trained_rows_in_bfloat16_sum_their_gradient_in_fp32() -> None:
+    hidden, weight, _, labels = case(600, 64, 500, torch.bfloat16)
+    ids = torch.tensor([3, 499])
+    values = weight.detach()[ids].clone().requires_grad_()
+    linear_cross_entropy(hidden, weight.detach(), labels, chunk=16, rows=Rows(ids, values, 500)).backward()
+    exact = double(hidden), double(weight)
+    reference(*exact, labels, None, None, 1.0).backward()
+    for found, wanted in ((hidden.grad, exact[0].grad), (values.grad, exact[1].grad[ids])):
+        assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_embedded_rows_have_the_gradient_of_the_whole_embedding(dtype: torch.dtype) -> None:
+    weight, ids = torch.randn(12, 5, dtype=dtype), torch.tensor([7, 0])
+    tokens = torch.randint(0, 12, (3, 40))
+    positions = torch.full((12,), 2).index_copy(0, ids, torch.arange(2))[tokens]
+    values = torch.randn(2, 5, dtype=dtype, requires_grad=True)
+    direction = torch.randn(3, 40, 5, dtype=dtype)
+    whole = weight.double().index_copy(0, ids, values.detach().double()).requires_grad_()
+    embedded = F.embedding(tokens, weight).requires_grad_()
+    found = replace_rows(embedded, values, positions)
+    assert torch.equal(found.double(), F.embedding(tokens, whole))
+    found.backward(direction)
+    F.embedding(tokens, whole).backward(direction.double())
+    assert whole.grad is not None
+    rounding = 1e-12 if dtype == torch.float64 else 2**-8
+    torch.testing.assert_close(values.grad.double(), whole.grad[ids], rtol=rounding, atol=1e-12)
+    assert torch.equal(embedded.grad, direction * (positions == 2)[..., None]), "a replaced row has no part"
 
 
 def test_gradients_agree_with_finite_differences() -> None:

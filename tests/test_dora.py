@@ -145,11 +145,12 @@ def test_a_conv1d_is_scaled_by_its_outputs() -> None:
     torch.testing.assert_close(layer.merged_weight().norm(dim=1), layer.magnitude.detach())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_training_resumes_bit_for_bit(tiny_llama: Path, tmp_path: Path, dropout: float) -> None:
-    assert_resumes(lambda: adapted(tiny(tiny_llama), "dora", dropout=dropout), tmp_path)
+def test_training_resumes_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    assert_resumes(lambda: adapted(tiny(tiny_llama), "dora", dropout=0.1), tmp_path)
 
 
 def test_its_memory_is_forecast(tmp_path: Path) -> None:
-    made = recipe(tmp_path, "llama", layers=5, adapter={"method": "dora", "dropout": 0.1})
+    made = recipe(
+        tmp_path, "llama", layers=4, adapter={"method": "dora", "dropout": 0.1}, data={"held_out": 0}
+    )
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))

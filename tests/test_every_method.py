@@ -28,6 +28,11 @@ OVERRIDES: Mapping[str, list[str]] = {
 
 VARIANTS: Mapping[str, list[str]] = {
     "lora, alpha/sqrt(rank)": ["adapter.scaling=alpha/sqrt(rank)"],
+    "lora, alpha": ["adapter.scaling=alpha", "adapter.alpha=1"],
+    "lora+": ["adapter.lr_ratio=16", "optimizer.lr=5e-4"],
+    "lora, orthogonal": ["adapter.init=orthogonal"],
+    "lora, pissa": ["adapter.init=pissa"],
+    "lora, loftq": ["adapter.init=loftq"],
 }
 
 CASES = [

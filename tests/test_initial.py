@@ -20,6 +20,7 @@ from qlora.adapter.algebra import tensors
 from qlora.adapter.algebra.low_rank import principal
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import INITIAL_FILE, InitialValues
+from qlora.adapter.merge import merge_adapter
 from qlora.adapter.methods import METHODS
 from qlora.errors import ModelError, RecipeError, UsageError
 from qlora.inference.load import held_out_loss, load_trained
@@ -308,6 +309,26 @@ def test_a_synthetic_base_has_nothing_to_take(tiny_llama: Path) -> None:
     model = method.apply(load_base(section, initial=method.initial_values(settings, 0)), settings, 0)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
     assert "has no effect on a synthetic base" in method.notes(model)[0]
+
+
+def test_another_adapter_does_not_take_over_the_start_of_an_earlier_one(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    section = Base(model=str(tiny_llama), compute_dtype="float32")
+    save_adapter(started(tiny_llama, "loftq"), tmp_path / "loftq")
+    adapters = Adapters(load_base(section))
+    adapters.load("a", tmp_path / "loftq")
+    adapters.unload("a")
+    save_adapter(adapt(adapters.model), tmp_path / "b")
+    assert not (tmp_path / "b" / INITIAL_FILE).exists()
+    save_adapter(started(tiny_llama, "pissa"), tmp_path / "pissa")
+    changed = load_base(section, initial=InitialValues.stored(tmp_path / "pissa"))
+    with pytest.raises(ModelError, match="changed for an adapter of pissa: load the base again"):
+        adapt(changed)
+    merged = merge_adapter(started(tiny_llama, "pissa"))
+    save_adapter(adapt(merged), tmp_path / "c")
+    assert not (tmp_path / "c" / INITIAL_FILE).exists()
+    assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["init_lora_weights"] is True
 
 
 def test_a_shared_head_cannot_be_a_target_of_pissa() -> None:

@@ -1,10 +1,14 @@
 """LoRA on convolutions and embeddings: the update, its merge, PEFT both ways, and the layers that are refused."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands_for_tests import qlora
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -206,3 +210,71 @@ def test_an_adapter_for_another_kind_of_layer_is_refused(tmp_path: Path) -> None
     for other in (nn.Conv2d(4, 4, 1), nn.Embedding(4, 4), nn.Conv2d(4, 4, 1, groups=2)):
         with pytest.raises(ModelError, match=r"x\.lora|is not defined on x"):
             load_adapter(nn.ModuleDict({"x": other}), tmp_path, any_base=True)
+
+
+def saved(folder: Path, seed: int, **settings: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model = adapt(
+        Net(), LoraSpec(**{"rank": 2, "targets": TARGETS, "dtype": torch.float32, **settings}), seed=seed
+    )
+    torch.manual_seed(seed)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_a, std=0.3)
+        nn.init.normal_(layer.lora_b, std=0.3)
+    save_adapter(model, folder)
+    return model
+
+
+def test_they_are_composed_compressed_exported_and_inspected(tmp_path: Path) -> None:
+    first = saved(tmp_path / "a", 1, rank_pattern={"wide": 4}, alpha=3)
+    second = saved(tmp_path / "b", 2, targets=["wide", "colors", "line"], scaling="alpha/sqrt(rank)")
+    for arguments in (
+        ["compose", f"{tmp_path}/a:0.5", f"{tmp_path}/b:-2", "--to", f"{tmp_path}/sum"],
+        ["compress", f"{tmp_path}/sum", "--energy", "1", "--to", f"{tmp_path}/small", "--dtype", "float32"],
+        ["export", f"{tmp_path}/sum", "--to", f"{tmp_path}/plain"],
+    ):
+        done = qlora("adapter", *arguments)
+        assert done.returncode == 0, done.stderr
+    wanted = Net().eval()
+    with torch.no_grad():
+        for model, weight in ((first, 0.5), (second, -2)):
+            for name, layer in lora_layers(model).items():
+                update = layer.merged_weight() - layer.base.weight
+                wanted.get_parameter(f"{name}.weight").add_(weight * update)
+    for folder in ("sum", "small", "plain"):
+        assert difference(load_adapter(Net(), tmp_path / folder), wanted) < 1e-5, folder
+        assert difference(peft.PeftModel.from_pretrained(Net(), tmp_path / folder), wanted) < 1e-5, folder
+    done = qlora("adapter", "inspect", tmp_path / "a", "--json")
+    layers = json.loads(done.stdout)["layers"]
+    for name, layer in lora_layers(first).items():
+        update = (layer.merged_weight() - layer.base.weight).flatten(1)
+        assert layers[name]["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
+        assert layers[name]["rank"] == layer.rank
+
+
+def test_layers_of_different_kinds_are_not_composed(tmp_path: Path) -> None:
+    for name, layer in (("a", nn.Conv2d(4, 4, 1)), ("b", nn.Linear(4, 4)), ("c", nn.Embedding(4, 4))):
+        model = adapt(nn.ModuleDict({"x": layer}), LoraSpec(targets=["x"], rank=2))
+        save_adapter(model, tmp_path / name)
+    for pair, kinds in (("ab", "a convolution with kernel"), ("bc", "a layer with lora_embedding_A")):
+        parts = [f"{tmp_path / name}:1" for name in pair]
+        done = qlora("adapter", "compose", *parts, "--to", tmp_path / "sum", "--any-base")
+        assert done.returncode == 4
+        assert kinds in " ".join(done.stderr.split())
+
+
+def test_recipes_adapt_linear_layers_only(recipe_file: Callable[..., Path]) -> None:
+    file = recipe_file(adapter={"targets": ["embed_tokens", "q_proj"]})
+    done = qlora("train", file)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert "adapter.targets: model.embed_tokens: a recipe adapts linear layers only" in said
+
+
+def test_the_base_s_own_weight_in_a_file_of_peft_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    file = tmp_path / "adapter_model.safetensors"
+    own = {"base_model.model.colors.base_layer.weight": Net().colors.weight.detach()}  # as PEFT writes it
+    save_file(load_file(file) | own, file)
+    with pytest.raises(ModelError, match=r"colors\.base_layer\.weight is .*save_embedding_layers=False"):
+        load_adapter(Net(), tmp_path)

@@ -66,10 +66,10 @@ def failure(folder: Path, text: str | bytes, overrides: tuple[str, ...] = ()) ->
 
 
 def test_the_corpus_has_every_setting() -> None:
-    idle = {
+    others = {
         key for key in names(SCHEMA) if key.startswith("adapter.budget")
-    }  # without effect beside LoRA's keys
-    assert {key for _, _, key, _ in KEYS} == set(names(SCHEMA)) - idle
+    }  # keys of AdaLoRA, not of LoRA
+    assert {key for _, _, key, _ in KEYS} >= set(names(SCHEMA)) - others
 
 
 @everywhere

@@ -135,14 +135,13 @@ def test_a_conv1d_is_scaled_by_its_outputs() -> None:
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_training_resumes_bit_for_bit(tiny_llama: Path, tmp_path: Path, dropout: float) -> None:
-    assert_resumes(lambda: adapted(tiny(tiny_llama), "vera", rank=32, dropout=dropout), tmp_path, lr=0.2)
+def test_training_resumes_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    assert_resumes(lambda: adapted(tiny(tiny_llama), "vera", rank=32, dropout=0.1), tmp_path, lr=0.2)
 
 
 def test_its_memory_is_forecast_with_projections_counted_once(tmp_path: Path) -> None:
     settings = {"method": "vera", "rank": 256, "targets": "all-linear"}
-    made = recipe(tmp_path, "llama", layers=5, adapter=settings)
+    made = recipe(tmp_path, "llama", layers=4, adapter=settings, data={"held_out": 0})
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))
 
 

@@ -17,6 +17,7 @@ from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import SCALINGS, LoraSpec
 from qlora.adapter.patterns import exactly, pattern_value
 from qlora.adapter.targets import is_linear, layer_names, list_layers
+from qlora.adapter.trained_parts import without_parts
 from qlora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,7 +77,7 @@ INFORMATION = {
     "runtime_config": "device that PEFT computes on",
     "megatron_core": "module name that only megatron_config uses",
     "qalora_group_size": "only used with use_qalora",
-    "ensure_weight_tying": "only concerns embeddings and whole modules, which are refused",
+    "ensure_weight_tying": "only concerns the start of a training",
     "eva_config": "initialisation of A",
 }
 """Fields that do not change what a finished adapter computes, and the meaning of each."""
@@ -85,8 +86,6 @@ REFUSED = {
     "bias": "biases of the base were trained",
     "init_lora_weights": "this initialisation changes the base; save the adapter as plain LoRA with PEFT",
     "lora_bias": "B has a bias",
-    "modules_to_save": "whole modules were trained",
-    "trainable_token_indices": "rows of the embedding were trained",
     "target_parameters": "parameters outside linear layers were adapted",
     "layer_replication": "layers of the base are repeated",
     "use_dora": "DoRA",
@@ -179,7 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f'{path}: peft_type is {json.dumps(peft_type)}; only adapters of LoRA ("LORA") can be composed, '
             "compressed or inspected, because their updates are low-rank products"
         )
-    check_config(config, path)
+    check_config(without_parts(config, path), path)
     return config
 
 

@@ -227,15 +227,24 @@ class InitialValues:
                 layers[name].lora_b.copy_(initial.b)
 
 
-def start_from_weights(model: nn.Module, spec: LoraSpec, seed: int) -> InitialValues:
+def start_values(model: nn.Module, spec: LoraSpec, seed: int) -> InitialValues | None:
     """Return the initial values that were taken while `model` was loaded, or take them now from its plain weights.
 
-    The weights change in place if the initialisation changes them, and so does the model's fingerprint.
+    The weights change in place if the initialisation changes them, and so does the model's fingerprint. None if the
+    initialisation of `spec` starts at the base.
 
     Raises:
-        ModelError: a target is in NF4, and its 16-bit weight was not read; or an initialisation for NF4 finds none.
+        ModelError: a target is in NF4, and its 16-bit weight was not read; an initialisation for NF4 finds none; or the
+            base was changed for another adapter.
     """
     values = InitialValues.of(model)
+    if spec.init not in FROM_WEIGHTS:
+        if values is not None and values.changed is not None:
+            raise ModelError(
+                f"the weights of this model were changed for an adapter of {values.spec.init}: load the base again"
+            )
+        model.initial_values = None  # type: ignore[assignment]
+        return None
     if values is not None:
         return values
     values = InitialValues(spec, seed)

@@ -15,6 +15,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.base_digest import memory_digest
 from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.adapter.trained_parts import merge_parts
 from qlora.errors import ModelError
 from qlora.quantization import nf4
 
@@ -25,8 +26,9 @@ TOLERANCE = 0.01
 def merge_adapter(model: nn.Module, *, quantize: bool = False) -> nn.Module:
     """Add the adapter of `model` to its weights, in place, so that the model has plain layers again.
 
-    The merged model computes the same as the adapted one in eval mode, up to rounding. It stays frozen. If rounding to
-    the layers' dtype or to NF4 changed the weights by more than 1% of the adapter's update, a warning gives the share.
+    Rows of tokens and modules that were trained beside the adapter become part of the model too. The merged model
+    computes the same as the adapted one in eval mode, up to rounding. It stays frozen. If rounding to the layers' dtype
+    or to NF4 changed the weights by more than 1% of the adapter's update, a warning gives the share.
 
     If a merged weight is tied to another layer, such as an embedding to the output head, the other layer keeps the old
     weight, as in the adapted model. `config.tie_word_embeddings`, if there is one, then becomes False.
@@ -53,8 +55,10 @@ def merge_adapter(model: nn.Module, *, quantize: bool = False) -> nn.Module:
     _warn_of_rounding(list(merged.values()))
     replace_modules(model, {layer: result.module for layer, result in merged.items()})
     model = merged[model].module if isinstance(model, AdaptedLayer) else model
+    merge_parts(model)
     # The model is another base now: an adapter that is added next must not claim the old one
     model.base_identity = BaseIdentity(weights=memory_digest(model), quantization=quantization_of(model))  # type: ignore[assignment]
+    model.initial_values = None  # type: ignore[assignment]
     return model
 
 

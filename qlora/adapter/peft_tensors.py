@@ -46,9 +46,9 @@ def finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def read_pairs(folder: Path) -> dict[str, dict[str, Tensor]]:
+def read_pairs(folder: Path, others: Collection[str] = ()) -> dict[str, dict[str, Tensor]]:
     """Read A and B of each layer by suffix, A first, on the CPU. Raises ModelError as `read_layers` does."""
-    layers, _ = read_layers(folder, PAIRS)
+    layers, _ = read_layers(folder, PAIRS, others)
     return {name: dict(sorted(tensors.items())) for name, tensors in layers.items()}
 
 
@@ -84,11 +84,17 @@ def read_layers(
     layers: dict[str, dict[str, Tensor]] = {}
     suffixes = list(dict.fromkeys(suffix for kind in kinds for suffix in kind))
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        counts = key in others and not tensor.is_floating_point()  # such as the batches that a norm has seen
+        if not counts and not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise ModelError(f"{path}: {key} holds numbers that are not finite; use an earlier checkpoint")
         if key in others:
             continue
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
+        if key.endswith(".base_layer.weight"):
+            raise ModelError(
+                f"{path}: {key} is a weight of the base, which PEFT stores next to an adapted embedding. Save "
+                "the adapter again, with PEFT's save_pretrained(folder, save_embedding_layers=False)"
+            )
         if not key.startswith(PREFIX) or suffix is None:
             raise ModelError(
                 f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}. "

@@ -13,7 +13,7 @@ tensors, and each tensor needs its target layer. Otherwise the model stays uncha
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_bas
 from qlora.adapter.initial import InitialValues, prepare_base, prepared_base, require_16_bit, write_initial
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
-from qlora.adapter.trained_parts import load_parts, stored_parts, trained_parts
+from qlora.adapter.stored_parts import StoredParts
+from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic
@@ -74,16 +75,17 @@ def save_adapter(
     folder = Path(folder)
     layers = AdaptedLayer.of(model)
     method = method_of(layers)
+    parts = trained_parts(model)
     if base is None:
-        _refuse_lost(model)
+        _refuse_lost(model, parts.values())
         base = BaseIdentity.of(model)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
-    fields = method.config(model, layers, base)
+    fields = {**method.config(model, layers, base), **part_fields(model)}
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     tensors = {
         **named_tensors({name: layer.saved() for name, layer in layers.items()}),
         **finite(method.shared(model)),
-        **finite(trained_parts(model)),
+        **finite(parts),
     }
     if diffusers is not None:
         check_diffusers(tensors, fields)
@@ -142,21 +144,22 @@ def load_adapter(
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config = read_fields(file)
     method = method_for(config, file)
-    method.check(config, file)
+    method.check(without_parts(config, file), file)
     values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))
         require_same_base(recorded, prepared_base(base or BaseIdentity.of(model), values), folder)
-    shared, parts = method.stored_shared(config), stored_parts(config)
+    shared, parts = method.stored_shared(config), StoredParts.find(model, config, file)
     kinds = [list(kind.SAVED) for kind in method.layers]
-    stored, others = read_layers(folder, kinds, [*shared, *parts])
+    stored, others = read_layers(folder, kinds, [*shared, *parts.shapes])
+    parts.check(model, others, tensors_file)
     layers = AdaptedLayer.of(model)
     if layers and method_of(layers) is not method:
         raise ModelError(
             f"{file}: the model has an adapter of another method than {method.name}; load it into a base"
         )
-    names = list(layers) or method.targets(model, config, stored, file)
+    names = list(layers) or parts.without(method.targets(model, config, stored, file))
     _check_names(names, stored, tensors_file)
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
@@ -170,7 +173,7 @@ def load_adapter(
         specs = _add_layers(model, method, specs, next(iter(stored[names[0]].values())).dtype)
     _load_layers(model, specs, stored)
     method.load_shared(model, common, tensors_file)
-    load_parts(model, {name: others[name] for name in parts}, tensors_file)
+    parts.load(model, others, in_place=bool(layers))
     return model
 
 
@@ -185,19 +188,20 @@ def _add_layers(
     return specs
 
 
-def _refuse_lost(model: nn.Module) -> None:
-    """Raise ModelError if training changes tensors of `model` that the adapter does not hold."""
+def _refuse_lost(model: nn.Module, parts: Iterable[Tensor]) -> None:
+    """Raise ModelError if training changes tensors of `model` that neither the adapter nor its parts hold."""
     held = {
         id(parameter) for layer in AdaptedLayer.of(model).values() for parameter in layer.saved().values()
     }
-    held |= {id(parameter) for parameter in trained_parts(model).values()}
+    held |= {id(tensor) for tensor in parts}
     lost = [name for name, parameter in trainable_parameters(model).items() if id(parameter) not in held]
     if lost:
         raise ModelError(
             f"{listed(lost)} would be lost: trained (requires_grad), but no part of the adapter. Name the modules in "
             "train_modules, freeze them with requires_grad_(False), or save the whole model"
         )
-    held_names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    held_names = {name for name, tensor in own if id(tensor) in held}
     lost = [name for name in changed(model) if name not in held_names]
     if lost:
         raise ModelError(

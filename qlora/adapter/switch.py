@@ -1,12 +1,13 @@
 """Switching between adapters of one base in memory, without copying or changing a tensor.
 
-Each adapter is kept as a set of adapted layers. Activating an adapter puts its layers in the place of the target
-layers; deactivating it puts the target layers back. So adapters can differ in rank, alpha and targets. Without an
-active adapter the model is exactly the base. If PiSSA took its initial update out of the base, layers with that update
-are then in the place of the target layers.
+Each adapter is kept as a set of adapted layers, with the modules and token rows that were trained beside it. Activating
+an adapter puts them in the place of the base's modules; deactivating it puts these back. So adapters can differ in
+rank, alpha, targets and tokens. Without an active adapter the model is exactly the base. If PiSSA took its initial
+update out of the base, layers with that update are then in the place of the target layers.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,9 +17,18 @@ from qlora.adapter.initial import InitialValues
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.adapter.store import load_adapter
 from qlora.errors import ModelError, UsageError
+from qlora.quantization.nf4 import use_nf4_linears
 
 Place = tuple[nn.Module, str]
 """A parent module and the attribute name of one of its children"""
+
+
+class Change(NamedTuple):
+    """A module that an adapter puts in the place of one of the base's."""
+
+    place: Place
+    base: nn.Module
+    module: nn.Module
 
 
 class Adapters:
@@ -46,13 +56,13 @@ class Adapters:
         self.model = model
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
-        self._layers: dict[str, list[tuple[Place, AdaptedLayer]]] = {}
-        self._base: list[tuple[Place, AdaptedLayer]] = []
+        self._changes: dict[str, list[Change]] = {}
+        self._base: list[Change] = []
 
     @property
     def names(self) -> list[str]:
         """Names of the loaded adapters, in loading order."""
-        return list(self._layers)
+        return list(self._changes)
 
     def load(
         self, name: str, folder: str | Path, *, base: BaseIdentity | None = None, any_base: bool = False
@@ -69,17 +79,25 @@ class Adapters:
             UsageError: the name is taken; nothing has changed.
             ModelError: the adapter does not fit the model or was trained on another base; nothing has changed.
         """
-        if name in self._layers:
+        if name in self._changes:
             raise UsageError(
                 f"an adapter named {name!r} is loaded already: choose another name, or unload that adapter"
             )
         _require_prepared(self.model, folder)
         _put_back(self._shown)
         try:
+            use_nf4_linears(self.model)
+            before = _children(self.model)
             load_adapter(self.model, folder, base=base, any_base=any_base)
-            self._layers[name] = _places(self.model)
-            self._base = self._base or _at_start(self.model)
-            _put_back(self._layers[name])
+            after = _children(self.model)
+            changes = [
+                Change(place, child, after[place])
+                for place, child in before.items()
+                if place in after and after[place] is not child
+            ]
+            self._changes[name] = changes
+            self._base = self._base or _at_start(self.model, changes)
+            _put_back(changes)
         finally:
             _put_in(self._shown)
 
@@ -92,7 +110,7 @@ class Adapters:
         self._check(name)
         if name == self.active:
             self.deactivate()
-        del self._layers[name]
+        del self._changes[name]
 
     def activate(self, name: str | None) -> None:
         """Make the model compute the base plus the adapter `name`.
@@ -114,35 +132,35 @@ class Adapters:
         self.activate(None)
 
     @property
-    def _shown(self) -> list[tuple[Place, AdaptedLayer]]:
-        return self._base if self.active is None else self._layers[self.active]
+    def _shown(self) -> list[Change]:
+        return self._base if self.active is None else self._changes[self.active]
 
     def _check(self, name: str) -> None:
-        if name not in self._layers:
-            have = ", ".join(self._layers) or "none"
+        if name not in self._changes:
+            have = ", ".join(self._changes) or "none"
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
 
 
-def _put_in(layers: list[tuple[Place, AdaptedLayer]]) -> None:
-    """Put adapted layers into their places."""
-    for (parent, attribute), layer in layers:
-        if layer.training != layer.base.training:  # the model's mode changed while the layer was out
-            layer.train(layer.base.training)
-        setattr(parent, attribute, layer)
+def _put_in(changes: list[Change]) -> None:
+    """Put modules into their places."""
+    for (parent, attribute), base, module in changes:
+        if module.training != base.training:  # the model's mode changed while the module was out
+            module.train(base.training)
+        setattr(parent, attribute, module)
 
 
-def _put_back(layers: list[tuple[Place, AdaptedLayer]]) -> None:
-    """Put the bases of adapted layers back into their places."""
-    for (parent, attribute), layer in layers:
-        setattr(parent, attribute, layer.base)
+def _put_back(changes: list[Change]) -> None:
+    """Put the base's modules back into their places."""
+    for (parent, attribute), base, _ in changes:
+        setattr(parent, attribute, base)
 
 
-def _at_start(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
-    """Return layers with the initial update that was taken out of the base, by place; empty if none was."""
+def _at_start(model: nn.Module, changes: list[Change]) -> list[Change]:
+    """Return changes to layers with the initial update that was taken out of the base; empty if none was."""
     values = InitialValues.of(model)
     if values is None or values.changed is None:
         return []
-    layers = {}
+    layers: dict[nn.Module, AdaptedLayer] = {}
     for name, layer in AdaptedLayer.of(model).items():
         initial, twin = values.layers[name], type(layer)(layer.base, layer.spec)
         twin.number = layer.number
@@ -150,7 +168,7 @@ def _at_start(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
             like = layer.saved()[suffix]
             setattr(twin, twin.SAVED[suffix], nn.Parameter(tensor.to(like), requires_grad=False))
         layers[layer] = twin
-    return [(place, layers[layer]) for place, layer in _places(model)]
+    return [change._replace(module=layers[change.module]) for change in changes if change.module in layers]
 
 
 def _require_prepared(model: nn.Module, folder: str | Path) -> None:
@@ -163,11 +181,11 @@ def _require_prepared(model: nn.Module, folder: str | Path) -> None:
         )
 
 
-def _places(model: nn.Module) -> list[tuple[Place, AdaptedLayer]]:
-    """Return every place of an AdaptedLayer in the model; a shared layer has several places."""
-    return [
-        ((parent, attribute), child)
+def _children(model: nn.Module) -> dict[Place, nn.Module]:
+    """Return every module of the model by its places; a shared module has several."""
+    return {
+        (parent, attribute): child
         for parent in model.modules()
         for attribute, child in parent._modules.items()
-        if isinstance(child, AdaptedLayer)
-    ]
+        if child is not None
+    }

@@ -232,6 +232,7 @@ def inspect(
     """
     from qlora.adapter.algebra import tensors
     from qlora.adapter.algebra.spectrum import LIMITS, judge, spectra
+    from qlora.adapter.trained_parts import describe_parts
     from qlora.report import spectrum_picture
 
     if picture is not None:
@@ -250,9 +251,12 @@ def inspect(
         spectrum_picture.draw(layers, picture, "/".join(adapter.parts[-2:]))
     if json_output:
         plain = {name: layer.as_json() for name, layer in layers.items()}
-        print(json.dumps({"verdict": asdict(verdict), "limits": LIMITS, "layers": plain}))
+        shapes = {name: list(tensor.shape) for name, tensor in whole.parts.items()}
+        print(json.dumps({"verdict": asdict(verdict), "limits": LIMITS, "layers": plain, "parts": shapes}))
         return
     show_spectra(layers, per_layer)
+    for line in describe_parts(whole.config):
+        say(f"\n{line}")
     say(f"\n{verdict.sentence} {LIMITS}")
     if whole.note is not None:
         say(f"note  {whole.note}")

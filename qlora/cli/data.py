@@ -34,9 +34,9 @@ def data(
     startup = startup_for(json_output=json_output)
     with startup.stage(IMPORTS):
         from qlora.data import load_dataset, training_batches
-        from qlora.model.load import load_tokenizer
+        from qlora.model.tokens import tokenizer_of
     with startup.stage("reading the data") as progress:
-        tokenizer = load_tokenizer(loaded.base)
+        tokenizer = tokenizer_of(loaded)
         dataset = load_dataset(loaded.data, tokenizer, loaded.training.seed, progress=progress)
     batches = training_batches(dataset, loaded)
     shown = list(_first_rows(batches, tokenizer, rows))

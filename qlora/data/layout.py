@@ -67,6 +67,11 @@ class Layout:
         return self._renderer is not None
 
     @property
+    def missing_markers(self) -> list[str]:
+        """Markers such as <|im_start|> that the template writes and the tokenizer does not have."""
+        return [] if self._renderer is None else self._renderer.missing_markers
+
+    @property
     def answer_ends(self) -> frozenset[int]:
         """Tokens that end an answer: eos, and the tokens with which the template closes an answer (<|im_end|>)."""
         ends = {self.encoder.eos_id}

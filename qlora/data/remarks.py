@@ -40,8 +40,8 @@ OF_ROWS = {
 _SENTENCES = {
     UNKNOWN_MARKERS: (
         "the template writes {first}, but the tokenizer has no such token: it becomes ordinary pieces, which the model "
-        "may never have seen as a marker and which any text can imitate. Set data.template to plain or alpaca, or use "
-        "a base whose tokenizer has this token"
+        "may never have seen as a marker and which any text can imitate. Make it a token and train it with "
+        "adapter.train_tokens=new, set data.template to plain or alpaca, or use a base whose tokenizer has this token"
     ),
     NOT_TRAINED: "left out: {rows} marked as not to be trained, {details}",
     UNTRAINED_ANSWERS: (

@@ -308,12 +308,17 @@ class Renderer:
         except BadRow:
             return False
 
-    def _find_unknown_markers(self) -> list[str]:
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        text = (
-            self.template.render([question, answer], [])[0]
-            + self.template.render([question], [], generation=True)[0]
-        )
+    @property
+    def missing_markers(self) -> list[str]:
+        """`unknown_markers`, and the unknown markers around a system message, which not every row has."""
+        with suppress(BadRow):  # a template can refuse system messages
+            return self._find_unknown_markers({"role": "system", "content": "?"})
+        return self.unknown_markers
+
+    def _find_unknown_markers(self, *before: Message) -> list[str]:
+        asked = [*before, {"role": "user", "content": "?"}]
+        answered = [*asked, {"role": "assistant", "content": "!"}]
+        text = self.template.render(answered, [])[0] + self.template.render(asked, [], generation=True)[0]
         return [marker for marker in dict.fromkeys(MARKER.findall(text)) if not self._encoder.knows(marker)]
 
     def _unwritten(self, text: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:

@@ -15,7 +15,8 @@ from qlora.data import Prompts, held_out_batches, load_dataset, prompt_digests
 from qlora.data.prompt_files import shared_system
 from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
-from qlora.model.load import load_base, load_tokenizer
+from qlora.model.load import load_base
+from qlora.model.tokens import TrainedTokens
 from qlora.objective import objective_of
 from qlora.objective.checks import read_documents
 from qlora.objective.step import evaluate
@@ -58,7 +59,7 @@ def load_trained(
     Args:
         folder: folder of a run or of an adapter.
         device: auto, cpu or cuda.
-        with_adapter: False loads the base alone.
+        with_adapter: False loads the base alone, with tokens that were trained as they were before.
         prepared: change the base as the adapter's initialisation did (PiSSA), also without the adapter.
         any_base: accept a base, tokenizer or template that is not the one from training.
         trust_remote_code: allow the base to run its own code, if the recipe asks for it.
@@ -76,7 +77,11 @@ def load_trained(
     if initial is not None and initial.changed is None:
         initial = None  # the base is the ordinary one
     model = load_base(base, device_named(device), seed=recipe.training.seed, initial=initial)
-    trained = Trained(recipe, model.eval(), load_tokenizer(recipe.base), shared_system(adapter))
+    tokens = TrainedTokens.of(recipe)
+    if recipe.adapter.train_tokens:  # the base alone has the tokens too, as they were before training
+        tokens.train(model)
+        model.requires_grad_(False)
+    trained = Trained(recipe, model.eval(), tokens.tokenizer, shared_system(adapter))
     if with_adapter and recipe.adapter.facts.frozen_base:
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)
         model.eval()

@@ -18,8 +18,8 @@ from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
-from qlora.model.load import load_tokenizer
 from qlora.model.precision import ENOUGH, Precision
+from qlora.model.tokens import tokenizer_of
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import Unit, unit_for
@@ -197,10 +197,9 @@ def _local_dataset(recipe: Recipe) -> Dataset | None:
     """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
     if not is_local(recipe):
         return None
-    base = recipe.base
-    if base.model.endswith(".json"):  # a config file has no tokenizer
-        base = base.model_copy(update={"init": "synthetic"})
-    if (tokenizer := _tokenizer(base)) is None:
+    if recipe.base.model.endswith(".json"):  # a config file has no tokenizer
+        recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"init": "synthetic"})})
+    if (tokenizer := _tokenizer(recipe)) is None:
         return None
     return load_dataset(recipe.data, tokenizer, recipe.training.seed)
 
@@ -220,10 +219,10 @@ def _of_run(recipe: Recipe, dataset: Dataset, arch: Architecture) -> Workload:
     return of_run(recipe, dataset, batches, steps, arch)
 
 
-def _tokenizer(base: Any) -> Any:
+def _tokenizer(recipe: Recipe) -> Any:
     from qlora.errors import ModelError
 
     try:
-        return load_tokenizer(base)
+        return tokenizer_of(recipe)
     except ModelError:
         return None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.methods import METHODS
+from qlora.adapter.trained_parts import whole_parameters
 from qlora.data import Batch
 from qlora.memory import inventory
 from qlora.memory.architecture import Architecture, dtype_on, shortened
@@ -28,6 +29,7 @@ from qlora.memory.parts import PARTS
 from qlora.memory.repeat import repeat_all
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
+from qlora.model.head import embedding_of
 from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed, lr_factors
 from qlora.model.varlen_attention import read_documents
 from qlora.objective import objective_of
@@ -166,7 +168,7 @@ class Forecaster:
             checkpointed_mlps=mlps,
             loss_chunk=arch.loss_chunk(recipe),
             host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
-            parameters=total - trained if recipe.adapter.facts.frozen_base else total,
+            parameters=total - trained + whole_parameters(arch.model),
             trained_parameters=trained,
         )
 
@@ -342,7 +344,7 @@ def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -
     Each input takes a pinned block, rounded up to a power of two. With micro-batches of many sizes the host can need
     twice as much, because torch keeps blocks of each size.
     """
-    embedding = arch.model.get_input_embeddings().weight
+    embedding = embedding_of(arch.model).weight
     size = embedding.nbytes if recipe.base.embedding == "host" else 0
     if recipe.training.activation_offloading and layers:
         tokens = batch.input_ids.numel() if arch.padded else batch.tokens

@@ -16,7 +16,8 @@ from qlora.errors import ModelError, OutOfMemoryError, SaveError, UsageError
 from qlora.inference.load import find_trained, load_trained, recipe_of
 from qlora.merging.compare import Judgement, Reference, choose, judge, reference, stored_bytes
 from qlora.merging.write import MergeSource, Onto, write_merged
-from qlora.model.load import load_base, load_tokenizer
+from qlora.model.load import load_base
+from qlora.model.tokens import tokenizer_of
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named
 from qlora.storage.draft import check_absent, drafting, publish
@@ -138,7 +139,7 @@ def _prepare(
     _check_mergeable(recipe, folder, onto, max_tokens)
     sources = _sources(recipe, folder, onto, original, device, any_base)
     _check_space(sources, to)
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = tokenizer_of(recipe)
     batches = _held_out(recipe, tokenizer, data, max_tokens)
     if onto == "auto" and not batches:
         raise UsageError(

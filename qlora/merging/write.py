@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers
 from qlora.adapter.initial import Initial, InitialValues
 from qlora.adapter.store import load_adapter
+from qlora.adapter.trained_parts import state_of, whole_modules
+from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import ModelError, listed
@@ -41,10 +44,10 @@ from qlora.storage.safetensors_files import INDEX, ShardReader, ShardWriter
 Onto = Literal["original", "dequantized", "nf4"]
 
 # Files of the base's folder that also apply to the merged model. (Not the README, which describes the base.)
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-    "generation_config.json", "LICENSE*", "NOTICE*",
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
+COMPANIONS = ("*.jinja", "generation_config.json", "LICENSE*", "NOTICE*")
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -97,6 +100,9 @@ class MergeSource:
             )
         self.matrices = self._locate(meta_base)
         self.biases = self._locate_biases(meta_base.model)
+        self.parts = self._locate_parts(meta_base.model)
+        self.vocabulary = max((rows.size for rows in TrainedRows.of(meta_base.model).values()), default=None)
+        """rows of the merged embedding; None if no token was trained"""
         # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on
         statistics = {
             key for key in self.reader if key.rpartition(".weight.")[0] + ".weight" in self.matrices
@@ -138,6 +144,8 @@ class MergeSource:
                 tensor = self.reader[key]
                 if key in self.biases:
                     tensor = self.biases[key].merged_bias(tensor)
+                if key in self.parts:
+                    tensor = self.parts[key](tensor).to(tensor.dtype)
                 main = self.reader.stored[key].dtype == self._main_dtype
                 yield {key: tensor.bfloat16() if main else tensor}
 
@@ -212,6 +220,38 @@ class MergeSource:
             )
         return biases
 
+    def _locate_parts(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Find the tensors that were trained beside the adapter in the files; each gives the merged tensor."""
+        names = _ParameterNames(model)
+        trained: dict[tuple[str, str], Tensor] = {}
+        merge: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {}
+        for name, rows in TrainedRows.of(model).items():
+            trained[name, ".weight"], merge[name, ".weight"] = rows.values, rows.merged_weight
+        for name, module in whole_modules(model).items():
+            for own, tensor in state_of(module).items():
+                trained[name, f".{own}"], merge[name, f".{own}"] = tensor, partial(_replaced, tensor.detach())
+        found = {
+            key: (module_name, suffix)
+            for suffix in {suffix for _, suffix in trained}
+            for key in self.reader
+            if (module_name := names.module(key, suffix)) is not None and (module_name, suffix) in trained
+        }
+        stored = {
+            trained[place] for place in found.values()
+        }  # a tied weight is stored under one of its names
+        if missing := sorted(
+            name + suffix for (name, suffix), tensor in trained.items() if tensor not in stored
+        ):
+            raise ModelError(
+                f"{self.folder}: {len(missing)} of the tensors trained beside the adapter ({listed(missing)}) are not "
+                "in these files (tied, or stored under another name). Use base and adapter without merging"
+            )
+        return {key: merge[place] for key, place in found.items()}
+
+
+def _replaced(trained: Tensor, _: Tensor) -> Tensor:
+    return trained
+
 
 class _ParameterNames:
     """Names of a model's parameters for the names in its files, which can be older (as those of Gemma 3 are)."""
@@ -261,10 +301,14 @@ def write_merged(
                 for name, tensor in tensors.items():
                     writer.add(name, tensor)
                 progress()
-        for pattern in (*COMPANIONS, *(["*.py"] if source.base.trust_remote_code else [])):
+        # the tokenizer of the run has the tokens that were trained
+        own = TOKENIZER_FILES if source.vocabulary is None else ()
+        for pattern in (*own, *COMPANIONS, *(["*.py"] if source.base.trust_remote_code else [])):
             for file in source.folder.glob(pattern):
                 if file.is_file() and file.name != INDEX:
                     shutil.copyfile(file, folder / file.name)
+        if source.vocabulary is not None:
+            prompts.tokenizer.save_pretrained(folder)
         write_object(folder / "config.json", _config(source, onto))
         write_prompt_files(folder, prompts)
     return writer.total_bytes
@@ -276,6 +320,9 @@ def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = "bfloat16"
+    if source.vocabulary is not None:
+        text = config if "vocab_size" in config else config.get("text_config", {})
+        text["vocab_size"] = source.vocabulary
     if onto == "nf4":
         quantization = nf4_config(source.base, torch.bfloat16).to_dict()
         # Without the list, transformers expects 4-bit weights where the files have dense ones

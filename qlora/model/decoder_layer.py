@@ -164,6 +164,16 @@ def use_fused_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def unfused_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers that a spec describes, but that could not be replaced."""
+    fused = {id(m.original) for m in model.modules() if isinstance(m, FusedLayer)}
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__ in LAYER_SPECS and id(module) not in fused
+    ]
+
+
 def _computes(call: dict[str, Any]) -> bool:
     """Return True if our passes support every keyword of a layer's call."""
     return {"position_embeddings"} <= nondefault_keywords(call) <= COMPUTED_WITH

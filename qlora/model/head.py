@@ -1,4 +1,4 @@
-"""The output head of a causal language model, with the scaling and capping of its logits, and the decoder before it."""
+"""The output head of a causal language model, with the scaling and capping of its logits, its embedding and decoder."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.trained_rows import TrainedRows, plain
 from qlora.errors import ModelError
+from qlora.ops.trained_rows import Rows, replace_columns
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """keys of configurations that multiply the logits: Cohere, Falcon-H1, Muse"""
@@ -31,6 +33,13 @@ class Head:
     logit_scale: float
     softcap: float | None
     """limit c of the capped logits, c · tanh(logits / c); None for no cap"""
+    rows: Rows | None = None
+    """trained rows that replace those of `weight` or extend it"""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return len(self.weight) if self.rows is None else self.rows.size
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [N, V] of hidden [N, H] in fp32; both are on the head's device."""
@@ -39,15 +48,20 @@ class Head:
             logits = torch.mm(hidden, self.weight.to(hidden.dtype).T, out_dtype=torch.float32)
         else:
             logits = hidden.float() @ self.weight.float().T
+        if self.rows is not None:
+            logits = replace_columns(logits, hidden.float(), self.rows)
         if self.bias is not None:
-            logits += self.bias
+            logits[..., : len(self.bias)] += self.bias
         logits *= self.logit_scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def to(self, device: torch.device | str) -> "Head":
         """Return the same head on another device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+        rows = self.rows
+        if rows is not None:
+            rows = rows._replace(ids=rows.ids.to(device), values=rows.values.to(device))
+        return replace(self, weight=self.weight.to(device), bias=bias, rows=rows)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -58,7 +72,8 @@ def head_of(model: nn.Module) -> Head:
     Raises:
         ModelError: the model has no plain output head.
     """
-    embeddings = model.get_output_embeddings()  # type: ignore[operator]
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    embeddings = plain(module)
     if embeddings is None or not hasattr(embeddings, "weight"):
         raise ModelError(
             f"{type(model).__name__} has no plain output head: qlora trains causal language models only. If the head "
@@ -74,7 +89,13 @@ def head_of(model: nn.Module) -> Head:
         bias=getattr(embeddings, "bias", None),
         logit_scale=scale,
         softcap=next(iter(_numbers(config, CAPS)), None),
+        rows=module.rows if isinstance(module, TrainedRows) else None,
     )
+
+
+def embedding_of(model: nn.Module) -> Any:
+    """Return the model's input embedding, without trained rows around it."""
+    return plain(model.get_input_embeddings())  # type: ignore[operator]
 
 
 def decoder_of(model: Any) -> nn.Module:

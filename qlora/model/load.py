@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
+from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError
 from qlora.model import nf4_cache, random_init
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
@@ -197,7 +198,7 @@ def _require_16_bit(base: Base, config: Any, initial: InitialValues) -> None:
 
 def embedding_is_untied(model: PreTrainedModel) -> bool:
     """Return True if the input embedding can be in host memory: it is plain, and the output head does not share it."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = plain(model.get_input_embeddings()), plain(model.get_output_embeddings())
     return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
 
 

@@ -33,6 +33,8 @@ class HostEmbedding(nn.Module):
     """
 
     weight: Tensor
+    looks_up_rows = True
+    """so that single rows can be trained on the device, beside it"""
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__()

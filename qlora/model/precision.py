@@ -75,7 +75,9 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
     apart, routing = heads(model), routers(model)
     numbers: Counter[str | None] = Counter()
     for name, module in model.named_modules():
-        if name in apart or isinstance(module, nn.Embedding):
+        if name.removesuffix(".base") in apart or isinstance(
+            module, nn.Embedding
+        ):  # .base: under trained rows
             continue
         if is_nf4(module) or isinstance(module, nn.Linear) or is_conv1d(module):
             in_nf4 = is_nf4(module) if quantized is None else name in quantized

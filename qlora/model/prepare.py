@@ -14,10 +14,13 @@ from transformers import PreTrainedModel
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
+from qlora.adapter.trained_parts import train_modules, whole_modules
+from qlora.adapter.trained_rows import TrainedRows
 from qlora.errors import UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import use_fused_layers
+from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.load import load_base
+from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
 from qlora.recipe import Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
@@ -53,18 +56,48 @@ def build(
 
 
 def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Apply the recipe's adapter method to the model, in place, and return the model.
+    """Apply the recipe's adapter method to the model, in place, and train what the recipe trains beside the adapter.
+
+    Returns:
+        The same model.
 
     Raises:
         UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
     """
-    METHODS[recipe.adapter.method].apply(model, recipe.adapter, recipe.training.seed)
+    settings = recipe.adapter
+    METHODS[settings.method].apply(model, settings, recipe.training.seed)
     if others := other_layers(model):
         raise UsageError(
             f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
             "convolutions and embeddings can be adapted from Python, with qlora.adapt"
         )
+    if settings.train_tokens:
+        TrainedTokens.of(recipe).train(model)
+    if settings.train_modules:
+        train_modules(model, settings.train_modules, settings.targets)
     return model
+
+
+def part_notes(model: nn.Module, tokenizer: Any) -> list[str]:
+    """Return remarks for the user about the tokens and modules that are trained beside the adapter."""
+    notes = []
+    rows = TrainedRows.of(model)
+    for module in list(rows.values())[:1]:
+        tokens = listed(
+            [f"{tokenizer.convert_ids_to_tokens(number)} ({number})" for number in module.ids], most=8
+        )
+        had = len(module.base.weight)
+        added = f"; they extend {had:,} rows to {module.size:,}" if module.size > had else ""
+        notes.append(f"train_tokens: rows of {tokens} in {' and '.join(rows)}{added}")
+    if whole := whole_modules(model):
+        notes.append(f"train_modules: {listed(list(whole), most=8)}")
+    inside = sum(any(p.requires_grad for p in layer.parameters()) for layer in unfused_layers(model))
+    if whole and inside:
+        notes.append(
+            f"{inside} decoder layers with modules trained as a whole run transformers' own forward pass, which keeps "
+            "more activations than qlora's"
+        )
+    return notes
 
 
 def checkpointed(recipe: Recipe, layers: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.model import document_bounds, varlen_attention
-from qlora.model.head import decoder_of, head_of
+from qlora.model.head import decoder_of, embedding_of, head_of
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import linear_cross_entropy
 from qlora.ops.dropout import set_row_positions
@@ -44,7 +44,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     separate the documents of a packed row.
     """
     device = next(model.parameters()).device
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = embedding_of(model)
     more: dict[str, object] = {}
     lengths = batch.row_lengths
     starts: Sequence[int] = range(0, batch.input_ids.numel(), batch.input_ids.shape[1])
@@ -94,4 +94,5 @@ def loss_sum(model: nn.Module, batch: Batch, *, loss_chunk: int | None = None) -
             logit_scale=head.logit_scale,
             chunk=loss_chunk,
             supervised=batch.supervised,  # known on the host, so the GPU is not synchronized
+            rows=head.rows,
         )

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Batch
 from qlora.errors import ModelError, RecipeError
-from qlora.model.head import head_of
+from qlora.model.head import embedding_of, head_of
 from qlora.model.offload import HostEmbedding
 from qlora.objective.apart import check_packing, read_documents_if_apart
 from qlora.objective.causal_lm import loss_sum
@@ -64,8 +65,7 @@ def check_head(model: nn.Module) -> None:
         try:
             ours = loss_sum(model, batch).item()
         except RuntimeError as error:
-            embedding = model.get_input_embeddings()  # type: ignore[operator]
-            if not isinstance(embedding, HostEmbedding):
+            if not isinstance(embedding_of(model), HostEmbedding):
                 raise
             raise RecipeError(
                 f"base.embedding: {type(model).__name__} needs the token ids on the GPU, so remove this key "
@@ -86,19 +86,24 @@ def check_head(model: nn.Module) -> None:
 @contextmanager
 def _head_enlarged(model: nn.Module) -> Iterator[None]:
     """Multiply the output head by a power of two within the context, which changes and restores exactly."""
-    weight = head_of(model).weight
-    weight.mul_(ENLARGED)
+    head = head_of(model)
+    weights = [head.weight] if head.rows is None else [head.weight, head.rows.values]
+    for weight in weights:
+        weight.mul_(ENLARGED)
     try:
         yield
     finally:
-        weight.div_(ENLARGED)
+        for weight in weights:
+            weight.div_(ENLARGED)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
     """Raise ModelError if the tokenizer has more tokens than the embedding of the base `name` has rows."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.size if isinstance(embedding, TrainedRows) else embedding.weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
             f"base.model: the tokenizer of {name!r} has {len(tokenizer)} tokens, but the embedding only {rows} rows. "
-            "The tokenizer belongs to another model; use this model's own tokenizer"
+            "The tokenizer belongs to another model: use this model's own. If its last tokens are new, train their "
+            "rows with adapter.train_tokens=new"
         )

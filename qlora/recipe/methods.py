@@ -1,5 +1,6 @@
 """Facts about each adapter method that a recipe needs; the methods themselves are in `qlora.adapter.methods`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern")
@@ -48,7 +49,25 @@ METHODS = {
         unused=("alpha", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern", *BUDGET_KEYS),
     ),
     "full": MethodFacts(
-        "all weights trained", frozen_base=False, unused=(*LOW_RANK_KEYS, *BUDGET_KEYS, "targets")
+        "all weights trained",
+        frozen_base=False,
+        unused=(*LOW_RANK_KEYS, *BUDGET_KEYS, "targets", "train_tokens", "train_modules"),
     ),
     "bitfit": MethodFacts("biases of {targets}", unused=(*LOW_RANK_KEYS, *BUDGET_KEYS)),
 }
+
+
+def summary_of(
+    facts: MethodFacts,
+    rank: int,
+    targets: str | Sequence[str],
+    tokens: str | Sequence[str],
+    modules: Sequence[str],
+) -> str:
+    """Return a short description of the trained parameters: those of the method, and tokens and modules beside it."""
+    layers = targets if isinstance(targets, str) else f"{len(targets)} targets"
+    parts = [facts.summary.format(rank=rank, targets=layers)]
+    if tokens:
+        count = f"{len(tokens)} token{'s' * (len(tokens) != 1)}"
+        parts.append(f"rows of {'new tokens' if tokens == 'new' else count}")
+    return ", ".join([*parts, *modules])

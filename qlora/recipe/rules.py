@@ -285,7 +285,9 @@ def _raw_pairs(settings: Settings) -> Iterator[KeyProblem]:
 
 
 def _patterns(settings: Settings) -> Iterator[KeyProblem]:
-    for key in ("adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern"):
+    for key in (
+        "adapter.targets", "adapter.rank_pattern", "adapter.alpha_pattern", "adapter.train_modules",
+    ):  # fmt: skip
         entries = settings.get(key, ())
         for entry in () if isinstance(entries, str) else entries:
             if reason := _not_a_pattern(entry):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from qlora.formats import FORMATS
-from qlora.recipe.methods import METHODS, MethodFacts
+from qlora.recipe.methods import METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
 from qlora.recipe.section import Count, CountOrZero, Decay, Positive, PositiveOrZero, Section, Text
@@ -75,6 +75,10 @@ class Adapter(Section):
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Positive] = {}
     """Alpha of the modules whose name matches the suffix or regular expression; the first match applies."""
+    train_tokens: Literal["new"] | list[Text] = []
+    """Tokens whose rows of embedding and head are trained too; new: control tokens of the template without a token."""
+    train_modules: list[Text] = []
+    """Modules trained as a whole, such as norm, lm_head or score: suffixes and regular expressions of their names."""
     budget: RankBudget = RankBudget()
     """AdaLoRA's budget of ranks."""
 
@@ -96,8 +100,7 @@ class Adapter(Section):
     @property
     def summary(self) -> str:
         """Short description of the trained parameters, for reports."""
-        targets = self.targets if isinstance(self.targets, str) else f"{len(self.targets)} targets"
-        return self.facts.summary.format(rank=self.rank, targets=targets)
+        return summary_of(self.facts, self.rank, self.targets, self.train_tokens, self.train_modules)
 
 
 class Source(Section):

@@ -18,6 +18,7 @@ from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
 from qlora.model.load import load_config, load_tokenizer
 from qlora.model.progress import is_on_hub
+from qlora.model.tokens import tokenizer_of
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
@@ -197,7 +198,7 @@ def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
             f"the rows: {section.names} is not a local file; `qlora data` downloads and reads it"
         )
         return None, False
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = tokenizer_of(recipe)
     file = None if section.source is None else Path(section.source)
     large = file is not None and file.is_file() and file.stat().st_size > LARGE_BYTES
     whole = not large or section.limit is not None

@@ -5,9 +5,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from qlora.adapter.trained_parts import whole_parameters
 from qlora.data import Batches, Dataset, remarks
 from qlora.memory import measure
 from qlora.memory.run_memory import RunMemory
+from qlora.model.head import embedding_of
 from qlora.model.load import compute_dtype
 from qlora.model.precision import precision_of
 from qlora.quantization.transformers_loader import as_stored
@@ -115,7 +117,7 @@ def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
         name=base.model,
         revision=base.revision,
         init=base.init,
-        parameters=everything - trained if adapter.facts.frozen_base else everything,
+        parameters=everything - trained + whole_parameters(model),
         precision=_precision(as_stored(base, model.config)),
         compute_dtype=str(compute_dtype(base, device)).removeprefix("torch."),
         kept=precision_of(model).line() if base.quantization == "nf4" else "",
@@ -132,7 +134,7 @@ def _numbers(parameter: nn.Parameter) -> int:
 
 def _embedding_on_host(model: nn.Module) -> int:
     """Return the number of weights of an input embedding that is kept on the host, as no parameter of the model."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    weight = embedding_of(model).weight
     return 0 if isinstance(weight, nn.Parameter) else weight.numel()
 
 

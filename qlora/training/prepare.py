@@ -14,9 +14,10 @@ from qlora.errors import DataError, ModelError, RecipeError
 from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
-from qlora.model.load import load_config, load_tokenizer
-from qlora.model.prepare import build
+from qlora.model.load import load_config
+from qlora.model.prepare import build, part_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
+from qlora.model.tokens import tokenizer_of
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
 from qlora.quantization.transformers_loader import overruled_settings
@@ -53,7 +54,7 @@ def prepare(
     """
     device, startup = processes.device, startup or silent()
     with startup.stage("reading the data") as progress:
-        tokenizer = load_tokenizer(recipe.base)
+        tokenizer = tokenizer_of(recipe)
         dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
     _check_same_rows(processes, dataset)
     notes = overruled_settings(recipe.base, load_config(recipe.base))
@@ -86,7 +87,7 @@ def prepare(
     memory = memory.with_watch(model, optimizer, course, every_step=watch_all)
     return Session(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
-        [*notes, *method.notes(model)], startup,
+        [*notes, *method.notes(model), *part_notes(model, tokenizer)], startup,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ float32. Rounding changes an element of B by a relative error of at most 2^-24 i
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from qlora.adapter.algebra.low_rank import LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
-from qlora.errors import ModelError
+from qlora.errors import ModelError, listed
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ def compose(
         The new adapter, and the error of each layer by name.
 
     Raises:
-        ModelError: the adapters were trained on different bases, or a layer has different shapes in them.
+        ModelError: the adapters were trained on different bases, a layer has different shapes in them, or one of
+            several has tokens or modules trained beside it.
     """
     adapters = [adapter for adapter, _ in parts]
     if not any_base:
         _check_bases(adapters)
+    _check_parts(adapters)
     layers, deviations = {}, {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
         terms = [weight * adapter.layers[name].update for adapter, weight in parts if name in adapter.layers]
@@ -89,7 +91,7 @@ def compose(
         deviations[name] = ApproximationError.between(layers[name], exact)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
     notes = dict.fromkeys(adapter.note for adapter in adapters if adapter.note)
-    return Adapter(config, layers, adapters[0].extra_files, "; ".join(notes) or None), deviations
+    return replace(adapters[0], config=config, layers=layers, note="; ".join(notes) or None), deviations
 
 
 def compress(
@@ -135,6 +137,14 @@ def _check_bases(adapters: Sequence[Adapter]) -> None:
                 f"the adapters were trained on different bases, which differ in {difference}. Combine adapters "
                 "of one base, or allow different bases with --any-base"
             )
+
+
+def _check_parts(adapters: Sequence[Adapter]) -> None:
+    if len(adapters) > 1 and (parts := [name for adapter in adapters for name in adapter.parts]):
+        raise ModelError(
+            f"an adapter has tokens or modules trained beside it ({listed(parts)}). They replace those of the base, "
+            "so a weighted sum has no meaning; combine adapters without them, or merge this one into its base first"
+        )
 
 
 def _check_shapes(name: str, terms: Sequence[LowRank], layers: Sequence[Layer]) -> None:

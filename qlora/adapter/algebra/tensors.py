@@ -28,8 +28,9 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, named_tensors
+from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
 from qlora.adapter.store import method_for
+from qlora.adapter.trained_parts import part_names, without_parts
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
@@ -114,6 +115,8 @@ class Adapter:
     """content of the text files that are copied along, by name"""
     note: str | None = None
     """remark for the user about what reading changed"""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """tensors trained beside the adapter (rows of tokens, whole modules), by their names in the file"""
 
     @property
     def base(self) -> str | None:
@@ -138,14 +141,19 @@ def read(path: str | Path) -> Adapter:
             match.
     """
     folder = adapter_folder(path)
-    config, pairs = method_in(folder).as_lora(folder)
+    method = method_in(folder)
+    config, pairs = method.as_lora(folder)
+    parts = part_names(folder, config, [suffix for kind in method.layers for suffix in kind.SAVED])
     if not pairs:
         raise ModelError(
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
-    adapter = replace(without_layers(folder, config), layers=layers)
+    beside = load_file(folder / TENSORS_FILE) if parts else {}
+    adapter = replace(
+        without_layers(folder, config), layers=layers, parts={name: beside[name] for name in parts}
+    )
     values = InitialValues.stored(folder)
     if values is None:
         return adapter
@@ -173,7 +181,7 @@ def method_in(folder: Path) -> AdapterMethod:
     file = folder / CONFIG_FILE
     config = read_fields(file)
     method = method_for(config, file)
-    method.check(config, file)
+    method.check(without_parts(config, file), file)
     return method
 
 
@@ -195,6 +203,7 @@ def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -
     """
     folder = Path(path)
     tensors = named_tensors({name: layer.tensors for name, layer in adapter.layers.items()})
+    tensors |= finite(adapter.parts)
     fields = _config(adapter)
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     if diffusers is not None:
@@ -240,7 +249,7 @@ def _on_the_unchanged_base(adapter: Adapter, values: InitialValues, folder: Path
         f"the adapter of {values.spec.init} is converted to the unchanged base{away}; its rank is doubled, and holds "
         "only what was learned"
     )
-    return Adapter({**adapter.config, "init_lora_weights": True}, layers, files, note)
+    return Adapter({**adapter.config, "init_lora_weights": True}, layers, files, note, adapter.parts)
 
 
 def _correction(values: InitialValues, folder: Path) -> str:

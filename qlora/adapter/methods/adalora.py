@@ -30,6 +30,7 @@ from qlora.adapter.peft_tensors import SUFFIX_A as LORA_A
 from qlora.adapter.peft_tensors import SUFFIX_B as LORA_B
 from qlora.adapter.peft_tensors import read_layers
 from qlora.adapter.targets import features, select
+from qlora.adapter.trained_parts import part_names, without_parts
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
@@ -237,8 +238,9 @@ class Adalora(AdapterMethod):
         """Read the adapter as LoRA of scaling 1, with E and the scaling in A. Layers without a triplet are left out."""
         file = folder / CONFIG_FILE
         config = read_fields(file)
-        self.check(config, file)
-        stored, _ = read_layers(folder, [list(AdaloraLinear.SAVED)])
+        self.check(without_parts(config, file), file)
+        suffixes = list(AdaloraLinear.SAVED)
+        stored, _ = read_layers(folder, [suffixes], part_names(folder, config, suffixes))
         factors = {name: self.spec(config, name, file).factor for name in stored}
         pairs = {
             name: {

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter import trained_parts
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear, wrap
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.initial import InitialValues, start_from_weights
+from qlora.adapter.initial import InitialValues, start_values
 from qlora.adapter.lora_conv import LoRAConv
 from qlora.adapter.lora_embedding import LoRAEmbedding
 from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
@@ -153,7 +154,9 @@ class Lora(AdapterMethod):
 
     def as_lora(self, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """Read config and tensors."""
-        return read_config(folder / CONFIG_FILE), read_pairs(folder)
+        config = read_config(folder / CONFIG_FILE)
+        suffixes = [suffix for kind in self.layers for suffix in kind.SAVED]
+        return config, read_pairs(folder, trained_parts.part_names(folder, config, suffixes))
 
     def targets(
         self, model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Any], file: Path
@@ -196,6 +199,7 @@ def adapt(
     spec: LoraSpec | None = None,
     *,
     seed: int = 0,
+    train_modules: Sequence[str] = (),
     layers: Sequence[type[LowRankLayer]] = LAYERS,
 ) -> nn.Module:
     """Freeze `model` and wrap its target layers in `LoRALinear`, `LoRAConv` or `LoRAEmbedding`, in place.
@@ -207,14 +211,18 @@ def adapt(
         model: any `nn.Module` with linear layers, convolutions or embeddings, also on the meta device.
         spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
         seed: seed of the initial A of each layer.
+        train_modules: modules trained as a whole beside the adapter, such as a new head: names, last parts of names, or
+            regular expressions. They are saved with the adapter.
         layers: classes of the adapted layers; the first one that is for a target's kind of layer adapts it.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: the model has an adapter already, or `init` needs 16-bit weights that it does not have.
-        UsageError: the targets or a pattern match no layer, or a layer on which LoRA or `init` is not defined.
+        ModelError: the model has an adapter already, `init` needs 16-bit weights that it does not have, or a module of
+            `train_modules` cannot be trained.
+        UsageError: the targets, a pattern or an entry of `train_modules` match nothing, or a layer on which LoRA or
+            `init` is not defined.
 
     Examples:
         >>> model = adapt(model, LoraSpec(rank=16, targets="all-linear"))
@@ -233,7 +241,7 @@ def adapt(
             )
     for name in names:
         _check_target(name, model.get_submodule(name), spec, layers)
-    values = start_from_weights(model, spec, seed) if spec.init in FROM_WEIGHTS else None
+    values = start_values(model, spec, seed)
     use_nf4_linears(model.requires_grad_(False))
     modules = {name: model.get_submodule(name) for name in names}
     drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
@@ -243,7 +251,7 @@ def adapt(
     }
     if values is not None:
         values.fill(adapted)
-    return wrap(model, adapted)
+    return trained_parts.train_modules(wrap(model, adapted), train_modules, spec.targets)
 
 
 def _check_target(name: str, module: nn.Module, spec: LoraSpec, layers: Sequence[type[LowRankLayer]]) -> None:
