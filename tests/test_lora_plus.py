@@ -79,6 +79,7 @@ def test_its_memory_is_forecast(tmp_path: Path) -> None:
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))
 
 
+@pytest.mark.slow
 def test_the_header_names_both_rates_and_a_resumed_run_ends_with_the_same_adapter(
     recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
