@@ -25,9 +25,10 @@ from qlora.adapter import (
     save_adapter,
     trainable_parameters,
 )
+from qlora.adapter.algebra import tensors
 from qlora.adapter.merge import merge_adapter
 from qlora.adapter.methods import ADAPTERS, METHODS
-from qlora.adapter.trained_parts import train_modules
+from qlora.adapter.trained_parts import describe_parts, train_modules, trained_parts
 from qlora.adapter.trained_rows import EmbeddingRows, HeadRows, TrainedRows, train_rows
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.errors import ModelError, RecipeError, UsageError
@@ -220,6 +221,10 @@ def test_every_method_can_have_tokens_and_modules_beside_it(tmp_path: Path, meth
     loaded = load_adapter(tiny().eval(), tmp_path)
     assert torch.equal(loaded(input_ids=tokens).logits, wanted)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == trainable_parameters(model).keys()
+    if METHODS[method].why_no_sum is None:  # the algebra of low-rank products keeps them
+        read = tensors.read(tmp_path)
+        assert read.parts.keys() == trained_parts(model).keys()
+        assert len(describe_parts(read.config)) == 2
 
 
 def test_an_adapter_with_other_rows_does_not_replace_those_of_a_model(tmp_path: Path) -> None:

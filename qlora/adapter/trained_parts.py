@@ -160,9 +160,14 @@ def merge_parts(model: nn.Module) -> None:
     merge_rows(model)
 
 
+def fields_of_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an adapter_config.json that name parts trained beside the adapter."""
+    return {field: config[field] for field in (TOKENS, MODULES) if config.get(field)}
+
+
 def has_parts(config: Mapping[str, Any]) -> bool:
     """Return True if the fields of an adapter_config.json name parts trained beside the adapter."""
-    return bool(config.get(TOKENS) or config.get(MODULES))
+    return bool(fields_of_parts(config))
 
 
 def part_names(folder: Path, config: Mapping[str, Any], suffixes: Collection[str]) -> list[str]:

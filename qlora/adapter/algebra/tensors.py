@@ -30,7 +30,7 @@ from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
 from qlora.adapter.store import method_for
-from qlora.adapter.trained_parts import part_names, without_parts
+from qlora.adapter.trained_parts import fields_of_parts, part_names, without_parts
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
@@ -143,7 +143,8 @@ def read(path: str | Path) -> Adapter:
     folder = adapter_folder(path)
     method = method_in(folder)
     config, pairs = method.as_lora(folder)
-    parts = part_names(folder, config, [suffix for kind in method.layers for suffix in kind.SAVED])
+    config = {**config, **fields_of_parts(fields := read_fields(folder / CONFIG_FILE))}
+    parts = part_names(folder, fields, [suffix for kind in method.layers for suffix in kind.SAVED])
     if not pairs:
         raise ModelError(
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
