@@ -218,6 +218,20 @@ def test_what_the_adapter_does_not_hold_is_not_lost_in_silence(tmp_path: Path) -
     )  # only the dtype differs
 
 
+def test_a_merged_model_no_longer_has_the_identity_of_its_checkpoint(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = load_base(section(tiny_llama, quantization="none"))
+    before = saved(model, tmp_path)
+    for layer in lora_layers(model).values():
+        layer.lora_b.data.fill_(0.1)
+    after = BaseIdentity.of(merge_adapter(model))
+    assert after.weights != before.weights
+    assert after.name is None
+    with pytest.raises(ModelError, match="differ in weights"):
+        load_adapter(model, tmp_path)
+
+
 def test_a_merged_network_is_another_base(tmp_path: Path) -> None:
     model = trained_steps(adapt(seeded().eval(), LoraSpec(targets=["0"], rank=2, dtype=torch.float32)))
     save_adapter(model, tmp_path)

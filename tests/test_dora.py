@@ -28,6 +28,7 @@ from qlora.memory.workload import assumed
 from qlora.ops.dora_linear import dora_linear, row_norms, row_squares
 from qlora.ops.dropout import draw
 from qlora.ops.products import Linear, Update
+from qlora.optim import Optimizer
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -69,6 +70,28 @@ def test_row_norms_need_no_dense_product() -> None:
     opposite = row_norms(-2 * b @ a, row_squares(-2 * b @ a), Update(a, b), 2.0)  # W + s B A = 0
     assert (opposite > 0).all()
     assert (opposite < 0.05).all()
+
+
+def test_norms_that_generation_keeps_are_forgotten_when_the_adapter_changes() -> None:
+    layer, x = DoraLinear(nn.Linear(8, 6), LoraSpec(rank=4, dtype=torch.float32)).eval(), torch.randn(1, 8)
+
+    def checked() -> None:
+        with torch.no_grad():
+            for _ in range(2):  # the second time with the norms of the first
+                wanted = F.linear(x, layer.merged_weight(), layer.base.bias)
+                torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+
+    checked()
+    nn.init.normal_(layer.lora_b)  # in place, as by loading another adapter
+    checked()
+    layer.lora_a = nn.Parameter(torch.randn(4, 8))
+    checked()
+    optimizer = Optimizer(
+        trainable_parameters(layer), name="adamw"
+    )  # it changes flat storage, not the parameters
+    layer(x).square().sum().backward()
+    optimizer.step(0.5)
+    checked()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

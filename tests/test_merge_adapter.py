@@ -84,6 +84,7 @@ def test_a_tied_embedding_is_untied_so_that_the_saved_model_is_the_merged_one(tm
     merge_adapter(model)
     assert torch.equal(model.lm_head.weight, head)
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    assert model.config.tie_word_embeddings is False  # a reader of the files would tie the head otherwise
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=1e-5)

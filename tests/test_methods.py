@@ -16,6 +16,7 @@ from qlora.adapter.algebra import compose, tensors
 from qlora.adapter.algebra.changes import changes
 from qlora.adapter.methods import METHODS, AdapterMethod
 from qlora.adapter.methods.adalora import AdaloraLinear
+from qlora.adapter.trained_parts import train_modules
 from qlora.cli.adapter import inspect
 from qlora.data import Prompts
 from qlora.errors import ModelError, UsageError
@@ -92,6 +93,7 @@ def test_changes_are_measured_and_sums_are_refused(
 ) -> None:
     base = base_on_disk(tmp_path / "base", tiny_llama)
     model = adapted(LlamaForCausalLM.from_pretrained(tiny_llama), method, 0.1)
+    train_modules(model, ["model.norm"])
     save_adapter(model, tmp_path / "a", base_model=base.model)
     layers = AdaptedLayer.of(model)
     found = changes(tmp_path / "a", ShardReader(tmp_path / "base"))
@@ -110,11 +112,25 @@ def test_changes_are_measured_and_sums_are_refused(
     ):
         tensors.read(tmp_path / "a")
     inspect(tmp_path / "a", base=str(tmp_path / "base"))
-    assert "norm of change" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "norm of change" in printed
+    assert "modules trained as a whole beside the adapter: model.norm" in printed
     inspect(tmp_path / "a", base=str(tmp_path / "base"), json_output=True)
     assert json.loads(capsys.readouterr().out)["layers"].keys() == layers.keys()
     with pytest.raises(UsageError, match="--picture draws spectra, and this adapter has none, because"):
         inspect(tmp_path / "a", picture=tmp_path / "a.png")
+
+
+def test_changes_on_another_base_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    base = base_on_disk(tmp_path / "base", tiny_llama)
+    saved(base, "dora", tmp_path / "a")
+    other = LlamaForCausalLM.from_pretrained(tiny_llama)
+    other.model.layers[0].mlp.up_proj = nn.Linear(64, 96, bias=False)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ModelError, match=r"up_proj\.lora_B\.weight is \[128, 8\], and the base needs \[96, 8\]"
+    ):
+        changes(tmp_path / "a", ShardReader(tmp_path / "other"))
 
 
 def test_adalora_composes_as_lora(tiny_llama: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.methods import claims, e2e, experiments, ledger, pictures, report, rows, simulated
+from benchmarks.methods.__main__ import main
 from benchmarks.methods.adapter_layers import WIDTH, AdapterLayers
 from benchmarks.methods.cell import Cell, Setting
 from benchmarks.methods.generation import CACHE, greedy
@@ -128,6 +129,38 @@ def test_a_damaged_line_inside_is_not_guessed(tmp_path: Path) -> None:
         ledger.read(file)
 
 
+def test_a_run_continues_after_a_broken_cell_and_tries_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = [Setting.of("lora", optimizer__lr=lr) for lr in (1.0, 2.0, 4.0)]
+    one = experiments.Experiment("one", "?", {"LoRA": grid})
+    monkeypatch.setattr(experiments, "experiments", lambda: [one])
+    monkeypatch.setattr("benchmarks.methods.__main__._threads", lambda _: None)
+    monkeypatch.setattr("benchmarks.methods.base.make", lambda *_: None)
+    monkeypatch.setattr("benchmarks.methods.base.digest", lambda _: "b")
+    monkeypatch.setattr("benchmarks.methods.machine.where", lambda _: {})
+    ran: list[Cell] = []
+
+    def train(cell: Cell, *_: object) -> dict[str, object]:
+        ran.append(cell)
+        if cell.setting == grid[0] and len(ran) == 1:
+            raise ValueError("broken")
+        return record(cell, 2.0 - (cell.setting == grid[1]))
+
+    monkeypatch.setattr("benchmarks.methods.training.run", train)
+    file, data = tmp_path / "cells.jsonl", write_data(tmp_path / "e2e")
+    command = ["methods", "run", "--data", str(data), "--ledger", str(file), "--cache", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    assert main() == 1
+    assert "FAILED one" in capsys.readouterr().err
+    assert [cell.setting for cell in ran] == grid
+    monkeypatch.setattr("sys.argv", [*command, "--part", "1/1"])
+    assert main() == 0
+    assert ran[3:] == [Cell(grid[0], 0), *(Cell(grid[1], seed) for seed in experiments.SEEDS)]
+    assert main() == 0
+    assert len(ran) == len(ledger.read(file)) + 1 == 9
+
+
 # statistics
 
 
@@ -193,7 +226,11 @@ def test_a_claimed_equality_needs_the_whole_interval(gaps: list[float], verdict:
 
 def test_a_table_without_cells_judges_nothing() -> None:
     tables = {experiment.name: {} for experiment in experiments.experiments()}
-    assert {one.verdict for one in claims.verdicts(tables, None)} == {claims.WAITS, claims.SIZE}
+    judged = claims.verdicts(tables, None)
+    assert {one.verdict for one in judged} == {claims.WAITS, claims.SIZE}
+    page = "\n".join(report.markdown(experiments.experiments(), tables, {}, None, judged, []))
+    assert "**No cell has run yet.**" in page
+    assert page.count("Not run yet.") == len(tables) - 1
 
 
 def test_the_page_is_made_of_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +365,19 @@ def test_the_halves_of_the_training_set_share_no_facts(tmp_path: Path) -> None:
     assert data.base
     assert data.training_rows(1, 9) == data.training_rows(1, 9) != data.training_rows(2, 9)
     assert data.test["name[Eagle 0], area[riverside]"] == ["Eagle 0 is by the river."] * 2
+    assert {row["prompt"] for row in e2e.base_rows(data.base)} & {pair.mr for pair in data.tune} == set()
     with pytest.raises(SystemExit, match=r"trainset\.csv: missing"):
         e2e.E2E.read(tmp_path)
+
+
+def test_the_base_reads_the_facts_in_two_other_forms() -> None:
+    mr = "name[Zizzi], eatType[pub], customer rating[5 out of 5], familyFriendly[no], near[Café Rouge]"
+    reverse, listed = e2e.base_rows([e2e.Pair(mr, "Zizzi is a pub.")])
+    assert reverse == {"prompt": "Zizzi is a pub.", "completion": mr}
+    assert listed["completion"] == "Zizzi is a pub."
+    assert sorted(listed["prompt"].split("; ")) == [
+        "children welcome: no", "kind: pub", "name: Zizzi", "near: Café Rouge", "rating: 5 out of 5",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -152,6 +152,8 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.alpha": st.none() | st.floats(1e-3, 1e3),
     "adapter.scaling": st.sampled_from(["alpha/rank", "alpha"]),
     "adapter.targets": st.just("all-linear") | st.lists(TEXT.map(re.escape), min_size=1, max_size=3),
+    "adapter.train_tokens": st.just("new") | st.lists(TEXT, max_size=2),
+    "adapter.train_modules": st.lists(TEXT.map(re.escape), max_size=2),
     "adapter.rank_pattern": st.dictionaries(TEXT.map(re.escape), COUNT, max_size=2),
     "data.source": st.just("bundled/tickets/train.jsonl") | TEXT,
     "data.format": st.sampled_from(sorted(FORMATS)),

@@ -111,7 +111,10 @@ def test_the_loss_with_a_cap_a_scale_and_more_tokens_is_that_of_the_logits() -> 
     """Gemma 2 caps its logits, and scales its embeddings."""
     model = AutoModelForCausalLM.from_config(config("gemma2", num_hidden_layers=2))
     rows = model.get_input_embeddings().weight.shape[0]
+    known = torch.tensor([[5, 1, 2, 3]])
+    before = model.eval()(input_ids=known).logits
     train_rows(adapt(model), [5, rows, rows + 1], {rows: [1, 2], rows + 1: []})
+    torch.testing.assert_close(model(input_ids=known).logits[..., :rows], before, rtol=1e-4, atol=1e-5)
     check_head(model)  # raises unless our loss is that of the model's own logits
     ids = torch.tensor([[5, 1, rows, 2, rows + 1, 3]])
     output = model(input_ids=ids).logits
@@ -380,6 +383,15 @@ def test_commands_know_the_tokens_of_a_run(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/base\nHi\n"))
     answered = qlora("chat", run)
     assert answered.returncode == 0, answered.stderr
+    plain = train(
+        Recipe.load(recipe_file(output=str(tmp_path / "plain"), training={"max_steps": 1})), terminal=False
+    )
+    refused = qlora("chat", plain.run, "--adapter", f"tokens={run}")
+    assert refused.returncode == 4
+    assert "trained with another tokenizer than the one of this chat" in " ".join(refused.stderr.split())
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/adapter plain\nHi\n"))
+    both = qlora("chat", run, "--adapter", f"plain={plain.run}")
+    assert both.returncode == 0, both.stderr
 
 
 @pytest.mark.parametrize(

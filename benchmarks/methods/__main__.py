@@ -105,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     from benchmarks.methods.base import digest, make
     from benchmarks.methods.e2e import E2E
     from benchmarks.methods.machine import where
+    from qlora.errors import QloraError
 
     _threads(arguments.threads)
     began = time.monotonic()
@@ -112,22 +113,33 @@ def run(arguments: argparse.Namespace) -> int:
     make(data, arguments.cache)
     place, listed = where(arguments.threads) | {"base": digest(arguments.cache)}, _chosen(arguments.only)
     part, parts = map(int, arguments.part.split("/"))
-    slowest = 0.0
+    slowest, failed = 0.0, set[str]()
     while True:
         records = ledger.of_base(ledger.read(arguments.ledger), place["base"])
-        mine = (
-            (name, cell)
-            for name, cell in experiments.plan(records, listed)
-            if int(cell.key, 16) % parts == part - 1
+        name, cell = next(
+            (
+                (name, cell)
+                for name, cell in experiments.plan(records, listed)
+                if int(cell.key, 16) % parts == part - 1 and cell.key not in failed
+            ),
+            ("", None),
         )
-        name, cell = next(mine, ("", None))
         left = (
             float("inf") if arguments.minutes is None else 60 * arguments.minutes - (time.monotonic() - began)
         )
         if cell is None or left < slowest:
             print("nothing left to run" if cell is None else "no time left for another cell", file=sys.stderr)
-            return 0
-        record = training.run(cell, data, arguments.cache)
+            return 1 if failed else 0
+        try:
+            record = training.run(cell, data, arguments.cache)
+        except (QloraError, RuntimeError, ValueError) as error:  # one broken method must not stop the night
+            failed.add(cell.key)
+            print(
+                f"FAILED {name} {cell.as_json()}: {error!r}. The next run tries it again",
+                file=sys.stderr,
+                flush=True,
+            )
+            continue
         ledger.append(arguments.ledger, record | place)
         slowest = max(slowest, record["seconds"])
         print(_line(name, record), file=sys.stderr, flush=True)

@@ -162,6 +162,10 @@ def _dials(tables: Tables) -> Iterator[Verdict]:
     alpha, half, twice = (tables["alpha"].get(f"alpha = {name}") for name in ("r", "r/2", "2r"))
     yield differs("alpha = r/2 is weaker than r [D3]", half, alpha, positive)
     yield differs("alpha = 2r is stronger than r [D3]", twice, alpha, negative)
+    high, root = (tables["high-rank"].get(label) for label in ("alpha/rank", "alpha/sqrt(rank)"))
+    yield differs(
+        "rsLoRA is better at r = 64 with alpha and rate of r = 8 (arXiv:2312.03732)", root, high, negative
+    )
     targets = {label.partition(",")[0]: result for label, result in tables["targets"].items()}
     every, attention = targets.get("all linears"), targets.get("attention")
     yield equals("q, k, v and o are best practice [D3]: as good as all linears", attention, every)

@@ -1,18 +1,28 @@
 """E2E NLG (Novikova et al. 2017, arXiv:1706.09254): restaurant facts (MR, meaning representation) and sentences.
 
-A hash of the MR divides the training set into two halves without a common MR. The base reads the first half in the
-other direction, sentence to MR (`base.py`). Fine-tuning learns MR to sentence on rows of the second half. Held-out loss
-comes from the development set, and answers are scored against all references of the official test set.
+A hash of the MR divides the training set into two halves without a common MR. The base reads the first half as sentence
+to MR, and as a list of facts in another notation to sentence (`base.py`). Fine-tuning learns MR to sentence on rows of
+the second half. Held-out loss comes from the development set, and answers are scored against all references of the
+official test set.
 """
 
 import csv
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+FACT = re.compile(r"([A-Za-z ]+)\[([^\]]*)\](?:, )?")
+NAMES = {
+    "eatType": "kind",
+    "priceRange": "price",
+    "customer rating": "rating",
+    "familyFriendly": "children welcome",
+}
+"""names of facts in lists, which differ from those in MRs"""
 SHUFFLE = 2021  # fixed: every cell is judged on the same held-out rows and the same test MRs
 
 
@@ -85,6 +95,18 @@ def as_row(pair: Pair) -> dict[str, str]:
     return {"prompt": pair.mr, "completion": pair.ref}
 
 
-def reversed_rows(pairs: Sequence[Pair]) -> list[dict[str, str]]:
-    """Return the rows that the base reads: sentence to MR."""
-    return [{"prompt": pair.ref, "completion": pair.mr} for pair in pairs]
+def base_rows(pairs: Sequence[Pair]) -> list[dict[str, str]]:
+    """Return the rows that the base reads, two for each pair: sentence to MR, and a list of facts to sentence."""
+    draws = random.Random(SHUFFLE)
+    rows = []
+    for pair in pairs:
+        rows.append({"prompt": pair.ref, "completion": pair.mr})
+        rows.append({"prompt": as_list(pair.mr, draws), "completion": pair.ref})
+    return rows
+
+
+def as_list(mr: str, draws: random.Random) -> str:
+    """Return the facts of an MR in a random order and another notation, as in `food: Italian; name: Zizzi`."""
+    facts = [(NAMES.get(key, key), value) for key, value in FACT.findall(mr)]
+    draws.shuffle(facts)
+    return "; ".join(f"{key}: {value}" for key, value in facts)

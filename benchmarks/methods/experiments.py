@@ -110,6 +110,11 @@ def experiments() -> list[Experiment]:
         Experiment("targets", "Which layers, at equal numbers of parameters?", _targets()),
         Experiment("batch", "Does LoRA tolerate large batches less?", _batches()),
         Experiment("alpha", "Which alpha?", _alphas()),
+        Experiment(
+            "high-rank",
+            "Which scaling at r = 64, if alpha and learning rate stay those of r = 8?",
+            _high_rank(),
+        ),
         Experiment("init", "Which initialisation?", _initialisations()),
     ]
     return [_trainable(experiment) for experiment in made]
@@ -155,10 +160,17 @@ def matched_rank(label: str) -> int:
 def _alphas() -> dict[str, list[Setting]]:
     alphas = {"1": 1.0, "r/2": RANK / 2, "r": None, "2r": 2.0 * RANK, "4r": 4.0 * RANK}
     fixed = LORA.but(optimizer__lr=NEAR[1])
-    return {
+    found = {
         f"alpha = {name}": [fixed if alpha is None else fixed.but(adapter__alpha=alpha)]
         for name, alpha in alphas.items()
     }
+    plain = fixed.but(adapter__scaling="alpha", adapter__alpha=float(RANK))
+    return found | {"alpha = r, not divided by r": [plain]}
+
+
+def _high_rank() -> dict[str, list[Setting]]:
+    high = LORA.but(adapter__rank=RANKS[-1], adapter__alpha=float(RANK), optimizer__lr=NEAR[1])
+    return {"alpha/rank": [high], "alpha/sqrt(rank)": [high.but(adapter__scaling="alpha/sqrt(rank)")]}
 
 
 def _initialisations() -> dict[str, list[Setting]]:

@@ -25,7 +25,7 @@ def write(tables: Mapping[str, Table], folder: Path) -> list[str]:
     }
     written = []
     for name, (draw, wanted) in drawn.items():
-        if all(len(table) > 1 for table in wanted):
+        if all(len(table) > 2 for table in wanted):
             (folder / name).write_bytes(draw(*wanted))
             written.append(name)
     return written

@@ -2,8 +2,8 @@
 
 Every attention also attends to `LENGTH` trained keys and values that precede the text. They start at the keys and
 values of real tokens, as in section 7.4 of the paper. The model does therefore not start at the base. The paper's MLP
-that computes the prefix during training is left out: the keys and values themselves are trained, as in the embedding
-ablation of its section 7.2 and as in P-Tuning v2 (Liu et al. 2022).
+that computes the prefix during training (section 4.3) is left out: the keys and values themselves are trained, as in
+P-Tuning v2 (Liu et al. 2022, arXiv:2110.07602).
 
 The prefix is a filled cache of transformers, so the model itself stays unchanged.
 """

@@ -34,10 +34,6 @@ SCORES = {BLEU: 1, "chrf": 1, "nist": 2, "rouge_l": 1}
 def main(arguments: argparse.Namespace) -> None:
     """Write the page, the JSON and the pictures."""
     records = ledger.read(arguments.ledger)
-    if not records:
-        raise SystemExit(
-            f"{arguments.ledger}: no finished cells. Run `python -m benchmarks.methods run --data FOLDER`"
-        )
     bases = {record["base"] for record in records.values()}
     if len(bases) > 1:
         raise SystemExit(
@@ -100,6 +96,8 @@ def markdown(
         yield from _dial(experiment, tables[experiment.name])
     yield "\n## What the documents claim\n"
     yield (
+        "The documents that this project implements: [D0] an article, [D1] a course page, [D2] a repository's README, "
+        "[D3] a summary of the paper, [D4] a lecture note.\n\n"
         f"A difference counts if its p, after Holm's correction over all claims of a difference, is below {LEVEL}. A "
         f"claim of equality holds if the whole confidence interval is better than {MARGIN:.0%} worse: of the "
         "reference's fall in loss, or of its BLEU. The p shown are not corrected.\n"
@@ -111,13 +109,7 @@ def markdown(
 
 
 def _introduction(records: ledger.Records) -> Iterator[str]:
-    size, one = SIZES["full"], next(iter(records.values()))
-    dates = sorted({record["date"] for record in records.values()})
-    versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
-    machines = sorted(
-        {f"{r['machine']} ({', '.join(r['cpu_flags']) or 'no AVX2'})" for r in records.values()}
-    )
-    hours = sum(record["seconds"] for record in records.values()) / 3600
+    size = SIZES["full"]
     yield "# Methods and their settings, measured\n"
     yield (
         "Written by `python -m benchmarks.methods report` from `benchmarks/reports/methods_cells.jsonl`; change none "
@@ -133,19 +125,30 @@ def _introduction(records: ledger.Records) -> Iterator[str]:
         "references.\n"
     )
     yield (
-        f"**Base.** A Llama of {one['base_parameters'] / 1e6:.1f}M parameters: the bundled base after one pass over "
-        "half of E2E's training set in the other direction, sentence to meaning representation "
+        "**Base.** A Llama of 3.7M parameters: the bundled base after one pass over half of E2E's training set in two "
+        "other forms, sentence to meaning representation and a list of facts to sentence "
         "(`python -m benchmarks.methods base`). Fine-tuning sees only the other half. A model of this size says "
         "nothing about 7B; the recipes' defaults follow published results at 1B and above, not this page.\n"
     )
-    yield (
-        f"**Made with** {len(records)} cells, {hours:.1f} hours of one thread in all, {dates[0]} to {dates[-1]}, "
-        f"{'; '.join(machines)}, compute in {one['dtype']}, {versions}, base {one['base']}. Every cell has its "
-        "commit.\n"
-    )
+    yield from _made_with(list(records.values()))
     yield (
         f"± is a 95% confidence interval over seeds. {MARK} marks a row that only the screening seed has run, which "
         "also chose its learning rate. p is a paired t-test over seeds with Holm's correction over the table."
+    )
+
+
+def _made_with(records: list[dict[str, Any]]) -> Iterator[str]:
+    if not records:
+        yield "**No cell has run yet.**\n"
+        return
+    one, dates = records[0], sorted({record["date"] for record in records})
+    versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
+    machines = sorted({f"{record['machine']} ({', '.join(record['cpu_flags'])})" for record in records})
+    hours = sum(record["seconds"] for record in records) / 3600
+    yield (
+        f"**Made with** {len(records)} cells, {hours:.1f} hours of one process in all, {dates[0]} to {dates[-1]}, "
+        f"{'; '.join(machines)}, compute in {one['dtype']}, {versions}, base {one['base']}. Every cell has its "
+        "commit.\n"
     )
 
 

@@ -51,10 +51,14 @@ def merge_adapter(model: nn.Module, *, quantize: bool = False) -> nn.Module:
     if not layers:
         raise ModelError("the model has no adapter: there is nothing to merge. Load one with load_adapter")
     _untie(model, layers)
-    merged = {layer: _merged(layer, quantize) for layer in layers.values()}
-    _warn_of_rounding(list(merged.values()))
-    replace_modules(model, {layer: result.module for layer, result in merged.items()})
-    model = merged[model].module if isinstance(model, AdaptedLayer) else model
+    error = effect = 0.0
+    for name in list(layers):
+        layer = layers.pop(name)  # so that the old weight is freed before the next layer is merged
+        merged = _merged(layer, quantize)
+        error, effect = error + merged.error, effect + merged.effect
+        replace_modules(model, {layer: merged.module})
+        model = merged.module if layer is model else model
+    _warn_of_rounding(error, effect)
     merge_parts(model)
     # The model is another base now: an adapter that is added next must not claim the old one
     model.base_identity = BaseIdentity(weights=memory_digest(model), quantization=quantization_of(model))  # type: ignore[assignment]
@@ -102,9 +106,7 @@ def _like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     module = copy.copy(base)
     module._parameters = {**base._parameters, "weight": weight}  # type: ignore[dict-item]
     if bias is not None:
-        module.__dict__.pop(
-            "bias", None
-        )  # a 4-bit layer without a bias has None there, which hides the parameter
+        module.__dict__.pop("bias", None)  # None there, as in a 4-bit layer, would hide the parameter
         module._parameters["bias"] = bias  # type: ignore[assignment]
     return module
 
@@ -139,8 +141,7 @@ def _untie(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
         config.tie_word_embeddings = False
 
 
-def _warn_of_rounding(merged: list[_Merged]) -> None:
-    error, effect = sum(one.error for one in merged), sum(one.effect for one in merged)
+def _warn_of_rounding(error: float, effect: float) -> None:
     if error > TOLERANCE**2 * effect:
         share = (error / effect) ** 0.5 if effect else float("inf")
         warnings.warn(

@@ -74,14 +74,12 @@ def save_adapter(
     """
     folder = Path(folder)
     layers = AdaptedLayer.of(model)
-    method = method_of(layers)
-    parts = trained_parts(model)
+    method, parts = method_of(layers), trained_parts(model)
     if base is None:
         _refuse_lost(model, parts.values())
         base = BaseIdentity.of(model)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = {**method.config(model, layers, base), **part_fields(model)}
-    config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     tensors = {
         **named_tensors({name: layer.saved() for name, layer in layers.items()}),
         **finite(method.shared(model)),
@@ -97,7 +95,7 @@ def save_adapter(
                 write_diffusers(file, tensors, fields, diffusers)
         write_initial(model, folder)
         atomic.write(folder / IDENTITY_FILE, base.as_json().encode())
-        atomic.write(folder / CONFIG_FILE, config.encode())
+        atomic.write(folder / CONFIG_FILE, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot save the adapter: {error}") from error
     return folder

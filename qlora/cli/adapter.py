@@ -11,8 +11,9 @@ import typer
 
 from qlora.cli.arguments import Json, TrustRemoteCode
 from qlora.cli.base_weights import base_weights
-from qlora.cli.tables import grouped, say, show_changes, show_deviations, show_spectra, small
-from qlora.errors import ModelError, UsageError
+from qlora.cli.layer_changes import print_changes
+from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
+from qlora.errors import UsageError
 
 if TYPE_CHECKING:
     from qlora.adapter.algebra.compose import ApproximationError
@@ -242,7 +243,7 @@ def inspect(
             raise UsageError(
                 f"--picture draws spectra, and this adapter has none, because {reason}; leave it out"
             )
-        _show_changes(adapter, base, per_layer, json_output)
+        print_changes(adapter, base, per_layer, json_output)
         return
     whole = tensors.read(adapter)
     layers = spectra(whole, base_weights(whole, base))
@@ -311,26 +312,6 @@ def _recipe_of(tuned: Path, base: str, trust_remote_code: bool) -> dict[str, str
         return {}
     changes = ["adapter.method=lora", f"base.model={json.dumps(base)}", "base.init=pretrained"]
     return {"recipe.yaml": recipe_of(tuned, changes, trust_remote_code=trust_remote_code).to_yaml()}
-
-
-def _show_changes(adapter: Path, base: str | None, per_layer: bool, json_output: bool) -> None:
-    """Print the norm of each layer's change, for an adapter without spectra."""
-    from qlora.adapter.algebra import tensors
-    from qlora.adapter.algebra.changes import changes
-    from qlora.adapter.config import CONFIG_FILE, read_fields
-
-    folder = tensors.adapter_folder(adapter)
-    weights = base_weights(tensors.without_layers(folder, read_fields(folder / CONFIG_FILE)), base)
-    if weights is None:
-        raise ModelError(
-            f"{folder}: the change of each layer is measured against the base, which is not cached, large, or has "
-            "changed. Give it with --base"
-        )
-    layers = changes(folder, weights)
-    if json_output:
-        print(json.dumps({"layers": {name: layer.as_json() for name, layer in layers.items()}}))
-        return
-    show_changes(layers, per_layer)
 
 
 def _save(

@@ -11,11 +11,14 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from qlora.adapter.config import CONFIG_FILE, read_fields
+from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.switch import Adapters
+from qlora.adapter.trained_parts import TOKENS
 from qlora.data import Prompts
 from qlora.errors import ModelError, QloraError, UsageError
 from qlora.inference.generate import answer
-from qlora.inference.load import find_adapter, find_trained, load_trained, recipe_of
+from qlora.inference.load import Trained, find_adapter, find_trained, load_trained, recipe_of
 from qlora.runtime.signals import StopRequest
 
 BASE = "base"
@@ -262,7 +265,8 @@ def open_chat(
         settings: further arguments of `Chat`.
 
     Raises:
-        ModelError: an adapter is missing, does not fit, or was trained on another base; or as `load_trained`.
+        ModelError: an adapter is missing, does not fit, was trained on another base, or trained tokens that the
+            tokenizer of the first lacks; or as `load_trained`.
         DataError: as `Chat`.
         UsageError: a name is taken; or `history` is True, but the rows or the template have single questions only.
     """
@@ -282,6 +286,8 @@ def open_chat(
     for name, path in adapter_folders.items():
         # The others answer with the tokenizer and template of the first, so only their base is compared
         identity = trained.identity if name in own else None
+        if identity is None and not any_base:
+            _check_tokens(path, trained)
         adapters.load(name, path, base=identity, any_base=any_base)
     if own:
         adapters.activate(recipe.name)
@@ -292,3 +298,16 @@ def open_chat(
         )
     history = prompts.trained_on_history if history is None else history
     return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)
+
+
+def _check_tokens(folder: Path, trained: Trained) -> None:
+    """Raise ModelError if the adapter in `folder` trained tokens of another tokenizer than that of the chat."""
+    recorded = BaseIdentity.read(folder)
+    if recorded is None or recorded.tokenizer in (None, trained.identity.tokenizer):
+        return
+    if read_fields(folder / CONFIG_FILE).get(TOKENS):
+        raise ModelError(
+            f"--adapter: {folder} has rows of tokens that were trained with another tokenizer than the one of this "
+            f"chat, so their ids mean other tokens here. Chat with it on its own: qlora chat {folder}; or accept that "
+            "with --any-base"
+        )

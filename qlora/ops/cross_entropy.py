@@ -173,5 +173,7 @@ def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
     if rows.dtype == out.dtype:
         return torch.mm(rows, head.T, out=out)
     if on_cuda(rows):  # tensor cores sum in fp32: keep the sums instead of rounding them to 16 bits
-        return torch.mm(rows, head.T, out_dtype=out.dtype, out=out)
+        if out.is_contiguous():
+            return torch.mm(rows, head.T, out_dtype=out.dtype, out=out)
+        return out.copy_(torch.mm(rows, head.T, out_dtype=out.dtype))
     return out.copy_(rows @ head.T)

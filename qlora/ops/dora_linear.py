@@ -28,7 +28,14 @@ from qlora.ops.products import Linear, Update
 from qlora.quantization.nf4 import autocast, dense
 
 
-def dora_linear(x: Tensor, linear: Linear, update: Update, magnitude: Tensor, squares: Tensor) -> Tensor:
+def dora_linear(
+    x: Tensor,
+    linear: Linear,
+    update: Update,
+    magnitude: Tensor,
+    squares: Tensor,
+    norms: Tensor | None = None,
+) -> Tensor:
     """Apply a frozen linear with DoRA's update to x [..., in], in x.dtype.
 
     Args:
@@ -37,12 +44,13 @@ def dora_linear(x: Tensor, linear: Linear, update: Update, magnitude: Tensor, sq
         update: A [rank, in] and B [out, rank] in any float dtype.
         magnitude: m [out], fp32.
         squares: ||W||^2 [out], fp32, see `row_squares`.
+        norms: ||V|| [out] if they are known, as between the tokens of a generated text; None: they are computed.
 
     Returns:
         [..., out].
     """
     linear.assert_frozen()
-    y: Tensor = _DoraLinear.apply(autocast(x), linear, *update, magnitude, squares)
+    y: Tensor = _DoraLinear.apply(autocast(x), linear, *update, magnitude, squares, norms)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -72,11 +80,18 @@ def row_norms(weight: Tensor, squares: Tensor, update: Update, scaling: float) -
 class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, linear: Linear, a: Tensor, b: Tensor, magnitude: Tensor, squares: Tensor
+        ctx: Any,
+        x: Tensor,
+        linear: Linear,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor,
+        squares: Tensor,
+        known: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         weight = dense(linear.weight, linear.state, rows.dtype)
-        norms = row_norms(weight, squares, Update(a, b), linear.scaling)
+        norms = row_norms(weight, squares, Update(a, b), linear.scaling) if known is None else known
         excess = (magnitude.to(norms.dtype) / norms - 1).to(rows.dtype)  # g - 1
         inner, narrow = linear.dropped(rows), b.to(rows.dtype).T
         low = inner @ a.to(rows.dtype).T  # [N, rank]
@@ -111,4 +126,4 @@ class _DoraLinear(torch.autograd.Function):
                 inner = ((grad * excess) @ weight).addmm_(low_grad, a.to(grad.dtype))
                 dx = (grad @ weight).add_(linear.dropped(inner))
             dx = dx.view(x.shape)
-        return dx, None, d_a, d_b, d_magnitude, None
+        return dx, None, d_a, d_b, d_magnitude, None, None

@@ -15,7 +15,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.algebra.tensors import adapter_folder, method_in
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.peft_tensors import read_layers
-from qlora.adapter.store import load_adapter
+from qlora.adapter.trained_parts import part_names
 from qlora.errors import ModelError
 from qlora.storage.safetensors_files import ShardReader
 
@@ -52,15 +52,35 @@ def changes(path: str | Path, base: ShardReader) -> dict[str, Change]:
         ModelError: a file is missing or damaged, or the base lacks a layer in 16 or 32 bits.
     """
     folder = adapter_folder(path)
-    config, method = read_fields(folder / CONFIG_FILE), method_in(folder)
-    stored, _ = read_layers(
-        folder, [list(kind.SAVED) for kind in method.layers], method.stored_shared(config)
-    )
+    file, method = folder / CONFIG_FILE, method_in(folder)
+    config, shared = read_fields(file), method.stored_shared(read_fields(file))
+    kinds = [list(kind.SAVED) for kind in method.layers]
+    parts = part_names(folder, config, [suffix for kind in kinds for suffix in kind])
+    stored, others = read_layers(folder, kinds, [*shared, *parts])
     weights = {
         name: _weight(base, name, folder, transposed=bool(config.get("fan_in_fan_out"))) for name in stored
     }
-    model = load_adapter(_linears(weights), folder, any_base=True)
-    return {name: _change(layer, weights[name]) for name, layer in AdaptedLayer.of(model).items()}
+    linears = {name: _linear(weight) for name, weight in weights.items()}
+    layers = {name: method.layer_for(x)(x, method.spec(config, name, file)) for name, x in linears.items()}
+    for name, layer in layers.items():
+        shapes = layer.shapes(linears[name], layer.spec)
+        for suffix, attribute in layer.SAVED.items():
+            tensor = stored[name][suffix]
+            if tuple(tensor.shape) != shapes[suffix]:
+                raise ModelError(
+                    f"{folder}: {name}{suffix} is {list(tensor.shape)}, and the base needs {list(shapes[suffix])}. "
+                    "Give the base that the adapter was trained on, with --base"
+                )
+            setattr(layer, attribute, nn.Parameter(tensor))
+    common = {name: others[name] for name in shared}
+    method.check_shared(list(linears.values()), [layer.spec for layer in layers.values()], common, folder)
+    method.load_shared(nn.ModuleList(layers.values()), common, folder)
+    return {name: _change(layer, weights[name]) for name, layer in layers.items()}
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """Return a linear for a weight [out, in], without numbers."""
+    return nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
 
 
 def _weight(base: ShardReader, name: str, folder: Path, *, transposed: bool) -> Tensor:
@@ -72,20 +92,6 @@ def _weight(base: ShardReader, name: str, folder: Path, *, transposed: bool) -> 
         )
     weight = stored.read().float()
     return weight.T if transposed else weight
-
-
-def _linears(weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module that has linears on the meta device under these names."""
-    root = nn.Module()
-    for name, weight in weights.items():
-        *parents, leaf = name.split(".")
-        parent = root
-        for part in parents:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(leaf, nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
-    return root
 
 
 def _change(layer: AdaptedLayer, weight: Tensor) -> Change:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.tensors import Adapter, dtype_name
 from qlora.adapter.config import commonest
+from qlora.adapter.trained_parts import has_parts
 from qlora.errors import ModelError
 
 PARTICULAR = {"use_rslora": "rsLoRA's scaling", "alpha_pattern": "alphas of single layers",
@@ -34,6 +35,11 @@ def note(config: Mapping[str, Any], folder: object) -> str | None:
         return (
             "the adapter belongs to a base without its principal part (PiSSA), which qlora makes again; other programs "
             f"would add it to the unchanged base. For them: qlora adapter export {folder} --to DIR"
+        )
+    if has_parts(config):
+        return (
+            "tokens or modules were trained beside the adapter: PEFT and qlora read them, vLLM and llama.cpp do not. "
+            f"For them, merge: qlora merge {folder} --to DIR"
         )
     used = particulars(config)
     return used and (

@@ -21,7 +21,8 @@ from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import Lora, LoRALinear, adapt, spec_of
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.targets import features
-from qlora.ops.dora_linear import dora_linear, row_squares
+from qlora.ops.dora_linear import dora_linear, row_norms, row_squares
+from qlora.ops.products import Linear, Update
 from qlora.quantization.nf4 import dense
 from qlora.recipe import Adapter
 
@@ -54,10 +55,31 @@ class DoraLinear(LoRALinear):
             squares = row_squares(dense(weight, state, wide))
         self.register_buffer("squares", squares, persistent=False)
         self.magnitude = nn.Parameter(squares.sqrt())
+        self._kept: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
-        return dora_linear(x, *self.product(), self.magnitude, self.squares)
+        linear, update = self.product()
+        return dora_linear(
+            x, linear, update, self.magnitude, self.squares, self._known_norms(x, linear, update)
+        )
+
+    def _known_norms(self, x: Tensor, linear: Linear, update: Update) -> Tensor | None:
+        """Return the norms of the rows for the few tokens of a generation step, where they cost as much as the output.
+
+        They are kept until A or B can have changed: a training step begins with a forward pass that records gradients,
+        and any other change in place raises a tensor's version.
+        """
+        few = x.numel() <= self.spec.rank * self.in_features
+        if self.training or torch.is_grad_enabled() or not few:
+            self._kept = None
+            return None
+        a, b = self.lora_a, self.lora_b
+        key = id(a), a._version, id(b), b._version, a.device
+        if self._kept is None or self._kept[0] != key:
+            weight = dense(linear.weight, linear.state, x.dtype)
+            self._kept = key, row_norms(weight, self.squares, update, linear.scaling)
+        return self._kept[1]
 
     @classmethod
     def shapes(cls, linear: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
