@@ -24,12 +24,13 @@ from qlora.adapter import (
     trainable_parameters,
 )
 from qlora.adapter.merge import merge_adapter
-from qlora.adapter.trained_parts import trained_parts
+from qlora.adapter.trained_parts import trained_parts, whole_parameters
 from qlora.errors import ModelError, UsageError
 from qlora.inference.load import held_out_loss, load_trained
 from qlora.memory.workload import assumed
 from qlora.model.decoder_layer import FusedLayer, use_fused_layers
 from qlora.model.load import load_base
+from qlora.model.prepare import part_notes
 from qlora.objective.causal_lm import loss_sum
 from qlora.recipe import Recipe
 from qlora.training import train as loop
@@ -150,6 +151,12 @@ def test_modules_stay_when_the_adapter_is_merged_in_memory(tmp_path: Path) -> No
     torch.testing.assert_close(merged(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
     assert not trainable_parameters(merged)
     assert list(trained_parts(adapt(merged))) == [], "the next adapter starts from the merged model"
+
+
+def test_full_training_has_no_parts_beside_an_adapter() -> None:
+    model = tiny()
+    assert part_notes(model, None) == []
+    assert whole_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_what_cannot_be_saved_is_refused_by_name(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def trained_parts(model: nn.Module) -> dict[str, Tensor]:
 
 def whole_parameters(model: nn.Module) -> int:
     """Return the number of the base's own parameters that are trained, a tied one counted once."""
+    if not AdaptedLayer.of(model):  # trained in full
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     own = {
         parameter
         for module in whole_modules(model).values()
@@ -228,8 +230,11 @@ def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
     matched = [name for name, _ in model.named_modules() if name and _fits(name, entry)]
     chosen = {inner: module for name in matched for inner, module in owners_in(model, name).items()}
     if not chosen:
+        inside = tuple(f"{name}." for name in AdaptedLayer.of(model))
         leaves = Counter(
-            name.rpartition(".")[2] for name, module in model.named_modules() if name and _is_dense(module)
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if name and _is_dense(module) and not f"{name}.".startswith(inside)
         )
         others = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
         raise UsageError(

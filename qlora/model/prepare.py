@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
@@ -79,7 +80,9 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def part_notes(model: nn.Module, tokenizer: Any) -> list[str]:
-    """Return remarks for the user about the tokens and modules that are trained beside the adapter."""
+    """Return remarks for the user about the tokens and modules that are trained beside the adapter, if there is one."""
+    if not AdaptedLayer.of(model):
+        return []
     notes = []
     rows = TrainedRows.of(model)
     for module in list(rows.values())[:1]:
