@@ -84,7 +84,7 @@ def save_adapter(
         **finite({**method.shared(model), **parts}),
     }
     if diffusers is not None:
-        check_diffusers(tensors, fields)
+        check_diffusers(tensors, fields, base.changed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_tensors(folder / TENSORS_FILE, tensors)
