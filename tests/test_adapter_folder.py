@@ -82,7 +82,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"adapter_model.bin is a pickle.*weights_only=True",
     ),
     "empty": (lambda f: save_file({}, f / TENSORS), "holds no tensors"),
-    "dora": (lambda f: edit(f, use_dora=True), "use_dora = true is not supported"),
+    "dora": (lambda f: edit(f, use_dora=True), "adapters of dora cannot be composed, compressed or exported"),
     "rank": (
         lambda f: edit(f, r=5),
         r"blocks.0.up.lora_A.weight is \[2, 4\], but the rank in adapter_config.json is 5",

@@ -346,3 +346,31 @@ def test_what_diffusers_cannot_read_is_refused(tmp_path: Path) -> None:
     ):
         save_adapter(model, tmp_path, diffusers="unet")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_whose_initialisation_changed_the_base_is_not_written_for_diffusers(
+    tmp_path: Path,
+) -> None:
+    network = nn.ModuleDict({"up": nn.Linear(4, 4)})
+    model = adapt(network, LoraSpec(targets=["up"], rank=2, init="pissa", dtype=torch.float32))
+    with pytest.raises(ModelError, match=r"this base was changed by pissa .*qlora adapter export"):
+        save_adapter(model, tmp_path, diffusers="unet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_was_unfrozen_is_saved_loaded_and_merged(tmp_path: Path) -> None:
+    network = bert()
+    model = adapt(network.model(), LoraSpec(rank=4, targets="attention"))
+    model.classifier.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=3e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        network.loss(model).backward()
+        optimizer.step()
+    assert not torch.equal(model.classifier.weight, network.model().classifier.weight)
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        wanted = network.output(model)
+        loaded = load_adapter(network.model(), tmp_path)
+        assert torch.equal(network.output(loaded), wanted)
+        torch.testing.assert_close(network.output(merge_adapter(loaded)), wanted, rtol=1e-3, atol=1e-3)

@@ -1,8 +1,9 @@
 """Simulated 4-bit weights: FP4 and int4 rounded in software and stored as floats, to compare NF4 with.
 
 A block of consecutive values is divided by its largest magnitude, each value is rounded to the nearest code, and the
-product is stored. So the numbers are those of a 4-bit base, but memory and speed are not. The package itself has NF4
-only; these bases exist for the comparison of QLoRA's section 4 (Dettmers et al. 2023, table 2 and figure 3).
+product is stored. So the numbers are those of a 4-bit base, but memory and speed are not; a machine that computes in
+bf16 rounds them once more. The package itself has NF4 only; these bases exist for the comparison of QLoRA's section 4
+(Dettmers et al. 2023, table 2 and figure 3).
 """
 
 import re

@@ -23,8 +23,21 @@ HEADER = "lora_adapter_metadata"
 LAYERS = (".lora_A.weight", ".lora_B.weight")
 
 
-def check_diffusers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Raise ModelError if diffusers cannot read an adapter with these tensors, by PEFT's names, and this config."""
+def check_diffusers(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], changed: str | None = None
+) -> None:
+    """Raise ModelError if diffusers cannot read an adapter.
+
+    Args:
+        tensors: its tensors, by PEFT's names.
+        config: the fields of adapter_config.json.
+        changed: change to the base before training, as in `BaseIdentity`.
+    """
+    if changed is not None:
+        raise ModelError(
+            f"diffusers loads adapters onto the unchanged base, and this base was changed by {changed}. Convert the "
+            "adapter first: qlora adapter export ADAPTER --to DIR --diffusers COMPONENT"
+        )
     if config.get("peft_type") != "LORA":
         raise ModelError(
             f"diffusers reads adapters of LoRA, not of peft_type {config.get('peft_type')}. Save it without diffusers"

@@ -182,17 +182,18 @@ class InitialValues:
         """Call this object for the plain linear weights of a model in memory, and change them in place.
 
         Raises:
-            ModelError: a weight that changes is shared with another module.
+            ModelError: a weight that changes is shared with another module. No weight has changed.
         """
-        for name in self.names & set(linear_names(model)):
-            linear = model.get_submodule(name)
-            if is_nf4(linear):  # read before it was quantized
-                continue
-            weight = _weight(linear)
-            kept = self(name, weight, lambda values: values)
-            if kept is not weight:
+        targets = {name: model.get_submodule(name) for name in linear_names(model) if name in self.names}
+        plain = {
+            name: linear for name, linear in targets.items() if not is_nf4(linear)
+        }  # others were read before
+        if self.spec.init == "pissa":
+            for name in plain:
                 _require_own(model, name)
-                weight.copy_(kept)
+        for name, linear in plain.items():
+            weight = _weight(linear)
+            weight.copy_(self(name, weight, lambda values: values))
 
     @property
     def digest(self) -> str:

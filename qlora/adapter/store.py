@@ -72,8 +72,7 @@ def save_adapter(
     Examples:
         >>> save_adapter(model, "runs/mine/adapter", base_model="huggyllama/llama-7b")
     """
-    folder = Path(folder)
-    layers = AdaptedLayer.of(model)
+    folder, layers = Path(folder), AdaptedLayer.of(model)
     method, parts = method_of(layers), trained_parts(model)
     if base is None:
         _refuse_lost(model, parts.values())
@@ -82,11 +81,10 @@ def save_adapter(
     fields = {**method.config(model, layers, base), **part_fields(model)}
     tensors = {
         **named_tensors({name: layer.saved() for name, layer in layers.items()}),
-        **finite(method.shared(model)),
-        **finite(parts),
+        **finite({**method.shared(model), **parts}),
     }
     if diffusers is not None:
-        check_diffusers(tensors, fields)
+        check_diffusers(tensors, fields, base.changed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_tensors(folder / TENSORS_FILE, tensors)
