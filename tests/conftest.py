@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -91,6 +92,13 @@ def chatml_base(tiny_llama: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_llama, folder)
     byte_level(bos=True, chatml=True).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def without_forecast() -> Iterator[None]:
+    """Leave out the memory forecast, which takes as long as the steps and has tests of its own."""
+    with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,13 +20,10 @@ from qlora.adapter.methods import METHODS
 from qlora.adapter.methods.bitfit import BiasLinear, BiasSpec
 from qlora.data import Prompts
 from qlora.errors import ModelError, RecipeError
-from qlora.inference.load import held_out_loss, load_trained
 from qlora.memory.workload import assumed
 from qlora.merging.write import MergeSource, write_merged
 from qlora.model.load import load_base
 from qlora.recipe import Adapter, Base, Data, Recipe
-from qlora.training import train as loop
-from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 IDS = torch.arange(24).view(2, 12) * 7
@@ -145,33 +141,6 @@ def test_operations_that_need_low_rank_products_are_refused(tiny_llama: Path, tm
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**fields, "bias": "all"}))
     with pytest.raises(ModelError, match="bias is a field that this version of qlora does not know"):
         load_adapter(load_base(Base(model=str(tiny_llama))), tmp_path / "a")
-
-
-def test_a_run_learns_and_a_resumed_one_ends_with_the_same_adapter(
-    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = recipe_file(training={"max_steps": 6, "save_every": 2}, optimizer={"lr": 1e-1})
-    settings = json.loads(file.read_text()) | {"adapter": {"method": "bitfit", "targets": "all-linear"}}
-    file.write_text(json.dumps(settings))
-    whole = train(Recipe.load(file, [f"output={tmp_path / 'whole'}"]), terminal=False)
-    assert whole.loss_before is not None
-    assert whole.loss_after is not None
-    assert whole.loss_after < whole.loss_before - 0.1
-    assert held_out_loss(load_trained(whole.run))[0] == pytest.approx(whole.loss_after, rel=1e-6)
-    update = loop.update
-
-    def interrupted(session: Any, batches: Any, step: int, lr: float) -> dict[str, float]:
-        if step == 3:
-            raise InterruptedError
-        return update(session, batches, step, lr)
-
-    monkeypatch.setattr(loop, "update", interrupted)
-    with pytest.raises(InterruptedError):
-        train(Recipe.load(file), terminal=False)
-    monkeypatch.undo()
-    resumed = train(Recipe.load(file), resume=True, terminal=False)
-    name = "adapter/adapter_model.safetensors"
-    assert (resumed.run / name).read_bytes() == (whole.run / name).read_bytes()
 
 
 def test_keys_of_low_rank_products_have_no_effect() -> None:

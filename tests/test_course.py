@@ -76,6 +76,7 @@ def test_the_penalty_is_added_once_a_step_whatever_the_micro_batches() -> None:
         torch.testing.assert_close(penalised - plain, weight)
 
 
+@pytest.mark.usefixtures("without_forecast")
 def test_a_stopped_run_continues_its_course(
     recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

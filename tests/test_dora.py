@@ -172,6 +172,7 @@ def test_training_resumes_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
     assert_resumes(lambda: adapted(tiny(tiny_llama), "dora", dropout=0.1), tmp_path)
 
 
+@pytest.mark.slow
 def test_its_memory_is_forecast(tmp_path: Path) -> None:
     made = recipe(
         tmp_path, "llama", layers=4, adapter={"method": "dora", "dropout": 0.1}, data={"held_out": 0}

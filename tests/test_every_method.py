@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.merge import merge_adapter
 from qlora.adapter.methods import ADAPTERS, METHODS
-from qlora.inference.load import load_trained
+from qlora.inference.load import held_out_loss, load_trained
 from qlora.recipe import Recipe
 from qlora.training.train import train
 
@@ -62,13 +61,6 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(input_ids=torch.arange(64).view(2, 32) * 13 % 1000).logits.float()
 
 
-@pytest.fixture
-def without_forecast() -> Iterator[None]:
-    """Leave out the memory forecast, which takes as long as the steps and has tests of its own."""
-    with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
-        yield
-
-
 @pytest.mark.usefixtures("without_forecast")
 @pytest.mark.parametrize("overrides", CASES)
 def test_a_method_learns_resumes_merges_and_comes_back(overrides: list[str], tmp_path: Path) -> None:
@@ -88,7 +80,9 @@ def test_a_method_learns_resumes_merges_and_comes_back(overrides: list[str], tmp
     assert files(resumed.result) == whole
     assert resumed.adapter == done.adapter
 
-    trained = load_trained(done.run).model
+    loaded = load_trained(done.run)
+    assert held_out_loss(loaded)[0] == pytest.approx(done.loss_after, rel=1e-6)
+    trained = loaded.model
     live = logits(trained)
     if METHODS[recipe.adapter.method] not in ADAPTERS:
         return

@@ -261,7 +261,8 @@ def test_a_resumed_run_ends_with_the_same_adapter_and_needs_no_second_decomposit
         assert (run / "adapter" / name).read_bytes() == (whole.run / "adapter" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("init", ["pissa", pytest.param("loftq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_its_memory_is_forecast(tmp_path: Path, init: str) -> None:
     made = recipe(tmp_path, "llama", layers=7, adapter={"init": init})
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))

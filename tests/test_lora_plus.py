@@ -74,6 +74,7 @@ def test_the_groups_differ_in_nothing_else() -> None:
         again.load_state({key: value for key, value in saved.items() if "lora_b" not in key})
 
 
+@pytest.mark.slow
 def test_its_memory_is_forecast(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=7, adapter={"lr_ratio": RATIO})
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))

@@ -323,6 +323,7 @@ def test_new_tokens_are_those_that_the_template_writes(recipe_file: RecipeFile, 
         TrainedTokens.of(raw).train(adapt(load_base(made.base)))
 
 
+@pytest.mark.usefixtures("without_forecast")
 def test_a_run_learns_tokens_and_norms_resumes_bit_for_bit_and_is_merged(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
