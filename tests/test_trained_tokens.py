@@ -30,7 +30,7 @@ from qlora.adapter.merge import merge_adapter
 from qlora.adapter.methods import ADAPTERS, METHODS
 from qlora.adapter.trained_parts import describe_parts, train_modules, trained_parts
 from qlora.adapter.trained_rows import EmbeddingRows, HeadRows, TrainedRows, train_rows
-from qlora.data import IGNORE_INDEX, Batch
+from qlora.data import IGNORE_INDEX, Batch, load_dataset
 from qlora.errors import ModelError, RecipeError, UsageError
 from qlora.inference.load import held_out_loss, load_trained
 from qlora.memory.workload import assumed
@@ -43,6 +43,7 @@ from qlora.objective.causal_lm import loss_sum
 from qlora.objective.checks import check_head
 from qlora.recipe import Adapter, Recipe
 from qlora.training import train as loop
+from qlora.training.check import check
 from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
@@ -321,6 +322,43 @@ def test_new_tokens_are_those_that_the_template_writes(recipe_file: RecipeFile, 
     raw = made.model_copy(update={"data": made.data.model_copy(update={"template": "plain"})})
     with pytest.raises(RecipeError, match="new finds nothing to train"):
         TrainedTokens.of(raw).train(adapt(load_base(made.base)))
+
+
+def noted(recipe_file: RecipeFile, tmp_path: Path, **adapter: Any) -> Recipe:
+    """Return a recipe whose answers spell <note>, which is no token of the base."""
+    row = {"prompt": "Tell.", "completion": "So <note>aside</note> it is."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    data = {
+        "source": str(tmp_path / "rows.jsonl"),
+        "format": "prompt-completion",
+        "template": "chatml",
+        "limit": None,
+        "held_out": 1,
+    }
+    return Recipe.load(recipe_file(adapter=adapter, data=data))
+
+
+def test_a_listed_token_of_the_rows_is_trained_and_shown(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    names = ["<note>", "</note>", *MARKERS]
+    made = noted(recipe_file, tmp_path, train_tokens=names)
+    tokens = TrainedTokens.of(made)
+    data = load_dataset(made.data, tokens.tokenizer, 0)
+    labels = data.train[0].labels
+    assert [int((labels == number).sum()) for number in tokens.ids] == [1, 1, 0, 1]
+    assert not [tally for tally in data.counts.tallies if "controls" in tally]
+    text = tokens.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True)
+    assert text == "So <note>aside</note> it is.", "generation shows it, and not the markers of the template"
+    tokens.check_rows(data.train)
+
+
+def test_a_listed_token_that_no_row_has_is_refused(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    made = noted(recipe_file, tmp_path, train_tokens=["<note>", "<remark>", "<|pad|>"])
+    wanted = (
+        r"adapter\.train_tokens: no training row has <\|pad\|>, <remark>, .*; <\|pad\|>: text cannot spell a"
+    )
+    for command in (check, train):
+        with pytest.raises(RecipeError, match=wanted):
+            command(made)
 
 
 @pytest.mark.usefixtures("without_forecast")

@@ -1,11 +1,17 @@
-"""New tokens of a tokenizer: the control tokens that a chat template writes and the tokenizer lacks."""
+"""New tokens of a tokenizer: control tokens that a chat template writes and the tokenizer lacks, and tokens of rows.
+
+A control token is special: the text of a row cannot spell it, and generated text does not show it. Any other new token
+is part of the text.
+"""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from qlora.data.examples import Example
 from qlora.data.layout import Layout
 from qlora.errors import RecipeError
 from qlora.recipe import Data
@@ -17,8 +23,10 @@ def missing_tokens(section: Data, tokenizer: PreTrainedTokenizerFast) -> list[st
     return list(dict.fromkeys(found))
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> dict[int, list[int]]:
-    """Add the tokens that `tokenizer` lacks, in place, as special tokens.
+def add_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], control: Collection[str]
+) -> dict[int, list[int]]:
+    """Add the tokens that `tokenizer` lacks, in place; those in `control` are special.
 
     Returns:
         For the id of each added token, the ids of the pieces that spelled it before.
@@ -29,9 +37,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> dic
     vocabulary = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     pieces = {token: _spelled(tokenizer.backend_tokenizer, token) for token in new}
-    tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True
-    )
+    tokenizer.add_tokens([AddedToken(token, special=token in control, normalized=False) for token in new])
     vocabulary = tokenizer.get_vocab()
     for token in new:
         if tokenizer(token, add_special_tokens=False)["input_ids"] != [vocabulary.get(token)]:
@@ -39,6 +45,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> dic
                 f"adapter.train_tokens: the tokenizer does not read {token!r} as one token; write it without spaces"
             )
     return {vocabulary[token]: pieces[token] for token in new}
+
+
+def absent_tokens(ids: Iterable[int], examples: Iterable[Example]) -> list[int]:
+    """Return those of these token ids that no example has, in order."""
+    absent = set(ids)
+    for example in examples:
+        if not absent:
+            break
+        absent.difference_update(np.unique(example.input_ids).tolist())
+    return sorted(absent)
 
 
 def spelled_without(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> dict[int, list[int]]:

@@ -4,14 +4,16 @@ The tokenizer follows from the recipe. So training, evaluation, chat and merging
 vocabulary, recorded with the adapter, detects a change.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from qlora.adapter.trained_rows import embedding_and_head, plain, train_rows
-from qlora.data.new_tokens import add_tokens, missing_tokens, spelled_without
-from qlora.errors import RecipeError
+from qlora.data.examples import Example
+from qlora.data.new_tokens import absent_tokens, add_tokens, missing_tokens, spelled_without
+from qlora.errors import RecipeError, listed
 from qlora.model.load import load_tokenizer
 from qlora.recipe import Recipe
 
@@ -43,10 +45,32 @@ class TrainedTokens:
         if base.model.endswith(".json"):  # an estimate from a config file, which has no tokenizer
             base = base.model_copy(update={"init": "synthetic"})
         tokenizer = load_tokenizer(base)
-        names = missing_tokens(recipe.data, tokenizer) if wanted == NEW else list(wanted)
-        spelled = add_tokens(tokenizer, names) if names else {}
+        control = missing_tokens(recipe.data, tokenizer) if wanted else []
+        names = control if wanted == NEW else list(wanted)
+        spelled = add_tokens(tokenizer, names, control) if names else {}
         ids = [tokenizer.get_vocab()[name] for name in dict.fromkeys(names)]
         return cls(tokenizer, ids, spelled, wanted == NEW)
+
+    def check_rows(self, examples: Iterable[Example]) -> None:
+        """Check that each token that the recipe names occurs in the training rows.
+
+        Raises:
+            RecipeError: one does not, so the run would learn only to avoid it.
+        """
+        if self.all_new or not (absent := absent_tokens(self.ids, examples)):
+            return
+        names = self.tokenizer.convert_ids_to_tokens(absent)
+        added = self.tokenizer.added_tokens_decoder
+        special = [token.content for number in absent if (token := added.get(number)) and token.special]
+        hint = (
+            f"; {listed(special)}: text cannot spell a control token, unless data.control_tokens is parse"
+            if special
+            else ""
+        )
+        raise RecipeError(
+            f"adapter.train_tokens: no training row has {listed(names)}, so the run would learn nothing about it. "
+            f"Leave it out, or use rows that have it{hint}"
+        )
 
     def train(self, model: nn.Module) -> None:
         """Train the rows of the tokens in `model`, in place.

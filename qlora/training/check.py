@@ -18,7 +18,7 @@ from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
 from qlora.model.load import load_config, load_tokenizer
 from qlora.model.progress import is_on_hub
-from qlora.model.tokens import tokenizer_of
+from qlora.model.tokens import TrainedTokens
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
@@ -198,7 +198,7 @@ def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
             f"the rows: {section.names} is not a local file; `qlora data` downloads and reads it"
         )
         return None, False
-    tokenizer = tokenizer_of(recipe)
+    tokens = TrainedTokens.of(recipe)
     file = None if section.source is None else Path(section.source)
     large = file is not None and file.is_file() and file.stat().st_size > LARGE_BYTES
     whole = not large or section.limit is not None
@@ -206,4 +206,7 @@ def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
         found.unchecked.append(f"the rows after the first {FIRST_ROWS} of {file}")
         held_out = section.held_out if isinstance(section.held_out, str) else min(section.held_out, 1)
         section = section.model_copy(update={"limit": FIRST_ROWS, "held_out": held_out})
-    return load_dataset(section, tokenizer, recipe.training.seed), whole
+    dataset = load_dataset(section, tokens.tokenizer, recipe.training.seed)
+    if whole:
+        tokens.check_rows(dataset.train)
+    return dataset, whole

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
@@ -17,13 +18,14 @@ from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.model.load import load_config
 from qlora.model.prepare import build, part_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
-from qlora.model.tokens import tokenizer_of
+from qlora.model.tokens import TrainedTokens
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import keep_freed_memory
 from qlora.runtime.distributed import DataParallel
+from qlora.runtime.progress import Progress
 from qlora.tracking.startup import Startup, silent
 from qlora.training.session import Session
 
@@ -54,8 +56,7 @@ def prepare(
     """
     device, startup = processes.device, startup or silent()
     with startup.stage("reading the data") as progress:
-        tokenizer = tokenizer_of(recipe)
-        dataset = load_dataset(recipe.data, tokenizer, recipe.training.seed, rows=rows, progress=progress)
+        tokenizer, dataset = _read(recipe, rows, progress)
     _check_same_rows(processes, dataset)
     notes = overruled_settings(recipe.base, load_config(recipe.base))
     if recipe.training.memory is not None:
@@ -89,6 +90,17 @@ def prepare(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
         [*notes, *method.notes(model), *part_notes(model, tokenizer)], startup,
     )  # fmt: skip
+
+
+def _read(
+    recipe: Recipe, rows: Iterable[Row] | None, progress: Progress
+) -> tuple[PreTrainedTokenizerFast, Dataset]:
+    """Load the tokenizer, with the tokens that the recipe trains, and the rows, which must have the named ones."""
+    tokens = TrainedTokens.of(recipe)
+    seed = recipe.training.seed
+    dataset = load_dataset(recipe.data, tokens.tokenizer, seed, rows=rows, progress=progress)
+    tokens.check_rows(dataset.train)
+    return tokens.tokenizer, dataset
 
 
 def _check_same_rows(processes: DataParallel, dataset: Dataset) -> None:
