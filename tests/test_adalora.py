@@ -28,6 +28,7 @@ from qlora.adapter.methods import METHODS
 from qlora.adapter.methods.adalora import AdaloraLinear, AdaloraSpec
 from qlora.adapter.methods.rank_allocation import RankAllocation, Schedule
 from qlora.errors import ModelError, RecipeError
+from qlora.memory import advice
 from qlora.memory.workload import assumed
 from qlora.recipe import Adapter, Recipe
 from qlora.training import train as loop
@@ -248,6 +249,16 @@ def test_settings_that_contradict_each_other_are_refused(adapter: dict[str, Any]
     settings = {"base": {"model": "bundled/base"}, "data": {"source": "a.jsonl"}}
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict({**settings, "adapter": {"method": "adalora", **adapter}})
+
+
+def test_a_smaller_rank_keeps_the_proportion_of_a_given_first_rank() -> None:
+    settings = {"base": {"model": "bundled/base"}, "data": {"source": "a.jsonl"}}
+    adapter: dict[str, Any] = {"method": "adalora", "rank": 32, "alpha": 8}
+    for budget, extra, first in (({}, "", 24), ({"initial_rank": 50}, " adapter.budget.initial_rank=25", 25)):
+        made = Recipe.from_dict({**settings, "adapter": {**adapter, "budget": budget}})
+        changed, setting = next(advice._rank(made, Any))
+        assert setting == f"adapter.rank=16 adapter.alpha=4{extra}"
+        assert changed.adapter.initial_rank == first
 
 
 @pytest.mark.slow

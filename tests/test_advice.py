@@ -13,10 +13,15 @@ PAGE = Path(__file__).parent.parent / "docs" / "explanations" / "advice.md"
 
 
 def advice(
-    tokens: int = 1_000_000, trained: int = 2_000_000, size: int = 7 * 10**9, **sections: Any
+    tokens: int = 1_000_000,
+    trained: int = 2_000_000,
+    size: int = 7 * 10**9,
+    adapter_parameters: int | None = None,
+    **sections: Any,
 ) -> Advice:
     settings = {"base": {"model": "some/model"}, "data": {"source": "rows.jsonl"}, **sections}
-    return advise(Recipe.from_dict(settings), trained, size, tokens)
+    own = trained if adapter_parameters is None else adapter_parameters
+    return advise(Recipe.from_dict(settings), tokens, size, trained, own)
 
 
 def suggested(found: Advice) -> list[str]:
@@ -66,6 +71,27 @@ def test_a_small_base_gets_no_advice() -> None:
 
 def test_a_rank_is_no_matter_of_biases() -> None:
     assert not advice(tokens=10**9, adapter={"method": "bitfit"}, optimizer={"lr": 1e-2}).suggestions
+
+
+def test_a_rank_is_suggested_where_parameters_grow_with_it() -> None:
+    adalora: dict[str, Any] = {"method": "adalora", "rank": 8}
+    with_budget = {**adalora, "budget": {"initial_rank": 24}}
+    wanted = [
+        ({"adapter": {"method": "vera", "rank": 256}}, None),
+        ({"adapter": {"rank_pattern": {"q_proj": 64}}}, None),
+        ({"adapter": {"method": "dora"}}, "adapter.rank=32 has"),
+        ({"adapter": adalora}, "adapter.rank=32 has"),  # 12 · 5 / 2 = 30
+        ({"adapter": with_budget}, "adapter.rank=64 adapter.budget.initial_rank=192 has"),  # 24 · 5 / 2 = 60
+        (
+            {"adapter": {"train_modules": ["lm_head"]}, "trained": 10**8, "adapter_parameters": 2_000_000},
+            "adapter.rank=32 has",
+        ),
+    ]
+    for arguments, words in wanted:
+        lines = [line for line in advice(tokens=5_000_000, **arguments).suggestions if "adapter.rank" in line]
+        assert [line[: len(words or "")] for line in lines] == ([words] if words else []), arguments
+    kept = advice(tokens=1_500_000, adapter=adalora).suggestions  # at the end 2/3 of the parameters are left
+    assert any(line.startswith("adapter.rank=16 has") for line in kept)
 
 
 def test_the_page_has_the_table() -> None:

@@ -174,6 +174,26 @@ def test_a_plan_recomputes_layers_of_transformers_whole(tmp_path: Path) -> None:
         takes(wrong)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "cause"),
+    [
+        ({"method": "dora"}, "adapter.method: only layers with LoRA are fused"),
+        (
+            {"train_modules": ["input_layernorm"]},
+            "adapter.train_modules: .*input_layernorm.weight is trained",
+        ),
+    ],
+)
+def test_the_cause_is_named_where_mlps_cannot_be_recomputed_alone(
+    tmp_path: Path, adapter: dict[str, Any], cause: str
+) -> None:
+    wrong = with_training(
+        recipe(tmp_path, "llama", layers=2, adapter=adapter), activation_checkpointing="mlp"
+    )
+    with pytest.raises(RecipeError, match=f"{cause}.*, so its MLPs cannot be recomputed alone"):
+        takes(wrong)
+
+
 def test_a_budget_that_nothing_fits_is_refused_with_what_it_takes(made: Recipe) -> None:
     with pytest.raises(
         OutOfMemoryError,

@@ -250,6 +250,7 @@ CASES = {
     "training: {activation_offloading: true, activation_checkpointing: mlp}": "needs layers that are fully",
     "training: {activation_offloading: true, activation_checkpointing: {mlp: 2}}": "layers that are fully recomputed",
     "base: {model: m, quantization: none}\nadapter: {method: full}\ntraining: {activation_checkpointing: mlp}": "mlp",
+    "adapter: {method: dora}\ntraining: {activation_checkpointing: {mlp: 2}}": "with adapter.method: dora, write full",
     "base: {model: m, quantization: none, embedding: host}\nadapter: {method: full}": "embedding: host needs a frozen",
     "training: {micro_batch_size: 3}": "global_batch_size (16) must be a multiple of micro_batch_size (3),",
     "training: {global_batch_size: 6}": "3:12: training.global_batch_size: global_batch_size (6) must be a",

@@ -189,10 +189,13 @@ def _rank(recipe: Recipe, _: Architecture) -> Steps:
         scale, alpha = SCALINGS[recipe.adapter.scaling], recipe.adapter.alpha
         if alpha is not None:
             alpha *= scale(1, recipe.adapter.rank) / scale(1, rank)
-        adapter = recipe.adapter.model_copy(update={"rank": rank, "alpha": alpha})
+        budget = recipe.adapter.budget_at(rank)
+        adapter = recipe.adapter.model_copy(update={"rank": rank, "alpha": alpha, "budget": budget})
         setting = f"adapter.rank={rank}" + (
             "" if alpha == recipe.adapter.alpha else f" adapter.alpha={alpha:g}"
         )
+        if budget.initial_rank is not None:
+            setting += f" adapter.budget.initial_rank={budget.initial_rank}"
         yield recipe.model_copy(update={"adapter": adapter}), setting
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.methods import METHODS
 from qlora.adapter.trained_parts import whole_parameters
@@ -103,6 +104,8 @@ class Forecast:
     parameters: int
     """parameters of the whole model, adapters not counted"""
     trained_parameters: int
+    adapter_parameters: int
+    """of these, those of the adapter itself, without what is trained beside it"""
 
     @property
     def total_bytes(self) -> int:
@@ -159,6 +162,7 @@ class Forecaster:
         if cuda:
             rows = rows + _not_in_tensors(rows, offload=recipe.training.activation_offloading)
         trained = sum(parameter.numel() for parameter in trainable_parameters(arch.model).values())
+        adapted = nn.ModuleList(AdaptedLayer.of(arch.model).values())
         total = sum(parameter.numel() for parameter in arch.model.parameters())
         return Forecast(
             Trace(rows, trace.marks),
@@ -170,6 +174,7 @@ class Forecaster:
             host_bytes=_host_bytes(recipe, workload.train, arch, whole) if cuda else 0,
             parameters=total - trained + whole_parameters(arch.model),
             trained_parameters=trained,
+            adapter_parameters=sum(p.numel() for p in trainable_parameters(adapted).values()),
         )
 
     def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:

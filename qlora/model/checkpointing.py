@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.errors import RecipeError
-from qlora.model.decoder_layer import FusedLayer, Recompute
+from qlora.model.decoder_layer import FusedLayer, Recompute, why_unfused
 from qlora.model.offload import ActivationOffloader
 from qlora.ops.dropout import keep_row_positions
 
@@ -59,7 +59,7 @@ def checkpoint_layers(
             continue
         if mlp_only:
             raise RecipeError(
-                f"{type(model).__name__} has no fused layers, so its MLPs cannot be recomputed alone: "
+                f"{why_unfused(model, layer)}, so its MLPs cannot be recomputed alone: "
                 "set training.activation_checkpointing=full, or none"
             )
         layer.gradient_checkpointing = index < count

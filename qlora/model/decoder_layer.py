@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.methods.lora import LoRALinear
+from qlora.errors import listed
 from qlora.model.layer_spec import LayerSpec
 from qlora.model.layer_specs import LAYER_SPECS
 from qlora.model.varlen_attention import nondefault_keywords
@@ -174,6 +175,19 @@ def unfused_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def why_unfused(model: nn.Module, layer: nn.Module) -> str:
+    """Say why `layer`, a decoder layer of `model`, is not a FusedLayer."""
+    name = type(model).__name__
+    if type(layer).__name__ in LAYER_SPECS:
+        if not _has_only_lora(layer):
+            return (
+                f"adapter.method: only layers with LoRA are fused, and a layer of {name} has other adapters"
+            )
+        if trained := _trained_itself(layer):
+            return f"adapter.train_modules: the layers of {name} are not fused, because {listed(trained)} is trained"
+    return f"{name} has no fused layers"
+
+
 def _computes(call: dict[str, Any]) -> bool:
     """Return True if our passes support every keyword of a layer's call."""
     return {"position_embeddings"} <= nondefault_keywords(call) <= COMPUTED_WITH
@@ -188,10 +202,17 @@ def _spec_of(layer: Any) -> LayerSpec | None:
         layer.self_attn.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS
     ):  # each model has its own "eager"
         return None
-    if any(type(adapted) is not LoRALinear for adapted in AdaptedLinear.of(layer).values()):
-        return None
-    trained = {name.rpartition(".")[2] for name, p in layer.named_parameters() if p.requires_grad}
-    return spec if trained <= {"lora_a", "lora_b"} else None
+    return spec if _has_only_lora(layer) and not _trained_itself(layer) else None
+
+
+def _has_only_lora(layer: nn.Module) -> bool:
+    return all(type(adapted) is LoRALinear for adapted in AdaptedLinear.of(layer).values())
+
+
+def _trained_itself(layer: nn.Module) -> list[str]:
+    """Return the names of the trained parameters that are not LoRA's."""
+    trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    return [name for name in trained if name.rpartition(".")[2] not in ("lora_a", "lora_b")]
 
 
 def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:

@@ -33,16 +33,28 @@ class MethodFacts:
     """True if `init` can be pissa or loftq"""
     rate_is_loras: bool = False
     """True if the learning rates that were found for LoRA are right for this method too"""
+    grows_with_rank: bool = False
+    """True if the number of trained parameters is proportional to the rank, or nearly (DoRA's norms have none)"""
+    fused: bool = False
+    """True if qlora's own passes compute the decoder layers, which can then recompute their MLP alone"""
 
 
 METHODS = {
     "lora": MethodFacts(
-        "LoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, starts_from_weights=True, rate_is_loras=True
+        "LoRA of rank {rank} on {targets}",
+        unused=BUDGET_KEYS,
+        starts_from_weights=True,
+        rate_is_loras=True,
+        grows_with_rank=True,
+        fused=True,
     ),
-    "dora": MethodFacts("DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True),
+    "dora": MethodFacts(
+        "DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True, grows_with_rank=True
+    ),
     "adalora": MethodFacts(
         "AdaLoRA of rank {rank} on average on {targets}",
         unused=("scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern"),
+        grows_with_rank=True,
     ),
     "vera": MethodFacts(
         "VeRA of rank {rank} on {targets}",

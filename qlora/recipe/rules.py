@@ -196,10 +196,11 @@ def _checkpointing(settings: Settings) -> Iterator[KeyProblem]:
             "training.activation_offloading",
             "needs layers that are fully recomputed; write activation_checkpointing: full, or leave this key out",
         )
-    if layers.get("mlp") and not _frozen_base(settings):
+    method = METHODS.get(str(settings.get("adapter.method")))
+    if layers.get("mlp") and method is not None and not method.fused:
         yield (
             "training.activation_checkpointing",
-            "mlp needs frozen layers with adapters; with adapter.method: "
+            "mlp needs qlora's own passes of frozen layers with LoRA; with adapter.method: "
             f"{settings['adapter.method']}, write full or none",
         )
 

@@ -84,8 +84,15 @@ class Adapter(Section):
 
     @property
     def initial_rank(self) -> int:
-        """AdaLoRA's rank of every layer at the start."""
+        """Rank of the layers at the start: `rank`, and with AdaLoRA the first rank of its budget."""
+        if "budget.initial_rank" in self.facts.unused:
+            return self.rank
         return self.budget.initial_rank or -(-3 * self.rank // 2)
+
+    def budget_at(self, rank: int) -> RankBudget:
+        """Return the budget with a given `initial_rank` in the same proportion to another rank."""
+        first = self.budget.initial_rank
+        return self.budget.model_copy(update={"initial_rank": first and -(-first * rank // self.rank)})
 
     @property
     def resolved_alpha(self) -> float:

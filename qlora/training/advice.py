@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlora.recipe import Recipe
+from qlora.recipe import Adapter, Recipe
 from qlora.recipe.evidence import (
     BATCH,
     CAPACITY,
@@ -61,20 +61,27 @@ class Advice:
             yield "advice", suggestion
 
 
-def advise(recipe: Recipe, trained_parameters: int, base_parameters: int, trained_tokens: int) -> Advice:
+def advise(
+    recipe: Recipe,
+    trained_tokens: int,
+    base_parameters: int,
+    trained_parameters: int,
+    adapter_parameters: int,
+) -> Advice:
     """Compare a recipe with the published findings.
 
     Args:
         recipe: the recipe.
-        trained_parameters: parameters that the adapter method trains.
-        base_parameters: parameters of the base.
         trained_tokens: tokens in the loss of one epoch.
+        base_parameters: parameters of the base.
+        trained_parameters: all parameters that the recipe trains.
+        adapter_parameters: of these, those of the adapter at its first step, without what is trained beside it.
     """
     adapter = recipe.adapter
     suggestions: list[str] = []
     if base_parameters >= SMALLEST_PARAMETERS:
         if "rank" not in adapter.facts.unused:
-            suggestions += _rank(adapter.rank, trained_parameters, trained_tokens)
+            suggestions += _rank(adapter, adapter_parameters, trained_tokens)
             suggestions += _targets(recipe)
         suggestions += _rate(recipe)
         if adapter.facts.frozen_base and recipe.training.global_batch_size >= LARGE_BATCH:
@@ -83,12 +90,22 @@ def advise(recipe: Recipe, trained_parameters: int, base_parameters: int, traine
     return Advice(adapter.summary, trained_parameters, trained_tokens, base_parameters, suggestions)
 
 
-def _rank(rank: int, parameters: int, tokens: int) -> Iterator[str]:
-    if parameters >= tokens:
+def _rank(adapter: Adapter, parameters: int, tokens: int) -> Iterator[str]:
+    """Suggest a rank with as many parameters at the end as there are tokens.
+
+    Nothing is suggested if another rank would not change the number of parameters in proportion: for VeRA, and for
+    layers with ranks of their own.
+    """
+    if not (adapter.facts.grows_with_rank and parameters) or adapter.rank_pattern:
         return
-    enough = 2 ** math.ceil(math.log2(rank * tokens / parameters))
+    lowest = adapter.initial_rank * tokens / parameters
+    if lowest <= adapter.rank:
+        return
+    enough = 2 ** math.ceil(math.log2(lowest))
     if enough <= HIGHEST_RANK:
-        yield _because(f"adapter.rank={enough} has as many parameters as there are trained tokens", CAPACITY)
+        first = adapter.budget_at(enough).initial_rank
+        settings = f"adapter.rank={enough}" + (f" adapter.budget.initial_rank={first}" if first else "")
+        yield _because(f"{settings} has as many parameters as there are trained tokens", CAPACITY)
     else:
         yield _because(
             f"no rank up to {HIGHEST_RANK} has as many parameters as there are trained tokens; a high rank learns "
