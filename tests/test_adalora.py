@@ -222,6 +222,10 @@ def test_its_memory_is_forecast_with_its_averages(tmp_path: Path) -> None:
     [
         ({"rank_pattern": {"a": [1, 0]}}, "rank_pattern of a must be a list of true and false"),
         ({"init_r": 0}, "init_r must be a whole number of at least 1"),
+        (
+            {"use_dora": True},
+            r"use_dora = true is not supported \(.* DoRA\)\. Use an adapter that was trained without it",
+        ),
         ({"lora_alpha": 0}, "lora_alpha must be a number above 0"),
     ],
 )

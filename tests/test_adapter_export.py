@@ -13,14 +13,18 @@ import torch
 from adapters_for_tests import CONFIG, TENSORS, updates, write_adapter
 from commands_for_tests import qlora
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora.adapter.algebra.plain import plain
+from qlora.adapter import save_adapter
+from qlora.adapter.algebra.plain import note, plain
 from qlora.adapter.algebra.tensors import read
+from qlora.adapter.config import read_fields
+from qlora.adapter.methods import ADAPTERS, METHODS
+from qlora.adapter.trained_parts import train_modules
 from qlora.errors import ModelError
 from qlora.memory.no_forecast import NoForecastError
-from qlora.recipe import Recipe
+from qlora.recipe import Adapter, Recipe
 from qlora.training.train import train
 
 LAYERS = {
@@ -137,3 +141,29 @@ def test_a_sum_with_ranks_of_single_layers_says_so_and_a_plain_one_does_not(tmp_
             "adapter", "compose", f"{folder}:1", f"{folder}:1", "--to", tmp_path / f"of-{folder.name}"
         )
         assert ("ranks of single layers" in " ".join(done.stdout.split())) == said
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("method", [method.name for method in ADAPTERS])
+def test_the_note_of_each_method_names_a_command_that_takes_its_adapters(
+    tmp_path: Path, method: str, beside: bool
+) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    METHODS[method].apply(model, Adapter(method=method, rank=2, targets=["a"]), seed=0)
+    if beside:
+        train_modules(model, ["norm"])
+    save_adapter(model, tmp_path / "a")
+    config = read_fields(tmp_path / "a" / CONFIG)
+    said = note({**config, "rank_pattern": {"a": 2}} if method == "dora" else config, tmp_path / "a")
+    if method == "lora" and not beside:
+        assert said is None
+        return
+    assert said is not None
+    exported = "qlora adapter export" in said
+    assert exported != ("qlora merge" in said)
+    if METHODS[method].why_no_sum is None:
+        assert exported != beside
+        return
+    assert said.startswith(f"vLLM and llama.cpp do not read adapters of {method}. For them, ")
+    with pytest.raises(ModelError, match="Merge them into their base instead, with qlora merge"):
+        read(tmp_path / "a")

@@ -1,11 +1,13 @@
 """DoRA equals its equation and PEFT, starts as the base, and its runs support what LoRA's support."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures_for_tests import recipe
+from commands_for_tests import qlora
 from methods_for_tests import (
     IDS,
     TARGETS,
@@ -16,14 +18,17 @@ from methods_for_tests import (
     logits,
     tiny,
 )
+from safetensors.torch import save_file
 from test_memory_forecast import assert_right, foreseen, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from qlora.adapter import LoraSpec, load_adapter, trainable_parameters
+from qlora.adapter import LoraSpec, load_adapter, save_adapter, trainable_parameters
 from qlora.adapter.adapted_linear import wrap
 from qlora.adapter.methods.dora import DoraLinear
+from qlora.adapter.trained_parts import train_modules
+from qlora.errors import ModelError
 from qlora.memory.workload import assumed
 from qlora.ops.dora_linear import dora_linear, row_norms, row_squares
 from qlora.ops.dropout import draw
@@ -178,3 +183,21 @@ def test_its_memory_is_forecast(tmp_path: Path) -> None:
         tmp_path, "llama", layers=4, adapter={"method": "dora", "dropout": 0.1}, data={"held_out": 0}
     )
     assert_right(foreseen(made, assumed(made)), measured(made, assumed(made)))
+
+
+def test_the_file_for_diffusers_refuses_it_by_name(tmp_path: Path) -> None:
+    model = adapted(nn.ModuleDict({"a": nn.Linear(4, 4)}), "dora")
+    with pytest.raises(
+        ModelError, match=r"adapter of DoRA has trained norms as well \(use_dora\)\. Save it without"
+    ):
+        save_adapter(model, tmp_path, diffusers="unet")
+
+
+def test_parts_beside_it_are_in_the_json_of_inspect(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    save_file(base.state_dict(), tmp_path / "model.safetensors")
+    save_adapter(train_modules(adapted(base, "dora"), ["norm"]), tmp_path / "adapter")
+    shown = qlora("adapter", "inspect", tmp_path / "adapter", "--base", tmp_path, "--json")
+    assert shown.returncode == 0, shown.stderr
+    parts = json.loads(shown.stdout)["parts"]
+    assert parts == {f"base_model.model.norm.{name}": [4] for name in ("bias", "weight")}

@@ -88,7 +88,7 @@ REFUSED = {
     "lora_bias": "B has a bias",
     "target_parameters": "parameters outside linear layers were adapted",
     "layer_replication": "layers of the base are repeated",
-    "use_dora": "DoRA",
+    "use_dora": "true only with peft_type LORA: DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -171,19 +171,14 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the fields of a LoRA config. Raises ModelError if it is another method's, or as `check_config` does."""
+    """Read and check the fields of a LoRA config. Raises ModelError as `read_fields` and `check_config` do."""
     config = read_fields(path)
-    if (peft_type := config.get("peft_type")) != "LORA":
-        raise ModelError(
-            f'{path}: peft_type is {json.dumps(peft_type)}; only adapters of LoRA ("LORA") can be composed, '
-            "compressed or inspected, because their updates are low-rank products"
-        )
     check_config(without_parts(config, path), path)
     return config
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError if a field of a LoRA config is unknown, unsupported or of the wrong type."""
+    """Raise ModelError if a field that LoRA's config can have is unknown, unsupported or of the wrong type."""
     for field, value in config.items():
         if field in HONOURED:
             _check_type(field, value, path)
@@ -192,8 +187,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         elif field not in INFORMATION and value not in NEUTRAL.get(field, NOTHING):
             meaning = REFUSED.get(field, "a field that this version of qlora does not know")
             raise ModelError(
-                f"{path}: {field} = {json.dumps(value)} is not supported ({meaning}). Use an adapter of plain "
-                "LoRA on linear layers"
+                f"{path}: {field} = {json.dumps(value)} is not supported ({meaning}). Use an adapter that was "
+                "trained without it"
             )
     _check_expressions(config, path)
     _check_choice_of_layers(config, path)

@@ -42,6 +42,11 @@ def check_diffusers(
         raise ModelError(
             f"diffusers reads adapters of LoRA, not of peft_type {config.get('peft_type')}. Save it without diffusers"
         )
+    if config.get("use_dora"):
+        raise ModelError(
+            "the file for diffusers holds A and B, and this adapter of DoRA has trained norms as well (use_dora). Save "
+            "it without diffusers, and merge it into the model (qlora.merge_adapter); or train LoRA"
+        )
     if config.get("init_lora_weights") == "pissa":
         raise ModelError(
             "diffusers would add this adapter to the unchanged base, and PiSSA changed its base. Save it without "

@@ -11,7 +11,7 @@ from qlora.errors import ModelError
 def print_changes(adapter: Path, base: str | None, per_layer: bool, json_output: bool) -> None:
     """Print the norm of each layer's change, for an adapter without spectra."""
     from qlora.adapter.algebra import tensors
-    from qlora.adapter.algebra.changes import changes
+    from qlora.adapter.algebra.changes import changes, part_shapes
     from qlora.adapter.config import CONFIG_FILE, read_fields
     from qlora.adapter.trained_parts import describe_parts
 
@@ -25,7 +25,8 @@ def print_changes(adapter: Path, base: str | None, per_layer: bool, json_output:
         )
     layers = changes(folder, weights)
     if json_output:
-        print(json.dumps({"layers": {name: layer.as_json() for name, layer in layers.items()}}))
+        plain = {name: layer.as_json() for name, layer in layers.items()}
+        print(json.dumps({"layers": plain, "parts": part_shapes(folder)}))
         return
     show_changes(layers, per_layer)
     for line in describe_parts(config):

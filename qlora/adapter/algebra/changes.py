@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.algebra.tensors import adapter_folder, method_in
 from qlora.adapter.config import CONFIG_FILE, read_fields
-from qlora.adapter.peft_tensors import read_layers
+from qlora.adapter.peft_tensors import TENSORS_FILE, read_layers
 from qlora.adapter.trained_parts import part_names
 from qlora.errors import ModelError
-from qlora.storage.safetensors_files import ShardReader
+from qlora.storage.safetensors_files import ShardReader, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,15 @@ class Change:
     def as_json(self) -> dict[str, Any]:
         """Return the numbers as plain JSON values."""
         return {**asdict(self), "relative_norm": self.relative_norm}
+
+
+def part_shapes(path: str | Path) -> dict[str, list[int]]:
+    """Return the shape of each tensor that was trained beside the adapter in `path`, by its name in the file."""
+    folder = adapter_folder(path)
+    config, method = read_fields(folder / CONFIG_FILE), method_in(folder)
+    suffixes = [suffix for kind in method.layers for suffix in kind.SAVED]
+    names = {*part_names(folder, config, suffixes)} - {*method.stored_shared(config)}
+    return {x.name: list(x.shape) for x in stored_tensors(folder / TENSORS_FILE) if x.name in names}
 
 
 def changes(path: str | Path, base: ShardReader) -> dict[str, Change]:

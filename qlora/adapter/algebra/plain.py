@@ -7,6 +7,7 @@ plain adapter all of these rules give the same factor: one alpha, one rank, no p
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.functional import pad
 
 from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.tensors import Adapter, dtype_name
-from qlora.adapter.config import commonest
+from qlora.adapter.config import CONFIG_FILE, commonest
+from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import has_parts
 from qlora.errors import ModelError
 
@@ -31,20 +33,27 @@ def particulars(config: Mapping[str, Any]) -> str | None:
 
 def note(config: Mapping[str, Any], folder: object) -> str | None:
     """Return a note for the user about what other servers do not read in the adapter in `folder`; None if nothing."""
+    method = method_for(config, Path(f"{folder}/{CONFIG_FILE}"))
+    export, merge = f"qlora adapter export {folder} --to DIR", f"merge: qlora merge {folder} --to DIR"
+    unread = f"vLLM and llama.cpp do not read adapters of {method.name}. For them"
+    if method.why_no_sum is not None:
+        return f"{unread}, {method.merge_needs}{merge}"
     if config.get("init_lora_weights") == "pissa":
         return (
             "the adapter belongs to a base without its principal part (PiSSA), which qlora makes again; other programs "
-            f"would add it to the unchanged base. For them: qlora adapter export {folder} --to DIR"
+            f"would add it to the unchanged base. For them: {export}"
         )
     if has_parts(config):
         return (
             "tokens or modules were trained beside the adapter: PEFT and qlora read them, vLLM and llama.cpp do not. "
-            f"For them, merge: qlora merge {folder} --to DIR"
+            f"For them, {merge}"
         )
+    if config["peft_type"] != "LORA":
+        return f"{unread}: {export}"
     used = particulars(config)
     return used and (
         f"the adapter has {used}: PEFT and qlora read this, but vLLM and llama.cpp take one alpha and one rank for "
-        f"all layers and would compute something else. For them: qlora adapter export {folder} --to DIR"
+        f"all layers and would compute something else. For them: {export}"
     )
 
 

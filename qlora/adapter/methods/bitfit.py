@@ -96,6 +96,7 @@ class BitFit(AdapterMethod):
     peft_type = "BITFIT"  # PEFT has no such method and rejects it
     layers = (BiasLinear, BiasConv)
     why_no_sum = "they change biases, not weights"
+    merge_needs = "if the layers of the base have biases, "
 
     def apply(self, model: nn.Module, settings: Adapter, seed: int) -> nn.Module:
         """Freeze `model` and add a trainable bias update to each target."""

@@ -1,4 +1,4 @@
-"""Interface of the adapter methods; LoRA, BitFit and full fine-tuning implement it.
+"""Interface of the adapter methods.
 
 A method is one file in this folder, a line in `METHODS` here and in `qlora.recipe.methods`, its name in the
 schema, and its test. Training, forecast, storage, merging and chat call this interface and never check the name.
@@ -69,6 +69,9 @@ class AdapterMethod(Method):
 
     why_no_sum: ClassVar[str | None] = "their updates are not low-rank products"
     """why adapters of this method have no sum; None if each update is a low-rank product, as `as_lora` returns it"""
+
+    merge_needs: ClassVar[str] = ""
+    """condition of a base that its adapters can be merged into, as "if ..., "; empty if there is none"""
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Return True if `config`, the fields of an adapter_config.json, describes an adapter of this method."""
