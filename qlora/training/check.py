@@ -141,13 +141,8 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
         memory = RunMemory.of(recipe, dataset, batches, steps, device)
     found.memory = memory_facts(memory)
     if whole and (made := memory.forecast) is not None:
-        found.advice = advise(
-            recipe,
-            dataset.counts.supervised,
-            made.parameters,
-            made.trained_parameters,
-            made.adapter_parameters,
-        )
+        trained = made.trained_parameters, made.adapter_parameters
+        found.advice = advise(recipe, dataset.counts.supervised, made.parameters, *trained)
     if memory.precision is not None and recipe.base.quantization == "nf4":
         found.precision = memory.precision.line()
     return found
