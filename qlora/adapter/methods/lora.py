@@ -256,7 +256,7 @@ def adapt(
     return trained_parts.train_modules(wrap(model, adapted), train_modules)
 
 
-def _check_patterns(spec: LoraSpec, names: Sequence[str]) -> None:
+def _check_patterns(spec: LoraSpec, names: list[str]) -> None:
     """Raise UsageError if a key of a pattern matches none of the targets."""
     for key in [*spec.rank_pattern, *spec.alpha_pattern]:
         if not any(fits(key, name) for name in names):
