@@ -165,6 +165,12 @@ class InitialValues:
             spec = self.spec.for_layer(name)
             random = torch.Generator().manual_seed(fold_seed(self.seed, key_of(name)))
             matrix = wide if spec.init == "pissa" else wide - ordinary
+            if not matrix.any():  # A and B would be zero, and so would their gradients
+                empty = "weight" if spec.init == "pissa" else "error of NF4 (the layer is not in NF4)"
+                raise ModelError(
+                    f"init {spec.init} finds no {empty} in {name} to start from. Leave the layer out of the "
+                    "targets, or use another init"
+                )
             best = principal(matrix / spec.factor, spec.rank, random)
             missing = spec.rank - best.rank  # a rank above the smaller side of the weight
             a, b = pad(best.a, (0, 0, 0, missing)), pad(best.b, (0, missing))
@@ -294,6 +300,23 @@ def prepare_base(model: nn.Module, values: InitialValues | None) -> None:
             values.read(model)
             model.base_identity = replace(base, changed=values.changed)  # type: ignore[assignment]
     model.initial_values = values  # type: ignore[assignment]
+
+
+def replace_values(model: nn.Module, values: InitialValues | None) -> None:
+    """Attach the initial values of an adapter that takes the place of another; equal ones keep their distances."""
+    own = InitialValues.of(model)
+    if own is None or values is None or own.digest != values.digest:
+        model.initial_values = values  # type: ignore[assignment]
+
+
+def require_own_base(model: nn.Module, base: BaseIdentity) -> None:
+    """Raise ModelError if the base was changed, and not by the initial values of the adapter: none could load it."""
+    values = InitialValues.of(model)
+    if base.changed != (None if values is None else values.changed):
+        raise ModelError(
+            "the adapter cannot be saved: another adapter changed the base under it, or its own change was not made. "
+            "Load the adapter into the base that it was trained on"
+        )
 
 
 def write_initial(model: nn.Module, folder: Path) -> None:

@@ -29,7 +29,15 @@ from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
-from qlora.adapter.initial import InitialValues, prepare_base, prepared_base, require_16_bit, write_initial
+from qlora.adapter.initial import (
+    InitialValues,
+    prepare_base,
+    prepared_base,
+    replace_values,
+    require_16_bit,
+    require_own_base,
+    write_initial,
+)
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
@@ -77,6 +85,7 @@ def save_adapter(
     if base is None:
         _refuse_lost(model, parts.values())
         base = BaseIdentity.of(model)
+    require_own_base(model, base)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = {**method.config(model, layers, base), **part_fields(model)}
     tensors = {
@@ -164,9 +173,13 @@ def load_adapter(
     method.check_shared(
         [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
     )
-    if not layers:
+    if layers:
+        replace_values(model, values)
+    else:
         prepare_base(model, values)
-        specs = _add_layers(model, method, specs, next(iter(stored[names[0]].values())).dtype)
+        first = next(iter(method.layer_for(model.get_submodule(names[0])).SAVED))
+        dtype = next(iter(common.values()), stored[names[0]][first]).dtype  # a method's vectors can be wider
+        specs = _add_layers(model, method, specs, dtype)
     _load_layers(model, specs, stored)
     method.load_shared(model, common, tensors_file)
     parts.load(model, others, in_place=bool(layers))
