@@ -16,8 +16,10 @@ from methods_for_tests import (
     assert_resumes,
     assert_saved_and_loaded,
     logits,
+    optimizer_over,
     tiny,
 )
+from methods_for_tests import train as take_steps
 from test_memory_forecast import assert_right, foreseen, measured
 from torch import nn
 from torch.nn import functional as F
@@ -133,9 +135,7 @@ def test_the_allocation_is_that_of_peft_on_the_same_gradients(tiny_llama: Path, 
     for name, parts in layers.items():
         for part, tensor in zip(("lora_a", "lora_b", "lora_e"), parts, strict=True):
             setattr(own[name], part, nn.Parameter(tensor.detach().clone()))
-    course = RankAllocation(
-        own, Schedule(1, steps - 3, steps, 2, 6 * len(own), 4 * len(own)), 0.3, (0.85, 0.85)
-    )
+    course = RankAllocation(own, Schedule(1, steps - 3, 2, 6 * len(own), 4 * len(own)), 0.3, (0.85, 0.85))
     for step in range(steps):
         theirs.zero_grad()
         theirs(input_ids=IDS, labels=IDS).loss.backward()  # with their penalty
@@ -152,6 +152,7 @@ def test_the_allocation_is_that_of_peft_on_the_same_gradients(tiny_llama: Path, 
             for name, parts in layers.items():
                 for part, tensor in zip(("lora_a", "lora_b", "lora_e"), parts, strict=True):
                     torch.testing.assert_close(getattr(own[name], part), tensor, rtol=1e-3, atol=1e-5)
+    course.finish()
     pattern = {
         name.removesuffix(".lora_E.default"): kept
         for name, kept in theirs.peft_config["default"].rank_pattern.items()
@@ -166,11 +167,26 @@ def test_the_allocation_is_that_of_peft_on_the_same_gradients(tiny_llama: Path, 
 
 
 def test_the_budget_falls_with_the_cube_of_the_time_left() -> None:
-    schedule = Schedule(start=10, end=60, total=100, every=5, first=120, last=80)
+    schedule = Schedule(start=10, end=60, every=5, first=120, last=80)
     budgets = {step: schedule.budget(step) for step in range(1, 101)}
     assert {step for step, budget in budgets.items() if budget is not None} == {*range(15, 60, 5), 60}
     assert budgets[35] == int(40 * 0.5**3 + 80)
     assert budgets[60] == 80
+
+
+def test_a_run_that_is_resumed_at_its_end_gets_its_ranks(tiny_llama: Path) -> None:
+    settings = {"rank": 4, "budget": {"every": 1}}
+    model = adapted(tiny(tiny_llama), "adalora", 0.1, **settings)
+    before, after = course_of(model, 20, **settings), course_of(model, 7, **settings)
+    take_steps(model, optimizer_over(model), range(7), 1e-2, before)
+    after.load_state(before.state())
+    kept = {name: layer.lora_e[after.kept[name]] for name, layer in AdaloraLinear.of(model).items()}
+    assert sum(map(len, kept.values())) > 4 * len(kept)
+    after.finish()
+    ranks = {name: layer.rank for name, layer in AdaloraLinear.of(model).items()}
+    assert after.outcome()["ranks"] == ranks
+    assert sum(ranks.values()) == 4 * len(ranks)
+    assert len(set(ranks.values())) > 1
 
 
 def test_a_merged_model_computes_the_same(tiny_llama: Path) -> None:

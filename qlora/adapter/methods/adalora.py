@@ -202,7 +202,6 @@ class Adalora(AdapterMethod):
         schedule = Schedule(
             start=int(budget.start * total_steps),
             end=max(1, total_steps - int(budget.final * total_steps)),
-            total=total_steps,
             every=budget.every,
             first=settings.initial_rank * len(layers),
             last=settings.rank * len(layers),
