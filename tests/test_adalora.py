@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from qlora.adapter.methods.rank_allocation import RankAllocation, Schedule
 from qlora.errors import ModelError, RecipeError
 from qlora.memory.workload import assumed
 from qlora.recipe import Adapter, Recipe
+from qlora.recipe.methods import METHODS as FACTS
 from qlora.training import train as loop
 from qlora.training.train import train
 
@@ -264,6 +266,12 @@ def test_settings_that_contradict_each_other_are_refused(adapter: dict[str, Any]
     settings = {"base": {"model": "bundled/base"}, "data": {"source": "a.jsonl"}}
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict({**settings, "adapter": {"method": "adalora", **adapter}})
+
+
+def test_the_rules_of_the_budget_are_those_of_a_method_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FACTS, "dora", replace(FACTS["dora"], unused=()))
+    with pytest.raises(RecipeError, match=r"initial_rank: must be at least adapter\.rank \(9\)"):
+        Recipe.load("quickstart", ["adapter.method=dora", "adapter.rank=9", "adapter.budget.initial_rank=8"])
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.algebra.low_rank import principal
 from qlora.adapter.config import CONFIG_FILE, INITIAL_FILE, read_fields, spec_of_layer
 from qlora.adapter.digest import digest
@@ -293,20 +294,19 @@ def prepared_base(base: BaseIdentity, values: InitialValues | None) -> BaseIdent
 
 
 def prepare_base(model: nn.Module, values: InitialValues | None) -> None:
-    """Make a model without an adapter the base that belongs to the initial values, and attach these to it."""
-    if values is not None and values.changed is not None:
+    """Make a model without an adapter the base that belongs to the initial values, and attach these to it.
+
+    A model with an adapter, whose place another one takes, keeps its base; and equal values, with their distances.
+    """
+    own, adapted = InitialValues.of(model), bool(AdaptedLayer.of(model))
+    if adapted and own is not None and values is not None and own.digest == values.digest:
+        return
+    if not adapted and values is not None and values.changed is not None:
         base = BaseIdentity.of(model)  # of the weights before the change
         if base.changed is None:
             values.read(model)
             model.base_identity = replace(base, changed=values.changed)  # type: ignore[assignment]
     model.initial_values = values  # type: ignore[assignment]
-
-
-def replace_values(model: nn.Module, values: InitialValues | None) -> None:
-    """Attach the initial values of an adapter that takes the place of another; equal ones keep their distances."""
-    own = InitialValues.of(model)
-    if own is None or values is None or own.digest != values.digest:
-        model.initial_values = values  # type: ignore[assignment]
 
 
 def require_own_base(model: nn.Module, base: BaseIdentity) -> None:

@@ -33,7 +33,6 @@ from qlora.adapter.initial import (
     InitialValues,
     prepare_base,
     prepared_base,
-    replace_values,
     require_16_bit,
     require_own_base,
     write_initial,
@@ -173,17 +172,25 @@ def load_adapter(
     method.check_shared(
         [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
     )
-    if layers:
-        replace_values(model, values)
-    else:
-        prepare_base(model, values)
-        first = next(iter(method.layer_for(model.get_submodule(names[0])).SAVED))
-        dtype = next(iter(common.values()), stored[names[0]][first]).dtype  # a method's vectors can be wider
-        specs = _add_layers(model, method, specs, dtype)
+    prepare_base(model, values)
+    if not layers:
+        specs = _add_layers(model, method, specs, _dtype(model, method, stored, common))
     _load_layers(model, specs, stored)
     method.load_shared(model, common, tensors_file)
     parts.load(model, others, in_place=bool(layers))
     return model
+
+
+def _dtype(
+    model: nn.Module,
+    method: AdapterMethod,
+    stored: Mapping[str, Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+) -> torch.dtype:
+    """Return the dtype of the stored matrices: those that all layers share, or the first of a layer."""
+    name, tensors = next(iter(stored.items()))
+    first = next(iter(method.layer_for(model.get_submodule(name)).SAVED))  # a method's vectors can be wider
+    return next(iter(shared.values()), tensors[first]).dtype
 
 
 def _add_layers(
