@@ -32,6 +32,7 @@ from qlora.adapter.methods.adalora import AdaloraLinear, AdaloraSpec
 from qlora.adapter.methods.rank_allocation import RankAllocation, Schedule
 from qlora.errors import ModelError, RecipeError
 from qlora.memory.workload import assumed
+from qlora.model.prepare import build_optimizer
 from qlora.recipe import Adapter, Recipe
 from qlora.recipe.methods import METHODS as FACTS
 from qlora.training import train as loop
@@ -189,6 +190,19 @@ def test_a_run_that_is_resumed_at_its_end_gets_its_ranks(tiny_llama: Path) -> No
     assert after.outcome()["ranks"] == ranks
     assert sum(ranks.values()) == 4 * len(ranks)
     assert len(set(ranks.values())) > 1
+
+
+def test_gradients_of_the_penalty_are_added_in_fp32(tmp_path: Path) -> None:
+    def dtypes(orthogonality: float) -> set[torch.dtype]:
+        adapter = {"method": "adalora", "budget": {"orthogonality": orthogonality}}
+        made = recipe(
+            tmp_path, "llama", adapter=adapter, training={"global_batch_size": 1, "micro_batch_size": 1}
+        )
+        model = adapted(nn.ModuleDict({"a": nn.Linear(4, 4)}), "adalora")
+        return {gradient.dtype for gradient in build_optimizer(model, made).gradients()}
+
+    assert dtypes(0.1) == {torch.float32}
+    assert dtypes(0.0) == {torch.bfloat16, torch.float32}, "nothing is added to the gradients of A and B"
 
 
 def test_a_merged_model_computes_the_same(tiny_llama: Path) -> None:

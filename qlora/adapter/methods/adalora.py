@@ -209,6 +209,10 @@ class Adalora(AdapterMethod):
         decays = budget.smoothing, budget.uncertainty_smoothing
         return RankAllocation(layers, schedule, budget.orthogonality, decays)
 
+    def penalises(self, settings: Adapter) -> bool:
+        """Return True if the directions are kept orthogonal."""
+        return settings.budget.orthogonality > 0
+
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's AdaLoraConfig. PEFT needs a total_step, which only its own training uses."""
         spec: AdaloraSpec = next(iter(layers.values())).spec
