@@ -27,6 +27,7 @@ from qlora.errors import ModelError
 from qlora.inference.load import load_trained
 from qlora.merging.write import MergeSource, write_merged
 from qlora.model.load import load_base, meta_base
+from qlora.model.prepare import apply_adapter
 from qlora.quantization import nf4
 from qlora.recipe import Base, Data, Recipe
 from qlora.storage.safetensors_files import ShardReader, ShardWriter
@@ -169,6 +170,30 @@ def test_a_base_that_was_not_quantized(recipe_file: RecipeFile, tmp_path: Path) 
     merged(recipe, run / "adapter", "original", tmp_path / "m")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     assert (logits(plain) - logits(live)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("onto", ["original", "nf4"])
+def test_a_linear_that_was_trained_as_a_whole_is_written(
+    recipe_file: RecipeFile, onto: Any, tmp_path: Path
+) -> None:
+    settings = {"targets": "attention", "train_modules": ["down_proj"]}
+    base = {"quantization": "none", "compute_dtype": "bfloat16"}
+    recipe = Recipe.load(recipe_file(base=base, adapter=settings))
+    model = update(apply_adapter(load_base(recipe.base), recipe))
+    name = "model.layers.0.mlp.down_proj"
+    trained = model.get_submodule(name).weight
+    with torch.no_grad():
+        trained.mul_(-1)
+    save_adapter(model, tmp_path / "adapter")
+    tensors = next(
+        tensors
+        for tensors in MergeSource(recipe.base, tmp_path / "adapter").tensors(onto)
+        if f"{name}.weight" in tensors
+    )
+    expected = (
+        {"": trained.detach()} if onto == "original" else nf4.to_tensors(nf4.quantize(trained.detach()))
+    )
+    assert torch.equal(tensors[f"{name}.weight"], expected[""])
 
 
 def test_tensors_in_another_dtype_on_purpose_keep_it(recipe: Recipe, tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from qlora.adapter import (
     trainable_parameters,
 )
 from qlora.adapter.merge import merge_adapter
+from qlora.adapter.methods import ADAPTERS
 from qlora.adapter.trained_parts import trained_parts, whole_parameters
 from qlora.errors import ModelError, UsageError
 from qlora.inference.load import held_out_loss, load_trained
 from qlora.memory.workload import assumed
 from qlora.model.decoder_layer import FusedLayer, use_fused_layers
 from qlora.model.load import load_base
-from qlora.model.prepare import part_notes
+from qlora.model.prepare import apply_adapter, build, part_notes
 from qlora.objective.causal_lm import loss_sum
 from qlora.recipe import Recipe
 from qlora.training import train as loop
@@ -82,6 +83,71 @@ def test_what_cannot_be_trained_as_a_whole_is_refused() -> None:
         adapted(tiny(), ["q_proj"], targets=["q_proj", "v_proj"])
     with pytest.raises(ModelError, match=r"lm_head shares its weight with model\.embed_tokens"):
         adapted(tiny(tied=True), ["lm_head"])
+
+
+def test_all_linear_leaves_out_what_is_inside_a_trained_module() -> None:
+    model = adapted(tiny(), ["mlp"])
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    trained = [name for name in trainable_parameters(model) if "lora" not in name]
+    assert len(trained) == 3 * len(model.model.layers)
+    assert all(".mlp." in name for name in trained)
+
+
+@pytest.mark.parametrize("method", [method.name for method in ADAPTERS])
+def test_a_run_without_a_layer_to_adapt_is_refused(recipe_file: RecipeFile, method: str) -> None:
+    made = Recipe.load(recipe_file(adapter={"targets": "attention", "train_modules": ["self_attn"]}))
+    made = made.model_copy(update={"adapter": made.adapter.model_copy(update={"method": method})})
+    with pytest.raises(UsageError, match="takes every layer of targets=attention, so no layer is left"):
+        apply_adapter(tiny(), made)
+
+
+@pytest.mark.parametrize("init", ["pissa", "kaiming"])
+def test_a_trained_module_keeps_its_weight_at_the_start(
+    tiny_llama: Path, recipe_file: RecipeFile, init: str
+) -> None:
+    adapter = {"init": init, "train_modules": ["down_proj"]}
+    made = Recipe.load(
+        recipe_file(base={"quantization": "none", "compute_dtype": "float32"}, adapter=adapter)
+    )
+    model, name = build(made, "cpu")[0], "model.layers.0.mlp.down_proj"
+    expected = load_base(made.base).get_parameter(f"{name}.weight")
+    assert torch.equal(model.get_parameter(f"{name}.weight"), expected)
+    plain = adapted(load_base(made.base), ["down_proj"], init=init, targets="all-linear")
+    assert torch.equal(plain.get_parameter(f"{name}.weight"), expected)
+    assert lora_layers(plain).keys() == lora_layers(model).keys()
+    assert name not in lora_layers(model)
+
+
+@pytest.mark.parametrize("modules", [["nope"], ["second"]])
+def test_a_failed_adapt_leaves_the_base_unchanged(modules: list[str]) -> None:
+    model = Classifier()
+    with pytest.raises((UsageError, ModelError), match="train_modules: "):
+        adapted(model, modules, init="pissa", targets=["first", "second"])
+    assert torch.equal(model.first.weight, Classifier().first.weight)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_name_that_would_also_name_another_module_in_the_file_is_refused(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(4)
+        layers = {name: nn.Linear(4, 4) for name in ("first", "pre_head", "head")}
+        layers["attention"] = nn.MultiheadAttention(4, 2)
+        return nn.ModuleDict(layers)
+
+    with pytest.raises(ModelError, match=r"head would also name pre_head\. Name both"):
+        adapted(make(), ["head"], targets=["first"])
+    model = adapted(make(), [], targets=["first"])
+    model["attention"].in_proj_weight.requires_grad_(True)
+    with pytest.raises(ModelError, match=r"attention would also name attention\.out_proj"):
+        save_adapter(model, tmp_path)
+    model = changed(adapted(make(), ["head", "pre_head"], targets=["first"]))
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(make(), tmp_path)["pre_head"].weight, model["pre_head"].weight)
 
 
 def test_a_quantized_module_is_refused(recipe_file: RecipeFile) -> None:

@@ -211,7 +211,7 @@ def test_rows_are_merged_in_memory(tied: bool) -> None:
 def test_every_method_can_have_tokens_and_modules_beside_it(tmp_path: Path, method: str) -> None:
     settings = Adapter(method=method, rank=2, targets="attention")
     model = train_rows(METHODS[method].apply(tiny(), settings, seed=0), [3, 60])
-    train_modules(model, ["norm"], settings.targets)
+    train_modules(model, ["norm"])
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -15,7 +15,7 @@ told apart from the start, without a decomposition, which could have other last 
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -34,6 +34,7 @@ from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
 from qlora.adapter.peft_tensors import PREFIX, SUFFIX_A, SUFFIX_B, named_tensors
 from qlora.adapter.targets import is_conv1d, linear_names, select
+from qlora.adapter.trained_parts import targets_beside
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4
 from qlora.runtime.seeds import fold_seed, key_of
@@ -109,6 +110,8 @@ class InitialValues:
     """None: not measured"""
     names: frozenset[str] = frozenset()
     """the targets, once they are chosen"""
+    beside: Sequence[str] = ()
+    """modules trained as a whole, which are no targets"""
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -148,7 +151,8 @@ class InitialValues:
 
     def choose(self, model: nn.Module) -> None:
         """Find the targets in `model`, which can be on the meta device."""
-        self.names = frozenset(self.layers or select(model, self.spec.targets))
+        targets = targets_beside(model, self.spec.targets, () if self.layers else self.beside)
+        self.names = frozenset(self.layers or select(model, targets))
 
     def __call__(self, name: str, weight: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what the base keeps of a weight.

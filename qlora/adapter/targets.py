@@ -25,6 +25,9 @@ INSIDE_ATTENTION = frozenset([
 ])
 # fmt: on
 
+WORDS = ("attention", "all-linear")
+"""targets that are a word, not a list"""
+
 SAME_PRODUCT = frozenset(["FalconLinear"])
 """Subclasses of `nn.Linear` with their own forward that still computes the plain product."""
 
@@ -56,7 +59,7 @@ def select(
     """
     names = layer_names(model, can_adapt or is_linear)
     linears = names if can_adapt is None else linear_names(model)
-    if isinstance(targets, str) and targets not in ("attention", "all-linear"):
+    if isinstance(targets, str) and targets not in WORDS:
         targets = [targets]
     if targets == "attention":
         chosen = {name for name in linears if _is_attention(name)}

@@ -12,15 +12,16 @@ A parameter that was unfrozen by hand is a trained part too: its module is saved
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.adapted_linear import replace_modules
+from qlora.adapter.patterns import exactly
 from qlora.adapter.peft_tensors import PREFIX, TENSORS_FILE
+from qlora.adapter.targets import WORDS, select
 from qlora.adapter.trained_rows import (
     TrainedRows,
     embedding_and_head,
@@ -39,29 +40,57 @@ MARK = "trained_beside_an_adapter"
 """attribute of the modules that are trained as a whole, so that they are saved also after the model was frozen"""
 
 
-def train_modules(model: nn.Module, entries: Sequence[str], targets: str | Sequence[str] = ()) -> nn.Module:
-    """Train whole modules of an adapted model, in place.
+def targets_beside(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    entries: Sequence[str],
+    can_adapt: Callable[[nn.Module], bool] | None = None,
+) -> str | Sequence[str]:
+    """Return the targets of a model without those that `train_modules` will train as a whole; the model is unchanged.
+
+    Args:
+        model: a model without an adapter.
+        targets: targets as in `select`. The words all-linear and attention leave out the layers of `entries` and those
+            inside them, as in PEFT; a list that names one is refused.
+        entries: as in `train_modules`.
+        can_adapt: as in `select`.
+
+    Raises:
+        UsageError: an entry matches no module with parameters, or no target is left.
+        ModelError: a module cannot be trained as a whole, or is also in a list of targets.
+    """
+    if not entries:
+        return targets
+    chosen, names = _choose(model, entries), select(model, targets, can_adapt)
+    rest = [name for name in names if name not in chosen]
+    if len(rest) == len(names):
+        return targets
+    if targets not in WORDS:
+        raise _in_two_places(next(name for name in names if name in chosen))
+    if not rest:
+        raise UsageError(
+            f"train_modules: {listed(list(entries))} takes every layer of targets={targets}, so no layer is left to "
+            "adapt. Name fewer modules or other targets; adapter.method=full trains the whole model"
+        )
+    return [exactly(name) for name in rest]
+
+
+def train_modules(model: nn.Module, entries: Sequence[str]) -> nn.Module:
+    """Train whole modules of an adapted model, in place; `targets_beside` keeps the adapter off them.
 
     Args:
         model: a model with an adapter.
         entries: each is a module's name, the last parts of a name, or a regular expression for a whole name.
-        targets: targets of the adapter. If they are a keyword such as all-linear, the modules leave them, as in PEFT; a
-            module that a list names is refused.
 
     Returns:
         The same model.
 
     Raises:
         UsageError: an entry matches no module with parameters.
-        ModelError: a module is quantized, a target of the adapter, or shares its weight with another one.
+        ModelError: a module is quantized, a target of the adapter, shares its weight with another one, or has a name
+            that would also name another one in the adapter file.
     """
-    chosen: dict[str, nn.Module] = {}
-    for entry in entries:
-        if isinstance(targets, str):
-            _release(model, entry)
-        chosen |= _match(model, entry)
-    _check_tied(model, chosen)
-    for module in chosen.values():
+    for module in _choose(model, entries).values():
         module.requires_grad_(True)
         setattr(module, MARK, True)
     return model
@@ -135,6 +164,7 @@ def part_fields(model: nn.Module) -> dict[str, Any]:
     """Return the fields of adapter_config.json that name the trained parts; empty if there are none."""
     fields: dict[str, Any] = {}
     if whole := whole_modules(model):
+        _check_endings(model, whole)
         fields[MODULES] = _endings(model, whole)
     if rows := TrainedRows.of(model):
         ids = {name: list(module.ids) for name, module in rows.items()}
@@ -217,10 +247,14 @@ def without_parts(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return {field: value for field, value in config.items() if field not in (TOKENS, MODULES)}
 
 
-def _release(model: nn.Module, entry: str) -> None:
-    """Take the adapter off the layers that one entry matches."""
-    layers = {name: layer for name, layer in AdaptedLayer.of(model).items() if _fits(name, entry)}
-    replace_modules(model, {layer: layer.base for layer in layers.values()})
+def _choose(model: nn.Module, entries: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules that the entries match, which can be trained as a whole."""
+    chosen: dict[str, nn.Module] = {}
+    for entry in entries:
+        chosen |= _match(model, entry)
+    _check_tied(model, chosen)
+    _check_endings(model, chosen)
+    return chosen
 
 
 def _fits(name: str, entry: str) -> bool:
@@ -249,15 +283,19 @@ def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {**AdaptedLayer.of(model), **TrainedRows.of(model)}
     for name, module in chosen.items():
         if any(name == layer or name.startswith(f"{layer}.") for layer in layers):
-            raise ModelError(
-                f"train_modules: {name} is a target of the adapter, or has trained tokens, too. Name it in one place"
-            )
+            raise _in_two_places(name)
         if is_nf4(module) or not _is_dense(module):
             raise ModelError(
                 f"train_modules: {name} is in NF4, and quantized weights cannot be trained. Make it a target of the "
                 "adapter, or set base.quantization=none"
             )
     return chosen
+
+
+def _in_two_places(name: str) -> ModelError:
+    return ModelError(
+        f"train_modules: {name} is a target of the adapter, or has trained tokens, too. Name it in one place"
+    )
 
 
 def _is_dense(module: nn.Module) -> bool:
@@ -277,6 +315,19 @@ def _check_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             raise ModelError(
                 f"train_modules: {other} shares its weight with {name}, so training one would change or untie the "
                 f"other. Name both, or train rows of tokens (train_tokens)"
+            )
+
+
+def _check_endings(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise ModelError if a reader of the adapter would find more modules by the names of the chosen ones."""
+    for name, _ in model.named_modules():
+        ending = next((other for other in chosen if name.endswith(other)), None)
+        if ending is None:
+            continue
+        if others := [other for other in owners_in(model, name) if other not in chosen]:
+            raise ModelError(
+                f"train_modules: an adapter file names modules by the end of their name, with all inside them, so "
+                f"{ending} would also name {others[0]}. Name both in train_modules (or unfreeze both), or neither"
             )
 
 

@@ -141,13 +141,16 @@ class MergeSource:
             if matrix is not None and (matrix.adapted is not None or matrix.quantized):
                 yield self._matrix(key, matrix, onto)
             else:
-                tensor = self.reader[key]
+                tensor = self._dense(key)
                 if key in self.biases:
                     tensor = self.biases[key].merged_bias(tensor)
-                if key in self.parts:
-                    tensor = self.parts[key](tensor).to(tensor.dtype)
                 main = self.reader.stored[key].dtype == self._main_dtype
                 yield {key: tensor.bfloat16() if main else tensor}
+
+    def _dense(self, key: str) -> Tensor:
+        """Read a tensor that is not packed, as it was trained beside the adapter if it was."""
+        tensor = self.reader[key]
+        return self.parts[key](tensor).to(tensor.dtype) if key in self.parts else tensor
 
     def _matrix(self, key: str, matrix: _Matrix, onto: Onto) -> dict[str, Tensor]:
         weight, packed = self._read(key, matrix, as_trained=onto != "original")
@@ -165,11 +168,12 @@ class MergeSource:
     def _read(self, key: str, matrix: _Matrix, *, as_trained: bool) -> tuple[Tensor, nf4.Params4bit | None]:
         """Read a weight [out, in] in fp32, and its NF4 form if the adapter was trained with that (else None)."""
         if self.prequantized and matrix.quantized:
+            assert key not in self.parts, f"{key} is packed, and packed weights are not trained"
             names = [name for name in self._statistics if name.startswith(f"{key}.")]
             parts = {name[len(key) :]: self.reader[name] for name in names}
             packed = nf4.from_tensors({"": self.reader[key].to(self.device), **parts})
         else:
-            weight = self.reader[key].to(self.device)
+            weight = self._dense(key).to(self.device)
             weight = weight.T if matrix.transposed else weight
             if not (as_trained and matrix.quantized and self.base.quantization == "nf4"):
                 return weight, None

@@ -15,7 +15,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
-from qlora.adapter.trained_parts import train_modules, whole_modules
+from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
 from qlora.errors import UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
@@ -66,7 +66,10 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
         UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
     """
     settings = recipe.adapter
-    METHODS[settings.method].apply(model, settings, recipe.training.seed)
+    targets = targets_beside(model, settings.targets, settings.train_modules)
+    METHODS[settings.method].apply(
+        model, settings.model_copy(update={"targets": targets}), recipe.training.seed
+    )
     if others := other_layers(model):
         raise UsageError(
             f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
@@ -75,7 +78,7 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     if settings.train_tokens:
         TrainedTokens.of(recipe).train(model)
     if settings.train_modules:
-        train_modules(model, settings.train_modules, settings.targets)
+        train_modules(model, settings.train_modules)
     return model
 
 

@@ -129,7 +129,9 @@ class Lora(AdapterMethod):
 
     def initial_values(self, settings: Adapter, seed: int) -> InitialValues | None:
         """Return the reader of the base's weights that `init: pissa` and `init: loftq` need."""
-        return InitialValues(spec_of(settings), seed) if settings.init in FROM_WEIGHTS else None
+        if settings.init not in FROM_WEIGHTS:
+            return None
+        return InitialValues(spec_of(settings), seed, beside=settings.train_modules)
 
     def notes(self, model: nn.Module) -> list[str]:
         """Return the distance from the 16-bit base at the start, if A and B come from its weights."""
@@ -212,7 +214,7 @@ def adapt(
         spec: LoRA settings, with the targets; None means the defaults of `LoraSpec`.
         seed: seed of the initial A of each layer.
         train_modules: modules trained as a whole beside the adapter, such as a new head: names, last parts of names, or
-            regular expressions. They are saved with the adapter.
+            regular expressions. They are saved with the adapter, and all-linear and attention leave them out.
         layers: classes of the adapted layers; the first one that is for a target's kind of layer adapts it.
 
     Returns:
@@ -232,13 +234,13 @@ def adapt(
         raise ModelError(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
-    names = select(model, spec.targets, lambda module: any(kind.adapts(module) for kind in layers))
-    for key in [*spec.rank_pattern, *spec.alpha_pattern]:
-        if not any(fits(key, name) for name in names):
-            pattern = "rank_pattern" if key in spec.rank_pattern else "alpha_pattern"
-            raise UsageError(
-                f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
-            )
+
+    def can_adapt(module: nn.Module) -> bool:
+        return any(kind.adapts(module) for kind in layers)
+
+    targets = trained_parts.targets_beside(model, spec.targets, train_modules, can_adapt)
+    spec, names = replace(spec, targets=targets), select(model, targets, can_adapt)
+    _check_patterns(spec, names)
     for name in names:
         _check_target(name, model.get_submodule(name), spec, layers)
     values = start_values(model, spec, seed)
@@ -251,7 +253,17 @@ def adapt(
     }
     if values is not None:
         values.fill(adapted)
-    return trained_parts.train_modules(wrap(model, adapted), train_modules, spec.targets)
+    return trained_parts.train_modules(wrap(model, adapted), train_modules)
+
+
+def _check_patterns(spec: LoraSpec, names: list[str]) -> None:
+    """Raise UsageError if a key of a pattern matches none of the targets."""
+    for key in [*spec.rank_pattern, *spec.alpha_pattern]:
+        if not any(fits(key, name) for name in names):
+            pattern = "rank_pattern" if key in spec.rank_pattern else "alpha_pattern"
+            raise UsageError(
+                f'adapter.{pattern}: "{key}" matches no targeted layer; the targets are {listed(names)}'
+            )
 
 
 def _check_target(name: str, module: nn.Module, spec: LoraSpec, layers: Sequence[type[LowRankLayer]]) -> None:
