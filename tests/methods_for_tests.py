@@ -113,6 +113,7 @@ def assert_resumes(
     courses = [course(model, steps) for model in models]
     optimizers = [optimizer_over(model) for model in models]
     losses = train(models[0], optimizers[0], range(steps), lr, courses[0])
+    courses[0].finish()
     assert losses[-1] < losses[0] - 0.1
     train(models[1], optimizers[1], range(stop), lr, courses[1])
     save_adapter(models[1], folder)
@@ -120,6 +121,7 @@ def assert_resumes(
     optimizers[2].load_state(optimizers[1].state())
     courses[2].load_state(courses[1].state())
     train(models[2], optimizers[2], range(stop, steps), lr, courses[2])
+    courses[2].finish()
     ended = trainable_parameters(models[2])
     assert ended
     assert all(torch.equal(ended[name], value) for name, value in trainable_parameters(models[0]).items())

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from methods_for_tests import (
     assert_resumes,
     assert_saved_and_loaded,
     logits,
+    optimizer_over,
     tiny,
 )
+from methods_for_tests import train as take_steps
 from test_memory_forecast import assert_right, foreseen, measured
 from torch import nn
 from torch.nn import functional as F
@@ -30,7 +33,9 @@ from qlora.adapter.methods.rank_allocation import RankAllocation, Schedule
 from qlora.errors import ModelError, RecipeError
 from qlora.memory import advice
 from qlora.memory.workload import assumed
+from qlora.model.prepare import build_optimizer
 from qlora.recipe import Adapter, Recipe
+from qlora.recipe.methods import METHODS as FACTS
 from qlora.training import train as loop
 from qlora.training.train import train
 
@@ -134,9 +139,7 @@ def test_the_allocation_is_that_of_peft_on_the_same_gradients(tiny_llama: Path, 
     for name, parts in layers.items():
         for part, tensor in zip(("lora_a", "lora_b", "lora_e"), parts, strict=True):
             setattr(own[name], part, nn.Parameter(tensor.detach().clone()))
-    course = RankAllocation(
-        own, Schedule(1, steps - 3, steps, 2, 6 * len(own), 4 * len(own)), 0.3, (0.85, 0.85)
-    )
+    course = RankAllocation(own, Schedule(1, steps - 3, 2, 6 * len(own), 4 * len(own)), 0.3, (0.85, 0.85))
     for step in range(steps):
         theirs.zero_grad()
         theirs(input_ids=IDS, labels=IDS).loss.backward()  # with their penalty
@@ -153,6 +156,7 @@ def test_the_allocation_is_that_of_peft_on_the_same_gradients(tiny_llama: Path, 
             for name, parts in layers.items():
                 for part, tensor in zip(("lora_a", "lora_b", "lora_e"), parts, strict=True):
                     torch.testing.assert_close(getattr(own[name], part), tensor, rtol=1e-3, atol=1e-5)
+    course.finish()
     pattern = {
         name.removesuffix(".lora_E.default"): kept
         for name, kept in theirs.peft_config["default"].rank_pattern.items()
@@ -167,11 +171,39 @@ def test_the_allocation_is_that_of_peft_on_the_same_gradients(tiny_llama: Path, 
 
 
 def test_the_budget_falls_with_the_cube_of_the_time_left() -> None:
-    schedule = Schedule(start=10, end=60, total=100, every=5, first=120, last=80)
+    schedule = Schedule(start=10, end=60, every=5, first=120, last=80)
     budgets = {step: schedule.budget(step) for step in range(1, 101)}
     assert {step for step, budget in budgets.items() if budget is not None} == {*range(15, 60, 5), 60}
     assert budgets[35] == int(40 * 0.5**3 + 80)
     assert budgets[60] == 80
+
+
+def test_a_run_that_is_resumed_at_its_end_gets_its_ranks(tiny_llama: Path) -> None:
+    settings = {"rank": 4, "budget": {"every": 1}}
+    model = adapted(tiny(tiny_llama), "adalora", 0.1, **settings)
+    before, after = course_of(model, 20, **settings), course_of(model, 7, **settings)
+    take_steps(model, optimizer_over(model), range(7), 1e-2, before)
+    after.load_state(before.state())
+    kept = {name: layer.lora_e[after.kept[name]] for name, layer in AdaloraLinear.of(model).items()}
+    assert sum(map(len, kept.values())) > 4 * len(kept)
+    after.finish()
+    ranks = {name: layer.rank for name, layer in AdaloraLinear.of(model).items()}
+    assert after.outcome()["ranks"] == ranks
+    assert sum(ranks.values()) == 4 * len(ranks)
+    assert len(set(ranks.values())) > 1
+
+
+def test_gradients_of_the_penalty_are_added_in_fp32(tmp_path: Path) -> None:
+    def dtypes(orthogonality: float) -> set[torch.dtype]:
+        adapter = {"method": "adalora", "budget": {"orthogonality": orthogonality}}
+        made = recipe(
+            tmp_path, "llama", adapter=adapter, training={"global_batch_size": 1, "micro_batch_size": 1}
+        )
+        model = adapted(nn.ModuleDict({"a": nn.Linear(4, 4)}), "adalora")
+        return {gradient.dtype for gradient in build_optimizer(model, made).gradients()}
+
+    assert dtypes(0.1) == {torch.float32}
+    assert dtypes(0.0) == {torch.bfloat16, torch.float32}, "nothing is added to the gradients of A and B"
 
 
 def test_a_merged_model_computes_the_same(tiny_llama: Path) -> None:
@@ -263,6 +295,12 @@ def test_a_smaller_rank_keeps_the_proportion_of_a_given_first_rank() -> None:
         changed, setting = next(advice._rank(made, Any))
         assert setting == f"adapter.rank=16 adapter.alpha=4{extra}"
         assert changed.adapter.initial_rank == first
+
+
+def test_the_rules_of_the_budget_are_those_of_a_method_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FACTS, "dora", replace(FACTS["dora"], unused=()))
+    with pytest.raises(RecipeError, match=r"initial_rank: must be at least adapter\.rank \(9\)"):
+        Recipe.load("quickstart", ["adapter.method=dora", "adapter.rank=9", "adapter.budget.initial_rank=8"])
 
 
 @pytest.mark.slow

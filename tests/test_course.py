@@ -1,6 +1,7 @@
 """A method's course adds its penalty once a step, acts after every update, and survives a stop."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from qlora.adapter import trainable_parameters
 from qlora.adapter.methods import Course
 from qlora.adapter.methods.lora import Lora
 from qlora.data import Batch
+from qlora.errors import ModelError
 from qlora.objective.objective import Loss, Objective
 from qlora.objective.step import accumulate
 from qlora.recipe import Recipe
+from qlora.training import checkpoint
 from qlora.training import train as loop
 from qlora.training.train import train
 
@@ -34,6 +37,9 @@ class Shrinking(Course):
 
     def after_step(self, step: int) -> None:
         self.steps.append(step)
+
+    def finish(self) -> None:
+        self.steps.append(-1)
 
     def state(self) -> dict[str, Tensor]:
         return {"steps": torch.tensor(self.steps)}
@@ -82,7 +88,7 @@ def test_a_stopped_run_continues_its_course(
 ) -> None:
     monkeypatch.setattr(Lora, "course", lambda self, model, settings, total_steps: Shrinking(model))
     whole = train(Recipe.load(recipe_file(), [f"output={tmp_path / 'whole'}"]), terminal=False)
-    assert whole.adapter == {"steps": [0, 1, 2, 3]}
+    assert whole.adapter == {"steps": [0, 1, 2, 3, -1]}
     update = loop.update
 
     def interrupted(session: Any, batches: Any, step: int, lr: float) -> dict[str, float]:
@@ -95,6 +101,23 @@ def test_a_stopped_run_continues_its_course(
         patched.setattr(loop, "update", interrupted)
         with pytest.raises(InterruptedError):
             train(Recipe.load(file), terminal=False)
+    folder = tmp_path / "run"
+    shutil.copytree(folder, tmp_path / "short")
+    short = Recipe.load(file, [f"output={tmp_path / 'short'}", "training.max_steps=2"])
+    evaluate, seen = loop.held_out_loss, []
+    monkeypatch.setattr(
+        loop, "held_out_loss", lambda s, *rest: seen.append(s.course.steps[:]) or evaluate(s, *rest)
+    )
+    assert train(short, resume=True, terminal=False).adapter == {"steps": [0, 1, -1]}
+    assert seen == [[0, 1, -1]], "finished before the evaluation"
+    shutil.copytree(folder, tmp_path / "damaged")
+    for state in (tmp_path / "damaged").glob("checkpoints/*/course.safetensors"):
+        state.unlink()
+    monkeypatch.setattr(
+        checkpoint, "verify", lambda *_, **__: []
+    )  # as if it had been written without the file
+    with pytest.raises(ModelError, match=r"course\.safetensors: cannot be read"):
+        train(Recipe.load(file, [f"output={tmp_path / 'damaged'}"]), resume=True, terminal=False)
     resumed = train(Recipe.load(file), resume=True, terminal=False)
     assert resumed.adapter == whole.adapter
     name = "adapter/adapter_model.safetensors"

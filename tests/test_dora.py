@@ -1,6 +1,7 @@
 """DoRA equals its equation and PEFT, starts as the base, and its runs support what LoRA's support."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,24 @@ def test_parts_beside_it_are_in_the_json_of_inspect(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     parts = json.loads(shown.stdout)["parts"]
     assert parts == {f"base_model.model.norm.{name}": [4] for name in ("bias", "weight")}
+
+
+def test_a_cast_of_the_model_leaves_the_start_at_the_base() -> None:
+    linear = nn.Linear(40, 30, bias=False)
+    layer = DoraLinear(deepcopy(linear), LoraSpec(4)).to(torch.bfloat16)
+    x = torch.randn(5, 40, dtype=torch.bfloat16)
+    assert layer.magnitude.dtype == layer.squares.dtype == torch.float32
+    assert torch.equal(layer(x), linear.to(torch.bfloat16)(x))
+    assert layer.double().magnitude.dtype == layer.squares.dtype == torch.float64
+
+
+def test_a_row_of_zeros_has_no_relative_change() -> None:
+    linear = nn.Linear(4, 3)
+    with torch.no_grad():
+        linear.weight[1] = 0
+    layer = DoraLinear(linear, LoraSpec(2))
+    assert layer.numbers(linear.weight)["row norms moved"] == 0
+    with torch.no_grad():
+        layer.magnitude.mul_(1.5)
+    assert layer.numbers(linear.weight)["row norms moved"] == pytest.approx(0.5)
+    assert layer.numbers(torch.zeros(3, 4))["row norms moved"] == 0

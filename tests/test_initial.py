@@ -313,6 +313,7 @@ def test_a_synthetic_base_has_nothing_to_take(tiny_llama: Path) -> None:
     model = method.apply(load_base(section, initial=method.initial_values(settings, 0)), settings, 0)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
     assert "has no effect on a synthetic base" in method.notes(model)[0]
+    assert method.course(model, settings, 1).outcome() == {}, "nothing was measured"
 
 
 def test_another_adapter_does_not_take_over_the_start_of_an_earlier_one(
@@ -333,6 +334,59 @@ def test_another_adapter_does_not_take_over_the_start_of_an_earlier_one(
     save_adapter(adapt(merged), tmp_path / "c")
     assert not (tmp_path / "c" / INITIAL_FILE).exists()
     assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+def test_each_of_several_adapters_keeps_its_own_start(tiny_llama: Path, tmp_path: Path) -> None:
+    section = Base(model=str(tiny_llama), compute_dtype="float32")
+    save_adapter(started(tiny_llama, "loftq"), tmp_path / "loftq")
+    save_adapter(adapt(load_base(section)), tmp_path / "plain")
+    for names in (("plain", "loftq"), ("loftq", "plain")):
+        adapters = Adapters(load_base(section))
+        for name in names:
+            adapters.load(name, tmp_path / name)
+        assert InitialValues.of(adapters.model) is None
+        for name in names:
+            adapters.activate(name)
+            save_adapter(adapters.model, tmp_path / "again")
+            assert (tmp_path / "again" / INITIAL_FILE).exists() == (name == "loftq")
+    plain = load_adapter(load_base(section), tmp_path / "plain", any_base=True)
+    load_adapter(plain, tmp_path / "plain")
+    assert InitialValues.of(plain) is None
+
+
+def test_the_start_follows_an_adapter_that_is_loaded_in_the_place_of_another(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = started(tiny_llama, "loftq")
+    values = InitialValues.of(model)
+    save_adapter(model, tmp_path / "loftq")
+    load_adapter(model, tmp_path / "loftq")
+    assert InitialValues.of(model) is values, "with its distances"
+    save_adapter(started(tiny_llama, "kaiming"), tmp_path / "plain")
+    load_adapter(model, tmp_path / "plain")
+    assert InitialValues.of(model) is None
+
+
+def test_an_adapter_on_the_changed_base_of_another_is_not_saved(tiny_llama: Path, tmp_path: Path) -> None:
+    section = Base(model=str(tiny_llama), compute_dtype="float32")
+    save_adapter(started(tiny_llama, "pissa"), tmp_path / "pissa")
+    save_adapter(adapt(load_base(section)), tmp_path / "plain")
+    adapters = Adapters(load_base(section, initial=InitialValues.stored(tmp_path / "pissa")))
+    adapters.load("pissa", tmp_path / "pissa")
+    adapters.load("plain", tmp_path / "plain", any_base=True)
+    adapters.activate("pissa")
+    save_adapter(adapters.model, tmp_path / "again")
+    load_adapter(load_base(section, initial=InitialValues.stored(tmp_path / "again")), tmp_path / "again")
+    adapters.activate("plain")
+    with pytest.raises(ModelError, match="another adapter changed the base"):
+        save_adapter(adapters.model, tmp_path / "refused")
+
+
+def test_loftq_refuses_a_target_without_an_error_to_correct(tiny_llama: Path) -> None:
+    settings, method = Adapter(init="loftq", rank=4, targets=["q_proj", "lm_head"]), METHODS["lora"]
+    section = Base(model=str(tiny_llama), compute_dtype="float32")
+    with pytest.raises(ModelError, match=r"loftq finds no error of NF4 .* in lm_head"):
+        load_base(section, initial=method.initial_values(settings, 0))
 
 
 def test_a_shared_head_cannot_be_a_target_of_pissa() -> None:

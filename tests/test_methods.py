@@ -87,6 +87,23 @@ def test_adapters_are_switched_without_a_trace(tiny_llama: Path, tmp_path: Path,
     assert torch.equal(logits(adapters.model), before)
 
 
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if isinstance(method, AdapterMethod)]
+)
+def test_a_loaded_adapter_has_the_dtypes_of_the_saved_one(tmp_path: Path, method: str) -> None:
+    def network() -> nn.Module:
+        return nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(6, 4)})
+
+    model = adapted(network(), method)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(network(), tmp_path, any_base=True)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype, name
+    for own, other in zip(*(AdaptedLayer.of(each).values() for each in (model, loaded)), strict=True):
+        assert getattr(own.spec, "dtype", None) == getattr(other.spec, "dtype", None)
+
+
 @pytest.mark.parametrize("method", WITHOUT_SUM)
 def test_changes_are_measured_and_sums_are_refused(
     tiny_llama: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.algebra.low_rank import principal
 from qlora.adapter.config import CONFIG_FILE, INITIAL_FILE, read_fields, spec_of_layer
 from qlora.adapter.digest import digest
@@ -169,6 +170,12 @@ class InitialValues:
             spec = self.spec.for_layer(name)
             random = torch.Generator().manual_seed(fold_seed(self.seed, key_of(name)))
             matrix = wide if spec.init == "pissa" else wide - ordinary
+            if not matrix.any():  # A and B would be zero, and so would their gradients
+                empty = "weight" if spec.init == "pissa" else "error of NF4 (the layer is not in NF4)"
+                raise ModelError(
+                    f"init {spec.init} finds no {empty} in {name} to start from. Leave the layer out of the "
+                    "targets, or use another init"
+                )
             best = principal(matrix / spec.factor, spec.rank, random)
             missing = spec.rank - best.rank  # a rank above the smaller side of the weight
             a, b = pad(best.a, (0, 0, 0, missing)), pad(best.b, (0, missing))
@@ -291,13 +298,29 @@ def prepared_base(base: BaseIdentity, values: InitialValues | None) -> BaseIdent
 
 
 def prepare_base(model: nn.Module, values: InitialValues | None) -> None:
-    """Make a model without an adapter the base that belongs to the initial values, and attach these to it."""
-    if values is not None and values.changed is not None:
+    """Make a model without an adapter the base that belongs to the initial values, and attach these to it.
+
+    A model with an adapter, whose place another one takes, keeps its base; and equal values, with their distances.
+    """
+    own, adapted = InitialValues.of(model), bool(AdaptedLayer.of(model))
+    if adapted and own is not None and values is not None and own.digest == values.digest:
+        return
+    if not adapted and values is not None and values.changed is not None:
         base = BaseIdentity.of(model)  # of the weights before the change
         if base.changed is None:
             values.read(model)
             model.base_identity = replace(base, changed=values.changed)  # type: ignore[assignment]
     model.initial_values = values  # type: ignore[assignment]
+
+
+def require_own_base(model: nn.Module, base: BaseIdentity) -> None:
+    """Raise ModelError if the base was changed, and not by the initial values of the adapter: none could load it."""
+    values = InitialValues.of(model)
+    if base.changed != (None if values is None else values.changed):
+        raise ModelError(
+            "the adapter cannot be saved: another adapter changed the base under it, or its own change was not made. "
+            "Load the adapter into the base that it was trained on"
+        )
 
 
 def write_initial(model: nn.Module, folder: Path) -> None:

@@ -29,7 +29,14 @@ from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
-from qlora.adapter.initial import InitialValues, prepare_base, prepared_base, require_16_bit, write_initial
+from qlora.adapter.initial import (
+    InitialValues,
+    prepare_base,
+    prepared_base,
+    require_16_bit,
+    require_own_base,
+    write_initial,
+)
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
@@ -77,6 +84,7 @@ def save_adapter(
     if base is None:
         _refuse_lost(model, parts.values())
         base = BaseIdentity.of(model)
+    require_own_base(model, base)
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = {**method.config(model, layers, base), **part_fields(model)}
     tensors = {
@@ -164,13 +172,25 @@ def load_adapter(
     method.check_shared(
         [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
     )
+    prepare_base(model, values)
     if not layers:
-        prepare_base(model, values)
-        specs = _add_layers(model, method, specs, next(iter(stored[names[0]].values())).dtype)
+        specs = _add_layers(model, method, specs, _dtype(model, method, stored, common))
     _load_layers(model, specs, stored)
     method.load_shared(model, common, tensors_file)
     parts.load(model, others, in_place=bool(layers))
     return model
+
+
+def _dtype(
+    model: nn.Module,
+    method: AdapterMethod,
+    stored: Mapping[str, Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+) -> torch.dtype:
+    """Return the dtype of the stored matrices: those that all layers share, or the first of a layer."""
+    name, tensors = next(iter(stored.items()))
+    first = next(iter(method.layer_for(model.get_submodule(name)).SAVED))  # a method's vectors can be wider
+    return next(iter(shared.values()), tensors[first]).dtype
 
 
 def _add_layers(

@@ -31,6 +31,14 @@ class Change(NamedTuple):
     module: nn.Module
 
 
+class Loaded(NamedTuple):
+    """An adapter in memory."""
+
+    changes: list[Change]
+    initial: InitialValues | None
+    """its A and B before the first step, if they came from the base's weights"""
+
+
 class Adapters:
     """Several adapters of one model, at most one of them active.
 
@@ -56,13 +64,14 @@ class Adapters:
         self.model = model
         self.active: str | None = None
         """name of the active adapter; None if the model computes the base alone"""
-        self._changes: dict[str, list[Change]] = {}
-        self._base: list[Change] = []
+        self._loaded: dict[str, Loaded] = {}
+        self._base = Loaded([], InitialValues.of(model))
+        """what the model shows without an active adapter"""
 
     @property
     def names(self) -> list[str]:
         """Names of the loaded adapters, in loading order."""
-        return list(self._changes)
+        return list(self._loaded)
 
     def load(
         self, name: str, folder: str | Path, *, base: BaseIdentity | None = None, any_base: bool = False
@@ -79,12 +88,12 @@ class Adapters:
             UsageError: the name is taken; nothing has changed.
             ModelError: the adapter does not fit the model or was trained on another base; nothing has changed.
         """
-        if name in self._changes:
+        if name in self._loaded:
             raise UsageError(
                 f"an adapter named {name!r} is loaded already: choose another name, or unload that adapter"
             )
         _require_prepared(self.model, folder)
-        _put_back(self._shown)
+        self._hide()
         try:
             use_nf4_linears(self.model)
             before = _children(self.model)
@@ -95,11 +104,12 @@ class Adapters:
                 for place, child in before.items()
                 if place in after and after[place] is not child
             ]
-            self._changes[name] = changes
-            self._base = self._base or _at_start(self.model, changes)
+            self._loaded[name] = Loaded(changes, InitialValues.of(self.model))
+            if not self._base.changes:
+                self._base = self._base._replace(changes=_at_start(self.model, changes))
             _put_back(changes)
         finally:
-            _put_in(self._shown)
+            self._show()
 
     def unload(self, name: str) -> None:
         """Drop a loaded adapter, deactivating it first if it is active.
@@ -110,7 +120,7 @@ class Adapters:
         self._check(name)
         if name == self.active:
             self.deactivate()
-        del self._changes[name]
+        del self._loaded[name]
 
     def activate(self, name: str | None) -> None:
         """Make the model compute the base plus the adapter `name`.
@@ -123,21 +133,28 @@ class Adapters:
         """
         if name is not None:
             self._check(name)
-        _put_back(self._shown)
+        self._hide()
         self.active = name
-        _put_in(self._shown)
+        self._show()
 
     def deactivate(self) -> None:
         """Make the model compute the base alone."""
         self.activate(None)
 
     @property
-    def _shown(self) -> list[Change]:
-        return self._base if self.active is None else self._changes[self.active]
+    def _shown(self) -> Loaded:
+        return self._base if self.active is None else self._loaded[self.active]
+
+    def _show(self) -> None:
+        _put_in(self._shown.changes)
+        self.model.initial_values = self._shown.initial  # type: ignore[assignment]
+
+    def _hide(self) -> None:
+        _put_back(self._shown.changes)
 
     def _check(self, name: str) -> None:
-        if name not in self._changes:
-            have = ", ".join(self._changes) or "none"
+        if name not in self._loaded:
+            have = ", ".join(self._loaded) or "none"
             raise UsageError(f"no adapter is named {name!r}; loaded: {have}")
 
 

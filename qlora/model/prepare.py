@@ -134,11 +134,12 @@ def lr_factors(model: nn.Module, recipe: Recipe) -> dict[str, float]:
 def build_optimizer(
     model: nn.Module, recipe: Recipe, factors: Mapping[str, float] | None = None
 ) -> Optimizer:
-    """Create the recipe's optimizer over all trainable parameters; a step of several micro-batches sums exactly.
+    """Create the recipe's optimizer over all trainable parameters; a step of several backward passes sums exactly.
 
     factors: learning rates of the parameters as multiples of `optimizer.lr`; None means `lr_factors`.
     """
     settings = recipe.optimizer
+    penalised = METHODS[recipe.adapter.method].penalises(recipe.adapter)
     return Optimizer(
         trainable_parameters(model),
         lr_factors=lr_factors(model, recipe) if factors is None else factors,
@@ -146,5 +147,5 @@ def build_optimizer(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        exact_sums=recipe.training.accumulates,
+        exact_sums=recipe.training.accumulates or penalised,
     )

@@ -3,20 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora.recipe.rank_budget import RankBudget
+
 LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern")
 
-BUDGET_KEYS = tuple(
-    f"budget.{key}"
-    for key in (
-        "initial_rank",
-        "start",
-        "final",
-        "every",
-        "orthogonality",
-        "smoothing",
-        "uncertainty_smoothing",
-    )
-)
+BUDGET_KEYS = tuple(f"budget.{key}" for key in RankBudget.model_fields)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from operator import eq
 from typing import Any
 
 from qlora.formats import FORMATS
-from qlora.recipe.methods import METHODS
+from qlora.recipe.methods import BUDGET_KEYS, METHODS
 from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
 from qlora.recipe.source_names import is_local
@@ -296,7 +296,8 @@ def _patterns(settings: Settings) -> Iterator[KeyProblem]:
 
 
 def _budget(settings: Settings) -> Iterator[KeyProblem]:
-    if settings.get("adapter.method") != "adalora":
+    facts = METHODS.get(settings.get("adapter.method", ""))
+    if facts is None or set(BUDGET_KEYS) <= set(facts.unused):
         return
     first, last = settings.get("adapter.budget.initial_rank"), settings.get("adapter.rank")
     if first is not None and last is not None and first < last:

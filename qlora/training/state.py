@@ -63,7 +63,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
 
     Raises:
         DataError: the data set has changed since the checkpoint, so the run cannot be resumed exactly.
-        ModelError: the base has changed since the checkpoint, or every checkpoint is damaged.
+        ModelError: the base has changed since the checkpoint, a file is missing, or every checkpoint is damaged.
     """
     folder = checkpoint.newest(run.path, run_id=run.run_id)
     if folder is None:
@@ -76,8 +76,8 @@ def restore(session: Session, run: RunFolder) -> Progress:
         )
     read_weights(session, folder / session.result_name)
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
-    if (course := folder / "course.safetensors").exists():
-        session.course.load_state(checkpoint.load_tensors(course))
+    if session.course.state():
+        session.course.load_state(checkpoint.load_tensors(folder / "course.safetensors"))
     return Progress(state["step"], state["loss_before"], state.get("seconds", 0.0))
 
 

@@ -113,12 +113,15 @@ def fit(
     )
     with StopRequest() as stop, tracker:
         latest_loss = progress.loss_before
+        if progress.step == total:
+            session.course.finish()
         if progress.step in (0, total):
             latest_loss = held_out_loss(session, tracker, progress.step)
             progress.loss_before = progress.loss_before if progress.step else latest_loss
         while progress.step < total and stop.signal_number is None:
             progress.step = take_step(session, progress.step, tracker)
-            last = progress.step == total
+            if last := progress.step == total:
+                session.course.finish()
             if last or (training.eval_every and progress.step % training.eval_every == 0):
                 latest_loss = held_out_loss(session, tracker, progress.step)
             progress.seconds = seconds_before + time.monotonic() - began
@@ -126,7 +129,6 @@ def fit(
                 save(session, run, progress, tracker)
         if progress.step < total:
             save(session, run, progress, tracker)
-
         result = write_result(session, run, tracker) if progress.step == total else None
         write_memory(session, run, tracker)
         outcome = TrainResult(

@@ -202,13 +202,16 @@ class Adalora(AdapterMethod):
         schedule = Schedule(
             start=int(budget.start * total_steps),
             end=max(1, total_steps - int(budget.final * total_steps)),
-            total=total_steps,
             every=budget.every,
             first=settings.initial_rank * len(layers),
             last=settings.rank * len(layers),
         )
         decays = budget.smoothing, budget.uncertainty_smoothing
         return RankAllocation(layers, schedule, budget.orthogonality, decays)
+
+    def penalises(self, settings: Adapter) -> bool:
+        """Return True if the directions are kept orthogonal."""
+        return settings.budget.orthogonality > 0
 
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's AdaLoraConfig. PEFT needs a total_step, which only its own training uses."""

@@ -19,6 +19,9 @@ class Course:
     def after_step(self, step: int) -> None:
         """Change the model after the optimizer's update `step`, counted from 0. The gradients are those of the step."""
 
+    def finish(self) -> None:
+        """Change the model once after the last step, before it is evaluated and saved."""
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint stores, so that a resumed run continues exactly."""
         return {}

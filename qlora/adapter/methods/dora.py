@@ -8,9 +8,9 @@ m is fp32, because it must start at the norms exactly for the layer to equal the
 to 0.4%. It takes 4 bytes for each output, a small part of B.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,19 @@ class DoraLinear(LoRALinear):
         self.magnitude = nn.Parameter(squares.sqrt())
         self._kept: tuple[Any, Tensor] | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the layer, as every module; a cast to 16 bits leaves m and the squared norms in fp32."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            is_rounded = tensor.ndim == 1 and result.element_size() < 4
+            return tensor.to(result.device, torch.float32) if is_rounded else result
+
+        self._kept = None
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        return super()._apply(apply, recurse=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
         linear, update = self.product()
@@ -87,9 +100,11 @@ class DoraLinear(LoRALinear):
         return {**super().shapes(linear, spec), SUFFIX_MAGNITUDE: (features(linear)[1],)}
 
     def numbers(self, weight: Tensor) -> dict[str, float]:
-        """Return the rank, and the mean relative change of the norms of the rows of `weight`."""
-        moved = self.magnitude.detach() / torch.linalg.vector_norm(weight, dim=1) - 1
-        return {"rank": self.rank, "row norms moved": moved.abs().mean().item()}
+        """Return the rank, and the mean relative change of the norms of the rows of `weight` but rows of zeros."""
+        norms = torch.linalg.vector_norm(weight, dim=1)
+        rows = norms > 0
+        moved = (self.magnitude.detach()[rows] / norms[rows] - 1).abs()
+        return {"rank": self.rank, "row norms moved": moved.sum().item() / max(1, len(moved))}
 
     def merged_weight(self, weight: Tensor | None = None) -> Tensor:
         """Return the dense weight m (W + scaling * B A) / ||W + scaling * B A|| [out, in] in fp32 or fp64.

@@ -175,7 +175,7 @@ class _Start(Course):
     """Course that only reports where the training started."""
 
     def __init__(self, values: InitialValues | None) -> None:
-        self._distances = None if values is None else values.distances
+        self._distances = values.distances if values is not None and values.layers else None
 
     def outcome(self) -> dict[str, Any]:
         """Return the distances from the 16-bit base at the start, if they were measured."""

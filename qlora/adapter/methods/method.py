@@ -58,6 +58,10 @@ class Method(ABC):
         """Return what the method does during a run of `total_steps` steps of this adapted model."""
         return Course()
 
+    def penalises(self, settings: Adapter) -> bool:
+        """Return True if the course has a penalty: its gradients are added to those of the loss, in fp32."""
+        return False
+
 
 class AdapterMethod(Method):
     """A method that keeps the base unchanged and saves the trained parameters as an adapter."""

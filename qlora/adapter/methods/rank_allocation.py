@@ -53,8 +53,6 @@ class Schedule:
     """t_i, steps with all triplets"""
     end: int
     """T - t_f, the step from which the triplets stay the same"""
-    total: int
-    """T, steps of the run"""
     every: int
     """steps from one change to the next"""
     first: int
@@ -127,9 +125,14 @@ class RankAllocation(Course):
             self._mask()
         elif taken > end:
             self._mask()
-        if taken == self.schedule.total:
-            for name, layer in self.layers.items():
-                layer.prune(self.kept[name])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Remove the triplets that were left out; choose them first if the run was cut short at a resume."""
+        if sum(int(kept.sum()) for kept in self.kept.values()) > self.schedule.last:
+            self._choose(self.schedule.last)
+        for name, layer in self.layers.items():
+            layer.prune(self.kept[name])
 
     def state(self) -> dict[str, Tensor]:
         """Return the averages and the triplets that are kept."""

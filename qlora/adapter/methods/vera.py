@@ -4,8 +4,8 @@ A and B are random, frozen and shared by all layers; a layer trains only the vec
 d starts at 0.1 and b at zero, so the model starts as the base. A is [rank, widest input] and B [widest output, rank]; a
 narrower layer uses the first columns of A and the first rows of B, as in PEFT.
 
-d and b are fp32: they scale whole rows, which the rounding of bf16 would scale wrongly by up to 0.4%, and they are so
-few that it costs nothing. A and B are bf16.
+d and b are fp32, in the file too: they are so few that it costs nothing, their gradients are sums over all tokens, and
+a merge uses them unrounded. A product in bf16 rounds them as it rounds A and B, which are bf16.
 """
 
 from collections.abc import Collection, Mapping
