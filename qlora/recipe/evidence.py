@@ -48,7 +48,7 @@ FULL_RATE = Finding(
 )
 BATCH = Finding(
     "training.global_batch_size",
-    "LoRA loses more than full fine-tuning when a step has many rows: little with 32, more with 256, at any rank",
+    "LoRA loses more than full fine-tuning when a step has many rows, at any rank",
     "LoRA Without Regret (Schulman et al. 2025)",
     "Llama 3",
 )
@@ -57,4 +57,4 @@ FINDINGS = (CAPACITY, TARGETS, LORA_RATE, FULL_RATE, BATCH)
 
 LORA_RATES, FULL_RATES = (1e-4, 5e-4), (1e-5, 5e-5)
 LARGE_BATCH = 256
-"""rows of a step from which on LoRA was found to lose"""
+"""rows of a step from which on the advice warns; the number is our choice"""
