@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_step import adapted, assert_same, padded, rows
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.adapter import trainable_parameters
 from qlora.data import Batch
@@ -22,6 +23,7 @@ from qlora.objective.objective import Loss
 from qlora.objective.step import CAUSAL_LM, accumulate
 from qlora.ops import dropout
 from qlora.ops.dropout import Dropout, Rows
+from qlora.runtime.fake import FakeTensors
 
 HIDDEN = 5
 
@@ -70,6 +72,31 @@ def test_masks_differ_from_row_to_row_and_have_the_rate() -> None:
     masks = [alone(row, 4000) for row in range(3)]
     assert all((mask.float().mean() - 0.5).abs() < 0.02 for mask in masks)
     assert all(0.45 < (one == other).float().mean() < 0.55 for one, other in itertools.pairwise(masks))
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forecast_takes_no_longer_for_more_rows() -> None:
+    def operations(rows: int) -> int:
+        lengths = (4,) * rows
+        mask = Dropout(0.5, 7, Rows(0, tuple(range(0, 4 * rows, 4)), lengths, 4 * rows))
+        with FakeTensors(cuda=True).made() as fake:
+            x = fake(torch.empty(4 * rows, HIDDEN))
+            with Calls() as calls:
+                mask.mask(x)
+        return calls.count
+
+    assert operations(200) == operations(2)
 
 
 def test_without_known_rows_a_mask_is_still_repeatable() -> None:

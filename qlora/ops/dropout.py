@@ -80,11 +80,13 @@ class Dropout(NamedTuple):
             mask.fill_(True)  # the padding
         start = PIECE * (self.piece or 0)
         stop = start + len(x)
+        fake = is_fake(mask)  # a forecast has many rows, and these draws allocate nothing
         for row, (begin, length) in enumerate(zip(rows.starts, rows.lengths, strict=True), rows.first):
             for chunk, low in enumerate(range(begin, begin + length, CHUNK)):
                 high = min(low + CHUNK, begin + length)
                 if start <= low and high <= stop:
-                    self._draw(mask[low - start : high - start], row, chunk)
+                    if not fake:
+                        self._draw(mask[low - start : high - start], row, chunk)
                 elif low < stop and start < high:
                     drawn = mask.new_empty(high - low, *mask.shape[1:])
                     self._draw(drawn, row, chunk)

@@ -79,7 +79,7 @@ def table(memory: Mapping[str, Any]) -> "Group":
         shown.add_row(row.label, *_cells(row, unit)[: len(names)])
     shown.add_section()
     shown.add_row("total", *_cells(comparison.total, unit)[: len(names)], style="bold")
-    return Group(Text(comparison.summary, style="bold"), shown, f"[dim]{RULE_OF_THUMB_IN_SHORT}[/dim]")
+    return Group(Text(comparison.summary, style="bold"), shown, Text(RULE_OF_THUMB_IN_SHORT, style="dim"))
 
 
 def _cells(row: Row, unit: Unit) -> list[str]:
