@@ -22,7 +22,7 @@ from benchmarks.methods.prefix_tuning import PrefixLM, PrefixTuning, prefix_cach
 from benchmarks.methods.scores import scores
 from qlora.adapter.adapted_linear import AdaptedLinear, trainable_parameters
 from qlora.adapter.algebra.spectrum import Spectrum
-from qlora.adapter.methods import Method
+from qlora.adapter.methods import Course, Method
 from qlora.data import Prompts, held_out_batches
 from qlora.errors import DivergedError, QloraError
 from qlora.model.prepare import build_optimizer
@@ -129,7 +129,7 @@ def session_of(cell: Cell, data: E2E, cache: Path, *, watch_all: bool = False) -
     model = rival.apply(session.model, recipe.adapter, cell.seed)
     optimizer = build_optimizer(model, recipe)
     objective = PrefixLM() if isinstance(rival, PrefixTuning) else session.objective
-    memory = session.memory.with_watch(model, optimizer, every_step=watch_all)
+    memory = session.memory.with_watch(model, optimizer, Course(), every_step=watch_all)
     return replace(session, model=model, optimizer=optimizer, objective=objective, memory=memory)
 
 
