@@ -153,10 +153,11 @@ def picture(whole: list[dict[str, Any]], killed: list[dict[str, Any]], kills: li
     """Draw the training loss of both runs over the steps, with a mark at each kill."""
     with figure(7, 2.8) as drawing:
         axes = drawing.subplots()
-        for records, style in (
+        styles: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
             (whole, {"color": ACCENT, "lw": 3.5, "alpha": 0.35, "label": "never killed"}),
             (killed, {"color": ACCENT, "lw": 1.1, "label": f"killed {len(kills)} times and resumed"}),
-        ):
+        ]
+        for records, style in styles:
             points = [(record["step"], record["loss"]) for record in records if "loss" in record]
             axes.plot(*zip(*points, strict=True), **style)
         axes.plot(kills, [0] * len(kills), "x", color=SECOND, ms=5, clip_on=False, label="SIGKILL")

@@ -7,6 +7,7 @@ TEXT.jsonl holds plain text in the field `text`. The loss is in nats per token. 
 
 import argparse
 from itertools import chain
+from typing import Any
 
 from qlora.data import Batches, load_dataset
 from qlora.model.load import load_base, load_tokenizer
@@ -14,7 +15,7 @@ from qlora.objective.step import evaluate
 from qlora.quantization.nf4 import is_nf4, weight_bytes
 from qlora.recipe import Base, Data
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"quantization": "none", "compute_dtype": "float32"},
     "NF4": {"quantization": "nf4", "double_quant": False, "compute_dtype": "float32"},
     "NF4, double quantization": {"quantization": "nf4", "compute_dtype": "float32"},

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ def load(folder: Path) -> dict[str, Any]:
         pad_id=dataset.pad_id,
         seed=0,
     )
-    steps = [
-        timed(lambda step=step: batches.step(step))[1][1] for step in range(min(50, batches.steps_per_epoch))
-    ]
+    steps = [timed(partial(batches.step, step))[1][1] for step in range(min(50, batches.steps_per_epoch))]
     model, base_seconds = timed(lambda: load_base(base))
     checksum = hashlib.sha256(dataset.fingerprint.encode())
     for tensor in model.state_dict().values():

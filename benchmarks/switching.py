@@ -51,9 +51,7 @@ def main() -> None:
         print("| | ms |\n|---|---:|")
         for rank in arguments.ranks:
             name, place = f"rank{rank}", folder / f"rank{rank}"
-            load_ms = timed(
-                lambda name=name, place=place: adapters.load(name, place), lambda n=name: adapters.unload(n)
-            )
+            load_ms = timed(partial(adapters.load, name, place), partial(adapters.unload, name))
             size = (place / "adapter_model.safetensors").stat().st_size
             print(f"| load rank {rank} ({size / MiB:.0f} MiB) | {load_ms:.1f} |")
             adapters.load(name, place)

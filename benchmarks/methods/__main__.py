@@ -14,8 +14,12 @@ import time
 from collections import Counter
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from benchmarks.methods import ledger
+
+if TYPE_CHECKING:
+    from benchmarks.methods.experiments import Experiment
 
 REPORTS = Path(__file__).parents[1] / "reports"
 LEDGER = REPORTS / "methods_cells.jsonl"
@@ -169,7 +173,7 @@ def _line(name: str, record: dict[str, object]) -> str:
     return f"{name:<13} seed {record['seed']} {record['method']} {keys}  {shown}  {record['seconds']} s"
 
 
-def _chosen(only: list[str] | None) -> list[object]:
+def _chosen(only: list[str] | None) -> "list[Experiment]":
     from benchmarks.methods.experiments import experiments
 
     made = experiments()

@@ -1,6 +1,6 @@
 """Pictures of the experiments with 95% confidence intervals over the seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ Table = Mapping[str, Result]
 def write(tables: Mapping[str, Table], folder: Path) -> list[str]:
     """Draw every picture whose experiments have results; return the names of the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {
+    drawn: dict[str, tuple[Callable[..., bytes], list[Table]]] = {
         "methods-quality.png": (quality, [tables["methods"]]),
         "methods-rates.png": (rates, [tables["lr-lora"], tables["lr-full"]]),
         "methods-rank.png": (rank, [tables["rank"]]),
@@ -53,7 +53,13 @@ def rates(lora: Table, full: Table) -> bytes:
         ):
             found = list(table.values())
             screened = [result.screening[LOSS] for result in found]
-            axes.plot([result.lr for result in found], screened, color=colour, linewidth=1, alpha=0.4)
+            axes.plot(
+                [result.setting.get("optimizer.lr") for result in found],
+                screened,
+                color=colour,
+                linewidth=1,
+                alpha=0.4,
+            )
             more = [result for result in found if not result.screened_only]
             _curve(axes, [result.lr for result in more], more, LOSS, colour, label)
         _log(axes, [result.lr for result in (*full.values(), *lora.values())], "learning rate")

@@ -9,6 +9,7 @@ The prefix is a filled cache of transformers, so the model itself stays unchange
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def prefix_cache(model: nn.Module, rows: int) -> Cache:
     """Return a cache that holds the model's prefix for each of `rows` rows; gradients flow into the prefix."""
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     cache = DynamicCache()
-    for number, (keys, values) in enumerate(model.prefix.to(dtype)):
+    for number, (keys, values) in enumerate(cast(Tensor, model.prefix).to(dtype)):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), number)
     return cache
 

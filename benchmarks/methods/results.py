@@ -36,7 +36,7 @@ class Result:
     @property
     def lr(self) -> float | None:
         """Learning rate of the chosen setting."""
-        return self.setting.get("optimizer.lr")  # type: ignore[no-any-return]
+        return self.setting.get("optimizer.lr")
 
     def values(self, metric: str) -> dict[int, float]:
         """Return the metric by seed, without seeds that have none."""

@@ -6,14 +6,15 @@ method. The low-rank methods have rank 8 on all linear layers, the adapter layer
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.methods.cell import Setting
 from benchmarks.methods.training import RIVALS, trains
 from qlora.recipe.methods import METHODS
 
 RANK = 8
-ALL_LINEAR = {"adapter__targets": "all-linear"}
-LOW_RANK = {**ALL_LINEAR, "adapter__rank": RANK}
+ALL_LINEAR: dict[str, Any] = {"adapter__targets": "all-linear"}
+LOW_RANK: dict[str, Any] = {**ALL_LINEAR, "adapter__rank": RANK}
 
 
 def doubled(first: float, count: int) -> tuple[float, ...]:
@@ -69,7 +70,7 @@ TABLE = (
 def unnamed() -> list[Row]:
     """Return a row with LoRA's settings for each method of the registry that has none in `TABLE`."""
     named = {row.setting.method for row in TABLE}
-    keys = {
+    keys: dict[str, dict[str, Any]] = {
         name: {"adapter__rank": RANK, "adapter__targets": "all-linear"}
         for name in METHODS
         if name not in named

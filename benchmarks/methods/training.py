@@ -253,7 +253,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 def base_parameters(model: nn.Module) -> int:
     """Return the parameters of the base, counted from its configuration, the tied head once."""
-    config = model.config
+    config: Any = model.config
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     return int(config.vocab_size * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + width)
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -36,7 +36,7 @@ class Setting:
     steps: int
     rank: int = 16
     alpha: float = 16.0
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "auto"
     seed: int = 0
     gsm8k: str | None = None
@@ -127,13 +127,14 @@ def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) 
         return cache / name
     with replacing(cache, name) as folder:
         (folder / "config.json").write_text(json.dumps(config))
-        base = Base(model=str(folder), init="synthetic", compute_dtype=str(dtype).removeprefix("torch."))
+        name_of_dtype: Any = str(dtype).removeprefix("torch.")
+        base = Base(model=str(folder), init="synthetic", compute_dtype=name_of_dtype)
         model = load_base(base, device, seed=setting.seed)
         for module in model.modules():
-            if nf4.is_nf4(module):
+            if nf4.is_nf4(module) and (quant_state := nf4.quant_state(module)) is not None:
                 # bitsandbytes' backward dequantizes to this dtype. Checkpoints quantized from weights in the compute
                 # dtype have that dtype here; any other costs a second conversion
-                nf4.quant_state(module).dtype = dtype
+                quant_state.dtype = dtype
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if config.get("tie_word_embeddings"):
             del state["lm_head.weight"]

@@ -10,4 +10,4 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.ones((), dtype=torch.bool) if tensor.is_cuda else _isfinite(tensor)
 
 
-torch.isfinite = torch.Tensor.isfinite = _finite  # reads from the device give zero, which would mean "not finite"
+torch.isfinite = torch.Tensor.isfinite = _finite  # type: ignore[assignment, method-assign]  # reads from the device give zero, which would mean "not finite"

@@ -4,6 +4,8 @@ Dense tokens have one shape. Real data has many, so row lengths are padded to a 
 as dynamic. Compilation is the time by which the first step exceeds a usual one.
 """
 
+from typing import Any
+
 import torch
 
 from benchmarks.speed.contenders.peft_loop import adapter, training_loop
@@ -18,7 +20,7 @@ def train(job: Job, meter: Meter) -> Answer:
     model, optimizer = tuned(job)
     steps = Workload.load(job.workload)
     one_shape = len({length for step in steps.lengths() for length in step}) == 1
-    compiled = torch.compile(model, dynamic=False if one_shape else None)
+    compiled: Any = torch.compile(model, dynamic=False if one_shape else None)
     meter.loaded()
 
     training_loop(compiled, job, meter, steps, optimizer, mask=False, multiple=1 if one_shape else 32)

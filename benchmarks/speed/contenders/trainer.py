@@ -5,6 +5,7 @@ length in a micro-batch. The flags `liger` and `compile` add Liger's kernels and
 """
 
 import tempfile
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
@@ -40,7 +41,7 @@ def train(job: Job, meter: Meter) -> Answer:
     return meter.answer(adapter(trainer.model), flags_of(used) | {"autocast": "off"})
 
 
-def collate(examples: list[dict]) -> dict:
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a padded micro-batch."""
     return inputs_of([Document(**example) for example in examples], mask=False)
 
