@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from qlora.adapter import LoraSpec, load_adapter, save_adapter, trainable_parameters
-from qlora.adapter.adapted_linear import wrap
 from qlora.adapter.methods.dora import DoraLinear
 from qlora.adapter.trained_parts import train_modules
+from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError
 from qlora.memory.workload import assumed
 from qlora.ops.dora_linear import dora_linear, row_norms, row_squares

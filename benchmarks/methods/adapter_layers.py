@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.methods import Method
 from qlora.adapter.methods.lora import layer_generator
 from qlora.adapter.targets import select
+from qlora.adapter.wrap import wrap
 from qlora.recipe import Adapter
 
 WIDTH = 38

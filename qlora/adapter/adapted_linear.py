@@ -1,15 +1,12 @@
-"""Base class of adapted linears, and the functions that put adapted layers into a model and list parameters."""
+"""Base class of adapted linears, and the list of the parameters that training changes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.base_digest import remember_base
 from qlora.adapter.targets import features, is_conv1d, is_linear
 from qlora.quantization.nf4 import QuantState, quant_state
-from qlora.runtime.seeds import key_of
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -64,38 +61,3 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(trainable_parameters(adapt(model)).values(), lr=2e-4)
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def wrap(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> nn.Module:
-    """Replace layers of `model` with adapted layers, in place.
-
-    Args:
-        model: the model that contains the base of each layer.
-        layers: the adapted layers by the name of their base in `model`.
-
-    Returns:
-        The same model.
-    """
-    remember_base(model)
-    for name, layer in layers.items():
-        layer.number = key_of(name)
-    replace_modules(model, {layer.base: layer for layer in layers.values()})
-    _forbid_fused_inference(model)
-    return model
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace each key by its value wherever it occurs in `model`: a module can be shared under several names."""
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, attribute, replacements[child])
-
-
-def _forbid_fused_inference(model: nn.Module) -> None:
-    """Turn off torch's fused encoder: in eval mode it reads the weights of its layers and never calls the layers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # 0 means an activation that the fused path does not support
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False

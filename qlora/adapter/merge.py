@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.base_digest import memory_digest
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.trained_parts import merge_parts
+from qlora.adapter.wrap import replace_modules
 from qlora.errors import ModelError
 from qlora.quantization import nf4
 

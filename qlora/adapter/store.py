@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.adapted_linear import trainable_parameters, wrap
+from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
@@ -41,6 +41,7 @@ from qlora.adapter.methods import ADAPTERS, AdapterMethod
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
 from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
+from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic

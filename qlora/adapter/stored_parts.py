@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.peft_tensors import PREFIX
 from qlora.adapter.trained_parts import DELTA, MARK, MODULES, TOKENS, owners_in, state_of, trained_parts
 from qlora.adapter.trained_rows import TrainedRows, check_rows, embedding_and_head, place_rows, plain
+from qlora.adapter.wrap import replace_modules
 from qlora.errors import ModelError, UsageError
 
 

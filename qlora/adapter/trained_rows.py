@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.adapted_linear import replace_modules
 from qlora.adapter.targets import is_conv1d, is_linear
+from qlora.adapter.wrap import replace_modules
 from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.trained_rows import Rows, replace_columns, replace_rows
 from qlora.quantization.nf4 import is_nf4

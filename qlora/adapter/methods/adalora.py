@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.config import CONFIG_FILE, check_config, read_fields, targets_in, targets_of
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.course import Course
@@ -31,6 +31,7 @@ from qlora.adapter.peft_tensors import SUFFIX_B as LORA_B
 from qlora.adapter.peft_tensors import read_layers
 from qlora.adapter.targets import features, select
 from qlora.adapter.trained_parts import part_names, without_parts
+from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_conv import is_convolution
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.targets import features, layer_names, list_layers, select
+from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError, listed
 from qlora.quantization.nf4 import frozen_linear, use_nf4_linears
 from qlora.recipe import Adapter

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora.adapter import trained_parts
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues, start_values
@@ -29,6 +29,7 @@ from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, read_pairs
 from qlora.adapter.targets import features, select
+from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter.adapted_linear import AdaptedLinear, wrap
+from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.config import check_config, targets_in, targets_of
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.targets import features, select
+from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
 from qlora.ops.products import Linear
