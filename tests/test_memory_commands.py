@@ -28,11 +28,11 @@ def test_estimate_needs_only_the_config() -> None:
 
 
 def test_estimate_prints_a_table_and_changes_that_make_it_fit() -> None:
-    run = qlora("estimate", "llama-7b", "--gpu", "5GiB")
+    run = qlora("estimate", "llama-7b", "--gpu", "6GiB")
     assert run.returncode == 0, run.stderr
     assert "rule of" in run.stdout
     assert "\nRule of thumb (Hu et al. 2021): 2 bytes a weight" in run.stdout  # no markup around it
-    assert "Does not fit into 5.00 GiB" in run.stdout
+    assert "Does not fit into 6.00 GiB" in run.stdout
     assert "GiB too much, even with 1.49 GiB of optimizer state on the host." in run.stdout
     assert "training.micro_batch_size=" in run.stdout
 

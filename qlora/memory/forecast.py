@@ -223,7 +223,10 @@ class Forecaster:
             evaluate(model, [batch], objective)
 
         def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
-            key = recipe.model_dump_json(), layers, _shapes(batch), run.__name__
+            # An evaluation keeps nothing of a layer, so it is the same however many layers are recomputed
+            recomputed = None if run is evaluation else (recipe.training.activation_checkpointing, layers)
+            rest = _with_checkpointing(recipe, 0, 0).model_dump_json()
+            key = rest, recomputed, _shapes(batch), run.__name__
             if key not in self._traces:
                 self._traces[key] = _trace(model, optimizer, batch, run, fake)
             return self._traces[key]
