@@ -85,6 +85,7 @@ def rank(table: Table) -> bytes:
         _log(right, ranks, "rank")
         right.set_yscale("log", base=2)
         right.set_yticks(ranks, [str(rank) for rank in ranks])
+        right.set_ylim(top=6 * max(ranks))  # room for the legend
         right.set_title("Rank of what was learned, median layer", loc="left")
         right.legend()
         drawing.tight_layout()
