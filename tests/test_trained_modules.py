@@ -85,6 +85,13 @@ def test_what_cannot_be_trained_as_a_whole_is_refused() -> None:
         adapted(tiny(tied=True), ["lm_head"])
 
 
+@pytest.mark.parametrize("key", ["targets", "train_modules"])
+def test_a_recipe_s_message_names_the_key_with_its_section(recipe_file: RecipeFile, key: str) -> None:
+    recipe = Recipe.load(recipe_file(), [f"adapter.{key}=[q_prj]"])
+    with pytest.raises(UsageError, match=rf'^adapter\.{key}: "q_prj" matches no'):
+        train(recipe, terminal=False)
+
+
 def test_all_linear_leaves_out_what_is_inside_a_trained_module() -> None:
     model = adapted(tiny(), ["mlp"])
     assert {name.rpartition(".")[2] for name in lora_layers(model)} == {

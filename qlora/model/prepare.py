@@ -3,7 +3,8 @@
 Training and the memory forecast both use these functions, so that the forecast describes the training run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
 from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
-from qlora.errors import UsageError, listed
+from qlora.errors import QloraError, UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.load import load_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
-from qlora.recipe import Checkpointing, Recipe
+from qlora.recipe import Adapter, Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
 
 
@@ -66,10 +67,11 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
         UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
     """
     settings = recipe.adapter
-    targets = targets_beside(model, settings.targets, settings.train_modules)
-    METHODS[settings.method].apply(
-        model, settings.model_copy(update={"targets": targets}), recipe.training.seed
-    )
+    with _keys_as_in_a_recipe():
+        targets = targets_beside(model, settings.targets, settings.train_modules)
+        METHODS[settings.method].apply(
+            model, settings.model_copy(update={"targets": targets}), recipe.training.seed
+        )
     if others := other_layers(model):
         raise UsageError(
             f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
@@ -78,8 +80,21 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     if settings.train_tokens:
         TrainedTokens.of(recipe).train(model)
     if settings.train_modules:
-        train_modules(model, settings.train_modules)
+        with _keys_as_in_a_recipe():
+            train_modules(model, settings.train_modules)
     return model
+
+
+@contextmanager
+def _keys_as_in_a_recipe() -> Iterator[None]:
+    """Name a key of the section `adapter` in full; the functions that one calls from Python say only `targets`."""
+    try:
+        yield
+    except QloraError as error:
+        key = str(error).partition(":")[0]
+        if key not in Adapter.model_fields:
+            raise
+        raise type(error)(f"adapter.{error}") from error
 
 
 def part_notes(model: nn.Module, tokenizer: Any) -> list[str]:
