@@ -1,12 +1,24 @@
 """Advice compares a recipe with published findings, names their source, and gives none for small models."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from qlora.recipe import Recipe
-from qlora.recipe.evidence import BATCH, CAPACITY, FINDINGS, FULL_RATE, LORA_RATE, TARGETS, Finding
+from qlora.recipe.evidence import (
+    BATCH,
+    CAPACITY,
+    FINDINGS,
+    FULL_RATE,
+    LORA_RATE,
+    MEASURED_FULL_RATES,
+    MEASURED_LORA_RATES,
+    TARGETS,
+    Finding,
+)
 from qlora.training.advice import Advice, advise
 
 PAGE = Path(__file__).parent.parent / "docs" / "explanations" / "advice.md"
@@ -67,6 +79,29 @@ def test_a_small_base_gets_no_advice() -> None:
     found = advice(size=999_999_999, tokens=10**9, optimizer={"lr": 1e-2}, adapter={"targets": "attention"})
     [line] = suggested(found)
     assert line.startswith("none: published comparisons begin at 1B parameters, and this base has ")
+
+
+def test_a_base_of_the_measured_size_is_shown_what_was_measured() -> None:
+    shown = dict(advice(size=3_000_000).rows())
+    assert (
+        "LoRA learned best at learning rates of 0.004 to 0.008, full fine-tuning at 0.00025"
+        in shown["measured"]
+    )
+    assert "measured" not in dict(advice(size=100_000_000).rows())
+
+
+@pytest.mark.parametrize(
+    ("experiment", "rates"), [("lr-lora", MEASURED_LORA_RATES), ("lr-full", MEASURED_FULL_RATES)]
+)
+def test_what_is_said_to_be_measured_is_in_the_report(experiment: str, rates: tuple[float, float]) -> None:
+    report = Path(__file__).parents[1] / "benchmarks/reports/methods.json"
+    found = json.loads(report.read_text())["experiments"][experiment]
+    losses = {
+        row["setting"]["keys"]["optimizer.lr"]: fmean(row["loss_after"].values())
+        for row in found.values()
+        if not row["screening_only"]
+    }
+    assert sorted(sorted(losses, key=losses.__getitem__)[:2]) == list(rates)
 
 
 def test_a_rank_is_no_matter_of_biases() -> None:

@@ -13,6 +13,9 @@ from qlora.recipe.evidence import (
     LARGE_BATCH,
     LORA_RATE,
     LORA_RATES,
+    MEASURED_FULL_RATES,
+    MEASURED_LORA_RATES,
+    MEASURED_PARAMETERS,
     SMALLEST_PARAMETERS,
     TARGETS,
     Finding,
@@ -21,6 +24,12 @@ from qlora.recipe.sizes import parameters_text, three_digits
 from qlora.report.facts import Row
 
 TABLE = "documentation: Explanations, Advice"
+
+MEASURED = (
+    f"with a base of {parameters_text(MEASURED_PARAMETERS)} and other data, LoRA learned best at learning rates of "
+    f"{MEASURED_LORA_RATES[0]:g} to {MEASURED_LORA_RATES[1]:g}, full fine-tuning at {MEASURED_FULL_RATES[0]:g} to "
+    f"{MEASURED_FULL_RATES[1]:g}; ranks from 1 to 64 learned nearly the same (documentation: Benchmarks, Methods)"
+)
 
 HIGHEST_RANK = 256
 """the highest rank that is suggested"""
@@ -52,6 +61,8 @@ class Advice:
                 "advice",
                 f"none: published comparisons begin at 1B parameters, and this base has {size} ({TABLE})",
             )
+            if self.base_parameters < 10 * MEASURED_PARAMETERS:
+                yield "measured", MEASURED
         elif not self.suggestions:
             yield (
                 "advice",
