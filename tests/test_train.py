@@ -219,8 +219,12 @@ def test_a_stopped_run_reports_the_checkpoint_that_was_written(
     assert ("checkpoint of step 3 not saved" in caplog.text) == (saved != 3)
     if saved == 0:
         assert last == "stopped early; no checkpoint could be saved, so --resume starts again at step 0"
+    elif saved == 2:
+        assert last == (
+            "stopped early after step 3; the newest checkpoint is of step 2, from which --resume goes on"
+        )
     else:
-        assert last == f"stopped early; a checkpoint of step {saved} is saved. Resume with --resume"
+        assert last == "stopped early; a checkpoint of step 3 is saved. Resume with --resume"
 
 
 def test_a_signal_at_the_very_end_leaves_a_run_finished(

@@ -73,7 +73,7 @@ def train(
     elif json_output:
         print(json.dumps(outcome.as_json()))
     elif quiet:
-        print(outcome.result or _stopped(outcome.run))
+        print(outcome.result or _stopped(outcome.run, outcome.steps))
     else:
         print(report(outcome))
     if outcome.stopped_by:
@@ -104,7 +104,7 @@ def report(outcome: "TrainResult") -> str:
     if outcome.result is not None:
         lines.append(f'\nTry it:  qlora generate {outcome.run} --prompt "..."')
     else:
-        lines.append(_stopped(outcome.run))
+        lines.append(_stopped(outcome.run, outcome.steps))
     return "\n".join(lines)
 
 
@@ -117,8 +117,8 @@ def written(run: Path) -> Iterator[tuple[str, str]]:
             yield f"{name}/" if path.is_dir() else name, meaning + inside
 
 
-def _stopped(run: Path) -> str:
-    """Return the line about a stopped run. Read the folder, because the last checkpoint could fail (a full disk)."""
+def _stopped(run: Path, steps: int) -> str:
+    """Return the line about a run that stopped after `steps` steps, as its folder is: a last save can fail."""
     from qlora.training import checkpoint
 
     try:
@@ -128,4 +128,6 @@ def _stopped(run: Path) -> str:
         return "stopped early; every checkpoint of the run is damaged. Start again with --fresh"
     if step is None:
         return "stopped early; no checkpoint could be saved, so --resume starts again at step 0"
+    if step < steps:
+        return f"stopped early after step {steps}; the newest checkpoint is of step {step}, from which --resume goes on"
     return f"stopped early; a checkpoint of step {step} is saved. Resume with --resume"

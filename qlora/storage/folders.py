@@ -2,12 +2,16 @@
 
 A new folder has a `.tmp-` name next to its place until a rename commits it. A folder to remove is first renamed to a
 `.trash-` name. So a folder is never seen half written or half removed under its own name, and the process that holds
-the lock can remove the leftovers of a killed process.
+the lock can remove the leftovers of a killed process. A leftover that cannot be removed, as on NFS while a file in it
+is open, is reported and stays; the next folder of its kind gets a name with a number, such as `.tmp-step-000100~2`.
 """
 
 import errno
 import fcntl
+import itertools
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +24,9 @@ from qlora.storage.atomic import sync
 
 TEMPORARY, TRASH = ".tmp-", ".trash-"
 """prefixes of the name of a folder or file that is being written or removed"""
+
+_NUMBER = re.compile(r"~(\d+)$")
+_reported = set[Path]()
 
 
 class InUseError(UsageError):
@@ -105,7 +112,7 @@ def clear(run: Path, names: Iterable[str]) -> None:
 @contextmanager
 def temporary(parent: Path, name: str) -> Iterator[Path]:
     """Make a temporary folder next to its later place, and remove it if the body raises."""
-    folder = parent / f"{TEMPORARY}{name}"
+    folder = _unused(parent / f"{TEMPORARY}{name}")
     folder.mkdir()
     try:
         yield folder
@@ -115,7 +122,7 @@ def temporary(parent: Path, name: str) -> Iterator[Path]:
 
 def commit(folder: Path, final: Path) -> None:
     """Rename a finished folder to `final`, and remove what had this name before."""
-    aside = final.with_name(f"{TRASH}{final.name}")
+    aside = _unused(final.with_name(f"{TRASH}{final.name}"))
     replaces = final.exists() or final.is_symlink()
     if replaces:
         final.rename(aside)
@@ -132,7 +139,7 @@ def commit(folder: Path, final: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove a folder atomically: rename it first, so that it is never seen half removed."""
-    trash = folder.rename(folder.with_name(f"{TRASH}{folder.name}"))
+    trash = folder.rename(_unused(folder.with_name(f"{TRASH}{folder.name}")))
     sync(trash.parent)
     _remove(trash)
 
@@ -144,26 +151,55 @@ def remove_leftovers(parent: Path, name: str) -> None:
     """
     _finish_commits(parent, name)
     for prefix in (TEMPORARY, TRASH):
-        for path in parent.glob(f"{prefix}{name}"):
+        for path in _leftovers(parent, f"{prefix}{name}"):
             _remove(path)
+
+
+def without_number(name: str) -> str:
+    """Return the name of a leftover without the number that tells it from another one."""
+    return _NUMBER.sub("", name)
+
+
+def _leftovers(parent: Path, name: str) -> list[Path]:
+    """Return the paths called `name` (a glob), with or without a number, the newest last."""
+    found = {*parent.glob(name), *parent.glob(f"{name}~*")}
+    return sorted(found, key=lambda path: int(number[1]) if (number := _NUMBER.search(path.name)) else 1)
+
+
+def _unused(path: Path) -> Path:
+    """Return `path`, or this name with the first number above those of the leftovers that could not be removed."""
+    if not os.path.lexists(path):
+        return path
+    return next(
+        numbered
+        for number in itertools.count(2)
+        if not os.path.lexists(numbered := path.with_name(f"{path.name}~{number}"))
+    )
 
 
 def _finish_commits(parent: Path, name: str) -> None:
     """Do the second rename of `commit` if a kill prevented it; the new folder is complete by then."""
-    for aside in parent.glob(f"{TRASH}{name}"):
-        original = aside.name.removeprefix(TRASH)
-        folder, final = parent / f"{TEMPORARY}{original}", parent / original
-        if folder.is_dir() and not (final.exists() or final.is_symlink()):
-            folder.rename(final)
+    for aside in _leftovers(parent, f"{TRASH}{name}"):
+        final = parent / without_number(aside.name.removeprefix(TRASH))
+        folders = [path for path in _leftovers(parent, f"{TEMPORARY}{final.name}") if path.is_dir()]
+        if folders and not (final.exists() or final.is_symlink()):
+            folders[-1].rename(final)
             sync(parent)
 
 
 def _remove(path: Path) -> None:
-    with _naming(path):
+    """Remove a leftover, or report once that it stays: it takes space, but no run depends on its removal."""
+    try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+    except OSError as error:
+        if path not in _reported:
+            _reported.add(path)
+            logging.getLogger("qlora").warning(
+                f"{path} could not be removed: {error.strerror or error}. Nothing needs it; remove it when you can"
+            )
 
 
 def fsync_tree(folder: Path) -> None:
@@ -171,15 +207,6 @@ def fsync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add the full path to errors of calls that report only a descriptor or a bare name."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -113,6 +113,7 @@ def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
     """Remove the oldest checkpoints of this run so that `keep` whole ones remain; return the removed folders.
 
     Call it only after a commit. Damaged checkpoints and those of other runs are neither removed nor counted.
+    Files that cannot be deleted are reported and stay under a `.trash-` name.
 
     Raises:
         SaveError: a folder cannot be removed.

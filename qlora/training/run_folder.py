@@ -37,7 +37,7 @@ RUN_ONLY_FILES = {"facts.json", "metrics.jsonl", "result.json", "memory.json", "
 
 # Names inside the folders of a run.
 NAME_PATTERNS = {
-    "checkpoints": re.compile(r"(\.tmp-|\.trash-)?step-\d+"),
+    "checkpoints": re.compile(r"(\.tmp-|\.trash-)?step-\d+(~\d+)?"),
     **{name: backend.files for name, backend in BACKENDS.items()},
 }
 
@@ -222,7 +222,7 @@ def _is_ours(path: Path, names: set[str]) -> bool:
     """Return True if a run can use a folder with these names: it holds a run, or only what runs leave behind."""
     if {"run.json", "recipe.yaml"} <= names or any(path.glob("checkpoints/step-*/manifest.json")):
         return True  # even if the user keeps other files in it
-    left = names - LEFTOVERS
+    left = {name for name in names if folders.without_number(name) not in LEFTOVERS}
     if not left <= set(CONTENTS):
         return False
     return not left.isdisjoint(RUN_ONLY_FILES) or all(_written_by_a_run(path / name) for name in left)

@@ -29,10 +29,20 @@ class Progress:
     """held-out loss before the first step"""
     seconds: float = 0.0
     """duration of the run so far, all sessions together"""
+    failed_saves: int = 0
+    """checkpoints in a row that could not be written"""
+
+
+MOST_FAILED_SAVES = 3
+"""failed checkpoints in a row that end a run: training on would only lose more"""
 
 
 def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> None:
-    """Commit a checkpoint. If it cannot be written (a full disk), show a note and continue the run."""
+    """Commit a checkpoint. If it cannot be written (a full disk), show a note and continue the run.
+
+    Raises:
+        SaveError: this is the third checkpoint in a row that could not be written.
+    """
     state = session.processes.gather(session.optimizer.state())
     if not session.processes.is_main:
         return
@@ -53,9 +63,29 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "plan": session.plan,  # for a resume after run.json was lost
                 },
             )
+    except SaveError as error:
+        progress.failed_saves += 1
+        if progress.failed_saves == MOST_FAILED_SAVES:
+            raise SaveError(
+                f"{MOST_FAILED_SAVES} checkpoints in a row could not be saved, so the run ends at step "
+                f"{progress.step}: {error}. {_saved_until(run)}"
+            ) from error
+        tracker.note(f"checkpoint of step {progress.step} not saved: {error}")
+        return
+    progress.failed_saves = 0
+    try:
         checkpoint.rotate(run.path, session.recipe.training.keep_checkpoints, run.run_id)
     except SaveError as error:
-        tracker.note(f"checkpoint of step {progress.step} not saved: {error}")
+        tracker.note(f"checkpoint of step {progress.step} saved, but an older one is not removed: {error}")
+
+
+def _saved_until(run: RunFolder) -> str:
+    """Return a sentence on where the run can continue once the disk is in order."""
+    with suppress(ModelError):  # every checkpoint is damaged
+        newest = checkpoint.newest(run.path, run_id=run.run_id, checksums=False, report=lambda line: None)
+        if newest is not None:
+            return f"Make room, and continue from {newest.name} with --resume"
+    return "There is no whole checkpoint; make room, and start again with --fresh"
 
 
 def restore(session: Session, run: RunFolder) -> Progress:

@@ -1,0 +1,106 @@
+"""Disks that are full and files that cannot be removed, while a run saves."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.errors import SaveError
+from qlora.recipe import Recipe
+from qlora.storage import folders, manifest
+from qlora.training import checkpoint
+from qlora.training.train import train
+
+RecipeFile = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe(recipe_file: RecipeFile) -> Recipe:
+    return Recipe.load(recipe_file(training={"save_every": 1, "max_steps": 6, "keep_checkpoints": 2}))
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_three_failed_checkpoints_in_a_row_end_the_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, fails = manifest.write, {1, 3, 4, 5}
+
+    def full(folder: Path, **about: Any) -> None:
+        if about.get("step") in fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        write(folder, **about)
+
+    monkeypatch.setattr(manifest, "write", full)
+    with pytest.raises(
+        SaveError, match=r"3 checkpoints in a row .* ends at step 5: .*free.*step-000002 with --resume"
+    ):
+        train(recipe, terminal=False)
+    assert caplog.text.count("not saved") == 3
+    fails.clear()
+    assert train(recipe, resume=True, terminal=False).steps == 6
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_what_cannot_be_removed_does_not_end_the_saving(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = shutil.rmtree
+
+    def busy(path: Path, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name.startswith(".trash-step-000001"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), ".nfs0001")
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    outcome = train(recipe, terminal=False)
+    assert outcome.result is not None
+    assert names(outcome.run) == [".trash-step-000001", "step-000004", "step-000005"]
+    assert caplog.text.count("could not be removed: Device or resource busy") == 1
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_a_saved_checkpoint_is_not_called_unsaved_when_an_older_one_stays(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(folder: Path) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(checkpoint, "discard", refused)
+    outcome = train(recipe, terminal=False)
+    assert "checkpoint of step 3 saved, but an older one is not removed: cannot write" in caplog.text
+    assert "not saved" not in caplog.text
+    assert names(outcome.run)[-1] == "step-000005"
+
+
+def test_leftovers_that_stay_take_no_name_from_the_next_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    for name in (".trash-adapter", ".trash-adapter~2"):
+        (tmp_path / name / "file").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for text in ("one", "two"):
+        with folders.replacing(tmp_path, "adapter") as folder:
+            (folder / "text").write_text(text)
+        (tmp_path / ".tmp-adapter").mkdir(exist_ok=True)
+        assert (tmp_path / "adapter/text").read_text() == text
+    assert (tmp_path / ".trash-adapter~3/text").read_text() == "one"
+
+
+def test_after_a_kill_between_two_renames_the_newest_folder_gets_the_name(tmp_path: Path) -> None:
+    for name, text in ((".tmp-adapter", "partial"), (".tmp-adapter~2", "whole"), (".trash-adapter~3", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_text(text)
+    folders.recover(tmp_path, "adapter")
+    assert (tmp_path / "adapter/text").read_text() == "whole"
