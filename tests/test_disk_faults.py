@@ -12,7 +12,7 @@ import pytest
 from qlora.errors import SaveError
 from qlora.recipe import Recipe
 from qlora.storage import folders, manifest
-from qlora.training import checkpoint
+from qlora.training import checkpoint, disk_space
 from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
@@ -104,3 +104,29 @@ def test_after_a_kill_between_two_renames_the_newest_folder_gets_the_name(tmp_pa
         (tmp_path / name / "text").write_text(text)
     folders.recover(tmp_path, "adapter")
     assert (tmp_path / "adapter/text").read_text() == "whole"
+
+
+@pytest.mark.usefixtures("without_forecast")
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_begins_only_if_a_checkpoint_and_the_result_fit(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh: bool
+) -> None:
+    free = 10**9
+    monkeypatch.setattr(disk_space, "free_bytes", lambda path: free)
+    train(recipe, terminal=False)
+    assert "do not fit" not in caplog.text
+    run = Path(recipe.output)
+    size = sum(file.stat().st_size for file in run.glob("checkpoints/step-000005/**/*.safetensors"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    if not fresh:
+        recipe = recipe.model_copy(update={"output": f"{run}-2"})
+    held = sum(map(len, before.values())) if fresh else 0
+    free = size - held
+    with pytest.raises(
+        SaveError, match=r"a checkpoint takes .* MiB and the result .* MiB, but the disk of .* free"
+    ):
+        train(recipe, fresh=fresh, terminal=False)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    free = 2 * size - held
+    train(recipe, fresh=fresh, terminal=False)
+    assert "2 checkpoints of" in caplog.text

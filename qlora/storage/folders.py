@@ -226,5 +226,10 @@ def _free_space(path: Path, reason: int | None) -> str:
     """Return a note on the free disk space if a full disk can be the reason; else an empty text."""
     if reason not in (errno.ENOSPC, errno.EDQUOT):
         return ""
+    return f" ({free_bytes(path) / 2**30:.2f} GiB free there)"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes on the disk of `path`, which does not need to exist."""
     existing = next(parent for parent in (path, *path.parents, Path()) if parent.exists())
-    return f" ({shutil.disk_usage(existing).free / 2**30:.2f} GiB free there)"
+    return shutil.disk_usage(existing).free

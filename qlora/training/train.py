@@ -27,6 +27,7 @@ from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
 from qlora.tracking.startup import Startup, silent
+from qlora.training import disk_space
 from qlora.training.evaluation import held_out_loss
 from qlora.training.facts import facts_of
 from qlora.training.prepare import prepare
@@ -82,6 +83,8 @@ def train(
             point = resume_point(path, session.total_steps) if resume else None
             if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))
+            if processes.is_main:
+                disk_space.check(session, path)
             # An older run is replaced only now, after all input has been checked
             run = processes.from_main(
                 lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
