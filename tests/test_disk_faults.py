@@ -130,3 +130,37 @@ def test_a_run_begins_only_if_a_checkpoint_and_the_result_fit(
     free = 2 * size - held
     train(recipe, fresh=fresh, terminal=False)
     assert "2 checkpoints of" in caplog.text
+
+
+@pytest.mark.usefixtures("without_forecast")
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: "", "4 of 4 steps are missing, the first is step 1"),
+        (lambda text: "".join(text.splitlines(keepends=True)[:3]), "steps are missing, the first is step 3"),
+        (lambda text: text.replace('"step": 2, "loss"', '"step": 2, "lqss"'), "1 of 4 steps are missing"),
+        (lambda text: text.replace('"lr": ', '"ls": ', 1), "lines were changed"),
+        (lambda text: text, None),
+    ],
+    ids=["removed", "cut", "a step without its loss", "another key", "nothing"],
+)
+def test_damage_to_the_record_is_said_and_does_not_end_the_run(
+    recipe_file: RecipeFile,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[str], str],
+    said: str | None,
+) -> None:
+    recipe = Recipe.load(recipe_file(training={"save_every": 4, "max_steps": 6, "eval_every": 3}))
+    done = train(recipe, terminal=False)
+    (done.run / "result.json").unlink()
+    file = done.run / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(damage(whole))
+    resumed = train(recipe, resume=True, terminal=False)
+    assert resumed.loss_after == done.loss_after
+    notes = [line for line in caplog.messages if "metrics.jsonl: damaged since" in line]
+    assert len(notes) == (said is not None)
+    if said is not None:
+        assert said in notes[0]
+    assert (done.run / "report.html").is_file()

@@ -1,6 +1,7 @@
 """Contents of a run's metrics.jsonl: steps, evaluations and sample answers."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,12 @@ class History:
 
 
 def read(path: Path) -> History:
-    """Read a metrics.jsonl. Incomplete lines are skipped: a run can be in progress or killed."""
+    """Read a metrics.jsonl. Lines that are incomplete or damaged are skipped: a run can be in progress or killed."""
     records = list(_records(path)) if path.is_file() else []
     return History(
-        steps=[record for record in records if "loss" in record],
-        evaluations=[record for record in records if "eval_loss" in record],
-        samples=[record for record in records if "samples" in record],
+        steps=[record for record in records if _is_step(record)],
+        evaluations=[record for record in records if _is_number(record.get("eval_loss"))],
+        samples=[record for record in records if _are_samples(record.get("samples"))],
     )
 
 
@@ -53,7 +54,29 @@ def _records(path: Path) -> Iterator[Record]:
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record
+
+
+def _is_step(record: Record) -> bool:
+    counts = [record.get(key) for key in ("tokens", "supervised_tokens", "tokens_per_second")]
+    return (
+        all(isinstance(count, int | float) and 0 <= count < math.inf for count in counts)
+        and all(_is_number(record.get(key)) for key in ("loss", "lr", "grad_norm"))
+        and bool(record["tokens"] and record["tokens_per_second"])
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a number, also for one that JSON does not have and that is stored as text, such as "nan"."""
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+
+
+def _are_samples(value: Any) -> bool:
+    texts = ("prompt", "reference", "answer")
+    return isinstance(value, list) and all(
+        isinstance(sample, dict) and all(isinstance(sample.get(key), str) for key in texts)
+        for sample in value
+    )

@@ -50,9 +50,11 @@ class Tracker:
         main: bool = True,
     ) -> None:
         self._sinks: list[Sink] = []
+        self._record: Record | None = None
         if not main:
             return
-        self._sinks.append(Record(run / "metrics.jsonl", resume_step))
+        self._record = Record(run / "metrics.jsonl", resume_step)
+        self._sinks.append(self._record)
         self._sinks.append(_terminal(total_steps, resume_step, loss_before) if terminal else _Log())
         tracked = Run(run, config, resume_step, self.note)
         for name, section in sections.items():
@@ -65,6 +67,15 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close({}, failed=error is not None)
+
+    def sync_record(self) -> str | None:
+        """Flush the record to disk before a checkpoint refers to it, and return its SHA-256, if there is a record."""
+        return None if self._record is None else self._record.sync()
+
+    def check_record(self, sha256: str | None, step: int) -> None:
+        """Show a note if the record of the first `step` steps is not the one that `sync_record` described."""
+        if self._record is not None and (damage := self._record.damage(sha256, step)) is not None:
+            self.note(damage)
 
     def step(self, record: Metrics) -> None:
         """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""

@@ -1,5 +1,6 @@
 """metrics.jsonl: the record of a run, one JSON object per line. All trackers show copies of it."""
 
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,8 @@ class Record(Sink):
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         kept = _lines_until(path, resume_step) if resume_step else []
+        self._steps = {json.loads(line)["step"] for line in kept if b'"loss"' in line}
+        self._sum = hashlib.sha256(b"".join(kept))
         atomic.write(path, b"".join(kept))
         try:
             self._file = path.open("ab", buffering=0)
@@ -41,10 +44,28 @@ class Record(Sink):
     def evaluation(self, record: Metrics) -> None:
         """Append the record and fsync the file."""
         self._append(record)
+        self.sync()
+
+    def sync(self) -> str | None:
+        """Flush the file to disk, and return the SHA-256 of its content; None if lines are still to be written."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._problem = error
+        return None if self._pending else self._sum.hexdigest()
+
+    def damage(self, sha256: str | None, step: int) -> str | None:
+        """Return what is wrong with the lines of the first `step` steps, whose SHA-256 was this; None if nothing is."""
+        if sha256 in (None, self._sum.hexdigest()):
+            return None
+        missing = sorted({*range(1, step + 1)} - self._steps)
+        what = "lines were changed"
+        if missing:
+            what = f"{len(missing):,} of {step:,} steps are missing, the first is step {missing[0]}"
+        return (
+            f"{self.path}: damaged since the checkpoint was written: {what}. The training continues exactly; curves "
+            "and speeds of the steps before are incomplete"
+        )
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """Append one line `{"step": ..., "samples": [{"prompt", "reference", "answer"}, ...]}`, and any `before`."""
@@ -74,6 +95,7 @@ class Record(Sink):
             self._file.truncate(size)
             self._problem = error
         else:
+            self._sum.update(b"".join(self._pending))
             self._pending.clear()
             self._problem = None
 

@@ -29,6 +29,8 @@ class Progress:
     """held-out loss before the first step"""
     seconds: float = 0.0
     """duration of the run so far, all sessions together"""
+    record_sha256: str | None = None
+    """of metrics.jsonl when the checkpoint was written; None without one, or in one of an earlier version"""
     failed_saves: int = 0
     """checkpoints in a row that could not be written"""
 
@@ -46,6 +48,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
     state = session.processes.gather(session.optimizer.state())
     if not session.processes.is_main:
         return
+    record = tracker.sync_record()
     try:
         with checkpoint.writing(run.path, progress.step, run.run_id) as folder:
             write_weights(session, folder / session.result_name)
@@ -60,6 +63,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "loss_before": progress.loss_before,
                     "seconds": progress.seconds,
                     "data": session.dataset.fingerprint,
+                    "metrics_sha256": record,
                     "plan": session.plan,  # for a resume after run.json was lost
                 },
             )
@@ -108,7 +112,9 @@ def restore(session: Session, run: RunFolder) -> Progress:
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
     if session.course.state():
         session.course.load_state(checkpoint.load_tensors(folder / "course.safetensors"))
-    return Progress(state["step"], state["loss_before"], state.get("seconds", 0.0))
+    return Progress(
+        state["step"], state["loss_before"], state.get("seconds", 0.0), state.get("metrics_sha256")
+    )
 
 
 def write_weights(session: Session, folder: Path) -> None:

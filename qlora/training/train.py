@@ -115,6 +115,7 @@ def fit(
         run.path, progress.step, progress.loss_before, terminal=terminal, trackers=trackers
     )
     with StopRequest() as stop, tracker:
+        tracker.check_record(progress.record_sha256, progress.step)
         latest_loss = progress.loss_before
         if progress.step == total:
             session.course.finish()
