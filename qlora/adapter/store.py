@@ -45,6 +45,7 @@ from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.storage import atomic
+from qlora.storage.manifest import MANIFEST, check_unchanged
 
 
 def save_adapter(
@@ -96,6 +97,7 @@ def save_adapter(
         check_diffusers(tensors, fields, base.changed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # it describes what is now replaced
         _write_tensors(folder / TENSORS_FILE, tensors)
         if diffusers is not None:
             with atomic.replacing(folder / DIFFUSERS_FILE) as file:
@@ -146,6 +148,7 @@ def load_adapter(
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
     """
     folder = Path(folder)
+    check_unchanged(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config = read_fields(file)
     method = method_for(config, file)

@@ -22,6 +22,7 @@ from qlora.objective.checks import read_documents
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named
+from qlora.storage.manifest import check_unchanged
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,11 @@ def recipe_of(result: Path, changes: Sequence[str] = (), *, trust_remote_code: b
 def find_trained(folder: Path) -> Path:
     """Return the folder of the trained result: in a run's folder, or `folder` itself. Raises ModelError if none."""
     for place in (folder, folder / "adapter", folder / "model"):
-        weights = (place / "adapter_config.json", place / "config.json")
-        if (place / "recipe.yaml").is_file() and any(file.is_file() for file in weights):
+        weights = any((place / name).is_file() for name in ("adapter_config.json", "config.json"))
+        recipe = (place / "recipe.yaml").is_file()
+        if weights or recipe:
+            check_unchanged(place)
+        if weights and recipe:
             return place
     if (folder / "recipe.yaml").is_file():
         raise ModelError(f"{folder}: the run is unfinished; resume it with `qlora train RECIPE --resume`")
@@ -124,6 +128,7 @@ def find_trained(folder: Path) -> Path:
 def find_adapter(folder: Path) -> Path:
     """Return the folder of the adapter (ours or PEFT's): in a run, or `folder` itself. Raises ModelError if none."""
     for place in (folder, folder / "adapter"):
+        check_unchanged(place)
         if (place / "adapter_config.json").is_file():
             return place
     raise ModelError(

@@ -12,6 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from qlora.errors import ModelError
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 """version of the manifest's layout"""
@@ -79,6 +81,25 @@ def problems(folder: Path, manifest: Mapping[str, Any], *, checksums: bool = Tru
         return []
 
     return [*chain.from_iterable(_in_threads(differences, [*manifest["files"].items()]))]
+
+
+def check_unchanged(folder: Path) -> None:
+    """Check that the files of a trained result are those that its training wrote. Does nothing without a manifest.
+
+    Raises:
+        ModelError: a file is missing or has other content, or the manifest itself is damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        return  # an adapter of PEFT, or of an earlier version
+    try:
+        found = problems(folder, read(folder))
+    except (OSError, ValueError) as error:
+        found = [f"file {MANIFEST}: {error}"]
+    if found:
+        raise ModelError(
+            f"{folder}: damaged or changed since its training: {'; '.join(found)}. Restore it from a copy; if you "
+            f"changed it yourself, remove {folder / MANIFEST}"
+        )
 
 
 def _in_threads(function: Any, items: list[Any]) -> list[Any]:

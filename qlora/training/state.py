@@ -12,7 +12,7 @@ from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files, write_system
 from qlora.errors import DataError, ModelError, SaveError
 from qlora.report import memory_files, page
-from qlora.storage import folders
+from qlora.storage import folders, manifest
 from qlora.tracking import Tracker
 from qlora.training import checkpoint
 from qlora.training.run_folder import RunFolder
@@ -153,6 +153,7 @@ def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
             write_prompt_files(
                 folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
             )
+            manifest.write(folder, run_id=run.run_id, step=session.total_steps)
         if (result / CONFIG_FILE).is_file() and (
             note := plain.note(read_fields(result / CONFIG_FILE), run.path)
         ):
