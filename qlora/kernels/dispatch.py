@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora.runtime.device import on_cuda
 from qlora.runtime.fake import is_fake
+from qlora.runtime.out_of_memory import is_out_of_memory
 
 Form = Callable[..., None]
 Example = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
@@ -48,9 +49,9 @@ class FusedOp:
         if self._trusted[place]:
             try:
                 return self.in_triton(*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - compilation failed for these shapes; nothing is written yet
+            except Exception as error:  # compilation failed for these shapes; nothing is written yet
+                if is_out_of_memory(error):
+                    raise
                 self._judge(place, _text(error))
         return self.plain(*arguments)
 
@@ -78,9 +79,9 @@ class FusedOp:
     def _problem(self, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             return self.difference(device, dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - any error of the compiler or driver: the plain form remains
+        except Exception as error:  # any error of the compiler or driver: the plain form remains
+            if is_out_of_memory(error):
+                raise
             return _text(error)
 
     def _judge(self, place: tuple[torch.device, torch.dtype], problem: str | None) -> None:

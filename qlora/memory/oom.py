@@ -3,33 +3,36 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from qlora.errors import OutOfMemoryError
 from qlora.recipe import Recipe, Training
+from qlora.runtime.out_of_memory import is_out_of_memory
 
 
 @contextmanager
 def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
-    """Turn torch's out-of-memory error into an OutOfMemoryError with settings that use less memory."""
+    """Turn an out-of-memory error of any library into an OutOfMemoryError with settings that use less memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        training = recipe.training
-        advice = [
-            f"training.micro_batch_size={training.micro_batch_size // 2}"
-            if training.micro_batch_size > 1
-            else "",
-            _recompute_or_offload(training),
-            f"data.max_length={recipe.data.max_length // 2}",
-        ]
-        raise OutOfMemoryError(
-            f"the device is out of memory ({str(error).splitlines()[0]}). Try "
-            + " or ".join(filter(None, advice))
-        ) from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        training, advice = (
+            recipe.training,
+            [f"start again with data.max_length={recipe.data.max_length // 2}"],
+        )
+        if resumable := list(_less_memory(training)):
+            advice.insert(0, f"continue with --resume and {' or '.join(resumable)}")
+        raise OutOfMemoryError(f"out of memory ({lines[0]}). You can {', or '.join(advice)}") from error
 
 
-def _recompute_or_offload(training: Training) -> str:
+def _less_memory(training: Training) -> Iterator[str]:
+    """Yield settings that need less memory and that a resumed run accepts, because they change rounding alone."""
+    if training.memory is not None:
+        return  # the plan of a budget is kept
+    if training.micro_batch_size > 1:
+        yield f"training.micro_batch_size={training.micro_batch_size // 2}"
     if training.activation_checkpointing != "full":
-        return "training.activation_checkpointing=full"
-    return "" if training.activation_offloading else "training.activation_offloading=true"
+        yield "training.activation_checkpointing=full"
+    elif not training.activation_offloading and training.device != "cpu":
+        yield "training.activation_offloading=true"

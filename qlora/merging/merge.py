@@ -20,6 +20,7 @@ from qlora.model.load import load_base
 from qlora.model.tokens import tokenizer_of
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named
+from qlora.runtime.out_of_memory import is_out_of_memory
 from qlora.storage.draft import check_absent, drafting, publish
 from qlora.storage.folders import save_errors
 
@@ -265,7 +266,9 @@ def _judge(
         return judge(
             name, load_base(plan.recipe.base.model_copy(update=changes), device), outputs, weight_bytes
         )
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemoryError(
             f"the device has too little memory to compare the merged model ({name}) with base + adapter: use "
             f"--device cpu, or skip the comparison with --onto {name} --tokens 0"

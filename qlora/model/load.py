@@ -12,12 +12,13 @@ Everything except the quantized linears (embeddings, norms, the output head) is 
 
 import json
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -28,8 +29,9 @@ from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.trained_rows import plain
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError, QloraError, RecipeError, listed
 from qlora.model import nf4_cache, random_init
+from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_weights
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
@@ -42,6 +44,7 @@ from qlora.quantization.transformers_loader import (
 )
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
+from qlora.runtime.out_of_memory import is_out_of_memory
 from qlora.storage.safetensors_files import find_checkpoint
 
 
@@ -79,13 +82,10 @@ def load_config(base: Base) -> Any:
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"base.model: the folder {location!r} has no config.json. Use the folder of a model")
-    try:
-        config = AutoConfig.from_pretrained(
+    with _damage_named(base, damaged_config, "config.json"):
+        return AutoConfig.from_pretrained(
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_load_problem(base, error)) from error
-    return config
 
 
 def load_architecture(base: Base) -> nn.Module:
@@ -115,16 +115,20 @@ def load_tokenizer(base: Base) -> Tokenizer:
         and Path(location).exists()
     ):
         location = str(bundled.path("bundled/base"))
-    try:
-        return AutoTokenizer.from_pretrained(
-            location, revision=_revision(base), trust_remote_code=base.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        load_config(base)  # a model that is not there at all is reported as such
-        problem = (
-            _code_wanted(error) or f"{_first_line(error).rstrip('.')}. Use a model that has a tokenizer.json"
-        )
-        raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
+    with _damage_named(base, damaged_tokenizer, "tokenizer_config.json"):
+        try:
+            return AutoTokenizer.from_pretrained(
+                location, revision=_revision(base), trust_remote_code=base.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            load_config(base)  # a model that is not there at all is reported as such
+            if damaged_tokenizer(Path(location)) is not None:
+                raise
+            problem = (
+                _code_wanted(error)
+                or f"{_first_line(error).rstrip('.')}. Use a model that has a tokenizer.json"
+            )
+            raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
 
 
 def load_base(
@@ -258,18 +262,49 @@ def _read(
 ) -> PreTrainedModel:
     """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
+    with _damage_named(base, damaged_weights, "config.json"), block_size_applied(on_weight):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            locate(base),
+            revision=_revision(base),
+            trust_remote_code=base.trust_remote_code,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+            **kwargs,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"base.model: {base.model!r} has no weights for {listed(missing)}, which its config.json asks for: "
+            "config.json or model.safetensors is damaged, or they do not belong together. Restore the folder"
+        )
+    return model
+
+
+@contextmanager
+def _damage_named(base: Base, damaged: Callable[[Path], str | None], otherwise: str) -> Iterator[None]:
+    """Turn any error of transformers while it reads the base into a ModelError that names the damaged file.
+
+    Args:
+        base: the recipe's `base` section.
+        damaged: finds the damaged file in a folder.
+        otherwise: the file to name if each file can be read by itself.
+    """
     try:
-        with block_size_applied(on_weight):
-            return AutoModelForCausalLM.from_pretrained(
-                locate(base),
-                revision=_revision(base),
-                trust_remote_code=base.trust_remote_code,
-                dtype=dtype,
-                device_map={"": device},
-                **kwargs,
-            )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(_load_problem(base, error)) from error
+        yield
+    except (QloraError, KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # transformers raises anything, and tokenizers panics, which is no Exception
+        if is_out_of_memory(error):
+            raise
+        folder = Path(locate(base))
+        problem = damaged(folder) if folder.is_dir() else None
+        if problem is None and (not folder.is_dir() or _code_wanted(error) or "architecture" in str(error)):
+            raise ModelError(_load_problem(base, error)) from error
+        problem = problem or f"{otherwise} describes nothing that can be loaded ({_first_line(error)})"
+        raise ModelError(f"base.model: {base.model!r}: {problem}. Restore the folder from a copy") from error
 
 
 @dataclass(frozen=True)

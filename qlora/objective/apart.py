@@ -24,6 +24,7 @@ from qlora.model.document_bounds import keeps_state, pass_bounds
 from qlora.model.head import head_of
 from qlora.objective.causal_lm import hidden_states
 from qlora.objective.step import evaluation_mode
+from qlora.runtime.out_of_memory import is_out_of_memory
 
 LONG, SHORT = 11, 7
 """tokens of the documents a and c, and of b; odd, so that no block or window of a model ends where a document does"""
@@ -95,9 +96,9 @@ def read_documents_if_apart(model: PreTrainedModel) -> bool:
         return False
     try:
         apart = not keeps_state(model) and influence(model).none
-    except torch.OutOfMemoryError:
-        raise
-    except (ModelError, RuntimeError):
+    except (ModelError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         apart = False  # its attention needs something that ours does not support, such as sinks or a mask
     if not apart:
         model.set_attn_implementation(before)
@@ -125,9 +126,9 @@ def check_packing(model: nn.Module) -> None:
     pass_bounds(model, True)
     try:
         found = influence(model)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, TypeError) as error:  # transformers names the package that is missing
+        if is_out_of_memory(error):
+            raise
         pass_bounds(model, False)
         raise RecipeError(
             f"data.packing: {kind} keeps a state across the documents of a row: {_first_line(error)}. {advice}"

@@ -54,6 +54,9 @@ RESUMABLE_KEYS = {
     "base.embedding",
 }  # fmt: skip
 
+# Keys that can change too, but with a note: the same sums are rounded in another order, or computed again.
+ROUNDING_KEYS = {"training.micro_batch_size", "training.activation_checkpointing", "training.loss_chunk"}
+
 _warn = logging.getLogger("qlora").warning
 
 
@@ -207,13 +210,20 @@ def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
     """Rewrite run.json and recipe.yaml if they are damaged or have changed; leave correct files untouched."""
     if source != run.path / "run.json":
         _warn(f"{run.path / 'run.json'} was missing or damaged; rewritten with the run id from {source}")
-    if recorded(run.path / "recipe.yaml") is None:
+    before = recorded(run.path / "recipe.yaml")
+    if before is None:
         _warn(f"{run.path / 'recipe.yaml'} was missing or damaged; rewritten from the given recipe")
     elif recipe.adapter.dropout and not (run.path / "recipe.yaml").read_text().startswith("version:"):
         _warn(
             "this run was begun by an earlier version of qlora, which drew dropout by micro-batch; from here on it is "
             "drawn by row, so the adapter will differ from the one that the earlier version would have trained"
         )
+    for key, old, new in _differences(before.to_dict(), recipe.to_dict(), set()) if before else ():
+        if key in ROUNDING_KEYS:
+            _warn(
+                f"{key}: {old} then, {new} now. The run computes the same, but rounds differently from here on, so it "
+                "will not end bit for bit as with the old value"
+            )
     _replace(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
     _replace(run.path / "recipe.yaml", recipe.to_yaml().encode())
 
@@ -301,6 +311,8 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     if earlier is None or earlier.starting:
         return
     before, may_change = _recipe_before(path, earlier)
+    if recipe.training.memory is None:  # else the plan that began the run is kept
+        may_change = may_change | ROUNDING_KEYS
     changed = [] if before is None else list(_differences(before, recipe.to_dict(), may_change))
     if changed:
         lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, old, new in changed)

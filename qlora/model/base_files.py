@@ -1,0 +1,68 @@
+"""Which of a base's own files is damaged, to name it when transformers cannot read them."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+CONFIG_FILES = ("config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "chat_template.json",
+)  # fmt: skip
+WEIGHT_FILES = ("model.safetensors.index.json", "generation_config.json")
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def damaged_config(folder: Path) -> str | None:
+    """Return what is wrong with config.json, or None if it is a JSON object."""
+    return _first_not_json(folder, CONFIG_FILES)
+
+
+def damaged_tokenizer(folder: Path) -> str | None:
+    """Return which file of the tokenizer cannot be read, and why; None if each can be read by itself."""
+    problem = _first_not_json(folder, TOKENIZER_FILES)
+    file = folder / "tokenizer.json"
+    if problem is None and file.is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except BaseException as error:  # noqa: BLE001 - the library also panics, which is no Exception
+            problem = _named(file, error)
+    return problem
+
+
+def damaged_weights(folder: Path) -> str | None:
+    """Return which file of the weights is missing or cannot be read, and why; None if all headers are whole."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and (pickles := [path.name for pattern in PICKLES for path in folder.glob(pattern)]):
+        return (
+            f"{pickles[0]} is a pickle, which can run code when it is read, so qlora reads only safetensors. Convert "
+            "it in a place that you trust: from_pretrained(...) and save_pretrained(...) of transformers write "
+            "model.safetensors"
+        )
+    if (problem := _first_not_json(folder, WEIGHT_FILES)) is not None:
+        return problem
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except (OSError, SafetensorError, ValueError) as error:
+            return _named(file, error)
+    return None if files else "model.safetensors is missing"
+
+
+def _first_not_json(folder: Path, names: tuple[str, ...]) -> str | None:
+    """Return what is wrong with the first of these files that is there and is no JSON object."""
+    for file in (folder / name for name in names):
+        try:
+            if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                return f"{file.name} is not a JSON object"
+        except (OSError, ValueError, RecursionError) as error:
+            return _named(file, error)
+    return None
+
+
+def _named(file: Path, error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{file.name} cannot be read: {text[0] if text else type(error).__name__}"
