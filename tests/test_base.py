@@ -161,8 +161,8 @@ def test_norms_and_embeddings_stay_bf16_when_bf16_is_asked_for(tiny_llama: Path)
     [
         ("./nowhere", "there is no folder"),
         ("empty", "has no config.json"),
-        ("unknown", "does not know this architecture|does not recognize"),
-        ("weightless", "cannot load"),
+        ("unknown", "does not know the architecture in config.json"),
+        ("weightless", "model.safetensors is missing"),
         ("some/model", "hub cannot be reached"),
     ],
 )

@@ -6,17 +6,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-CONFIG_FILES = ("config.json",)
+CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "chat_template.json",
 )  # fmt: skip
-WEIGHT_FILES = ("model.safetensors.index.json", "generation_config.json")
+WEIGHT_FILES = ("model.safetensors.index.json",)
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def damaged_config(folder: Path) -> str | None:
-    """Return what is wrong with config.json, or None if it is a JSON object."""
+    """Return which file of the configuration is no JSON object, and why; None if all are.
+
+    transformers ignores a generation_config.json that it cannot read, and so the tokens that end an answer.
+    """
     return _first_not_json(folder, CONFIG_FILES)
 
 

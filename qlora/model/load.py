@@ -82,7 +82,9 @@ def load_config(base: Base) -> Any:
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"base.model: the folder {location!r} has no config.json. Use the folder of a model")
-    with _damage_named(base, damaged_config, "config.json"):
+    if folder.is_dir() and (problem := damaged_config(folder)) is not None:
+        raise ModelError(f"base.model: {base.model!r}: {problem}. Restore the folder from a copy")
+    with _damage_named(base, lambda folder: None, "config.json"):
         return AutoConfig.from_pretrained(
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
@@ -117,12 +119,14 @@ def load_tokenizer(base: Base) -> Tokenizer:
         location = str(bundled.path("bundled/base"))
     with _damage_named(base, damaged_tokenizer, "tokenizer_config.json"):
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 location, revision=_revision(base), trust_remote_code=base.trust_remote_code
             )
+            tokenizer.encode("text")  # some wrong settings fail only here
+            return tokenizer
         except (OSError, ValueError, KeyError) as error:
             load_config(base)  # a model that is not there at all is reported as such
-            if damaged_tokenizer(Path(location)) is not None:
+            if (Path(location) / "tokenizer.json").is_file() and not _code_wanted(error):
                 raise
             problem = (
                 _code_wanted(error)
@@ -262,7 +266,10 @@ def _read(
 ) -> PreTrainedModel:
     """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
-    with _damage_named(base, damaged_weights, "config.json"), block_size_applied(on_weight):
+    with (
+        _damage_named(base, damaged_weights, "config.json or generation_config.json"),
+        block_size_applied(on_weight),
+    ):
         model, report = AutoModelForCausalLM.from_pretrained(
             locate(base),
             revision=_revision(base),
@@ -401,7 +408,7 @@ def _load_problem(base: Base, error: BaseException) -> str:
         )
     elif "architecture" in text:
         kind = _model_type(base)
-        text = f"transformers does not know this architecture ({kind}). Update it, or use another model"
+        text = f"transformers does not know the architecture in config.json ({kind}). Update it, or use another model"
     return f"base.model: cannot load {base.model!r}: {text}"
 
 
