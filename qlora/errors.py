@@ -17,6 +17,16 @@ def listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text for use in a message, or its type if it has no text.
+
+    Examples:
+        >>> first_line(MemoryError())
+        'MemoryError'
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class QloraError(ValueError):
     """Base class of all errors for the user.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands_for_tests import qlora
 
 from qlora.errors import OutOfMemoryError
 from qlora.memory.oom import out_of_memory_explained
@@ -91,3 +92,23 @@ def test_a_run_continues_with_each_setting_that_the_message_advises(
 
 def tmp(file: Path) -> Path:
     return file.parent
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(MemoryError(), 6), (RuntimeError("CUDA error: out of memory"), 6), (OSError("x"), None)],
+)
+def test_a_command_without_a_recipe_says_it_too(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None
+) -> None:
+    def short() -> None:
+        raise error
+
+    monkeypatch.setattr("qlora.cli.app", short)
+    if code is None:
+        with pytest.raises(OSError, match="x"):
+            qlora("eval", "run")
+        return
+    run = qlora("eval", "run")
+    assert run.returncode == code
+    assert run.stderr.startswith("qlora: out of memory (")

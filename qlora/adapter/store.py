@@ -148,11 +148,8 @@ def load_adapter(
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
     """
     folder = Path(folder)
-    check_unchanged(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
-    config = read_fields(file)
-    method = method_for(config, file)
-    method.check(without_parts(config, file), file)
+    config, method = _config_of(folder)
     values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:
@@ -183,6 +180,16 @@ def load_adapter(
     method.load_shared(model, common, tensors_file)
     parts.load(model, others, in_place=bool(layers))
     return model
+
+
+def _config_of(folder: Path) -> tuple[dict[str, Any], AdapterMethod]:
+    """Return the checked config of an adapter and its method. Raises ModelError if the folder has changed."""
+    check_unchanged(folder)
+    file = folder / CONFIG_FILE
+    config = read_fields(file)
+    method = method_for(config, file)
+    method.check(without_parts(config, file), file)
+    return config, method
 
 
 def _dtype(

@@ -19,7 +19,7 @@ from qlora.cli.merge import merge
 from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
-from qlora.errors import QloraError
+from qlora.errors import OutOfMemoryError, QloraError, first_line
 from qlora.runtime.signals import not_ignored
 from qlora.runtime.streams import unbreakable_output
 
@@ -59,6 +59,20 @@ def main() -> None:
         except KeyboardInterrupt:
             print("qlora: interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if (shortage := _shortage(error)) is None:
+                raise
+            print(f"qlora: {shortage}", file=sys.stderr)
+            sys.exit(OutOfMemoryError.exit_code)
+
+
+def _shortage(error: Exception) -> str | None:
+    """Return a message if memory was short in a command without settings to advise, else None."""
+    from qlora.runtime.out_of_memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    return f"out of memory ({first_line(error)}). Free memory of other programs, or use a smaller base or --device cpu"
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.data import Batch
-from qlora.errors import ModelError
+from qlora.errors import ModelError, first_line
 from qlora.memory.no_forecast import failure_named
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
@@ -95,7 +95,7 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
     try:
         model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
     in_nf4 = recipe.base.quantization == "nf4"
     quantized = frozenset(nf4_layers(model, getattr(config, "quantization_config", None)) if in_nf4 else ())

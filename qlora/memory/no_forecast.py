@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora.errors import ModelError, QloraError
+from qlora.errors import ModelError, QloraError, first_line
 
 
 class NoForecastError(ModelError):
@@ -18,5 +18,5 @@ def failure_named() -> Iterator[None]:
     except QloraError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise NoForecastError(f"no memory forecast for this architecture: {reason}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora.errors import OutOfMemoryError
+from qlora.errors import OutOfMemoryError, first_line
 from qlora.recipe import Recipe, Training
 from qlora.runtime.out_of_memory import is_out_of_memory
 
@@ -16,14 +16,15 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         training, advice = (
             recipe.training,
             [f"start again with data.max_length={recipe.data.max_length // 2}"],
         )
         if resumable := list(_less_memory(training)):
             advice.insert(0, f"continue with --resume and {' or '.join(resumable)}")
-        raise OutOfMemoryError(f"out of memory ({lines[0]}). You can {', or '.join(advice)}") from error
+        raise OutOfMemoryError(
+            f"out of memory ({first_line(error)}). You can {', or '.join(advice)}"
+        ) from error
 
 
 def _less_memory(training: Training) -> Iterator[str]:

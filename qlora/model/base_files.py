@@ -6,6 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from qlora.errors import first_line
+
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -67,5 +69,4 @@ def _first_not_json(folder: Path, names: tuple[str, ...]) -> str | None:
 
 
 def _named(file: Path, error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{file.name} cannot be read: {text[0] if text else type(error).__name__}"
+    return f"{file.name} cannot be read: {first_line(error)}"

@@ -10,10 +10,7 @@
 Everything except the quantized linears (embeddings, norms, the output head) is in the compute dtype.
 """
 
-import json
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,11 @@ from qlora import bundled
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.trained_rows import plain
-from qlora.errors import ModelError, QloraError, RecipeError, listed
+from qlora.errors import ModelError, RecipeError, first_line, listed
 from qlora.model import nf4_cache, random_init
 from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_weights
-from qlora.model.known_architectures import KNOWN_ARCHITECTURES
+from qlora.model.load_problems import code_wanted, damage_named, load_problem
+from qlora.model.locate import locate
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
 from qlora.quantization.transformers_loader import (
@@ -44,7 +42,6 @@ from qlora.quantization.transformers_loader import (
 )
 from qlora.recipe import Base
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
-from qlora.runtime.out_of_memory import is_out_of_memory
 from qlora.storage.safetensors_files import find_checkpoint
 
 
@@ -60,22 +57,6 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def locate(base: Base) -> str:
-    """Return the location of the model for transformers: a hub id, a local folder, or a config file of the package."""
-    name = base.model
-    if name.startswith("bundled/"):
-        return str(bundled.path(name))
-    if base.init != "pretrained" and name in KNOWN_ARCHITECTURES and not Path(name).exists():
-        return str(bundled.path(f"bundled/configs/{KNOWN_ARCHITECTURES[name]}.json"))
-    if Path(name).exists():
-        return name
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(
-            f"base.model: there is no folder {name!r}. Use a local folder, a hub id or bundled/base"
-        )
-    return name
-
-
 def load_config(base: Base) -> Any:
     """Load transformers' configuration of the model. Raises ModelError if it is missing or unknown."""
     location = locate(base)
@@ -84,7 +65,7 @@ def load_config(base: Base) -> Any:
         raise ModelError(f"base.model: the folder {location!r} has no config.json. Use the folder of a model")
     if folder.is_dir() and (problem := damaged_config(folder)) is not None:
         raise ModelError(f"base.model: {base.model!r}: {problem}. Restore the folder from a copy")
-    with _damage_named(base, lambda folder: None, "config.json"):
+    with damage_named(base, lambda folder: None, "config.json"):
         return AutoConfig.from_pretrained(
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
@@ -117,7 +98,7 @@ def load_tokenizer(base: Base) -> Tokenizer:
         and Path(location).exists()
     ):
         location = str(bundled.path("bundled/base"))
-    with _damage_named(base, damaged_tokenizer, "tokenizer_config.json"):
+    with damage_named(base, damaged_tokenizer, "tokenizer_config.json"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 location, revision=_revision(base), trust_remote_code=base.trust_remote_code
@@ -126,12 +107,9 @@ def load_tokenizer(base: Base) -> Tokenizer:
             return tokenizer
         except (OSError, ValueError, KeyError) as error:
             load_config(base)  # a model that is not there at all is reported as such
-            if (Path(location) / "tokenizer.json").is_file() and not _code_wanted(error):
+            if (Path(location) / "tokenizer.json").is_file() and not code_wanted(error):
                 raise
-            problem = (
-                _code_wanted(error)
-                or f"{_first_line(error).rstrip('.')}. Use a model that has a tokenizer.json"
-            )
+            problem = code_wanted(error) or f"{first_line(error)}. Use a model that has a tokenizer.json"
             raise ModelError(f"base.model: no tokenizer in {base.model!r}: {problem}") from error
 
 
@@ -267,7 +245,7 @@ def _read(
     """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
     with (
-        _damage_named(base, damaged_weights, "config.json or generation_config.json"),
+        damage_named(base, damaged_weights, "config.json or generation_config.json"),
         block_size_applied(on_weight),
     ):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -286,32 +264,6 @@ def _read(
             "config.json or model.safetensors is damaged, or they do not belong together. Restore the folder"
         )
     return model
-
-
-@contextmanager
-def _damage_named(base: Base, damaged: Callable[[Path], str | None], otherwise: str) -> Iterator[None]:
-    """Turn any error of transformers while it reads the base into a ModelError that names the damaged file.
-
-    Args:
-        base: the recipe's `base` section.
-        damaged: finds the damaged file in a folder.
-        otherwise: the file to name if each file can be read by itself.
-    """
-    try:
-        yield
-    except (QloraError, KeyboardInterrupt, SystemExit):
-        raise
-    except (
-        BaseException
-    ) as error:  # transformers raises anything, and tokenizers panics, which is no Exception
-        if is_out_of_memory(error):
-            raise
-        folder = Path(locate(base))
-        problem = damaged(folder) if folder.is_dir() else None
-        if problem is None and (not folder.is_dir() or _code_wanted(error) or "architecture" in str(error)):
-            raise ModelError(_load_problem(base, error)) from error
-        problem = problem or f"{otherwise} describes nothing that can be loaded ({_first_line(error)})"
-        raise ModelError(f"base.model: {base.model!r}: {problem}. Restore the folder from a copy") from error
 
 
 @dataclass(frozen=True)
@@ -374,49 +326,11 @@ def checkpoint_folder(base: Base) -> Path:
     try:
         return find_checkpoint(location, _revision(base), download=True)
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors or ValueErrors
-        raise ModelError(_load_problem(base, error)) from error
+        raise ModelError(load_problem(base, error)) from error
 
 
 def _revision(base: Base) -> str:
     return base.revision or "main"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _code_wanted(error: BaseException) -> str:
-    """Return advice if transformers would have to run the model's own code, or else an empty string."""
-    if "trust_remote_code" not in str(error):
-        return ""
-    return (
-        "the model needs its own Python code to run. Read that code. If you trust it, set base.trust_remote_code=true, "
-        "or add --trust-remote-code to a command that takes no recipe"
-    )
-
-
-def _load_problem(base: Base, error: BaseException) -> str:
-    """Return a one-line error message that names the model and the remedy."""
-    text = _code_wanted(error) or _first_line(error)
-    from_hub = not Path(base.model).exists() and not base.model.startswith("bundled/")
-    if from_hub and ("gated" in text.lower() or "401" in text or "403" in text):
-        text = "the hub refuses access. Accept the model's licence there and log in with `hf auth login`"
-    elif from_hub and not _code_wanted(error):
-        text = (
-            "the hub cannot be reached or has no such model, and the model is not in the local cache. Check the name, "
-            "download it on a machine with network access, or use a local folder"
-        )
-    elif "architecture" in text:
-        kind = _model_type(base)
-        text = f"transformers does not know the architecture in config.json ({kind}). Update it, or use another model"
-    return f"base.model: cannot load {base.model!r}: {text}"
-
-
-def _model_type(base: Base) -> str:
-    try:
-        return str(json.loads((Path(locate(base)) / "config.json").read_text()).get("model_type"))
-    except (OSError, ValueError):
-        return "unknown"
 
 
 class _quiet:

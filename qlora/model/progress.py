@@ -10,7 +10,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from transformers.utils.logging import set_tqdm_hook
 
-from qlora.model.load import checkpoint_folder, locate
+from qlora.model.load import checkpoint_folder
+from qlora.model.locate import locate
 from qlora.recipe import Base
 from qlora.runtime.progress import Progress
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora.data import Batch
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError, RecipeError, first_line
 from qlora.model import varlen_attention
 from qlora.model.document_bounds import keeps_state, pass_bounds
 from qlora.model.head import head_of
@@ -131,7 +131,7 @@ def check_packing(model: nn.Module) -> None:
             raise
         pass_bounds(model, False)
         raise RecipeError(
-            f"data.packing: {kind} keeps a state across the documents of a row: {_first_line(error)}. {advice}"
+            f"data.packing: {kind} keeps a state across the documents of a row: {first_line(error)}. {advice}"
         ) from error
     if not found.none:
         pass_bounds(model, False)
@@ -190,7 +190,3 @@ def _difference(one: Tensor, other: Tensor) -> float:
     one, other = one.float(), other.float()
     size = other.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((one - other).norm(dim=-1) / size).max().item()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

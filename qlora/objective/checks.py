@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Batch
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError, RecipeError, first_line
 from qlora.model.head import embedding_of, head_of
 from qlora.model.offload import HostEmbedding
 from qlora.objective.apart import check_packing, read_documents_if_apart
@@ -69,7 +69,7 @@ def check_head(model: nn.Module) -> None:
                 raise
             raise RecipeError(
                 f"base.embedding: {type(model).__name__} needs the token ids on the GPU, so remove this key "
-                f"({str(error).splitlines()[0]})"
+                f"({first_line(error)})"
             ) from error
         device = next(model.parameters()).device
         output = model(input_ids=ids.to(device), use_cache=False).logits  # [1, 8, V]

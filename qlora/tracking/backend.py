@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.errors import first_line
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 
@@ -75,5 +76,5 @@ class Guarded(Sink):
             yield
         except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
             self._sink = Sink()
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             self._note(f"tracking.{self._name} is off for this run: {reason}")

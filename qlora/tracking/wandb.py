@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+from qlora.errors import first_line
 from qlora.tracking.backend import Backend, Run
 from qlora.tracking.sink import Metrics, Sample, Sink, memory_totals
 
@@ -108,7 +109,7 @@ class Wandb(Sink):
         except ImportError:
             self._note("wandb is not installed, so nothing goes to Weights & Biases; run `pip install wandb`")
         except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             self._note(f"Weights & Biases is off for this run: {reason}")
 
 
