@@ -61,6 +61,43 @@ def test_an_adapter_remembers_its_base(tiny_llama: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == found.name
 
 
+def reconfigure(folder: Path, **settings: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rms_norm_eps": 1e-3}, "architecture: rms_norm_eps: .* and 0.001"),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+            "rope_theta: .* and 5.0",
+        ),
+        ({"attention_dropout": 0.5}, "attention_dropout"),
+    ],
+)
+def test_the_same_weights_in_another_architecture_are_another_base(
+    tiny_llama: Path, copy: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    saved(load_base(section(tiny_llama)), tmp_path / "adapter")
+    other = load_base(section(reconfigure(copy, **settings)))
+    with pytest.raises(ModelError, match=said):
+        load_adapter(other, tmp_path / "adapter")
+    load_adapter(other, tmp_path / "adapter", any_base=True)
+
+
+def test_settings_that_compute_nothing_make_no_other_base(
+    tiny_llama: Path, copy: Path, tmp_path: Path
+) -> None:
+    saved(load_base(section(tiny_llama)), tmp_path / "adapter")
+    reconfigure(
+        copy, use_cache=False, transformers_version="9.9", torch_dtype="float16", a_new_key=3, eos_token_id=7
+    )
+    load_adapter(load_base(section(copy)), tmp_path / "adapter")
+
+
 def test_the_same_base_is_known_again(tiny_llama: Path, copy: Path, tmp_path: Path) -> None:
     """The base is recognised from another path, in another dtype, sharded, adapted or loaded by plain transformers."""
     saved(load_base(section(tiny_llama)), tmp_path / "adapter")

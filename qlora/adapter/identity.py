@@ -16,6 +16,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from qlora.adapter import architecture
+from qlora.adapter.architecture import architecture_of
 from qlora.adapter.base_digest import memory_digest
 from qlora.adapter.digest import digest, sampled
 from qlora.errors import ModelError
@@ -51,6 +53,8 @@ class BaseIdentity:
     """digest of the tokenizer's vocabulary"""
     template: str | None = None
     """digest of the chat template that formatted the training rows"""
+    architecture: str | None = None
+    """values of the configuration that change the result, see `architecture_of`"""
     changed: str | None = None
     """change to the weights before training, see `InitialValues.changed`; None: they are those of the files"""
 
@@ -66,7 +70,13 @@ class BaseIdentity:
         config = getattr(model, "config", None)
         name, commit = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
         weights = memory_digest(model) if name is None else _weights_of(name, commit)
-        return cls(name, commit=commit, weights=weights, quantization=quantization_of(model))
+        return cls(
+            name,
+            commit=commit,
+            weights=weights,
+            quantization=quantization_of(model),
+            architecture=architecture_of(config),
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -125,6 +135,9 @@ class BaseIdentity:
                 and self.name != other.name
             ):
                 return f"name: {self.name} and {other.name}"
+        if self.architecture is not None and other.architecture is not None:
+            found = architecture.difference(self.architecture, other.architecture)
+            return None if found is None else f"architecture: {found}"
         return None
 
     def __str__(self) -> str:

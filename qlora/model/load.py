@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
-from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError, first_line, listed
@@ -210,7 +210,7 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
     if base.init == "pretrained":
         identity = BaseIdentity.of(model)
     else:
-        identity = BaseIdentity(weights=f"{base.init} of seed {seed}", quantization=quantization_of(model))
+        identity = replace(BaseIdentity.of(model), weights=f"{base.init} of seed {seed}")
     return replace(identity, name=base.model, revision=base.revision)
 
 
