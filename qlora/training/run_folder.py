@@ -47,11 +47,12 @@ LEFTOVERS = {
     *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders.TRASH) for name in CONTENTS),
 }
 
-# Keys that can change when a run is resumed: they do not affect the steps already taken.
+# Keys that can change when a run is resumed: they do not affect the steps already taken. (`compute_dtype` can, from
+# `auto` to the dtype that this was: each checkpoint knows it.)
 RESUMABLE_KEYS = {
     "output", "tracking", "training.max_steps", "training.epochs", "training.eval_every", "training.save_every",
     "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.activation_offloading",
-    "base.embedding",
+    "base.embedding", "base.compute_dtype",
 }  # fmt: skip
 
 # Keys that can change too, but with a note: the same sums are rounded in another order, or computed again.

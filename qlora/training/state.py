@@ -10,7 +10,8 @@ from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files, write_system
-from qlora.errors import DataError, ModelError, SaveError
+from qlora.errors import DataError, ModelError, RecipeError, SaveError
+from qlora.model.load import compute_dtype
 from qlora.report import memory_files, page
 from qlora.storage import folders, manifest
 from qlora.tracking import Tracker
@@ -64,6 +65,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "seconds": progress.seconds,
                     "data": session.dataset.fingerprint,
                     "metrics_sha256": record,
+                    "compute_dtype": _dtype(session),
                     "plan": session.plan,  # for a resume after run.json was lost
                 },
             )
@@ -96,6 +98,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
     """Load the newest whole checkpoint of the run, if there is one, into model and optimizer.
 
     Raises:
+        RecipeError: the run would go on in another dtype.
         DataError: the data set has changed since the checkpoint, so the run cannot be resumed exactly.
         ModelError: the base has changed since the checkpoint, a file is missing, or every checkpoint is damaged.
     """
@@ -108,6 +111,12 @@ def restore(session: Session, run: RunFolder) -> Progress:
             f"{folder}: the data set has changed since this checkpoint (its rows, tokenizer or template), so the "
             "run cannot be resumed exactly. Restore the data, or start again with --fresh"
         )
+    before, now = state.get("compute_dtype"), _dtype(session)
+    if before not in (None, now):
+        raise RecipeError(
+            f"base.compute_dtype: this run began in {before} and would go on in {now}, because `auto` depends on the "
+            f"machine. Resume it with base.compute_dtype={before}, or start again with --fresh"
+        )
     read_weights(session, folder / session.result_name)
     session.optimizer.load_state(checkpoint.load_tensors(folder / "optimizer.safetensors"))
     if session.course.state():
@@ -115,6 +124,11 @@ def restore(session: Session, run: RunFolder) -> Progress:
     return Progress(
         state["step"], state["loss_before"], state.get("seconds", 0.0), state.get("metrics_sha256")
     )
+
+
+def _dtype(session: Session) -> str:
+    """Return the dtype in which the run computes, such as float32."""
+    return str(compute_dtype(session.recipe.base, session.processes.device)).removeprefix("torch.")
 
 
 def write_weights(session: Session, folder: Path) -> None:
