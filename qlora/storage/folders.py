@@ -49,7 +49,9 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     with save_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        # O_NOFOLLOW: a planted link must not empty the file that it leads to
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = os.fdopen(descriptor, "r+")
     with file:
         with save_errors(folder):
             try:

@@ -31,7 +31,8 @@ class Record(Sink):
         self._sum = hashlib.sha256(b"".join(kept))
         atomic.write(path, b"".join(kept))
         try:
-            self._file = path.open("ab", buffering=0)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+            self._file = os.fdopen(os.open(path, flags), "ab", buffering=0)
         except OSError as error:
             raise SaveError(f"cannot write {path}: {error.strerror}") from error
         self._pending: list[bytes] = []

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from qlora.errors import first_line
+from qlora.storage import atomic
 from qlora.tracking.backend import Backend, Run
 from qlora.tracking.sink import Metrics, Sample, Sink, memory_totals
 
@@ -209,7 +210,7 @@ def run_id(run: Path) -> str:
     file = run / "wandb" / "id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(os.urandom(4).hex())
+        atomic.write(file, os.urandom(4).hex().encode())
     return file.read_text()
 
 

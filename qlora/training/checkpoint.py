@@ -10,8 +10,10 @@ tensors are safetensors, everything else is JSON.
 Only one process at a time writes a run's folder; `folders.lock` ensures that.
 """
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +48,8 @@ def writing(run: Path, step: int, run_id: str) -> Iterator[Path]:
     checkpoints = run / "checkpoints"
     final = checkpoints / f"step-{step:06d}"
     with save_errors(checkpoints):
+        if checkpoints.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(checkpoints))
         checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(checkpoints, "step-*")
         with temporary(checkpoints, final.name) as folder:

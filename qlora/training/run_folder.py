@@ -151,6 +151,12 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file, not a folder. Choose another with output=...")
     names = {child.name for child in path.iterdir()} if path.is_dir() else set()
+    ours = {*CONTENTS, *LEFTOVERS}
+    if links := sorted(name for name in names if name in ours and (path / name).is_symlink()):
+        raise RecipeError(
+            f"output: {path / links[0]} is a symbolic link, and a run writes through none: it could lead to another "
+            "file. Remove it. To keep a run on another disk, set output to a folder there, or link the whole folder"
+        )
     existing = not names.isdisjoint(CONTENTS)
     if not _is_ours(path, names):
         raise RecipeError(
