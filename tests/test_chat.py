@@ -19,6 +19,7 @@ from qlora.inference.chat import Chat, open_chat
 from qlora.inference.generate import answer
 from qlora.inference.load import load_trained
 from qlora.recipe import Data, Recipe
+from qlora.runtime.streams import unbreakable_output
 
 RecipeFile = Callable[..., Path]
 
@@ -248,14 +249,15 @@ def test_the_terminal_shows_two_answers_side_by_side(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    screen = Terminal()
-    screen.begin(["base", "clerk"])
-    screen.text("base", "one\x1b[2Jtwo")
-    screen.text("clerk", "three")
-    screen.end()
-    screen.begin(["clerk"])
-    screen.text("clerk", "plain\x07")
-    screen.end()
+    with unbreakable_output():
+        screen = Terminal()
+        screen.begin(["base", "clerk"])
+        screen.text("base", "one\x1b[2Jtwo")
+        screen.text("clerk", "three")
+        screen.end()
+        screen.begin(["clerk"])
+        screen.text("clerk", "plain\x07")
+        screen.end()
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.strip()]
     assert ["base", "clerk"] in rows

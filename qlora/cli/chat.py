@@ -141,7 +141,7 @@ class Terminal:
         """Print the next piece of an answer."""
         self._answers[speaker] += piece
         if self._live is None:
-            self._console.file.write(_harmless(piece))
+            self._console.file.write(piece)
             self._console.file.flush()
         else:
             self._live.update(self._columns(), refresh=True)
@@ -156,7 +156,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Print a note, dimmed."""
-        self._console.print(_harmless(text), style="dim", soft_wrap=True)
+        self._console.print(text, style="dim", soft_wrap=True)
 
     def _columns(self) -> Any:
         from rich.table import Table
@@ -165,10 +165,5 @@ class Terminal:
         table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold cyan")
         for speaker in self._answers:
             table.add_column(speaker, ratio=1, overflow="fold")
-        table.add_row(*(Text(_harmless(answer)) for answer in self._answers.values()))
+        table.add_row(*(Text(answer) for answer in self._answers.values()))
         return table
-
-
-def _harmless(text: str) -> str:
-    """Replace control characters, so that a model's answer cannot control the terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

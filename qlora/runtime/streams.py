@@ -1,7 +1,12 @@
-"""Standard output and error that tolerate a closed reader, such as a closed terminal or a pipe into `head`."""
+"""Standard output and error of the program: a reader can go away, and no text of others can control the terminal.
+
+Names of files and tensors, headers of tables, errors of templates and answers of models are not ours. All of them are
+written here, so this is the one place that takes the control characters out.
+"""
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +16,27 @@ GONE = (errno.EPIPE, errno.EIO)
 """errors of a write to a closed pipe or terminal"""
 
 
+COLOURS = r"\x1b\[(?:(?!0*8[;m])[0-9]+;?)*m"  # not 8, which hides text
+CURSOR = r"\x1b\[(?:\?25[hl]|[0-9]*A|2K)|\r(?=\x1b\[|\n|$)"
+"""what a progress bar writes: hide and show the cursor, go up, erase the line, go to its start"""
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+"""control characters of ASCII and Latin-1, and those that reverse the direction of text"""
+
+_COLOURED = re.compile(f"({COLOURS})|{CONTROL}")
+_LIVE = re.compile(f"({COLOURS}|{CURSOR})|{CONTROL}")
+
+
+def harmless(text: str, *, cursor: bool = False) -> str:
+    """Replace control characters, except line breaks, tabs, colours and, if allowed, the movements of a progress bar.
+
+    >>> harmless("a name\\x1b]0;title\\x07")
+    'a name\ufffd]0;title\ufffd'
+    """
+    return (_LIVE if cursor else _COLOURED).sub(lambda found: found[1] or "\ufffd", text)
+
+
 class Unbreakable:
-    """A text stream that ignores the errors of a closed reader.
+    """A text stream that ignores the errors of a closed reader, and writes only harmless text.
 
     Args:
         file: the stream to wrap.
@@ -26,9 +50,11 @@ class Unbreakable:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        """Write `text`; discard it if the reader is gone."""
+        """Write `text` without control characters; discard it if the reader is gone."""
+        shown = harmless(text, cursor=self._file.isatty())
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
         with self._forgiving():
-            self._file.write(text)
+            self._file.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
