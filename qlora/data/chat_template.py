@@ -1,16 +1,23 @@
-"""Runs the jinja source of a chat template, as transformers does."""
+"""Runs the jinja source of a chat template, as transformers does.
+
+A template comes with a tokenizer and can loop for ever or build a huge text, so those that are not ours run in a
+process with limits (`runtime.bounded`).
+"""
 
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora.data.templates import NAMED, template_text
 from qlora.errors import DataError
 from qlora.formats import BadRow, Message
+from qlora.runtime.bounded import Bounded, OutOfBoundsError
 
 Span = tuple[int, int]
 """start and end of a part of a text, in characters"""
@@ -39,6 +46,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._own_source = tokenizer, source
         self._variables = {**tokenizer.special_tokens_map, **options}
+        self._bounded = Bounded(_run, errors=(BadRow, DataError))
         self.content_in_parts = False
         """True passes content as [{"type": "text", "text": ...}], for templates of models that also see"""
 
@@ -73,37 +81,61 @@ class ChatTemplate:
             messages = [
                 {**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages
             ]
+        run = _run if source.removeprefix(FIXED_DATE) in _ours() else self._bounded
         try:
-            (text,), spans = render_jinja_template(
-                [messages],
-                tools=tools or None,
-                chat_template=source,
-                return_assistant_tokens_mask=blocks,
-                add_generation_prompt=generation,
-                **self._variables,
-            )
-        except jinja2.TemplateSyntaxError as error:
+            text, spans = run(source, messages, tools or None, blocks, generation, self._variables)
+        except OutOfBoundsError as error:
             raise DataError(
-                f"data.template: line {error.lineno} is not valid jinja: {error.message}"
+                f"data.template: writing a conversation {error}, which no template needs. Use another one"
             ) from error
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            raise BadRow("refused by the chat template", str(error)) from error
-        assert isinstance(text, str)
         if "\\ufdd" in text:  # the brackets of a guarded spelling, escaped as in JSON
             raise BadRow("refused by the chat template", "it escapes text that spells a control token")
-        return text, list(spans[0]) if blocks else None
+        return text, None if spans is None else [(start, end) for start, end in spans]
 
     def _source(self, tools: list[Any]) -> str:
         """Return the jinja source; a tokenizer can have another template for conversations with tools."""
         source: str = self._own_source or self._tokenizer.get_chat_template(tools=tools or None)
         return FIXED_DATE + source if "strftime_now" in source else source
+
+
+def _run(
+    source: str,
+    messages: list[Message],
+    tools: list[Any] | None,
+    blocks: bool,
+    generation: bool,
+    variables: Mapping[str, Any],
+) -> tuple[str, list[Span] | None]:
+    """Return the text, and the spans of the generation blocks if `blocks`. Raises as `ChatTemplate.render`."""
+    try:
+        (text,), spans = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=source,
+            return_assistant_tokens_mask=blocks,
+            add_generation_prompt=generation,
+            **variables,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"data.template: line {error.lineno} is not valid jinja: {error.message}") from error
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise BadRow("refused by the chat template", str(error)) from error
+    assert isinstance(text, str)
+    return text, list(spans[0]) if blocks else None
+
+
+@cache
+def _ours() -> frozenset[str]:
+    """Return the sources of the package's own templates."""
+    return frozenset(map(template_text, NAMED))
 
 
 def _with_arguments_as_text(message: Message) -> Message:

@@ -22,6 +22,10 @@ class BadRow(ValueError):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind, self.detail = kind, detail
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what makes the same error in another process."""
+        return type(self), (self.kind, self.detail)
+
 
 class NotTrained(BadRow):
     """A row says itself that it must not be trained, as `label: false` does. It is left out and counted."""
