@@ -282,6 +282,9 @@ CASES = {
     "tracking: {wandb: {api_key: x}}": "tracking.wandb.api_key: unknown key; a recipe is stored",
     "output: hf_abcdefghijklmnop": "output: looks like an access token or password",
     "output: https://me:secret@host/x": "output: looks like an access token or password",
+    f"output: {'0a1b2c3d' * 5}": "output: looks like an access token or password",
+    f"tracking: {{wandb: {{entity: {'0a1b2c3d' * 5}}}}}": "tracking.wandb.entity: looks like an access token",
+    f"training: {{memory: {'9' * 400}GiB}}": "is too large for a memory size; write one such as 12GiB or 512MiB",
     "output: !hf_abcdefghijklmnop!x y": "3:9: is not valid YAML: found undefined tag handle '!…!'",
 }
 
@@ -292,6 +295,16 @@ def test_each_mistake_has_its_message(tmp_path: Path, text: str) -> None:
              for section, line in REQUIRED.items()]  # fmt: skip
     [said] = failure(tmp_path, "\n".join([*lines, text]) + "\n")
     assert CASES[text] in said
+
+
+def test_a_commit_is_no_secret(tmp_path: Path) -> None:
+    commit = "0a1b2c3d" * 5
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"base: {{model: hub/models--a--b/snapshots/{commit}/x, revision: {commit}}}\n" + REQUIRED["data"]
+    )
+    for overrides in ([], [f"base.revision={commit}"]):
+        assert Recipe.load(file, overrides).base.revision == commit
 
 
 def test_all_problems_are_shown_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:

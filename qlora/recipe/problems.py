@@ -9,7 +9,9 @@ KeyPath = tuple[str | int, ...]
 # all but the characters that YAML 1.2 allows in a file; an escape such as "\0" can still produce one of them
 FORBIDDEN = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 SECRET = re.compile(
-    r"\b(hf_|sk-|gh[pousr]_|github_pat_|wandb_v1_|AKIA)[\w-]{12,}|://[^/\s:@]{,200}:[^/\s@]{1,200}@", re.ASCII
+    r"\b(hf_|sk-|gh[pousr]_|github_pat_|wandb_v1_|AKIA)[\w-]{12,}|://[^/\s:@]{,200}:[^/\s@]{1,200}@"
+    r"|(?<![\w/-])[0-9a-f]{40}(?![\w/-])",  # an older key of Weights & Biases; a folder can be named by a commit
+    re.ASCII,
 )
 
 UNUSABLE: Final = object()

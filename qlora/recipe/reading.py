@@ -5,6 +5,7 @@ ruamel.yaml parses the text. The values are built here from its events, so that 
 a line number.
 """
 
+import re
 from collections.abc import Container, Iterator
 from typing import Any, NoReturn
 
@@ -72,7 +73,7 @@ class _Reader:
 
     def _value(self, event: Any, path: KeyPath) -> Any:
         """Return the value that begins with this event."""
-        if refusal := _refusal(event):
+        if refusal := _refusal(event, path):
             self._note(self.document.places[path], path, refusal)
             self._skip(event)
             return UNUSABLE
@@ -90,7 +91,7 @@ class _Reader:
         values: dict[str, Any] = {}
         for key in self._inside():
             name = key.value if isinstance(key, events.ScalarEvent) else ""
-            if problem := _refusal(key) or self._key_problem(key, (*path, name), values):
+            if problem := _refusal(key, path) or self._key_problem(key, (*path, name), values):
                 self._note(self._place(key.start_mark), (*path, name) if name else path, problem)
                 self._skip(key)
                 self._skip(next(self.events))
@@ -165,14 +166,18 @@ class _Reader:
             self._stop(None, "is not valid YAML")
 
 
-def _refusal(event: Any) -> str:
-    """Return the reason why a recipe cannot contain this key or value; empty if it can."""
+def _refusal(event: Any, path: KeyPath) -> str:
+    """Return the reason why a recipe cannot contain this key or value at `path`; empty if it can."""
     if isinstance(event, events.AliasEvent) or event.anchor:
         return "anchors and aliases (& and *) are not allowed in a recipe; write the value out"
     if event.tag:
         tag = event.tag.replace("tag:yaml.org,2002:", "!!")
         return f"tags are not allowed in a recipe; leave {shorten(tag)} out"
-    if isinstance(event, events.ScalarEvent) and SECRET.search(event.value):
+    if (
+        isinstance(event, events.ScalarEvent)
+        and SECRET.search(event.value)
+        and not _is_commit(path, event.value)
+    ):
         return (
             "looks like an access token or password, and a recipe is stored with its run; "
             "keep it in the environment (HF_TOKEN, WANDB_API_KEY)"
@@ -180,6 +185,11 @@ def _refusal(event: Any) -> str:
     if isinstance(event, events.ScalarEvent) and (match := FORBIDDEN.search(event.value)):
         return f"contains the character U+{ord(match.group()):04X}, which is not allowed; delete it"
     return ""
+
+
+def _is_commit(path: KeyPath, text: str) -> bool:
+    """Return True for the commit of a model or data set, which looks like an old key of Weights & Biases."""
+    return path[-1:] == ("revision",) and re.fullmatch("[0-9a-f]{40}", text) is not None
 
 
 def _explain(error: MarkedYAMLError) -> tuple[Any, str]:

@@ -17,11 +17,14 @@ UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?")
 
 
+MOST_BYTES = 2**60
+
+
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 24GiB, 80GB or 512MiB (24G is 24GB).
 
     Raises:
-        ValueError: the text is not a size with a unit.
+        ValueError: the text is not a size with a unit, or more than `MOST_BYTES`.
 
     Examples:
         >>> parse_size("24GiB") == 24 * 2**30
@@ -34,7 +37,10 @@ def parse_size(text: str) -> int:
     # a number without a unit is rejected: 24 would be 24 bytes, which is surely a mistake
     if not match or not unit or float(match[1]) <= 0:
         raise ValueError(f"{text!r} is not a memory size; write it with a unit, such as 12GiB or 512MiB")
-    return int(float(match[1]) * UNITS[unit])
+    size = float(match[1]) * UNITS[unit]
+    if size > MOST_BYTES:
+        raise ValueError(f"{text[:20]!r} is too large for a memory size; write one such as 12GiB or 512MiB")
+    return int(size)
 
 
 @dataclass(frozen=True)
