@@ -28,6 +28,7 @@ from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
+from qlora.adapter.expressions import check_expressions
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.initial import (
     InitialValues,
@@ -149,7 +150,7 @@ def load_adapter(
     """
     folder = Path(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
-    config, method = _config_of(folder)
+    config, method = _config_of(folder, model)
     values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:
@@ -182,11 +183,12 @@ def load_adapter(
     return model
 
 
-def _config_of(folder: Path) -> tuple[dict[str, Any], AdapterMethod]:
+def _config_of(folder: Path, model: nn.Module) -> tuple[dict[str, Any], AdapterMethod]:
     """Return the checked config of an adapter and its method. Raises ModelError if the folder has changed."""
     check_unchanged(folder)
     file = folder / CONFIG_FILE
     config = read_fields(file)
+    check_expressions(config, (name for name, _ in model.named_modules()), file)
     method = method_for(config, file)
     method.check(without_parts(config, file), file)
     return config, method

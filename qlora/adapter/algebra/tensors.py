@@ -24,6 +24,7 @@ from qlora.adapter.config import (
     spec_of_layer,
 )
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
+from qlora.adapter.expressions import check_expressions
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
@@ -149,6 +150,7 @@ def read(path: str | Path) -> Adapter:
         raise ModelError(
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
+    check_expressions(config, pairs, folder / CONFIG_FILE)
     _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
     beside = load_file(folder / TENSORS_FILE) if parts else {}
