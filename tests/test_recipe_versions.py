@@ -143,8 +143,8 @@ def test_a_resumed_run_with_another_dropout_scheme_notes_it_once(
 
 def test_a_run_is_resumed_only_with_its_settings_under_any_name() -> None:
     assert check_output(FINISHED, RUNS / "finished", resume=True, fresh=False)
-    other = Recipe.recorded(RUNS / "finished/recipe.yaml", ["training.activation_checkpointing.mlp=3"])
-    with pytest.raises(RecipeError, match=r"training\.activation_checkpointing\.mlp: 2 then, 3 now"):
+    other = Recipe.recorded(RUNS / "finished/recipe.yaml", ["data.train_on=completion"])
+    with pytest.raises(RecipeError, match=r"data\.train_on: 'all' then, 'completion' now"):
         check_output(other, RUNS / "finished", resume=True, fresh=False)
 
 

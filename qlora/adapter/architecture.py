@@ -1,4 +1,4 @@
-"""What a base computes beside its weights: the values in its configuration that change the result."""
+"""Compares the configurations of bases: the values that change what a base computes with its weights."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Which of a base's own files is damaged, to name it when transformers cannot read them."""
+"""Finds the damaged file of a base, to name it when transformers cannot read them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where the files of a base are."""
+"""Finds the files of a base: a hub id, a local folder, or a file of the package."""
 
 from pathlib import Path
 

@@ -226,7 +226,7 @@ def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
             "drawn by row, so the adapter will differ from the one that the earlier version would have trained"
         )
     for key, old, new in _differences(before.to_dict(), recipe.to_dict(), set()) if before else ():
-        if key in ROUNDING_KEYS:
+        if any(f"{key}.".startswith(f"{changing}.") for changing in ROUNDING_KEYS):
             _warn(
                 f"{key}: {old} then, {new} now. The run computes the same, but rounds differently from here on, so it "
                 "will not end bit for bit as with the old value"
