@@ -145,6 +145,19 @@ def test_another_quantization_is_another_base(
         load_adapter(load_base(section(tiny_llama, **settings)), tmp_path)
 
 
+def test_made_up_weights_are_known_by_their_seed_and_not_read(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(weights: object) -> str:
+        raise AssertionError("the weights of a large model would take minutes")
+
+    for name in ("memory_digest", "checkpoint_digest"):
+        monkeypatch.setattr(f"qlora.adapter.identity.{name}", read)
+    assert (
+        BaseIdentity.of(load_base(section(tiny_llama, init="random"), seed=3)).weights == "random of seed 3"
+    )
+
+
 def test_bases_without_a_checkpoint_are_identified_by_their_settings(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

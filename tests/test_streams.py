@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.progress import Progress
+from tqdm import tqdm
 
 from qlora.errors import RecipeError
 from qlora.runtime.streams import Unbreakable, harmless
@@ -62,6 +63,18 @@ def test_colours_and_progress_bars_of_ours_still_work() -> None:
     drop = re.compile(r"\d:\d\d:\d\d|-:--:--")
     assert drop.sub("", wrapped.getvalue()) == drop.sub("", plain.getvalue())
     assert "\x1b[2K" in wrapped.getvalue()
+
+
+def test_bars_of_other_libraries_still_work_on_standard_error() -> None:
+    plain, errors, output = Terminal(), Terminal(), Terminal()
+    for stream in (plain, Unbreakable(errors), Unbreakable(output, whole=True)):  # type: ignore[list-item]
+        bar = tqdm(total=3, file=stream, mininterval=0, bar_format="{n}/{total} {bar}", ncols=30)
+        for _ in range(3):
+            bar.update()
+        bar.close()
+    assert plain.getvalue().count("\r") > 2
+    assert errors.getvalue() == plain.getvalue()
+    assert "\r1/3" not in output.getvalue()
 
 
 def test_text_that_the_encoding_lacks_is_shown_as_codes() -> None:

@@ -23,7 +23,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
-from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.architecture import architecture_of
+from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError, first_line, listed
@@ -210,7 +211,11 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
     if base.init == "pretrained":
         identity = BaseIdentity.of(model)
     else:
-        identity = replace(BaseIdentity.of(model), weights=f"{base.init} of seed {seed}")
+        identity = BaseIdentity(
+            weights=f"{base.init} of seed {seed}",
+            quantization=quantization_of(model),
+            architecture=architecture_of(model.config),
+        )
     return replace(identity, name=base.model, revision=base.revision)
 
 

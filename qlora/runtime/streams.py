@@ -24,15 +24,20 @@ CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 _COLOURED = re.compile(f"({COLOURS})|{CONTROL}")
 _LIVE = re.compile(f"({COLOURS}|{CURSOR})|{CONTROL}")
+_BARS = re.compile(f"({COLOURS}|{CURSOR}|\\A\\r)|{CONTROL}")  # tqdm, as the hub's downloads show it
 
 
-def harmless(text: str, *, cursor: bool = False) -> str:
-    """Replace control characters, except line breaks, tabs, colours and, if allowed, the movements of a progress bar.
+def harmless(text: str, *, cursor: bool = False, bars: bool = False) -> str:
+    """Replace control characters, except line breaks, tabs and colours.
+
+    `cursor` also keeps the movements of a progress bar, and `bars` with it the return to the start of the line, with
+    which a bar of other libraries begins.
 
     >>> harmless("a name\\x1b]0;title\\x07")
     'a name\ufffd]0;title\ufffd'
     """
-    return (_LIVE if cursor else _COLOURED).sub(lambda found: found[1] or "\ufffd", text)
+    allowed = _COLOURED if not cursor else _BARS if bars else _LIVE
+    return allowed.sub(lambda found: found[1] or "\ufffd", text)
 
 
 class Unbreakable:
@@ -40,7 +45,8 @@ class Unbreakable:
 
     Args:
         file: the stream to wrap.
-        whole: raise other write errors, such as a full disk; otherwise ignore them too.
+        whole: raise other write errors, such as a full disk: this is standard output. Otherwise ignore them too, and
+            let other libraries draw their progress bars.
     """
 
     def __init__(self, file: IO[str], *, whole: bool = False) -> None:
@@ -51,7 +57,7 @@ class Unbreakable:
 
     def write(self, text: str) -> int:
         """Write `text` without control characters; discard it if the reader is gone."""
-        shown = harmless(text, cursor=self._file.isatty())
+        shown = harmless(text, cursor=self._file.isatty(), bars=not self._whole)
         encoding = getattr(self._file, "encoding", None) or "utf-8"
         with self._forgiving():
             self._file.write(shown.encode(encoding, "backslashreplace").decode(encoding))
