@@ -3,9 +3,9 @@
     python tests/kernels_for_tests.py [--every-dtype] 80 90
 
 Runs each pass on its example and on arguments as in a training step, catches the launches and compiles them as a launch
-does: with 16-byte alignment and numbers that are multiples of 16 known, and numbers that are 1 as constants. bfloat16
-alone, without --every-dtype. Prints a line for each kernel and GPU: name, dtype of the first tensor, GPU, bytes. Run it in
-a process without Triton's interpreter.
+does: with 16-byte alignment and numbers that are multiples of 16 known, and numbers that are 1 as constants. Without
+--every-dtype only in bfloat16. Prints a line for each kernel and GPU: name, dtype of the first tensor, GPU, bytes. Run
+it in a process without Triton's interpreter.
 """
 
 import sys
