@@ -142,7 +142,7 @@ def check_packing(device: torch.device, base: Path) -> None:
 
 
 def recipe_dict(base: Path | str, device: torch.device, output: Path, **training: Any) -> dict[str, Any]:
-    """Return a recipe that trains a small base on the bundled tickets: in bfloat16, or on a CPU in fp32, which is fast on all."""
+    """Return a recipe that trains a small base on the bundled tickets, in bfloat16 on a GPU and in fp32 on a CPU."""
     return {
         "base": {"model": str(base), "compute_dtype": "float32" if device.type == "cpu" else "bfloat16"},
         "adapter": {"rank": 8, "targets": "all-linear", "dropout": 0.1},
