@@ -97,7 +97,8 @@ def run(item: Item, arguments: list[str], out: Path, limit: float) -> bool:
         timer.start()
         try:
             assert process.stdout is not None
-            good = relay(process.stdout, item, out)
+            with process.stdout:
+                good = relay(process.stdout, item, out)
             code = process.wait()
         finally:
             timer.cancel()
