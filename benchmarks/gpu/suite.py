@@ -15,7 +15,7 @@ def main() -> int:
     options, write = arguments(__doc__), lines()
     chosen = ["-m", "gpu", "tests"]
     if options.tiny:  # a few of the same tests, on a CPU
-        chosen = ["-m", "not slow and not gpu", "tests/test_gpu.py", "-k", "attention"]
+        chosen = ["-m", "not slow and not gpu", "tests/test_on_gpu.py", "-k", "attention"]
     command = [
         sys.executable,
         "-m",
