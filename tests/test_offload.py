@@ -261,23 +261,28 @@ def test_a_run_can_be_resumed_with_or_without_offload(tmp_path: Path) -> None:
     assert check_output(with_base(offloaded, embedding="host"), tmp_path / "run", resume=True, fresh=False)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("layers", [LAYERS, 3])
-def test_a_step_on_a_gpu_is_the_same_to_the_bit(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_a_gpu_is_the_same_to_the_bit(
+    layers: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The copies are so slow that code that does not wait for them reads or overwrites wrong data."""
-    copy = offload._copy
+    copy, gpu = offload._copy, device == "cuda"
 
     def slowly(to: Tensor, source: Tensor) -> Any:
-        with torch.cuda.stream(offload._stream(torch.device("cuda", 0))):
-            torch.cuda._sleep(20_000_000)  # in cycles; about 10 ms
+        if gpu:
+            with torch.cuda.stream(offload._stream(torch.device("cuda", 0))):
+                torch.cuda._sleep(20_000_000)  # in cycles; about 10 ms
         return copy(to, source)
 
     monkeypatch.setattr(offload, "_copy", slowly)
-    model = model_of("llama").cuda()
+    model = model_of("llama").to(device)
     checkpoint_layers(model, layers)
     plain = pass_over(model)
     checkpoint_layers(model, layers, offload=True)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    model.set_input_embeddings(HostEmbedding(embedding.weight, torch.device("cuda", 0)))  # type: ignore[operator]
+    model.set_input_embeddings(HostEmbedding(embedding.weight, embedding.weight.device))  # type: ignore[operator]
     for _ in range(3):
         assert all(map(torch.equal, pass_over(model), plain))
