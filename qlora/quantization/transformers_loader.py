@@ -147,8 +147,12 @@ def cast_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     transformers 5.23 leaves them in the file's dtype, so the dtypes of head and norms differ from the rest.
     """
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    packed = {
+        module.weight for module in model.modules() if nf4.is_nf4(module)
+    }  # bytes, in any storage dtype
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
+        numbers = parameter.is_floating_point() and parameter not in packed
+        if numbers and not any(part in kept for part in name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return model
 
