@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures_for_tests import config, recipe
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from qlora.objective.causal_lm import loss_sum
 from qlora.quantization.nf4 import is_nf4
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.transformers_loader import nf4_layers, skipped_modules
-from tests.architectures_for_tests import config, recipe
 
 READ_LEAVES = {
     "bamba": {"out_proj"},

@@ -16,6 +16,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
+from qlora.adapter.peft_drops import peft_drops
 from qlora.adapter.targets import WORDS, heads
 from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
@@ -101,8 +102,12 @@ def _keys_as_in_a_recipe() -> Iterator[None]:
 
 
 def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
-    """Return remarks for the user about an adapted model: layers without an adapter, and parts trained beside it."""
-    return [*left_out_notes(model, recipe.adapter.targets), *part_notes(model, tokenizer)]
+    """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it, PEFT."""
+    return [
+        *left_out_notes(model, recipe.adapter.targets),
+        *part_notes(model, tokenizer),
+        *peft_drops(model),
+    ]
 
 
 def left_out_notes(model: nn.Module, targets: object) -> list[str]:
