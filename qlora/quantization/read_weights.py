@@ -31,7 +31,8 @@ def read_layers(model: nn.Module) -> set[str]:
     found = set()
     for name, module in model.named_modules():
         # Bloom reads weights only if asked to repeat the roundings of its own training on several GPUs
-        if not (read := _reads(type(module))) or getattr(module, "slow_but_exact", None) is False:
+        read = _reads(type(module))  # type: ignore[arg-type]  # mypy takes a class for unhashable
+        if not read or getattr(module, "slow_but_exact", None) is False:
             continue
         for inside, layer in module.named_modules():
             if isinstance(layer, nn.Linear) and (inside in read or f".{inside}".endswith(read)):
