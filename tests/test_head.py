@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora.adapter import LoraSpec, adapt
 from qlora.data import Batch
 from qlora.errors import ModelError
 from qlora.model.head import head_of
@@ -81,3 +82,12 @@ def test_an_unknown_change_of_small_logits_is_refused(
     with pytest.raises(ModelError, match=r"LlamaForCausalLM changes its logits"):
         check_head(model)
     assert torch.equal(head_of(model).weight, before)  # the check enlarges it
+
+
+def test_an_adapter_on_the_head_is_refused_with_its_name() -> None:
+    model = AutoModelForCausalLM.from_config(small.config("llama", num_hidden_layers=1))
+    adapt(model, LoraSpec(rank=2, targets=["lm_head", "q_proj"]))
+    with pytest.raises(
+        ModelError, match=r"adapter.targets: lm_head is the output head .*train_modules=\[lm_head\]"
+    ):
+        head_of(model)

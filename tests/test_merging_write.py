@@ -19,6 +19,8 @@ from transformers import (
     Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter
@@ -133,6 +135,38 @@ def test_layers_that_a_checkpoint_excludes_stay_dense(
     assert type(theirs.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert nf4.is_nf4(theirs.model.layers[1].self_attn.q_proj) == (onto == "nf4")
     assert (logits(theirs) - logits(load_trained(run).model)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama stored as bf16", "gpt2 without its first layer"])
+@pytest.mark.parametrize("onto", ["nf4", "dequantized"])
+def test_other_forms_of_nf4_checkpoints_are_trained_and_merged(kind: str, onto: Any, tmp_path: Path) -> None:
+    """bitsandbytes can store packed bytes as another dtype, and quantizes GPT-2's Conv1D transposed."""
+    torch.manual_seed(0)
+    llama = kind.startswith("llama")
+    small = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 1}
+    if llama:
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+        model = LlamaForCausalLM(LlamaConfig(**small, **sizes))
+        changes: dict[str, Any] = {"bnb_4bit_quant_storage": torch.bfloat16}
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**small, n_embd=64, n_layer=2, n_head=2, n_positions=64))
+        changes = {"llm_int8_skip_modules": ["lm_head", "h.0"]}
+    model.save_pretrained(tmp_path / "whole")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **changes)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=quantization)
+    stored.save_pretrained(tmp_path / "base")
+    byte_level().save_pretrained(tmp_path / "base")
+    base = Base(model=str(tmp_path / "base"), compute_dtype="float32")
+    spec = LoraSpec(targets=["q_proj", "down_proj"] if llama else ["c_attn", "mlp.c_proj"])
+    live = update(adapt(load_base(base), spec))
+    save_adapter(live, tmp_path / "adapter")
+    prompts = Prompts(Data(source="-", format="completion"), byte_level())
+    source = MergeSource(base, tmp_path / "adapter")
+    write_merged(source, onto, tmp_path / "m", prompts)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    packed = sum(nf4.is_nf4(module) for module in plain.modules())
+    assert packed == (sum(nf4.is_nf4(module) for module in live.modules()) if onto == "nf4" else 0)
+    assert (logits(plain) - logits(live)).abs().max() < {"dequantized": 0.05, "nf4": 1.0}[onto]
 
 
 def test_a_base_can_be_an_nf4_checkpoint(recipe: Recipe, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import TypeGuard
 
 from torch import nn
 
-from qlora.errors import UsageError
+from qlora.errors import ModelError, UsageError, listed
 from qlora.quantization.nf4 import is_nf4
+from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
 
 # Names of attention projections in the known architectures. The names of the second set also occur outside
@@ -45,7 +46,8 @@ def select(
     Args:
         model: any module with layers to adapt.
         targets: "attention" for the query, key, value and output projections; "all-linear" for every linear layer
-            except the output head and the routers of a mixture of experts; or a list. Each entry of a list is a
+            except the output head, the routers of a mixture of experts, and layers whose weight the model reads (see
+            `read_layers`); or a list. Each entry of a list is a
             layer's name, the last parts of a name (`mlp.up_proj`), or a regular expression that matches a whole name.
             Any other string is a list of one entry.
         can_adapt: function that returns True for the layers that a list can name; None means linear layers. The words
@@ -53,6 +55,7 @@ def select(
 
     Raises:
         UsageError: nothing matches, or an entry of the list matches nothing. The message lists the layers.
+        ModelError: an entry of the list matches only layers whose weight the model reads.
 
     Examples:
         >>> select(model, ["q_proj", "mlp.up_proj"])
@@ -61,16 +64,24 @@ def select(
     linears = names if can_adapt is None else linear_names(model)
     if isinstance(targets, str) and targets not in WORDS:
         targets = [targets]
+    read = read_layers(model)
     if targets == "attention":
-        chosen = {name for name in linears if _is_attention(name)}
+        chosen = {name for name in linears if _is_attention(name)} - read
     elif targets == "all-linear":
-        chosen = set(linears) - heads(model) - routers(model)
+        chosen = set(linears) - heads(model) - routers(model) - read
     else:
         if not targets:
             raise UsageError("targets: the list is empty; name a layer, or write all-linear")
         chosen = set()
         for entry in targets:
-            chosen |= _match(model, names, entry)
+            matches = _match(model, names, entry)
+            if not matches - read:
+                raise ModelError(
+                    f'targets: "{entry}": the code of {type(model).__name__} reads the weights of '
+                    f"{listed(sorted(matches))} without calling the layer, so an adapter would have no effect. Leave "
+                    "this entry out"
+                )
+            chosen |= matches - read
     if not chosen:
         kind = type(model).__name__
         raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {list_layers(model, names)}')

@@ -68,7 +68,7 @@ class _Matrix:
     quantized: bool
     """True if the base has it in NF4, or would if the base were quantized"""
     transposed: bool
-    """True if stored as [in, out], like GPT-2's Conv1D"""
+    """True if stored as [in, out] where it is not packed, like GPT-2's Conv1D"""
 
 
 class MergeSource:
@@ -193,14 +193,14 @@ class MergeSource:
         modules = dict(meta_base.model.named_modules())
         names, values = _ParameterNames(meta_base.model), InitialValues.of(meta_base.model)
         initial = values.layers if values else {}
-        quantized, prequantized = meta_base.quantized, meta_base.prequantized
+        quantized = meta_base.quantized
         matrices = {}
         for key in self.reader:
             if (name := names.module(key, ".weight")) is None:
                 continue
             module = modules[name]
             adapted = module if isinstance(module, AdaptedLayer) and module.changes_weight else None
-            transposed = name in meta_base.transposed and not prequantized
+            transposed = name in meta_base.transposed
             matrices[key] = _Matrix(name, adapted, initial.get(name), name in quantized, transposed)
         located = {matrix.name for matrix in matrices.values()}
         wanted = quantized | AdaptedLayer.of(meta_base.model).keys()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.trained_rows import TrainedRows, plain
 from qlora.errors import ModelError
 from qlora.ops.trained_rows import Rows, replace_columns
@@ -74,10 +75,15 @@ def head_of(model: nn.Module) -> Head:
     """
     module = model.get_output_embeddings()  # type: ignore[operator]
     embeddings = plain(module)
+    if isinstance(embeddings, AdaptedLayer):
+        name = next(name for name, own in model.named_modules() if own is embeddings)
+        raise ModelError(
+            f"adapter.targets: {name} is the output head of {type(model).__name__}, and the loss reads its weight, so "
+            f"it cannot get an adapter. Remove it from the targets; adapter.train_modules=[{name}] trains it as a whole"
+        )
     if embeddings is None or not hasattr(embeddings, "weight"):
         raise ModelError(
-            f"{type(model).__name__} has no plain output head: qlora trains causal language models only. If the head "
-            "is a target of the adapter, remove it from the targets"
+            f"{type(model).__name__} has no plain output head: qlora trains causal language models only"
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     divided = config.model_type not in MULTIPLIED_BY_SCALING

@@ -26,6 +26,7 @@ from qlora import bundled
 from qlora.adapter.architecture import architecture_of
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
+from qlora.adapter.targets import is_conv1d
 from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError, first_line, listed
 from qlora.model import nf4_cache, random_init
@@ -280,7 +281,7 @@ class MetaBase:
     quantized: frozenset[str]
     """names of the linears that transformers quantizes to NF4 when it loads the base"""
     transposed: frozenset[str]
-    """names of the quantized linears that the original stores as [in, out] (Conv1D, as in GPT-2)"""
+    """names of the linears that the original stores as [in, out] (Conv1D, as in GPT-2)"""
     prequantized: bool
     """True if the checkpoint itself is in NF4"""
     excluded: tuple[str, ...] | None
@@ -311,6 +312,7 @@ def meta_base(base: Base) -> MetaBase:
         model.set_submodule(name, linear)
     model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
     transposed = {name for name, module in replaced.items() if module.source_cls.__name__ == "Conv1D"}
+    transposed |= {name for name, module in model.named_modules() if is_conv1d(module)}
     return MetaBase(
         model, frozenset(replaced), frozenset(transposed), stored is not None,
         None if excluded is None else tuple(excluded),

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from qlora.adapter.targets import features, heads, is_conv1d
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4
+from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
 from qlora.recipe import Base
 from qlora.recipe.sizes import parameters_text
@@ -25,6 +26,7 @@ ENOUGH = 0.5
 EXPERTS = "experts that are not linear layers"
 SKIPPED = "layers that the model or its checkpoint excludes"
 ROUTERS = "routers of experts"
+READ = "layers whose weight the model reads"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Precision:
         if not self.kept:
             return f"all {total} are in NF4"
         if not self.quantized:
-            unusual = {kind: number for kind, number in self.kept.items() if kind not in (SKIPPED, ROUTERS)}
+            unusual = {
+                kind: number for kind, number in self.kept.items() if kind not in (SKIPPED, ROUTERS, READ)
+            }
             return f"none of the {total} are in NF4" + (f": {_listed(unusual)}" if unusual else "")
         return (
             f"{percent(self.share)} of the {total} are in NF4; "
@@ -72,7 +76,7 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
         >>> precision_of(model).line()
         'all 6.48 B linear weights are in NF4'
     """
-    apart, routing = heads(model), routers(model)
+    apart, routing, read = heads(model), routers(model), read_layers(model)
     numbers: Counter[str | None] = Counter()
     for name, module in model.named_modules():
         if name.removesuffix(".base") in apart or isinstance(
@@ -82,7 +86,7 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
         if is_nf4(module) or isinstance(module, nn.Linear) or is_conv1d(module):
             in_nf4 = is_nf4(module) if quantized is None else name in quantized
             inputs, outputs = features(module)
-            numbers[None if in_nf4 else _kind(name, module, routing)] += inputs * outputs
+            numbers[None if in_nf4 else _kind(name, module, routing, read)] += inputs * outputs
         elif name not in routing and not isinstance(module, _ConvNd):
             dimensions = 2 if _among_experts(name) else 3
             for weight in module.parameters(recurse=False):
@@ -119,9 +123,11 @@ def _listed(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{parameters_text(number)} in {kind}" for kind, number in kinds.items())
 
 
-def _kind(name: str, module: nn.Module, routing: Collection[str]) -> str:
+def _kind(name: str, module: nn.Module, routing: Collection[str], read: Collection[str]) -> str:
     if name in routing:
         return ROUTERS
+    if name in read:
+        return READ
     plain = type(module) is nn.Linear or is_conv1d(module)
     return SKIPPED if plain else f"layers of the class {type(module).__name__}"
 

@@ -16,6 +16,8 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
+from qlora.adapter.peft_drops import peft_drops
+from qlora.adapter.targets import WORDS, heads
 from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
 from qlora.errors import QloraError, UsageError, listed
@@ -24,6 +26,8 @@ from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.load import load_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
+from qlora.quantization.read_weights import read_layers
+from qlora.quantization.routers import routers
 from qlora.recipe import Adapter, Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
 
@@ -95,6 +99,26 @@ def _keys_as_in_a_recipe() -> Iterator[None]:
         if key not in Adapter.model_fields:
             raise
         raise type(error)(f"adapter.{error}") from error
+
+
+def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
+    """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it, PEFT."""
+    return [
+        *left_out_notes(model, recipe.adapter.targets),
+        *part_notes(model, tokenizer),
+        *peft_drops(model),
+    ]
+
+
+def left_out_notes(model: nn.Module, targets: object) -> list[str]:
+    """Return a remark that names the layers that all-linear or attention leaves out because of `read_layers`."""
+    left_out = sorted(read_layers(model) - heads(model) - routers(model))
+    if targets not in WORDS or not left_out or not AdaptedLayer.of(model):
+        return []
+    return [
+        f"{targets} leaves out {listed(left_out)}: the model reads the weights of these layers without calling them, "
+        "so they get no adapter"
+    ]
 
 
 def part_notes(model: nn.Module, tokenizer: Any) -> list[str]:

@@ -169,7 +169,7 @@ def to_tensors(weight: Params4bit) -> dict[str, Tensor]:
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
     """Rebuild a weight from `to_tensors`, on the device of its packed bytes. Raises ModelError if a part is missing."""
-    packed = tensors[""]
+    packed = tensors[""].contiguous().view(torch.uint8).reshape(-1, 1)  # the file can store them as bf16
     statistics = {name: tensor for name, tensor in tensors.items() if name}
     try:
         state = QuantState.from_dict(statistics, device=packed.device)

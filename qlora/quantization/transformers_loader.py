@@ -16,6 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
+from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
 from qlora.recipe import Base
 from qlora.runtime.patches import quantizer_replaced
@@ -43,7 +44,7 @@ def nf4_layers(model: PreTrainedModel, config: Any = None) -> list[str]:
     """Return the names of the linear layers that loading quantizes to NF4, in the order of the model.
 
     transformers quantizes `nn.Linear` and GPT-2's `Conv1D`, but no subclass of `nn.Linear`. It leaves out the output
-    head, and the layers that an NF4 checkpoint lists. We also leave out routers.
+    head, and the layers that an NF4 checkpoint lists. We also leave out routers and `read_layers`.
 
     Args:
         model: an unquantized model, which can be on the meta device.
@@ -59,8 +60,11 @@ def nf4_layers(model: PreTrainedModel, config: Any = None) -> list[str]:
 
 
 def skipped_modules(model: PreTrainedModel) -> list[str] | None:
-    """Return the modules that quantization must leave out; None for transformers' own choice, without routers."""
-    found = routers(model)
+    """Return the modules that quantization must leave out: transformers' own choice, routers, and `read_layers`.
+
+    None means transformers' own choice alone.
+    """
+    found = routers(model) | read_layers(model)
     return [*get_keys_to_not_convert(model), *sorted(found)] if found else None
 
 
@@ -143,8 +147,12 @@ def cast_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     transformers 5.23 leaves them in the file's dtype, so the dtypes of head and norms differ from the rest.
     """
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    packed = {
+        module.weight for module in model.modules() if nf4.is_nf4(module)
+    }  # bytes, in any storage dtype
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
+        numbers = parameter.is_floating_point() and parameter not in packed
+        if numbers and not any(part in kept for part in name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return model
 

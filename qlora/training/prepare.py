@@ -16,7 +16,7 @@ from qlora.formats import Row
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.model.load import load_config
-from qlora.model.prepare import build, part_notes
+from qlora.model.prepare import build, model_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.model.tokens import TrainedTokens
 from qlora.objective import objective_of
@@ -88,7 +88,7 @@ def prepare(
     memory = memory.with_watch(model, optimizer, course, every_step=watch_all)
     return Session(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
-        [*notes, *method.notes(model), *part_notes(model, tokenizer)], startup,
+        [*notes, *method.notes(model), *model_notes(model, tokenizer, recipe)], startup,
     )  # fmt: skip
 
 
