@@ -35,7 +35,6 @@ from qlora.runtime.distributed import DataParallel
 from qlora.runtime.fake import representing_cuda
 from qlora.tracking.startup import Startup
 from qlora.training import prepare
-from qlora.training.train import train
 
 RecipeFile = Callable[..., Path]
 GIB = 2**30
@@ -424,14 +423,15 @@ def test_a_run_takes_the_chosen_gpu(
 
 
 @pytest.mark.usefixtures("without_forecast")
-@pytest.mark.parametrize("compiles", [True, False])
 def test_a_run_says_once_that_kernels_are_compiled(
-    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, compiles: bool
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "compiled_for", lambda device: compiles)
-    startup = Startup(shown=False)
-    train(Recipe.load(recipe_file(), ["training.max_steps=1"]), terminal=False, startup=startup)
-    assert sum("compiling kernels" in stage for stage in startup.seconds) == compiles
+    recipe = Recipe.load(recipe_file())
+    for compiles in (True, False):
+        monkeypatch.setattr(prepare, "compiled_for", lambda device, answer=compiles: answer)
+        startup = Startup(shown=False)
+        prepare.prepare(recipe, DataParallel(CPU), startup=startup)
+        assert sum("compiling kernels" in stage for stage in startup.seconds) == compiles
 
 
 @pytest.mark.parametrize(
