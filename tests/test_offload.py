@@ -209,19 +209,18 @@ def foreseen(made: Recipe, *, cuda: bool = True) -> Forecast:
 def test_forecasts_subtract_offloaded_tensors(tmp_path: Path) -> None:
     made = recipe(tmp_path, "llama", layers=9, training={"micro_batch_size": 4, "global_batch_size": 4})
     offloaded = changed(made, activation_offloading=True)
-    parts, less = (foreseen(one).trace.peak()[1] for one in (made, with_base(made, embedding="host")))
+    kept, left, host = (foreseen(one) for one in (made, offloaded, with_base(made, embedding="host")))
+    parts, less = kept.trace.peak()[1], host.trace.peak()[1]
     table = 512 * HIDDEN * 4  # in fp32
     assert parts["base_unquantized"] - less["base_unquantized"] == table
     others = parts.keys() - {"base_unquantized", "allocator_slack"}
     assert all(less[part] == parts[part] for part in others)
     row = 4 * 64 * HIDDEN * 4
     slack = list(PARTS).index("allocator_slack")
-    kept, left = (
-        np.delete(foreseen(one).trace.parts, slack, axis=1).sum(axis=1).max() for one in (made, offloaded)
-    )
-    assert (9 - 3) * row <= kept - left <= (9 - 2) * row
-    assert foreseen(with_base(made, embedding="host")).host_bytes == table
-    assert foreseen(offloaded).host_bytes == 9 * row
+    most, least = (np.delete(one.trace.parts, slack, axis=1).sum(axis=1).max() for one in (kept, left))
+    assert (9 - 3) * row <= most - least <= (9 - 2) * row
+    assert host.host_bytes == table
+    assert left.host_bytes == 9 * row
     here, there = (foreseen(one, cuda=False).trace for one in (made, offloaded))
     assert (here.parts == there.parts).all()  # on a CPU, device memory is host memory
 
