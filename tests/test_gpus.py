@@ -4,7 +4,8 @@ import pytest
 from commands_for_tests import qlora
 
 from qlora.errors import UsageError
-from qlora.memory.gpus import CARDS, capacity_bytes, find
+from qlora.memory.gpus import CARDS, capacity_bytes, computes_bfloat16, find, smallest
+from qlora.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", ["4090", "rtx4090", "RTX-4090", "rtx_4090", "NVIDIA GeForce RTX 4090"])
@@ -48,6 +49,30 @@ def test_a_process_gets_less_than_the_chips_have() -> None:
         assert 0.88 * card.marketed_gb * 2**30 < card.memory_bytes < card.marketed_gb * 2**30, card
         assert card.source.startswith("https://github.com/"), card
         assert find(card.name) is card
+
+
+def test_old_cards_have_no_bfloat16() -> None:
+    assert [card.name for card in CARDS if not card.bfloat16] == ["RTX 8000", "T4", "V100 32GB"]
+    assert not computes_bfloat16("tesla t4")
+    assert computes_bfloat16("16GiB")
+    assert computes_bfloat16("4090")
+    card = smallest(int(14.3 * 2**30))  # a forecast in bfloat16: the T4 would need more
+    assert card is not None
+    assert card.name == "RTX 5080"
+
+
+def test_estimate_for_an_old_card_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def estimated(recipe: Recipe, *_: object) -> None:
+        asked.append(recipe.base.compute_dtype)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("qlora.memory.estimate.estimate", estimated)
+    for card, setting in (("t4", "auto"), ("t4", "bfloat16"), ("4090", "auto")):
+        done = qlora("estimate", "quickstart", f"base.compute_dtype={setting}", "--gpu", card)
+        assert ("t4 has no bfloat16" in done.stderr) == (asked[-1] == "float32")
+    assert asked == ["float32", "bfloat16", "auto"]
 
 
 def test_estimate_lists_the_cards_without_a_recipe() -> None:

@@ -28,6 +28,10 @@ SHORTAGES = [
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
     ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError(
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"
+    ),  # also pinned memory
     RuntimeError("could not create a primitive"),
     RuntimeError("std::bad_alloc"),
 ]

@@ -122,7 +122,8 @@ def test_the_list_shows_the_forecast_of_every_recipe_with_a_base_from_the_hub() 
     for name, needed_bytes in shipped.memory().items():
         assert f"{needed_bytes / 2**30:.1f} GiB" in shown[name]
         (card,) = (card for card in CARDS if f" GB ({card.name})" in shown[name])
-        smaller = [other for other in CARDS if other.memory_bytes < card.memory_bytes]
+        smaller = [other for other in CARDS if other.bfloat16 and other.memory_bytes < card.memory_bytes]
+        assert card.bfloat16  # in which the forecast was made
         assert card.memory_bytes >= needed_bytes
         assert all(other.memory_bytes < needed_bytes for other in smaller)
         assert shown[name].endswith(shipped.summary(name))

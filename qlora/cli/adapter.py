@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qlora.cli.arguments import Json, TrustRemoteCode
+from qlora.cli.arguments import Device, Json, TrustRemoteCode, show_device, startup_for
 from qlora.cli.base_weights import base_weights
 from qlora.cli.layer_changes import print_changes
 from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
@@ -166,9 +166,7 @@ def extract(
     rank: Rank = None,
     energy: Energy = None,
     dtype: DtypeOption = "float32",
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Device for the computation.")
-    ] = "auto",
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     per_layer: PerLayer = False,
     json_output: Json = False,
@@ -192,6 +190,7 @@ def extract(
     from qlora.storage.safetensors_files import ShardReader, find_checkpoint
 
     check_absent(to)
+    show_device(startup_for(json_output=json_output), device)
     tuned_folder = find_checkpoint(tuned)
     extra_files = _recipe_of(tuned_folder, base, trust_remote_code)
     console = Console(stderr=True)

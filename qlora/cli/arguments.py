@@ -33,6 +33,7 @@ TrustRemoteCode = Annotated[
         help="Let the base run its own Python code in this call. A recipe stored with results cannot allow that.",
     ),
 ]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, or cuda:1 for the second GPU.")]
 System = Annotated[
     str | None,
     typer.Option(
@@ -62,3 +63,15 @@ def startup_for(*, quiet: bool = False, verbose: bool = False, json_output: bool
         raise typer.BadParameter("--quiet and --verbose cannot be used together; leave one out")
     main = int(os.environ.get("RANK", "0")) == 0
     return Startup(shown=main and not (quiet or json_output), verbose=verbose)
+
+
+def show_device(startup: "Startup", name: str) -> None:
+    """Show the device that `--device` selects, before anything is loaded onto it.
+
+    Raises:
+        UsageError: there is no such device.
+        ModelError: torch cannot use the driver of the GPU.
+    """
+    from qlora.runtime.device import device_name, device_named
+
+    startup.table([("device", device_name(device_named(name)))])

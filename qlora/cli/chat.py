@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.arguments import IMPORTS, AnyBase, System, TrustRemoteCode, startup_for
+from qlora.cli.arguments import IMPORTS, AnyBase, Device, System, TrustRemoteCode, show_device, startup_for
 
 
 def chat(
@@ -36,7 +36,7 @@ def chat(
     system: System = None,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Chat with a fine-tuned model, its base, and other adapters.
 
@@ -55,6 +55,7 @@ def chat(
     screen = Terminal() if interactive else Plain()
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"device": device, "any_base": any_base, "trust_remote_code": trust_remote_code}
+    show_device(startup, device)
     with startup.stage("loading base and adapters"):
         conversation = open_chat(adapter, named, screen, history=history, system=system, **settings)
     if interactive:

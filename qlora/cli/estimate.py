@@ -55,9 +55,13 @@ def estimate(
     from qlora.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
-    from qlora.memory.gpus import capacity_bytes
+    from qlora.memory.gpus import capacity_bytes, computes_bfloat16
 
     capacity = None if gpu is None else capacity_bytes(gpu)
+    if gpu is not None and loaded.base.compute_dtype == "auto" and not computes_bfloat16(gpu):
+        startup.warn(f"--gpu: {gpu} has no bfloat16, so base.compute_dtype is float32 there")
+        base = loaded.base.model_copy(update={"compute_dtype": "float32"})
+        loaded = loaded.model_copy(update={"base": base})
     with startup.stage(IMPORTS):
         from qlora.memory.estimate import estimate as forecast
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import IMPORTS, AnyBase, Json, TrustRemoteCode, startup_for
+from qlora.cli.arguments import IMPORTS, AnyBase, Device, Json, TrustRemoteCode, show_device, startup_for
 
 
 def evaluate(
@@ -15,7 +15,7 @@ def evaluate(
     base_only: Annotated[bool, typer.Option("--base", help="Evaluate the base without the adapter.")] = False,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Compute the loss on the held-out rows of a run's recipe.
@@ -28,7 +28,8 @@ def evaluate(
     startup = startup_for(json_output=json_output)
     with startup.stage(IMPORTS):
         from qlora.inference.load import held_out_loss, load_trained
-
+        from qlora.kernels import compiled_for
+    show_device(startup, device)
     with startup.stage("loading base and adapter"):
         trained = load_trained(
             adapter,
@@ -37,7 +38,8 @@ def evaluate(
             any_base=any_base,
             trust_remote_code=trust_remote_code,
         )
-    with startup.stage("computing the loss on the held-out rows"):
+    compiling = "compiling kernels, " if compiled_for(trained.model.device) else ""
+    with startup.stage(f"{compiling}computing the loss on the held-out rows"):
         loss, tokens = held_out_loss(trained)
     if json_output:
         print(json.dumps({"eval_loss": loss, "eval_tokens": tokens}))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.arguments import IMPORTS, AnyBase, System, TrustRemoteCode, startup_for
+from qlora.cli.arguments import IMPORTS, AnyBase, Device, System, TrustRemoteCode, show_device, startup_for
 
 
 def generate(
@@ -17,7 +17,7 @@ def generate(
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer in tokens.")] = 128,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Answer one prompt with a fine-tuned model.
 
@@ -35,6 +35,7 @@ def generate(
         from qlora.data.prompts import NO_SYSTEM
         from qlora.inference.generate import answer
         from qlora.inference.load import load_trained
+    show_device(startup, device)
     with startup.stage("loading the base" if base_only else "loading base and adapter"):
         trained = load_trained(
             adapter,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora.cli.arguments import IMPORTS, AnyBase, Json, TrustRemoteCode, startup_for
+from qlora.cli.arguments import IMPORTS, AnyBase, Device, Json, TrustRemoteCode, show_device, startup_for
 from qlora.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -33,13 +33,7 @@ def merge(
     to: Annotated[
         str, typer.Option("--to", metavar="DIR", help="Folder of the merged model; it must not exist.")
     ],
-    onto: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(CHOICES),
-            help=ONTO_HELP,
-        ),
-    ] = "auto",
+    onto: Annotated[str, typer.Option(metavar="|".join(CHOICES), help=ONTO_HELP)] = "auto",
     data: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +51,7 @@ def merge(
     ] = 20_000,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Merge an adapter into its base and write an ordinary Hugging Face model.
@@ -68,8 +62,10 @@ def merge(
     """
     if onto not in CHOICES:
         raise typer.BadParameter(f"--onto must be one of {', '.join(CHOICES)}, not {onto!r}")
-    with startup_for(json_output=json_output).stage(IMPORTS):
+    startup = startup_for(json_output=json_output)
+    with startup.stage(IMPORTS):
         from qlora.merging.merge import merge as run
+    show_device(startup, device)
     with _shown_progress() as progress:
         merged = run(
             adapter,

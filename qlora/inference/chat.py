@@ -258,7 +258,7 @@ def open_chat(
         others: folders of other adapters of the same base, by name.
         screen: output of the chat.
         history: see `Chat`; None follows the training rows (conversations, or single questions).
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or cuda:N.
         any_base: accept adapters that were trained on another base. For the run's own adapter this also covers its
             tokenizer and template.
         trust_remote_code: see `load_trained`.

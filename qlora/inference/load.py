@@ -59,7 +59,7 @@ def load_trained(
 
     Args:
         folder: folder of a run or of an adapter.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or cuda:N.
         with_adapter: False loads the base alone, with tokens that were trained as they were before.
         prepared: change the base as the adapter's initialisation did (PiSSA), also without the adapter.
         any_base: accept a base, tokenizer or template that is not the one from training.

@@ -5,7 +5,7 @@ with the plain form (`dispatch`). Other devices use the plain form, as does a GP
 """
 
 from qlora.kernels.cross_entropy import loss_and_gradient
-from qlora.kernels.dispatch import FusedOp
+from qlora.kernels.dispatch import FusedOp, compiled_for
 from qlora.kernels.gate import GELU_TANH, SILU, Activation
 from qlora.kernels.norm import normalize, normalize_gradient
 from qlora.kernels.rotary import rotate
@@ -15,6 +15,7 @@ __all__ = [
     "SILU",
     "Activation",
     "FusedOp",
+    "compiled_for",
     "loss_and_gradient",
     "normalize",
     "normalize_gradient",

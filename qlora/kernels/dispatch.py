@@ -1,10 +1,13 @@
 """Choice between an operation's Triton kernel and its plain torch form, after a check on the device in use."""
 
 import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,21 +107,44 @@ class FusedOp:
 
 
 def wanted() -> bool:
-    """Return True if kernels are enabled: Triton is installed and QLORA_KERNELS is not `off`."""
-    return os.environ.get("QLORA_KERNELS") != "off" and _installed()
+    """Return True if kernels are enabled: Triton can compile them and QLORA_KERNELS is not `off`."""
+    return os.environ.get("QLORA_KERNELS") != "off" and _compile()
+
+
+def compiled_for(device: torch.device) -> bool:
+    """Return True if work on `device` first compiles kernels."""
+    return device.type == "cuda" and wanted()
 
 
 @cache
-def _installed() -> bool:
-    """Return True if Triton is installed, or no GPU is present (then a forecast assumes Triton on the target)."""
-    installed = find_spec("triton") is not None or not torch.cuda.is_available()
-    if not installed:
+def _compile() -> bool:
+    """Return True if Triton can compile here, or no GPU is present (then a forecast assumes it of the target)."""
+    problem = cannot_compile() if torch.cuda.is_available() else None
+    if problem is not None:
         warnings.warn(
-            "Triton is not installed. Plain torch is used instead of kernels, which is slower; "
-            "install it with `pip install triton`",
+            f"{problem}. Plain torch is used instead of kernels, which is slower and takes more memory; memory "
+            "forecasts count it. Set QLORA_KERNELS=off to silence this warning",
             stacklevel=2,
         )
-    return installed
+    return problem is None
+
+
+def cannot_compile() -> str | None:
+    """Say what Triton lacks to compile a kernel and its launcher, which is a C extension of Python; None if nothing."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; install it with `pip install triton`"
+    missing = []
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        missing.append("a C compiler (package gcc)")
+    if not (headers() / "Python.h").is_file():
+        missing.append("Python's C headers (package python3-dev)")
+    return f"Triton needs {' and '.join(missing)} to compile kernels" if missing else None
+
+
+def headers() -> Path:
+    """Return the folder in which Triton looks for Python's C headers."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
 
 
 def _text(error: Exception) -> str:

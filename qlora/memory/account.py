@@ -10,6 +10,7 @@ from qlora.memory.architecture import dtype_on
 from qlora.memory.forecast import Forecast
 from qlora.memory.workload import Workload
 from qlora.recipe import Recipe
+from qlora.runtime.device import device_name
 
 
 def account(
@@ -84,4 +85,4 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
 def _device_name(cuda: bool) -> str:
     if not cuda:
         return "CPU"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+    return device_name(torch.device("cuda")) if torch.cuda.is_available() else "a GPU"

@@ -10,6 +10,10 @@ AUTO_SHARE = 0.95
 """share of the available memory that `auto` takes; the rest is a reserve for memory that the forecast misses"""
 
 
+NOTICEABLE_BYTES = 256 * 2**20
+"""least memory that counts as held by others; less can be a difference of this process's own CUDA context"""
+
+
 def resolve_budget(memory: str, device: torch.device, capacity_bytes: int | None = None) -> int:
     """Return the bytes that a run can use under `training.memory`.
 
@@ -30,3 +34,10 @@ def available_bytes(device: torch.device) -> int:
     """
     free, capacity = measure.free_bytes(device), measure.capacity_bytes(device)
     return free if capacity is None else min(capacity, free + DEVICE_CONTEXT_BYTES)
+
+
+def held_by_others(device: torch.device) -> int:
+    """Return the bytes of a GPU that other programs hold, such as a desktop or another run; 0 if few, or for a CPU."""
+    capacity = measure.capacity_bytes(device)
+    held = 0 if capacity is None else capacity - available_bytes(device)
+    return held if held >= NOTICEABLE_BYTES else 0

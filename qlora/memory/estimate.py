@@ -1,7 +1,7 @@
 """`qlora estimate`: the forecast of a recipe next to the rule of thumb, and advice on how to make it fit."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,20 +9,21 @@ import torch
 from qlora import bundled
 from qlora.data import Dataset, load_dataset, on_hub, remarks, training_batches
 from qlora.errors import UsageError
-from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.advice import Advisor, Change
 from qlora.memory.architecture import Architecture, architecture
-from qlora.memory.budget import resolve_budget
+from qlora.memory.budget import available_bytes, held_by_others, resolve_budget
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
+from qlora.model.gpu_notes import gpu_notes
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
 from qlora.model.precision import ENOUGH, Precision
 from qlora.model.tokens import tokenizer_of
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import Unit, unit_for
+from qlora.runtime.device import device_of
 from qlora.runtime.progress import Progress
 
 
@@ -35,6 +36,7 @@ class Estimate:
     needed_bytes: int
     """without paged optimizer state, which can move to the host"""
     capacity_bytes: int | None
+    """memory of the GPU that the run can use"""
     largest_micro_batch: int | None
     longest_rows: int | None
     changes: list[Change]
@@ -45,6 +47,10 @@ class Estimate:
     """settings of the recipe that an NF4 checkpoint overrules with its own"""
     remarks: list[str]
     """see `qlora.data.remarks`; empty if the rows were not read"""
+    held_bytes: int = 0
+    """memory of this machine's GPU that other programs hold; not part of `capacity_bytes`"""
+    notes: list[str] = field(default_factory=list)
+    """what this machine's GPU lacks for the recipe, see `qlora.model.gpu_notes`"""
 
     @property
     def fits(self) -> bool | None:
@@ -70,6 +76,7 @@ class Estimate:
         yield f"Base: {self.precision.line()}."
         yield from (f"{setting}." for setting in self.overruled)
         yield from (f"Data: {remark}." for remark in self.remarks)
+        yield from (f"{note}." for note in self.notes)
         if self.plan is not None:
             yield self.plan.why
         if (host_bytes := self.memory["forecast"]["host_bytes"]) > 0:
@@ -78,6 +85,9 @@ class Estimate:
             yield "Pass --gpu 24GiB, or the memory of your GPU, to check whether it fits."
             return
         unit = unit_for(self.capacity_bytes)
+        if self.held_bytes:
+            held, left = unit.text(self.held_bytes), unit.text(self.capacity_bytes)
+            yield f"Other programs use {held} of this GPU, which leaves {left}."
         room = self.capacity_bytes - self.needed_bytes
         total = self.memory["forecast"]["total_bytes"]
         if self.fits:
@@ -136,7 +146,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     >>> estimate(Recipe.load("llama-65b"), 48 * 2**30).fits
     """
     cuda = recipe.training.device != "cpu" or capacity_bytes is not None
-    here = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    here = device_of(recipe) if cuda and torch.cuda.is_available() else torch.device("cpu")
     budget = recipe.training.memory
     if cuda and here.type == "cpu" and budget == "auto" and capacity_bytes is None:
         raise UsageError(
@@ -144,8 +154,9 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
             "or the memory of your GPU"
         )
     budget_bytes = None if budget is None else resolve_budget(budget, here, capacity_bytes)
-    if capacity_bytes is None:
-        capacity_bytes = measure.capacity_bytes(here)
+    held_bytes = 0
+    if capacity_bytes is None and here.type == "cuda":
+        capacity_bytes, held_bytes = available_bytes(here), held_by_others(here)
     recipe = from_config_alone(recipe)
     arch = architecture(recipe, cuda=cuda)
     dataset = _local_dataset(recipe)
@@ -173,6 +184,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     return Estimate(
         memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
         overruled_settings(recipe.base, arch.config), [] if dataset is None else remarks(dataset.counts),
+        held_bytes, gpu_notes(recipe, arch.config, here),
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ class Card:
     """total that torch reports on Linux, in GiB"""
     source: str
     """public report of this total"""
+    bfloat16: bool = True
+    """False for a card below compute capability 8.0, on which `base.compute_dtype: auto` is float32"""
 
     @property
     def memory_bytes(self) -> int:
@@ -46,9 +48,9 @@ CARDS = (
     Card("RTX A4000", 16, 15.61, _ISSUES + "DengKaiCQ/VGGT-Long/issues/6"),
     Card("RTX A5000", 24, 23.68, _ISSUES + "zai-org/GLM-4/issues/730"),
     Card("RTX 6000 Ada", 48, 44.43, _ISSUES + "DINGYANB/MTVCrafter/issues/21"),
-    Card("RTX 8000", 48, 47.45, _ISSUES + "SkyworkAI/SkyReels-V1/issues/78"),
-    Card("T4", 16, 14.56, _ISSUES + "AlphaGPU/leetgpu-challenges/issues/52"),
-    Card("V100 32GB", 32, 31.74, _ISSUES + "liucongg/ChatGLM-Finetuning/issues/73"),
+    Card("RTX 8000", 48, 47.45, _ISSUES + "SkyworkAI/SkyReels-V1/issues/78", bfloat16=False),
+    Card("T4", 16, 14.56, _ISSUES + "AlphaGPU/leetgpu-challenges/issues/52", bfloat16=False),
+    Card("V100 32GB", 32, 31.74, _ISSUES + "liucongg/ChatGLM-Finetuning/issues/73", bfloat16=False),
     Card("A30", 24, 23.53, _ISSUES + "google/RB-Modulation/issues/5"),
     Card("L20", 48, 44.53, _ISSUES + "Tencent-Hunyuan/HunyuanCustom/issues/36"),
     Card("L40S", 48, 44.53, _ISSUES + "Wan-Video/Wan2.1/issues/205"),
@@ -82,6 +84,15 @@ def capacity_bytes(text: str) -> int:
         return find(text).memory_bytes
 
 
+def computes_bfloat16(text: str) -> bool:
+    """Return False if `text`, as in `capacity_bytes`, is the name of a card without bfloat16."""
+    try:
+        parse_size(text)
+    except ValueError:
+        return find(text).bfloat16
+    return True
+
+
 def find(name: str) -> Card:
     """Return the card with a name, in any spelling: "rtx4090", "RTX-4090" and "4090" are the same.
 
@@ -109,8 +120,8 @@ def find(name: str) -> Card:
 
 
 def smallest(needed_bytes: int) -> Card | None:
-    """Return the card of the table with the least memory that holds `needed_bytes`; None if none does."""
-    fitting = [card for card in CARDS if card.memory_bytes >= needed_bytes]
+    """Return the card with bfloat16 and the least memory that holds `needed_bytes`; None if none does."""
+    fitting = [card for card in CARDS if card.bfloat16 and card.memory_bytes >= needed_bytes]
     return min(fitting, key=lambda card: card.memory_bytes, default=None)
 
 

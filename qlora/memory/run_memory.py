@@ -15,7 +15,7 @@ from qlora.data import Batches, Dataset
 from qlora.memory import measure
 from qlora.memory.account import account
 from qlora.memory.architecture import architecture
-from qlora.memory.budget import resolve_budget
+from qlora.memory.budget import available_bytes, held_by_others, resolve_budget
 from qlora.memory.forecast import Forecast, Forecaster, forecast
 from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import Plan, needed, plan
@@ -153,9 +153,13 @@ def _summary(forecast: Forecast, device: torch.device) -> str:
         if forecast.host_bytes > free:
             line += f", but only {unit.text(free)} is free: remove training.activation_offloading or base.embedding"
     capacity = measure.capacity_bytes(device)
-    if capacity is not None and needed(forecast) > capacity:
+    if capacity is None:
+        return line
+    free, held = available_bytes(device), held_by_others(device)
+    if needed(forecast) > free:
+        others = f", and other programs use {unit.text(held)}" if held else ""
         line += (
-            f". THE RUN WILL NOT FIT: this GPU has {unit.text(capacity)}. Run `qlora estimate` for changes "
+            f". THE RUN WILL NOT FIT: this GPU has {unit.text(capacity)}{others}. Run `qlora estimate` for changes "
             "that make it fit, or set training.memory=auto"
         )
     return line

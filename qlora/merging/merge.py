@@ -81,7 +81,7 @@ def merge(
         data: file of held-out rows in the recipe's format; None uses the recipe's held-out rows.
         original: hub id or folder of the 16-bit weights, if the recipe's base is a 4-bit checkpoint.
         max_tokens: maximum number of supervised tokens to judge on; 0 skips the verdict.
-        device: device for the computation: auto, cpu or cuda.
+        device: device for the computation: auto, cpu, cuda or cuda:N.
         any_base: merge even if the recipe's base or tokenizer is not the one from training. The weights in
             `original` are never compared with those from training.
         trust_remote_code: allow the base to run its own code, if the recipe stored with the adapter asks for it.
@@ -243,7 +243,7 @@ def _run_live(plan: _Plan, progress: Progress) -> tuple[Judgement, Reference]:
     progress("running base + adapter", 0, 1)
     trained = load_trained(
         plan.adapter,
-        device=plan.device.type,
+        device=str(plan.device),
         any_base=plan.any_base,
         trust_remote_code=plan.recipe.base.trust_remote_code,  # checked by recipe_of
     )

@@ -43,6 +43,7 @@ from qlora.quantization.transformers_loader import (
     require_nf4,
 )
 from qlora.recipe import Base
+from qlora.runtime import gpu
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
 from qlora.storage.safetensors_files import find_checkpoint
 
@@ -50,13 +51,13 @@ from qlora.storage.safetensors_files import find_checkpoint
 def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     """Return the dtype of activations, norms and embeddings on `device`.
 
-    `auto` means bfloat16 if the device multiplies bfloat16 in hardware, or else float32.
+    `auto` means bfloat16 if the device multiplies bfloat16 in hardware, or else float32. float16 is no choice: its
+    small range would need a scaled loss.
     """
     if base.compute_dtype != "auto":
         return getattr(torch, base.compute_dtype)
-    if device.type == "cpu" and not multiplies_bfloat16():
-        return torch.float32
-    return torch.bfloat16
+    in_hardware = multiplies_bfloat16() if device.type == "cpu" else gpu.has_bfloat16(device)
+    return torch.bfloat16 if in_hardware else torch.float32
 
 
 def load_config(base: Base) -> Any:

@@ -1,8 +1,9 @@
 """Attention over documents that are concatenated in one row; each attends only to itself, without mask or padding.
 
 transformers' models look up attention by the name in their config. `read_documents` sets our name. In a forward pass
-with `document_lengths`, each document then attends only to itself: on a GPU in one kernel over all documents, elsewhere
-in one call per document. If every row is a single document, the lengths are empty, (), and the rows attend directly.
+with `document_lengths`, each document then attends only to itself: on a GPU in one kernel over all documents if flash
+attention supports it (`flash_obstacle`), elsewhere in one call per document. If every row is a single document, the
+lengths are empty, (), and the rows attend directly.
 A forward pass without `document_lengths`, such as in generation, uses transformers' SDPA.
 """
 
@@ -20,7 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora.errors import ModelError
+from qlora.runtime import gpu
 from qlora.runtime.device import on_cuda
+from qlora.runtime.fake import represented_device
 
 NAME = "qlora_documents"
 
@@ -130,7 +133,7 @@ def attend(
     _check_supported(module, others)
     if not document_lengths:
         return _attend_alone(query, key, value, dropout, scaling, sliding_window), None
-    if on_cuda(query) and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+    if on_cuda(query) and not dropout and _flash_runs(query, value):
         return _attend_all(
             query, key, value, document_ends, max(document_lengths), scaling, sliding_window
         ), None
@@ -148,6 +151,38 @@ def _check_supported(module: nn.Module, others: dict[str, Any]) -> None:
             f"{type(module).__name__} uses {', '.join(sorted(unsupported))}, which qlora's attention over packed rows "
             "does not support. Use another model"
         )
+
+
+def flash_obstacle(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, value_width: int
+) -> str | None:
+    """Say why torch's flash attention cannot train on a GPU; None if it can.
+
+    Source: `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` of torch; the kernel itself pads no heads, so their
+    width must be a multiple of 8.
+
+    Args:
+        capability: compute capability of the GPU.
+        dtype: dtype of queries, keys and values.
+        width: features of a head in queries and keys.
+        value_width: features of a head in values.
+    """
+    if capability < gpu.WITH_BFLOAT16:
+        return f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    if width != value_width:
+        return f"queries have {width} features a head and values {value_width}, and it needs equal numbers"
+    if width % 8 or width > 256:
+        return f"a head has {width} features, and it needs a multiple of 8 up to 256"
+    if 192 < width <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
+        return f"a head has {width} features, for which this GPU has no backward pass"
+    return None
+
+
+def _flash_runs(query: Tensor, value: Tensor) -> bool:
+    capability = gpu.capability(represented_device(query.device))
+    return flash_obstacle(capability, query.dtype, query.shape[-1], value.shape[-1]) is None
 
 
 def _attend_all(
@@ -177,10 +212,15 @@ def _attend_alone(
     if window is not None and length > window:
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
         mask = seen.tril().triu(1 - window)
+    heads = query.shape[1]
+    grouped = heads != key.shape[1]
+    if grouped and on_cuda(query) and not (mask is None and _flash_runs(query, value)):
+        # Torch's other fused kernel shares no heads of keys and values; without it all scores [T, T] are in memory
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(
         query, key, value,
-        attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=grouped,
     ).transpose(1, 2)  # fmt: skip
 
 

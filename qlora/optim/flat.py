@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from qlora.optim import paged
 from qlora.optim.methods import Method, Update, kernel
+from qlora.runtime import gpu
 from qlora.runtime.device import on_cuda
+from qlora.runtime.fake import represented_device
 
 BLOCK_SIZE = 256
 """Alignment of each parameter, in elements. It is the block of bitsandbytes' 8-bit states, so no two parameters
@@ -106,8 +108,9 @@ class FlatGroup:
         }
 
     def _zero_states(self, has_remainder: bool) -> dict[str, Tensor]:
-        """Allocate the states; in managed memory if the optimizer is paged, on a GPU, and the group is large."""
+        """Allocate the states; in managed memory if the optimizer is paged, on a GPU that pages, the group large."""
         is_paged = self.method.paged and on_cuda(self.value) and self.size >= paged.MIN_SIZE
+        is_paged = is_paged and gpu.can_page(represented_device(self.device))
         states: dict[str, Tensor] = {}
 
         def add(kind: str, dtype: torch.dtype) -> None:

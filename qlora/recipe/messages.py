@@ -28,8 +28,11 @@ LIMITS = {
 }
 YES = {"on", "yes", "y"}  # booleans in YAML 1.1
 NO = {"off", "no", "n"}
-MEMORY_SIZES = ["auto", "null", "a size with a unit, such as 12GiB"]
-"""allowed values of training.memory, which the schema describes only as text"""
+IN_WORDS: dict[KeyPath, list[str]] = {
+    ("training", "memory"): ["auto", "null", "a size with a unit, such as 12GiB"],
+    ("training", "device"): ["auto", "cpu", "cuda", "the number of a GPU, such as cuda:1"],
+}
+"""allowed values of settings that the schema describes only as text"""
 
 
 def explain(errors: Iterable[ErrorDetails], document: Document, schema: Schema) -> list[Problem]:
@@ -84,7 +87,7 @@ def _text(error: ErrorDetails, path: KeyPath, place: Place, schema: Schema, docu
         if value is None:
             return "is empty; indent its keys below it, or leave it out"
         return f"is a section, not a value (you wrote {written}); set its keys"
-    allowed = MEMORY_SIZES if path == ("training", "memory") else _allowed(node, schema)
+    allowed = IN_WORDS.get(path) or _allowed(node, schema)
     return f"must be {_any_of(allowed)} (you wrote {written}){_hint(value, allowed)}"
 
 

@@ -17,7 +17,7 @@ from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
-from qlora.recipe.section import Count, CountOrZero, Decay, Positive, PositiveOrZero, Section, Text
+from qlora.recipe.section import Count, CountOrZero, Decay, Device, Positive, PositiveOrZero, Section, Text
 
 if TYPE_CHECKING:
     FormatName = str
@@ -45,7 +45,7 @@ class Base(Section):
     allow_unquantized: bool = False
     """Train an NF4 base although less than half of its linear weights can be quantized, as in many mixtures."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of the computation; auto: bfloat16 (QLoRA, section 3), but float32 on CPUs that emulate bfloat16."""
+    """Dtype of the computation; auto: bfloat16 (QLoRA, section 3), but float32 on CPUs and GPUs that emulate it."""
     embedding: Literal["device", "host"] = "device"
     """Placement of the input embedding; host: in host memory. Impossible if the output head shares its weights."""
     trust_remote_code: bool = False
@@ -240,8 +240,8 @@ class Training(Section):
     """Maximum length of a sample answer, in tokens."""
     seed: CountOrZero = 0
     """Seed of the row order, the held-out split, dropout and initialisation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on; auto: the GPU if there is one, else the CPU."""
+    device: Device = "auto"
+    """Device to train on: auto (the GPU if there is one, else the CPU), cpu, cuda, or cuda:1 for the second GPU."""
 
     @property
     def accumulates(self) -> bool:

@@ -11,6 +11,9 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"
+Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
+
 
 class Section(BaseModel):
     """A group of recipe keys."""

@@ -13,6 +13,8 @@ import os
 
 import torch
 
+from qlora.runtime.gpu import under_wsl
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """option numbers of glibc's mallopt(3)"""
 
@@ -30,10 +32,11 @@ def keep_freed_memory() -> bool:
 
 
 def grow_by_pages() -> None:
-    """Make torch's CUDA allocator use expandable segments, unless the user has set its options.
+    """Make torch's CUDA allocator use expandable segments, unless the user has set its options, or under WSL.
 
-    Must be called before the first CUDA allocation.
+    Must be called before the first CUDA allocation. Under WSL the first allocation of such a segment can fail
+    (pytorch issue 192330, an error of NVIDIA's driver before R615).
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if not under_wsl() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # too late to set the variables: torch read them when it was imported
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages
+from qlora.runtime.device import device_of
 from qlora.runtime.rendezvous import awaiting
 
 Result = TypeVar("Result")
@@ -39,16 +40,24 @@ class DataParallel:
         """Join the processes that `torchrun` or `accelerate launch` started.
 
         Raises:
-            RecipeError: the recipe sets `training.device: cuda`, and there is no CUDA device.
+            ModelError: torch cannot use the driver of the GPU.
+            RecipeError: there is no device as in `training.device`, or several processes would share it.
         """
         grow_by_pages()
-        with awaiting(int(os.environ.get("WORLD_SIZE") or 1)):
-            accelerator = Accelerator(cpu=recipe.training.device == "cpu" or not torch.cuda.is_available())
-        if recipe.training.device == "cuda" and accelerator.device.type != "cuda":
+        expected, name = int(os.environ.get("WORLD_SIZE") or 1), recipe.training.device
+        if ":" in name and expected > 1:
             raise RecipeError(
-                "training.device: is cuda, but torch finds no CUDA device; set training.device=auto"
+                f"training.device: {name} is one GPU, but this run has {expected} processes, and each takes the GPU "
+                "of its own number. Set training.device=cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES"
             )
-        return cls(accelerator.device, accelerator.process_index, accelerator.num_processes)
+        device = device_of(recipe)
+        with awaiting(expected):
+            accelerator = Accelerator(cpu=device.type == "cpu")
+        if ":" not in name:
+            device = accelerator.device
+        elif device.type == "cuda":
+            torch.cuda.set_device(device)  # accelerate may have selected the first one
+        return cls(device, accelerator.process_index, accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:

@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora.data import Dataset, load_dataset, training_batches
 from qlora.errors import ModelError, RecipeError
 from qlora.memory.architecture import architecture
@@ -16,6 +14,7 @@ from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
+from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config, load_tokenizer
 from qlora.model.progress import is_on_hub
 from qlora.model.tokens import TrainedTokens
@@ -23,6 +22,7 @@ from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
 from qlora.report.facts import DataFacts, DeviceFacts, MemoryFacts, Row, StepFacts
+from qlora.runtime.device import device_of
 from qlora.storage.safetensors_files import find_checkpoint
 from qlora.tracking.startup import Startup, silent
 from qlora.training.advice import Advice, advise
@@ -105,12 +105,8 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     'OK: 1,650 rows, 188 steps an epoch, 29.7 MiB'
     """
     startup = startup or silent()
-    cuda = recipe.training.device != "cpu" and torch.cuda.is_available()
-    if recipe.training.device == "cuda" and not cuda:
-        raise RecipeError(
-            "training.device: is cuda, but torch finds no CUDA device here; set training.device=auto"
-        )
-    device = torch.device("cuda" if cuda else "cpu")
+    device = device_of(recipe)
+    cuda = device.type == "cuda"
     found = Checked(device_facts(device))
     try:
         check_output(recipe, Path(recipe.output), resume=False, fresh=False)
@@ -119,7 +115,8 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     with startup.stage("reading the base's config"):
         recipe = _readable(recipe, found)
         with suppress(ModelError):  # what a base lacks is found below
-            found.notes += overruled_settings(recipe.base, load_config(recipe.base))
+            config = load_config(recipe.base)
+            found.notes += [*overruled_settings(recipe.base, config), *gpu_notes(recipe, config, device)]
     with startup.stage("reading the data"):
         dataset, whole = _rows(recipe, found)
     if dataset is None:

@@ -24,6 +24,7 @@ from qlora.report.facts import (
     StepFacts,
 )
 from qlora.runtime import environment
+from qlora.runtime.device import device_name
 from qlora.training.session import Session
 
 
@@ -98,11 +99,10 @@ def memory_facts(memory: RunMemory) -> MemoryFacts:
 
 def device_facts(device: torch.device, processes: int = 1) -> DeviceFacts:
     """Return the facts about a device that is here, used by a number of processes."""
-    cuda = device.type == "cuda"
     host_bytes = environment.hardware()["memory_bytes"]
     return DeviceFacts(
         kind=device.type,
-        name=torch.cuda.get_device_name(device) if cuda else f"CPU, {environment.cpu_name()}",
+        name=device_name(device),
         memory_bytes=measure.capacity_bytes(device) or host_bytes,
         free_bytes=measure.free_bytes(device),
         processes=processes,

@@ -13,8 +13,10 @@ from qlora.adapter.methods import METHODS
 from qlora.data import Dataset, load_dataset, training_batches
 from qlora.errors import DataError, ModelError, RecipeError
 from qlora.formats import Row
+from qlora.kernels import compiled_for
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
+from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config
 from qlora.model.prepare import build, model_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
@@ -28,6 +30,9 @@ from qlora.runtime.distributed import DataParallel
 from qlora.runtime.progress import Progress
 from qlora.tracking.startup import Startup, silent
 from qlora.training.session import Session
+
+COMPILING = "compiling kernels, "
+"""start of the name of the first stage that launches kernels"""
 
 
 def prepare(
@@ -58,7 +63,8 @@ def prepare(
     with startup.stage("reading the data") as progress:
         tokenizer, dataset = _read(recipe, rows, progress)
     _check_same_rows(processes, dataset)
-    notes = overruled_settings(recipe.base, load_config(recipe.base))
+    config = load_config(recipe.base)
+    notes = [*overruled_settings(recipe.base, config), *gpu_notes(recipe, config, device)]
     if recipe.training.memory is not None:
         if plan is None:
             with startup.stage("planning memory") as progress:
@@ -79,10 +85,8 @@ def prepare(
         model, optimizer = build(recipe, device, start=start)
         model = processes.shard(model)
     _check_same_start(processes, model)
-    with startup.stage("checking the model"):
-        check_model(model, tokenizer, recipe)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # left from building the model, in pieces too small for a step
+    with startup.stage(COMPILING * compiled_for(device) + "checking the model"):
+        _check_model(model, tokenizer, recipe, device)
     method = METHODS[recipe.adapter.method]
     course = method.course(model, recipe.adapter, steps)
     memory = memory.with_watch(model, optimizer, course, every_step=watch_all)
@@ -101,6 +105,13 @@ def _read(
     dataset = load_dataset(recipe.data, tokens.tokenizer, seed, rows=rows, progress=progress)
     tokens.check_rows(dataset.train)
     return tokens.tokenizer, dataset
+
+
+def _check_model(model: Any, tokenizer: Any, recipe: Recipe, device: torch.device) -> None:
+    """Run `check_model`, the first work of the model; on a GPU, then free what building the model left behind."""
+    check_model(model, tokenizer, recipe)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # in pieces too small for a step
 
 
 def _check_same_rows(processes: DataParallel, dataset: Dataset) -> None:

@@ -64,7 +64,7 @@ def extract(
         energy: share of the squared singular values to keep (0-1); each layer then gets the lowest such rank.
         base_model: name of the base to record in the config.
         dtype: dtype of A and B in the adapter.
-        device: where the decompositions run: auto, cpu or cuda.
+        device: where the decompositions run: auto, cpu, cuda or cuda:N.
         progress: wraps the sequence of layer names, for example in a progress bar.
 
     Raises:
