@@ -16,7 +16,8 @@ from benchmarks.faults.sweep import Judged, Sweep, judge, run, table
     [
         (Ended(0, "", ""), "works"), (Ended(4, "", "qlora: run/run.json: damaged"), "named"),
         (Ended(4, "", "qlora: damaged"), "unnamed"), (Ended(HANG, "", ""), "hang"), (Ended(-9, "", ""), "killed"),
-        (Ended(1, "", "Traceback (most recent call last): run.json"), "traceback"), (Ended(1, "", "run.json"), "exit 1"),
+        (Ended(1, "", "Traceback (most recent call last): run.json"), "traceback"),
+        (Ended(1, "", "run.json"), "exit 1"),
     ],
 )  # fmt: skip
 def test_the_end_of_a_command_is_judged(ended: Ended, kind: str) -> None:
