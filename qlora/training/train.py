@@ -8,7 +8,7 @@ exactly the steps of a run that was not.
 import math
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from qlora.optim import learning_rate
 from qlora.recipe import Recipe
 from qlora.runtime.distributed import DataParallel
 from qlora.runtime.phases import Phase, announce
-from qlora.runtime.signals import StopRequest
+from qlora.runtime.signals import EvaluationStopped, StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
 from qlora.tracking.startup import Startup, silent
@@ -117,23 +117,36 @@ def fit(
     with StopRequest() as stop, tracker:
         tracker.check_record(progress.record_sha256, progress.step)
         latest_loss = progress.loss_before
+
+        def stopped() -> bool:
+            return stop.agreed(session.processes.highest)
+
+        def evaluate() -> float | None:
+            progress.evaluation_due = True
+            with suppress(EvaluationStopped):
+                loss = held_out_loss(session, tracker, progress.step, stopped)
+                progress.evaluation_due = False
+                return loss
+            return latest_loss
+
         if progress.step == total:
             session.course.finish()
-        if progress.step in (0, total):
-            latest_loss = held_out_loss(session, tracker, progress.step)
+        if progress.step in (0, total) or progress.evaluation_due:
+            latest_loss = evaluate()
             progress.loss_before = progress.loss_before if progress.step else latest_loss
-        while progress.step < total and stop.signal_number is None:
+        while progress.step < total and not stopped():
             progress.step = take_step(session, progress.step, tracker)
             if last := progress.step == total:
                 session.course.finish()
             if last or (training.eval_every and progress.step % training.eval_every == 0):
-                latest_loss = held_out_loss(session, tracker, progress.step)
+                latest_loss = evaluate()
             progress.seconds = seconds_before + time.monotonic() - began
             if not last and training.save_every and progress.step % training.save_every == 0:
                 save(session, run, progress, tracker)
-        if progress.step < total:
+        done = progress.step == total and not progress.evaluation_due
+        if not done:
             save(session, run, progress, tracker)
-        result = write_result(session, run, tracker) if progress.step == total else None
+        result = write_result(session, run, tracker) if done else None
         write_memory(session, run, tracker)
         outcome = TrainResult(
             run=run.path,

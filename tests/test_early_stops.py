@@ -1,0 +1,119 @@
+"""A signal in the middle of an evaluation, and a result that cannot be written: what was trained is kept and named."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.errors import OutOfMemoryError, SaveError
+from qlora.memory.oom import out_of_memory_explained
+from qlora.recipe import Recipe
+from qlora.storage import folders
+from qlora.storage.json_files import with_checksum, without_checksum
+from qlora.training import checkpoint, evaluation
+from qlora.training.run_folder import claim, earlier_run_id
+from qlora.training.train import train
+
+RecipeFile = Callable[..., Path]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    times = ("tokens_per_second", "peak_memory_bytes")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+@pytest.mark.usefixtures("without_forecast")
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 2, 4])
+def test_a_signal_ends_an_evaluation_before_its_next_batch(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    file = recipe_file(training={"eval_every": 2}, adapter={"dropout": 0.1})
+    whole = train(Recipe.load(file, [f"output={tmp_path / 'whole'}"]), terminal=False)
+    evaluate, batches = evaluation.evaluate, []
+
+    def signalled(
+        model: Any, given: Any, *arguments: Any, before_each: Callable[[], object], **more: Any
+    ) -> Any:
+        assert len(given) == 2
+
+        def before() -> None:
+            before_each()
+            batches.append(len(batches))
+            if len(batches) == at + 1:  # the first batch of the evaluation after step `at`
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return evaluate(model, given, *arguments, before_each=before, **more)
+
+    monkeypatch.setattr(evaluation, "evaluate", signalled)
+    stopped = train(Recipe.load(file), terminal=False)
+    assert (stopped.steps, stopped.result, stopped.stopped_by) == (at, None, signal.SIGTERM)
+    assert len(batches) == at + 1
+    newest = checkpoint.newest(stopped.run)
+    assert newest is not None
+    assert newest.name == f"step-{at:06d}"
+    resumed = train(Recipe.load(file), resume=True, terminal=False)
+    assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert records(resumed.run) == records(whole.run)
+    assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_a_result_that_does_not_fit_names_the_checkpoint_to_continue_from(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(training={"save_every": 2})
+    commit = folders.commit
+
+    def full(folder: Path, final: Path) -> None:
+        if final.name == "adapter":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final))
+        commit(folder, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "commit", full)
+        with pytest.raises(SaveError) as caught:
+            train(Recipe.load(file), terminal=False)
+    run = tmp_path / "run"
+    assert f"the result is not saved: cannot write {run / 'adapter'}: No space left" in str(caught.value)
+    assert f"continue from {run / 'checkpoints/step-000002'} with --resume" in str(caught.value)
+    assert "step-000002/adapter" in str(caught.value)
+    assert train(Recipe.load(file), resume=True, terminal=False).result is not None
+
+
+def test_out_of_memory_under_a_budget_advises_a_smaller_one(recipe_file: RecipeFile) -> None:
+    with pytest.raises(
+        OutOfMemoryError, match=r"You can start again with a training\.memory below 8GiB, or start"
+    ):
+        with out_of_memory_explained(Recipe.load(recipe_file(training={"memory": "8GiB"}))):
+            raise MemoryError
+
+
+@pytest.mark.parametrize("plan", [None, {"micro_batch_size": 4}])
+def test_no_flipped_character_of_the_run_s_file_changes_it_silently(
+    recipe_file: RecipeFile, tmp_path: Path, plan: dict[str, Any] | None
+) -> None:
+    recipe = Recipe.load(recipe_file())
+    run = claim(recipe, tmp_path / "run", resume=False, fresh=False, plan=plan)
+    with checkpoint.writing(run.path, 1, run.run_id) as folder:
+        checkpoint.write_state(folder, {"step": 1, "plan": plan})
+    file = run.path / "run.json"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert earlier_run_id(run.path) == run.run_id
+    shutil.rmtree(run.path / "checkpoints")
+
+
+def test_an_object_without_a_checksum_is_of_an_earlier_version() -> None:
+    assert without_checksum({"run_id": "a"}) == {"run_id": "a"}
+    assert without_checksum(json.loads(json.dumps(with_checksum({"loss": 0.1})))) == {"loss": 0.1}
+    with pytest.raises(ValueError, match="checksum differs"):
+        without_checksum({**with_checksum({"loss": 0.1}), "loss": 0.2})
