@@ -5,15 +5,18 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qlora.__main__
 from qlora.errors import OutOfMemoryError, SaveError
 from qlora.memory.oom import out_of_memory_explained
 from qlora.recipe import Recipe
+from qlora.runtime.signals import StopRequest
 from qlora.storage import folders
 from qlora.storage.json_files import with_checksum, without_checksum
 from qlora.training import checkpoint, evaluation
@@ -117,3 +120,28 @@ def test_an_object_without_a_checksum_is_of_an_earlier_version() -> None:
     assert without_checksum(json.loads(json.dumps(with_checksum({"loss": 0.1})))) == {"loss": 0.1}
     with pytest.raises(ValueError, match="checksum differs"):
         without_checksum({**with_checksum({"loss": 0.1}), "loss": 0.2})
+
+
+def test_ctrl_c_in_the_first_import_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "qlora.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "qlora.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        qlora.__main__.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+def test_a_signal_to_one_process_stops_all() -> None:
+    for own, others, code in ((None, 0, None), (None, 15, 15), (15, 0, 15), (1, 15, 15)):
+        stop = StopRequest()
+        stop.signal_number = own
+        assert stop.agreed(lambda number, others=others: max(number, others)) == (code is not None)  # type: ignore[misc]
+        assert stop.signal_number == code
