@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes_for_tests import Process
 
 import qlora.__main__
 from qlora.errors import OutOfMemoryError, SaveError
@@ -145,3 +147,24 @@ def test_a_signal_to_one_process_stops_all() -> None:
         stop.signal_number = own
         assert stop.agreed(lambda number, others=others: max(number, others)) == (code is not None)  # type: ignore[misc]
         assert stop.signal_number == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_sigterm_to_one_of_two_processes_ends_both_with_a_checkpoint(
+    recipe_file: RecipeFile, tmp_path: Path, signalled: int
+) -> None:
+    file = recipe_file(training={"max_steps": 500, "eval_every": 2})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = [
+        Process("train", file, folder=tmp_path, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    processes[0].wait_for_step(tmp_path / "run", 3)
+    processes[signalled].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [143, 143]
+    assert "Traceback" not in processes[0].err + processes[1].err
+    assert checkpoint.newest(tmp_path / "run") is not None
