@@ -68,20 +68,29 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure and not torch.cuda.is_available():
         parser.error("--measure needs a GPU, but torch finds none")
-    rows = [
-        row(model, method, length, arguments.measure)
-        for model in arguments.models
-        for length in arguments.lengths
-        for method in METHODS
-    ]
-    cells = [("Llama 3.1 8B", 4096, way) for way in WAYS]
-    cells += [(model, length, way) for model, length in LONG for way in list(WAYS)[-3:]]
-    ways = [row(model, "QLoRA", length, arguments.measure, way) for model, length, way in cells]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
     name = f"memory_{device.lower().replace(' ', '-')}_{datetime.now(UTC):%Y-%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    ways: list[dict[str, Any]] = []
     content = {"environment": environment(), "rows": rows, "ways": ways}
-    (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    def keep(into: list[dict[str, Any]], *cell: Any) -> None:
+        """Add a row and write them all, so that a run that is cut short keeps what it has."""
+        into.append(row(*cell))
+        whole = arguments.out / f"{name}.json"
+        part = whole.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(whole)
+
+    for model in arguments.models:
+        for length in arguments.lengths:
+            for method in METHODS:
+                keep(rows, model, method, length, arguments.measure)
+    cells = [("Llama 3.1 8B", 4096, way) for way in WAYS]
+    cells += [(model, length, way) for model, length in LONG for way in list(WAYS)[-3:]]
+    for model, length, way in cells:
+        keep(ways, model, "QLoRA", length, arguments.measure, way)
     picture(rows, arguments.out / f"{name}.png")
     text = markdown(content, name)
     (arguments.out / f"{name}.md").write_text(text)
@@ -129,18 +138,19 @@ def recipe_of(model: str, overrides: list[str]) -> Recipe:
     return Recipe.from_dict(recipe, RECIPES[model])
 
 
-def measured(model: str, overrides: list[str]) -> dict[str, Any]:
+def measured(model: str, overrides: list[str], device: str = "cuda") -> dict[str, Any]:
     """Run two steps of QLoRA on full rows in a fresh process; return its memory, or its error."""
     length = int(next(o for o in overrides if "max_length" in o).split("=")[1])
     rows = Path(tempfile.gettempdir()) / f"qlora-memory-rows-{length}.jsonl"
     rows.write_text("".join(json.dumps({"text": "word " * 2 * length}) + "\n" for _ in range(4)))
-    settings = [*overrides, "base.init=synthetic", "training.device=cuda"]
+    settings = [*overrides, "base.init=synthetic", f"training.device={device}"]
     settings = [o for o in settings if not o.startswith("data.source")]
     settings += [f"data.source={rows}", "data.format=completion", "data.too_long=truncate"]
-    command = [sys.executable, "-m", "qlora", "profile", RECIPES[model], *settings, "--steps", "2", "--json"]
+    name = RECIPES.get(model, model)
+    command = [sys.executable, "-m", "qlora", "profile", name, *settings, "--steps", "2", "--json"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        return {"error": run.stderr.strip().splitlines()[-1]}
+        return {"error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
     account = json.loads(run.stdout)
     keys = ("total_bytes", "parts", "peak", "allocated_bytes", "reserved_bytes", "driver_bytes")
     return {key: account["measured"][key] for key in keys}

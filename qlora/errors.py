@@ -9,12 +9,15 @@ shows a traceback.
 def listed(names: list[str], most: int = 3) -> str:
     """Join names for a message: the first `most`, and the number of the others.
 
+    A name that is empty, or begins or ends with white space, is quoted, because nothing would show it otherwise.
+
     Examples:
-        >>> listed(["a", "b", "c", "d", "e"])
-        'a, b, c and 2 more'
+        >>> listed(["a", " b", "c", "d", "e"])
+        "a, ' b', c and 2 more"
     """
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [name if name and name == name.strip() else repr(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -401,6 +401,7 @@ def test_prompting_is_the_vocabulary_and_the_template(tiny_llama: Path) -> None:
 RecipeFile = Callable[..., Path]
 
 
+@pytest.mark.usefixtures("without_forecast")
 def test_a_run_whose_base_has_changed_is_refused(recipe_file: RecipeFile, copy: Path) -> None:
     file = recipe_file(base={"model": str(copy)}, training={"max_steps": 1})
     run = train(Recipe.load(file), terminal=False).run
@@ -415,6 +416,7 @@ def test_a_run_whose_base_has_changed_is_refused(recipe_file: RecipeFile, copy: 
     assert CliRunner().invoke(app, ["eval", str(run), "--base"]).exit_code == 0, "--base needs no check"
 
 
+@pytest.mark.usefixtures("without_forecast")
 def test_a_run_whose_template_has_changed_is_refused(recipe_file: RecipeFile, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     text = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -427,6 +429,7 @@ def test_a_run_whose_template_has_changed_is_refused(recipe_file: RecipeFile, tm
         load_trained(run)
 
 
+@pytest.mark.usefixtures("without_forecast")
 def test_a_run_is_not_resumed_on_another_base(
     recipe_file: RecipeFile, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,12 +371,14 @@ def test_layers_with_another_computation_are_not_replaced() -> None:
     assert not any(isinstance(layer, FusedLayer) for layer in decoder_layers(use_fused_layers(trained)))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize(("layers", "mlps"), [(0, 0), (0, 3), (3, 0)])
 def test_a_step_on_a_gpu_is_the_same_with_kernels_and_without(
-    layers: int, mlps: int, monkeypatch: pytest.MonkeyPatch
+    layers: int, mlps: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = use_fused_layers(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).cuda()
+    model = use_fused_layers(model_of(CONFIGS["qwen3"], torch.bfloat16, dropout=0.2)).to(device)
     checkpoint_layers(model, layers, mlps)
     loss, grads = pass_over(model, batch_of())
     monkeypatch.setenv("QLORA_KERNELS", "off")

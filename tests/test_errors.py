@@ -28,3 +28,7 @@ def test_a_missing_gpu_is_not_a_model_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("qlora.runtime.distributed.Accelerator", lambda **_: cpu)
     with pytest.raises(RecipeError, match=r"training\.device: is cuda, but"):
         DataParallel.of(Recipe.load("quickstart", ["training.device=cuda"]))
+
+
+def test_a_name_that_would_not_be_seen_is_quoted_in_a_list() -> None:
+    assert errors.listed(["a", " b", "", "d", "e"], most=3) == "a, ' b', '' and 2 more"

@@ -24,6 +24,7 @@ RecipeFile = Callable[..., Path]
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
+@pytest.mark.usefixtures("without_forecast")
 def test_after_a_closed_terminal_the_run_resumes_to_the_same_adapter(
     recipe_file: RecipeFile, tmp_path: Path
 ) -> None:

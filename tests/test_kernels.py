@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter (see conftest.py), which e
 """
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -36,6 +37,8 @@ PASSES = {
     "loss": cross_entropy.LOSS,
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TARGETS = ("80", "86", "89", "90", "120")
+"""compute capabilities: A100, RTX 30, RTX 40 and L4, H100 and H200, RTX 50"""
 
 
 @pytest.fixture
@@ -245,14 +248,36 @@ def angles(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
     return half.cos().to(dtype), half.sin().to(dtype)
 
 
-def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
-    """Triton includes its compiler, so kernels that have not run on a GPU here at least compile for one."""
-    command = [sys.executable, str(Path(__file__).with_name("kernels_for_tests.py")), "80", "90"]
+def machine_code(*arguments: str, cache: Path) -> list[list[str]]:
+    """Return the lines of `kernels_for_tests.py`, in words."""
+    command = [sys.executable, str(Path(__file__).with_name("kernels_for_tests.py")), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(cache)
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
-    lines = [line.split() for line in out.stdout.splitlines()]
-    assert len({name for name, _, _ in lines}) == 7
-    assert len(lines) == 2 * (8 + 4)
-    assert all(int(size) > 1000 for _, _, size in lines)
+    return [line.split() for line in out.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
+    """Triton includes its compiler, so kernels that have not run on a GPU here at least compile for one."""
+    lines = machine_code("90", cache=tmp_path)
+    assert {name for name, *_ in lines} == kernels_of_the_package()
+    assert len(lines) == 8 + 5
+    assert all(int(size) > 1000 for *_, size in lines)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_gpu_and_dtype(tmp_path: Path) -> None:
+    lines = machine_code("--every-dtype", *TARGETS, cache=tmp_path)
+    assert {target for _, _, target, _ in lines} == set(TARGETS)
+    for target in TARGETS:
+        assert {name for name, _, at, _ in lines if at == target} == kernels_of_the_package()
+        assert {dtype for _, dtype, at, _ in lines if at == target} == {"bfloat16", "float16", "float32"}
+    assert len(lines) == len(TARGETS) * len(DTYPES) * (8 + 5)
+    assert all(int(size) > 1000 for *_, size in lines)
+
+
+def kernels_of_the_package() -> set[str]:
+    """Return the names of the kernels that a launcher of the package launches."""
+    source = Path(triton_kernels.__file__).read_text()
+    return set(re.findall(r"^        (_\w+)\[", source, re.MULTILINE))

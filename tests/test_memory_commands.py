@@ -27,6 +27,7 @@ def test_estimate_needs_only_the_config() -> None:
     assert found["forecast"]["parts"]["base_nf4"] == pytest.approx(6.476e9 / 2, rel=1e-3)
 
 
+@pytest.mark.slow  # by default, docs/guides/memory.md runs such an example
 def test_estimate_prints_a_table_and_changes_that_make_it_fit() -> None:
     run = qlora("estimate", "llama-7b", "--gpu", "6GiB")
     assert run.returncode == 0, run.stderr

@@ -33,28 +33,36 @@ from qlora.training.train import train
 RecipeFile = Callable[..., Path]
 MIB = 2**20
 LAYERS = 4
+FORECASTERS: dict[str, Forecaster] = {}
 PLANNED = Recipe.load("llama-7b", ["training.global_batch_size=8", "training.micro_batch_size=1"])
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Recipe:
-    return recipe(tmp_path, "llama", layers=LAYERS, training={"global_batch_size": 4, "micro_batch_size": 1})
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("made")
+    return recipe(folder, "llama", layers=LAYERS, training={"global_batch_size": 4, "micro_batch_size": 1})
 
 
-def planned(recipe: Recipe, budget: int, forecaster: Forecaster | None = None) -> Plan:
+def planned(recipe: Recipe, budget: int) -> Plan:
     workload = assumed(recipe)
-    forecaster = forecaster or Forecaster(architecture(recipe, cuda=False), cuda=False)
-    return plan(recipe, lambda changed: sized(changed, workload), budget, forecaster)
+    return plan(recipe, lambda changed: sized(changed, workload), budget, forecaster_of(recipe))
 
 
 def takes(recipe: Recipe) -> int:
-    return needed(forecast(recipe, assumed(recipe), architecture(recipe, cuda=False), cuda=False))
+    return needed(forecaster_of(recipe).forecast(recipe, assumed(recipe)))
+
+
+def forecaster_of(recipe: Recipe) -> Forecaster:
+    """Return one forecaster a base and adapter; `test_memory_forecast` holds that it equals separate forecasts."""
+    key = recipe.base.model_dump_json() + recipe.adapter.model_dump_json()
+    if key not in FORECASTERS:
+        FORECASTERS[key] = Forecaster(architecture(recipe, cuda=False), cuda=False)
+    return FORECASTERS[key]
 
 
 def test_a_plan_fits_and_uses_its_budget(made: Recipe) -> None:
     smallest = takes(with_training(made, loss_chunk=256))
-    forecaster = Forecaster(architecture(made, cuda=False), cuda=False)
-    low, middle, high = (planned(made, budget, forecaster) for budget in (smallest, 4 * MIB, 100 * MIB))
+    low, middle, high = (planned(made, budget) for budget in (smallest, 4 * MIB, 100 * MIB))
     for found in (low, middle, high):
         assert takes(found.apply(made)) == found.needed_bytes <= found.budget_bytes
     assert low.micro_batch_size == 1

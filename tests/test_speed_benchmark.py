@@ -7,14 +7,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.speed import fairness, flops, ratios, report, workload
+from benchmarks import gpu_kernels
+from benchmarks.speed import fairness, flops, paths, profile, ratios, report, workload
 from benchmarks.speed.contenders import Contender, chosen, field, peft_loop, peft_tuned
 from benchmarks.speed.contenders import qlora as ours
 from benchmarks.speed.job import Answer, Job
@@ -22,6 +26,7 @@ from benchmarks.speed.meter import Meter
 from benchmarks.speed.prepare import Prepared, Setting, prepare
 from benchmarks.speed.presets import PRESETS, Shape
 from benchmarks.speed.rounds import Comparison, Runner
+from qlora.kernels import triton_kernels
 from qlora.model.load import load_base
 from qlora.recipe import Base
 
@@ -312,3 +317,70 @@ def test_the_command_compares_in_fresh_processes(tmp_path: Path) -> None:
         "peft_tuned",
     }
     assert "qlora +ckpt" in (tmp_path / "it.md").read_text()
+
+
+def row_of_profile(name: str, device: DeviceType, **times: Any) -> SimpleNamespace:
+    """Return a row as torch's profiler gives it."""
+    row = {"self_cpu_time_total": 0, "self_device_time_total": 0, "is_user_annotation": False}
+    return SimpleNamespace(key=name, device_type=device, input_shapes=[], **(row | times))
+
+
+def test_a_profile_counts_each_kernel_once() -> None:
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    rows = [
+        row_of_profile("aten::mm", cpu, self_cpu_time_total=500, self_device_time_total=3000),
+        row_of_profile("nvjet_hsh_128x256_64x4_TNT", cuda, self_device_time_total=3000),
+        row_of_profile("qlora step", cpu, self_cpu_time_total=70, self_device_time_total=9000, is_user_annotation=True),
+        row_of_profile("qlora step", cuda, self_device_time_total=9000, is_user_annotation=True),
+        row_of_profile("_dequantize", cuda, self_device_time_total=1000),
+        row_of_profile("void pytorch_flash::flash_bwd_kernel<...>", cuda, self_device_time_total=2000),
+        row_of_profile("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", cuda, self_device_time_total=1500),
+        row_of_profile("aten::add", cpu, self_cpu_time_total=40),
+    ]  # fmt: skip
+    assert profile.grouped(rows, rank=16, vocabulary=256, cuda=True) == {
+        "matrix products": 3.0,
+        "dequantization": 1.0,
+        "attention, backward": 2.0,
+        "attention, forward": 1.5,
+    }
+    assert profile.grouped(rows[:1], rank=16, vocabulary=256) == {"products of the base": 0.5}
+
+
+def test_the_record_names_attention_and_kernels(answers: dict[str, Answer]) -> None:
+    assert "scaled_dot_product" in answers["qlora"].settings["attention"]
+    assert answers["qlora"].settings["kernels"] == {}  # on a CPU none is used
+
+
+def test_a_kernel_that_fell_back_fails_the_contender(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(paths.KERNELS[0], "_trusted", {place: True})
+    monkeypatch.setattr(paths.KERNELS[2], "_trusted", {place: False})
+    states = paths.kernel_states("cuda")
+    assert (states["silu_product"], states["normalize"], states["rotate"]) == (
+        "runs",
+        "fell back",
+        "not used",
+    )
+    monkeypatch.setattr(ours, "kernel_states", lambda device: states)
+    with pytest.raises(RuntimeError, match=r"fell back to plain torch: normalize$"):
+        ours.train(job, Meter(job))
+    monkeypatch.setenv("QLORA_KERNELS", "off")
+    assert set(paths.kernel_states("cuda").values()) == {"off"}
+
+
+def test_the_common_checkpoint_has_a_tokenizer(prepared: Prepared) -> None:
+    """Unsloth loads the tokenizer with the model."""
+    tokenizer = AutoTokenizer.from_pretrained(prepared.base)
+    assert tokenizer.decode(tokenizer("a tokenizer").input_ids, skip_special_tokens=True) == "a tokenizer"
+
+
+def test_a_kernel_is_timed_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="no Triton for this platform")
+    passes = gpu_kernels.passes(gpu_kernels.TINY, "cpu")
+    for work, arguments in passes.items():
+        record = gpu_kernels.measured(work, arguments, "cpu")
+        assert record["kernel_ms"] > 0
+        assert record.get("state", "runs") == "runs", record
+    work, arguments = next(iter(passes.items()))
+    monkeypatch.setattr(triton_kernels, work.kernel, lambda *_: None)
+    assert "error of" in gpu_kernels.measured(work, arguments, "cpu")["state"]

@@ -97,7 +97,7 @@ def test_the_same_recipe_gives_the_same_run(recipe_file: RecipeFile, tmp_path: P
     ("name", "stop"),
     [
         ("paged_adamw_32bit", 1),
-        ("paged_adamw_32bit", 4),
+        pytest.param("paged_adamw_32bit", 4, marks=pytest.mark.slow),
         ("paged_adamw_32bit", 5),
         ("adamw_8bit", 4),
         ("lion", 3),
@@ -179,7 +179,13 @@ def test_a_run_killed_by_sigkill_and_resumed_ends_with_the_same_adapter(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        # by default, test_hangup closes a real terminal
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(
     recipe_file: RecipeFile, tmp_path: Path, number: signal.Signals, code: int

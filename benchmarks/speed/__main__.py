@@ -44,8 +44,15 @@ def main() -> int:
     )
     command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
     where = machine.describe(device, arguments.threads)
+    path = None
+    if arguments.out is not None:
+        name = arguments.name or f"speed_{machine.slug(device)}_{where['date'][:7]}"
+        path = Path(arguments.out) / name
     runner = Runner(
-        arguments.threads, arguments.timeout, lambda line: print(line, file=sys.stderr, flush=True)
+        arguments.threads,
+        arguments.timeout,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        None if path is None else path.with_name(f"{path.name}.answers.jsonl"),
     )
     comparison = runner.compare(
         setting,
@@ -60,9 +67,8 @@ def main() -> int:
 
     text = report.markdown(comparison, where, command, grown)
     print(text)
-    if arguments.out is not None:
-        name = arguments.name or f"speed_{machine.slug(device)}_{where['date'][:7]}"
-        report.write(Path(arguments.out) / name, text, report.record(comparison, where, command, grown))
+    if path is not None:
+        report.write(path, text, report.record(comparison, where, command, grown))
     wrong = problems(comparison.answers, comparison.prepared.dtype)
     failed = {name: why for name, why in wrong.items() if not comparison.answers[name][0].missing}
     for name, why in failed.items():

@@ -11,6 +11,7 @@ object: the paths, and the values chosen for `auto`.
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from transformers import BitsAndBytesConfig
 from benchmarks.speed import workload
 from benchmarks.speed.job import Job
 from benchmarks.speed.presets import Preset, Shape
+from qlora import bundled
 from qlora.model.load import compute_dtype, load_base
 from qlora.quantization import nf4
 from qlora.recipe import Base
@@ -122,7 +124,9 @@ def prepare(setting: Setting) -> Prepared:
 def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) -> Path:
     """Return the folder of the NF4 checkpoint; create it if it is not in the cache."""
     config = setting.preset.config
-    name = f"base-{setting.preset.name}-{_key(config, setting.seed, str(dtype), torch.__version__)}"
+    name = (
+        f"base-{setting.preset.name}-{_key(config, setting.seed, str(dtype), torch.__version__, 'tokenizer')}"
+    )
     if (cache / name).is_dir():
         return cache / name
     with replacing(cache, name) as folder:
@@ -147,6 +151,8 @@ def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) 
         )
         changes = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
         (folder / "config.json").write_text(json.dumps(config | changes, indent=1, default=str))
+        for file in bundled.path("bundled/base").glob("tokenizer*"):  # Unsloth loads one with the model
+            shutil.copy(file, folder)
     return cache / name
 
 
@@ -173,8 +179,6 @@ def _tokens(setting: Setting) -> workload.Workload:
     vocabulary = preset.config["vocab_size"]
     if setting.gsm8k is None:
         return workload.dense(setting.steps, preset.sequences, preset.length, vocabulary, setting.seed)
-    from qlora import bundled
-
     tokenizer = Path(setting.tokenizer) if setting.tokenizer else bundled.path("bundled/base")
     return workload.question_answer(
         Path(setting.gsm8k),

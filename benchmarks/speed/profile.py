@@ -4,8 +4,8 @@
 
 Measures the processor time and the page faults of a step. Then runs a step under torch's profiler and groups its
 operators: matrix products of the base, of A and B, and of the head; attention; dequantization; the largest others by
-name. Prints a Markdown table. The profiler runs last, because its allocations fragment the heap and cause page faults
-in later steps.
+name. On CUDA it groups kernels, whose products cannot be told apart. Prints a Markdown table. The profiler runs last,
+because its allocations fragment the heap and cause page faults in later steps.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.contenders import OURS, Contender
@@ -58,7 +59,10 @@ def main() -> None:
     with profile(activities=activities, record_shapes=True) as recorded:
         session.step(STEPS - 1, steps[STEPS - 1])
     groups = grouped(
-        recorded.key_averages(group_by_input_shape=True), job.rank, Shape.of(preset.config).vocabulary
+        recorded.key_averages(group_by_input_shape=True),
+        job.rank,
+        Shape.of(preset.config).vocabulary,
+        cuda=job.device == "cuda",
     )
 
     needed = step_flops(
@@ -82,13 +86,31 @@ def main() -> None:
     )
 
 
-def grouped(events: Sequence[Any], rank: int, vocabulary: int) -> Counter[str]:
-    """Sum the milliseconds of the operators by group."""
+def grouped(events: Sequence[Any], rank: int, vocabulary: int, cuda: bool = False) -> Counter[str]:
+    """Sum the milliseconds of the operators by group: on CUDA those of the kernels, each once.
+
+    The profiler gives the time of a kernel to the operator that launched it, to a row of its own, and to the
+    annotations around it. Only the rows of kernels are counted there; they have names but no shapes.
+    """
     groups: Counter[str] = Counter()
     for event in events:
-        time = event.self_device_time_total or event.self_cpu_time_total
-        groups[_group(event.key, event.input_shapes, rank, vocabulary)] += time / 1e3
+        if not cuda:
+            groups[_group(event.key, event.input_shapes, rank, vocabulary)] += event.self_cpu_time_total / 1e3
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            groups[_kernel_group(event.key)] += event.self_device_time_total / 1e3
     return groups
+
+
+def _kernel_group(kernel: str) -> str:
+    """Group a kernel by its name."""
+    name = kernel.lower()
+    if any(part in name for part in ("flash", "fmha", "attention", "sdpa")):
+        return "attention, " + ("backward" if "bwd" in name or "backward" in name else "forward")
+    if any(part in name for part in ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk")):
+        return "matrix products"
+    if "dequantize" in name:
+        return "dequantization"
+    return kernel.split("<")[0].split("(")[0]
 
 
 def _group(operator: str, shapes: Sequence[Sequence[int]], rank: int, vocabulary: int) -> str:

@@ -41,6 +41,8 @@ class Runner:
     timeout: float = 3600.0
     """seconds after which a process is killed"""
     report: Callable[[str], object] = print
+    record: Path | None = None
+    """file to which every answer is appended at once, one JSON object a line"""
 
     def compare(
         self,
@@ -75,10 +77,19 @@ class Runner:
                         continue  # would fail again
                     answer = self.run(contender, job, folder)
                     earlier.append(answer)
+                    self._keep(number, contender, answer)
                     self.report(
                         f"round {number + 1}/{rounds}  {contender.name:<28} {_summary(answer, warmup)}"
                     )
         return comparison
+
+    def _keep(self, number: int, contender: Contender, answer: Answer) -> None:
+        """Append an answer to the record, so that a run that is cut short keeps what it has."""
+        if self.record is not None:
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            line = {"round": number + 1, "contender": contender.name, **dataclasses.asdict(answer)}
+            with self.record.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def prepare(self, setting: Setting, folder: Path) -> Prepared:
         """Prepare the common checkpoint, adapter and workload in a separate process."""

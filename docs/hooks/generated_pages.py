@@ -49,6 +49,7 @@ def shown_as_they_are() -> Iterator[tuple[Path, str]]:
     yield ROOT / "benchmarks/speed/README.md", "benchmarks/speed.md"
     yield ROOT / "benchmarks/speed/LOG.md", "benchmarks/log.md"
     yield ROOT / "benchmarks/null_gpu/README.md", "benchmarks/null-gpu.md"
+    yield ROOT / "benchmarks/gpu/README.md", "benchmarks/gpu.md"
 
 
 def recipe_reference() -> Iterator[str]:

@@ -62,6 +62,13 @@ class FusedOp:
 
         return getattr(triton_kernels, self.kernel)
 
+    def states(self) -> dict[str, str]:
+        """Return `runs`, or `fell back` to plain torch, by the device and dtype of every use so far."""
+        return {
+            f"{device} {str(dtype).removeprefix('torch.')}": "runs" if trusted else "fell back"
+            for (device, dtype), trusted in self._trusted.items()
+        }
+
     def difference(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Compare the two forms on the example; return the first difference as text, or None."""
         expected, actual = self.example(device, dtype), self.example(device, dtype)

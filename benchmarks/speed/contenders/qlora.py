@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.speed.contenders import Contender
 from benchmarks.speed.job import Answer, Job
 from benchmarks.speed.meter import Meter, contend
+from benchmarks.speed.paths import AttentionSeen, check_kernels, kernel_states
 from benchmarks.speed.workload import Document, Workload
 from qlora.adapter import trainable_parameters
 from qlora.data import Batch, Batches, Example
@@ -77,14 +79,23 @@ def recipe_of(job: Job) -> Recipe:
 
 
 def train(job: Job, meter: Meter) -> Answer:
-    """Load the model, train every step and return the measurements."""
+    """Load the model, train every step and return the measurements.
+
+    Raises:
+        RuntimeError: A kernel fell back to plain torch.
+    """
     session = Session(job)
     steps = Workload.load(job.workload).steps
     meter.loaded()
 
     meter.begin()
+    attention = AttentionSeen()
     for number, documents in enumerate(steps):
-        meter.step(*session.step(number, documents))
+        with attention if number == 0 and job.warmup else nullcontext():  # it slows the host down
+            taken = session.step(number, documents)
+        meter.step(*taken)
+    kernels = kernel_states(job.device)
+    check_kernels(kernels)
     parameters = session.parameters
     return meter.answer(
         parameters,
@@ -92,6 +103,8 @@ def train(job: Job, meter: Meter) -> Answer:
             "lora_dtype": str(next(iter(parameters.values())).dtype),
             "optimizer": OPTIMIZER,
             "recomputed": Contender("qlora", job.flags).recomputed,
+            "attention": str(attention) if job.warmup else "not recorded",
+            "kernels": kernels,
         },
     )
 
