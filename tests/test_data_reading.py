@@ -18,6 +18,7 @@ from tokenizers_for_tests import byte_level
 from qlora.data import IGNORE_INDEX, Dataset, Example, load_dataset, remarks
 from qlora.data import reading as reading_module
 from qlora.data.examples import Examples, ExampleWriter
+from qlora.data.files import parquet_rows
 from qlora.data.layout import Layout
 from qlora.errors import DataError, SaveError
 from qlora.formats import Completion
@@ -265,3 +266,13 @@ def test_rows_marked_as_not_to_be_trained_are_left_out_and_counted(tmp_path: Pat
         "identical to an earlier training row, token for token: 1 row",
         "left out: 3 rows marked as not to be trained, label: false (2), every answer has weight 0 (1)",
     ]
+
+
+def test_text_of_a_parquet_file_that_is_not_utf8_is_a_named_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["caf\u00e9" * 3, "a text"]})
+    pyarrow.parquet.write_table(table, file, compression="none", use_dictionary=False, write_statistics=False)
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace("\u00e9".encode(), b"\xe9\xe9"))
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet: 'utf-8' codec"):
+        list(parquet_rows.read(file, str(file)))

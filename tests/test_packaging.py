@@ -168,4 +168,4 @@ def test_nothing_asks_for_the_version_of_the_other_qlora() -> None:
     asked = [path for path in ROOT.glob("qlora/**/*.py") if re.search(r"version\(.qlora", path.read_text())]
     assert not asked
     assert PROJECT["name"] == "qlora-train"
-    assert PROJECT["scripts"] == {"qlora": "qlora.cli:main"}
+    assert PROJECT["scripts"] == {"qlora": "qlora.__main__:main"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora.adapter import load_adapter, save_adapter
+from qlora.adapter.algebra.tensors import adapter_folder
 from qlora.errors import ModelError
 from qlora.inference.load import find_adapter, load_trained
 from qlora.model.load import load_base
@@ -42,7 +43,7 @@ def test_every_changed_file_is_named(adapter: Path) -> None:
         whole = file.read_bytes()
         for position in (0, len(whole) // 2, len(whole) - 1):
             file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-            for load in (load_trained, find_adapter):
+            for load in (load_trained, find_adapter, adapter_folder):
                 with pytest.raises(
                     ModelError, match=rf"changed since its training: file {file.name}: checksum"
                 ):

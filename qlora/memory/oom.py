@@ -22,6 +22,8 @@ def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
         )
         if resumable := list(_less_memory(training)):
             advice.insert(0, f"continue with --resume and {' or '.join(resumable)}")
+        if training.memory is not None:  # the plan of a budget is kept at a resume
+            advice.insert(0, f"start again with a training.memory below {training.memory}")
         raise OutOfMemoryError(
             f"out of memory ({first_line(error)}). You can {', or '.join(advice)}"
         ) from error

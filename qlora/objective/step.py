@@ -88,6 +88,7 @@ def evaluate(
     *,
     rank: int = 0,
     processes: int = 1,
+    before_each: Callable[[], object] = lambda: None,
 ) -> tuple[Loss, int]:
     """Return the summed loss and metrics of this process's share of `batches`, and the weight of all batches.
 
@@ -99,11 +100,14 @@ def evaluate(
         objective: computes the loss of a batch.
         rank: number of this process; it evaluates every `processes`-th batch, starting at `rank`.
         processes: number of processes.
+        before_each: called before each batch, equally often in every process; an exception of it ends the evaluation.
     """
     total = _nothing(objective, next(model.parameters()).device)
     with evaluation_mode(model), announce(Phase.EVALUATION):
-        for batch in batches[rank::processes]:
-            total = _added(total, objective.loss(model, batch))
+        for first in range(0, len(batches), processes):
+            before_each()
+            for batch in batches[first + rank : first + rank + 1]:
+                total = _added(total, objective.loss(model, batch))
     return total, sum(map(objective.weight, batches))
 
 

@@ -74,6 +74,14 @@ class DataParallel:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def highest(self, number: int) -> int:
+        """Return the highest of the numbers of all processes, so that all of them act on it together."""
+        if self.count == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return int(numbers.item())
+
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the whole state on the main process, which has it already."""
         return state

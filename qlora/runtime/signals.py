@@ -5,7 +5,7 @@ at once; earlier checkpoints stay intact, because each is committed by a rename.
 """
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -15,6 +15,10 @@ def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Return the signals to handle: without SIGHUP if the process was started to ignore it, as nohup does."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangup)]
+
+
+class EvaluationStopped(Exception):
+    """A signal came in the middle of an evaluation."""
 
 
 class StopRequest:
@@ -37,6 +41,15 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def agreed(self, highest: Callable[[int], int]) -> bool:
+        """Return True if a process of the run was signalled; all processes then stop with its signal.
+
+        highest: returns the highest of the numbers of all processes.
+        """
+        if number := highest(self.signal_number or 0):
+            self.signal_number = number
+        return bool(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None and number == signal.SIGINT:

@@ -1,11 +1,38 @@
 """Small JSON files of a model's folder: each holds one object."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError
+
+CHECKSUM = "sha256"
+"""key of an object's own checksum"""
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with a checksum of itself, so that a changed value is noticed."""
+    return {**content, CHECKSUM: _checksum(content)}
+
+
+def without_checksum(content: Any) -> dict[str, Any]:
+    """Return the object that `with_checksum` was given; an object of an earlier version, which has none, as it is.
+
+    Raises:
+        ValueError: the content is no object, or has changed.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    if CHECKSUM in content and content[CHECKSUM] != _checksum(rest):
+        raise ValueError("its checksum differs")
+    return rest
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

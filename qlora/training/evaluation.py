@@ -1,18 +1,31 @@
 """Evaluation during a run: the loss on held-out rows, and sample answers to their prompts."""
 
+from collections.abc import Callable
+
 from qlora.data import held_out_batches
 from qlora.inference.generate import answer
 from qlora.memory import measure
 from qlora.objective.step import evaluate
+from qlora.runtime.signals import EvaluationStopped
 from qlora.tracking import Sample, Tracker
 from qlora.training.session import Session
 
 
-def held_out_loss(session: Session, tracker: Tracker, step: int) -> float | None:
+def held_out_loss(
+    session: Session, tracker: Tracker, step: int, stopped: Callable[[], bool] = lambda: False
+) -> float | None:
     """Compute and record the mean held-out loss (nats per supervised token) and sample answers after `step` steps.
 
     Returns None without held-out rows.
+
+    Raises:
+        EvaluationStopped: `stopped`, which is asked before each batch, returned True. Nothing is recorded.
     """
+
+    def stop_early() -> None:
+        if stopped():
+            raise EvaluationStopped
+
     processes = session.processes
     if not session.dataset.held_out:
         return None
@@ -23,6 +36,7 @@ def held_out_loss(session: Session, tracker: Tracker, step: int) -> float | None
             session.objective,
             rank=processes.rank,
             processes=processes.count,
+            before_each=stop_early,
         )
     processes.reduce([sums.sum, *sums.metrics.values()])
     loss = sums.sum.item() / weight

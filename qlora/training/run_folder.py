@@ -21,6 +21,7 @@ from qlora.errors import ModelError, RecipeError
 from qlora.recipe import Recipe, Training
 from qlora.recipe.versions import NewerRecipe, translated
 from qlora.storage import atomic, folders, manifest
+from qlora.storage.json_files import with_checksum, without_checksum
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
 
@@ -76,8 +77,7 @@ class RunFolder:
 
     def write_result(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
-        content = json.dumps({**summary, "run_id": self.run_id}, indent=2) + "\n"
-        atomic.write(self.path / "result.json", content.encode())
+        atomic.write(self.path / "result.json", _json({**summary, "run_id": self.run_id}, indent=2))
 
 
 @dataclass(frozen=True)
@@ -381,9 +381,7 @@ def _object(file: Path) -> dict[str, Any]:
         raise ValueError(error.strerror) from error
     except RecursionError as error:
         raise ValueError("nested too deep") from error
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    return content
+    return without_checksum(content)
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -392,5 +390,5 @@ def _replace(file: Path, content: bytes) -> None:
         atomic.write(file, content)
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content) + "\n").encode()
+def _json(content: Mapping[str, Any], indent: int | None = None) -> bytes:
+    return (json.dumps(with_checksum(content), indent=indent) + "\n").encode()

@@ -32,6 +32,8 @@ class Progress:
     """duration of the run so far, all sessions together"""
     record_sha256: str | None = None
     """of metrics.jsonl when the checkpoint was written; None without one, or in one of an earlier version"""
+    evaluation_due: bool = False
+    """a signal ended the evaluation after this step, so that a resumed run begins with it"""
     failed_saves: int = 0
     """checkpoints in a row that could not be written"""
 
@@ -63,6 +65,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "total_steps": session.total_steps,
                     "loss_before": progress.loss_before,
                     "seconds": progress.seconds,
+                    "evaluation_due": progress.evaluation_due,
                     "data": session.dataset.fingerprint,
                     "metrics_sha256": record,
                     "compute_dtype": _dtype(session),
@@ -74,7 +77,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
         if progress.failed_saves == MOST_FAILED_SAVES:
             raise SaveError(
                 f"{MOST_FAILED_SAVES} checkpoints in a row could not be saved, so the run ends at step "
-                f"{progress.step}: {error}. {_saved_until(run)}"
+                f"{progress.step}: {error}. {_saved_until(run, session.result_name)}"
             ) from error
         tracker.note(f"checkpoint of step {progress.step} not saved: {error}")
         return
@@ -85,12 +88,12 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
         tracker.note(f"checkpoint of step {progress.step} saved, but an older one is not removed: {error}")
 
 
-def _saved_until(run: RunFolder) -> str:
+def _saved_until(run: RunFolder, name: str) -> str:
     """Return a sentence on where the run can continue once the disk is in order."""
     with suppress(ModelError):  # every checkpoint is damaged
         newest = checkpoint.newest(run.path, run_id=run.run_id, checksums=False, report=lambda line: None)
         if newest is not None:
-            return f"Make room, and continue from {newest.name} with --resume"
+            return f"Make room, and continue from {newest} with --resume: its weights are in {newest.name}/{name}"
     return "There is no whole checkpoint; make room, and start again with --fresh"
 
 
@@ -122,8 +125,9 @@ def restore(session: Session, run: RunFolder) -> Progress:
     if session.course.state():
         session.course.load_state(checkpoint.load_tensors(folder / "course.safetensors"))
     return Progress(
-        state["step"], state["loss_before"], state.get("seconds", 0.0), state.get("metrics_sha256")
-    )
+        state["step"], state["loss_before"], state.get("seconds", 0.0), state.get("metrics_sha256"),
+        state.get("evaluation_due", False),
+    )  # fmt: skip
 
 
 def _dtype(session: Session) -> str:
@@ -161,13 +165,18 @@ def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
     """Write the trained weights, tokenizer and template to <run>/adapter or <run>/model, and return that folder."""
     result = run.path / session.result_name
     if session.processes.is_main:
-        with folders.replacing(run.path, session.result_name) as folder:
-            write_weights(session, folder)
-            session.tokenizer.save_pretrained(folder)
-            write_prompt_files(
-                folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
-            )
-            manifest.write(folder, run_id=run.run_id, step=session.total_steps)
+        try:
+            with folders.replacing(run.path, session.result_name) as folder:
+                write_weights(session, folder)
+                session.tokenizer.save_pretrained(folder)
+                write_prompt_files(
+                    folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
+                )
+                manifest.write(folder, run_id=run.run_id, step=session.total_steps)
+        except SaveError as error:
+            raise SaveError(
+                f"the result is not saved: {error}. {_saved_until(run, session.result_name)}"
+            ) from error
         if (result / CONFIG_FILE).is_file() and (
             note := plain.note(read_fields(result / CONFIG_FILE), run.path)
         ):

@@ -7,8 +7,9 @@ exactly the steps of a run that was not.
 
 import math
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from qlora.optim import learning_rate
 from qlora.recipe import Recipe
 from qlora.runtime.distributed import DataParallel
 from qlora.runtime.phases import Phase, announce
-from qlora.runtime.signals import StopRequest
+from qlora.runtime.signals import EvaluationStopped, StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
 from qlora.tracking.startup import Startup, silent
@@ -35,7 +36,7 @@ from qlora.training.result import TrainResult
 from qlora.training.resuming import check_finished, earlier, nothing_to_resume, resume_point
 from qlora.training.run_folder import RunFolder, check_output, claim, finished, recorded
 from qlora.training.session import Session
-from qlora.training.state import restore, save, write_memory, write_page, write_result
+from qlora.training.state import Progress, restore, save, write_memory, write_page, write_result
 
 
 def train(
@@ -106,7 +107,7 @@ def fit(
     """
     training, total, began = session.recipe.training, session.total_steps, time.monotonic()
     progress = restore(session, run)
-    seconds_before = progress.seconds
+    began -= progress.seconds  # of the sessions before
     facts = facts_of(session, progress.step, length_before)
     if session.processes.is_main:
         run.write_facts(facts.as_json())
@@ -116,24 +117,24 @@ def fit(
     )
     with StopRequest() as stop, tracker:
         tracker.check_record(progress.record_sha256, progress.step)
-        latest_loss = progress.loss_before
+        latest_loss, stopped = progress.loss_before, partial(stop.agreed, session.processes.highest)
         if progress.step == total:
             session.course.finish()
-        if progress.step in (0, total):
-            latest_loss = held_out_loss(session, tracker, progress.step)
-            progress.loss_before = progress.loss_before if progress.step else latest_loss
-        while progress.step < total and stop.signal_number is None:
+        if progress.step in (0, total) or progress.evaluation_due:
+            latest_loss = evaluate(session, tracker, progress, stopped, latest_loss)
+        while progress.step < total and not stopped():
             progress.step = take_step(session, progress.step, tracker)
             if last := progress.step == total:
                 session.course.finish()
             if last or (training.eval_every and progress.step % training.eval_every == 0):
-                latest_loss = held_out_loss(session, tracker, progress.step)
-            progress.seconds = seconds_before + time.monotonic() - began
+                latest_loss = evaluate(session, tracker, progress, stopped, latest_loss)
+            progress.seconds = time.monotonic() - began
             if not last and training.save_every and progress.step % training.save_every == 0:
                 save(session, run, progress, tracker)
-        if progress.step < total:
+        done = progress.step == total and not progress.evaluation_due
+        if not done:
             save(session, run, progress, tracker)
-        result = write_result(session, run, tracker) if progress.step == total else None
+        result = write_result(session, run, tracker) if done else None
         write_memory(session, run, tracker)
         outcome = TrainResult(
             run=run.path,
@@ -143,7 +144,7 @@ def fit(
             loss_before=progress.loss_before,
             loss_after=latest_loss,
             memory=measure.peak(session.processes.device),
-            seconds=seconds_before + time.monotonic() - began,
+            seconds=time.monotonic() - began,
             stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
             facts=facts.as_json(),
             adapter=session.course.outcome(),
@@ -153,6 +154,22 @@ def fit(
         tracker.finish(outcome.as_json())
     write_page(session, run)
     return outcome
+
+
+def evaluate(
+    session: Session,
+    tracker: Tracker,
+    progress: Progress,
+    stopped: Callable[[], bool],
+    latest_loss: float | None,
+) -> float | None:
+    """Return the held-out loss now; if `stopped` ends the evaluation, the latest one, and the evaluation stays due."""
+    progress.evaluation_due = True
+    with suppress(EvaluationStopped):
+        latest_loss = held_out_loss(session, tracker, progress.step, stopped)
+        progress.evaluation_due = False
+        progress.loss_before = progress.loss_before if progress.step else latest_loss
+    return latest_loss
 
 
 def take_step(session: Session, step: int, tracker: Tracker) -> int:

@@ -36,6 +36,7 @@ from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
+from qlora.storage.manifest import check_unchanged
 
 COMPANIONS = (
     "recipe.yaml", IDENTITY_FILE, "tokenizer.json", "tokenizer_config.json", TEMPLATE_FILE, SYSTEM_FILE,
@@ -172,10 +173,15 @@ def without_layers(folder: Path, config: Mapping[str, Any]) -> Adapter:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Return the adapter folder in `path`, itself or the folder of a run."""
+    """Return the adapter folder in `path`, itself or the folder of a run.
+
+    Raises:
+        ModelError: the adapter has changed since its training.
+    """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         folder /= "adapter"
+    check_unchanged(folder)
     return folder
 
 

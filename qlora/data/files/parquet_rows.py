@@ -37,7 +37,7 @@ def read(path: Path, name: str) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(f"{name}:row {number}", row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: no UTF-8
         raise DataError(
             f"{name}: cannot be read as Parquet: {error}. Write or download the file again"
         ) from error

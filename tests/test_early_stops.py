@@ -1,0 +1,170 @@
+"""A signal in the middle of an evaluation, and a result that cannot be written: what was trained is kept and named."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes_for_tests import Process
+
+import qlora.__main__
+from qlora.errors import OutOfMemoryError, SaveError
+from qlora.memory.oom import out_of_memory_explained
+from qlora.recipe import Recipe
+from qlora.runtime.signals import StopRequest
+from qlora.storage import folders
+from qlora.storage.json_files import with_checksum, without_checksum
+from qlora.training import checkpoint, evaluation
+from qlora.training.run_folder import claim, earlier_run_id
+from qlora.training.train import train
+
+RecipeFile = Callable[..., Path]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    times = ("tokens_per_second", "peak_memory_bytes")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+@pytest.mark.usefixtures("without_forecast")
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 2, 4])
+def test_a_signal_ends_an_evaluation_before_its_next_batch(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    file = recipe_file(training={"eval_every": 2}, adapter={"dropout": 0.1})
+    whole = train(Recipe.load(file, [f"output={tmp_path / 'whole'}"]), terminal=False)
+    evaluate, batches = evaluation.evaluate, []
+
+    def signalled(
+        model: Any, given: Any, *arguments: Any, before_each: Callable[[], object], **more: Any
+    ) -> Any:
+        assert len(given) == 2
+
+        def before() -> None:
+            before_each()
+            batches.append(len(batches))
+            if len(batches) == at + 1:  # the first batch of the evaluation after step `at`
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return evaluate(model, given, *arguments, before_each=before, **more)
+
+    monkeypatch.setattr(evaluation, "evaluate", signalled)
+    stopped = train(Recipe.load(file), terminal=False)
+    assert (stopped.steps, stopped.result, stopped.stopped_by) == (at, None, signal.SIGTERM)
+    assert len(batches) == at + 1
+    newest = checkpoint.newest(stopped.run)
+    assert newest is not None
+    assert newest.name == f"step-{at:06d}"
+    resumed = train(Recipe.load(file), resume=True, terminal=False)
+    assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert records(resumed.run) == records(whole.run)
+    assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_a_result_that_does_not_fit_names_the_checkpoint_to_continue_from(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(training={"save_every": 2})
+    commit = folders.commit
+
+    def full(folder: Path, final: Path) -> None:
+        if final.name == "adapter":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final))
+        commit(folder, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "commit", full)
+        with pytest.raises(SaveError) as caught:
+            train(Recipe.load(file), terminal=False)
+    run = tmp_path / "run"
+    assert f"the result is not saved: cannot write {run / 'adapter'}: No space left" in str(caught.value)
+    assert f"continue from {run / 'checkpoints/step-000002'} with --resume" in str(caught.value)
+    assert "step-000002/adapter" in str(caught.value)
+    assert train(Recipe.load(file), resume=True, terminal=False).result is not None
+
+
+def test_out_of_memory_under_a_budget_advises_a_smaller_one(recipe_file: RecipeFile) -> None:
+    with pytest.raises(
+        OutOfMemoryError, match=r"You can start again with a training\.memory below 8GiB, or start"
+    ):
+        with out_of_memory_explained(Recipe.load(recipe_file(training={"memory": "8GiB"}))):
+            raise MemoryError
+
+
+@pytest.mark.parametrize("plan", [None, {"micro_batch_size": 4}])
+def test_no_flipped_character_of_the_run_s_file_changes_it_silently(
+    recipe_file: RecipeFile, tmp_path: Path, plan: dict[str, Any] | None
+) -> None:
+    recipe = Recipe.load(recipe_file())
+    run = claim(recipe, tmp_path / "run", resume=False, fresh=False, plan=plan)
+    with checkpoint.writing(run.path, 1, run.run_id) as folder:
+        checkpoint.write_state(folder, {"step": 1, "plan": plan})
+    file = run.path / "run.json"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert earlier_run_id(run.path) == run.run_id
+    shutil.rmtree(run.path / "checkpoints")
+
+
+def test_an_object_without_a_checksum_is_of_an_earlier_version() -> None:
+    assert without_checksum({"run_id": "a"}) == {"run_id": "a"}
+    assert without_checksum(json.loads(json.dumps(with_checksum({"loss": 0.1})))) == {"loss": 0.1}
+    with pytest.raises(ValueError, match="checksum differs"):
+        without_checksum({**with_checksum({"loss": 0.1}), "loss": 0.2})
+
+
+def test_ctrl_c_in_the_first_import_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "qlora.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "qlora.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        qlora.__main__.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+def test_a_signal_to_one_process_stops_all() -> None:
+    for own, others, code in ((None, 0, None), (None, 15, 15), (15, 0, 15), (1, 15, 15)):
+        stop = StopRequest()
+        stop.signal_number = own
+        assert stop.agreed(lambda number, others=others: max(number, others)) == (code is not None)  # type: ignore[misc]
+        assert stop.signal_number == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_sigterm_to_one_of_two_processes_ends_both_with_a_checkpoint(
+    recipe_file: RecipeFile, tmp_path: Path, signalled: int
+) -> None:
+    file = recipe_file(training={"max_steps": 500, "eval_every": 2})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = [
+        Process("train", file, folder=tmp_path, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    processes[0].wait_for_step(tmp_path / "run", 3)
+    processes[signalled].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [143, 143]
+    assert "Traceback" not in processes[0].err + processes[1].err
+    assert checkpoint.newest(tmp_path / "run") is not None
