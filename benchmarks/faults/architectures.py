@@ -6,7 +6,7 @@
 `save(name, folder)` that writes one. Each model is checked, estimated, trained for three steps over NF4 and over the
 plain base, asked for an answer, evaluated, and merged; the merged model is evaluated with transformers alone. A case
 works, or is refused (a documented exit code and one message), or is a fault: a traceback, a hang, an evaluation that
-a merge changes, a refusal that the check did not announce and that names neither key nor layer.
+a merge changes.
 
 `--out` gets a JSON line per case as soon as it ends; a second start leaves out what is there. The summary counts the
 cases, and the script ends with 1 if there was a fault.
@@ -22,13 +22,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from benchmarks.faults.child import outcome_of
+from benchmarks.faults.child import command, ended
 
 REFUSALS = {2: "recipe or usage", 4: "model"}
 """exit codes that refuse a model"""
@@ -93,9 +91,9 @@ def models(source: Path, only: list[str] | None) -> Iterator[tuple[str, Callable
 
 def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float) -> Iterator[dict[str, Any]]:
     """Run all cases of one model in `work`; yield a line each."""
-    made = outcome_of(lambda: write(work / "base"), seconds)
-    if made[0] != "done":
-        yield _line(name, "write", "unmade", 0.0, made[1][-300:])
+    made = ended(lambda: write(work / "base"), seconds)
+    if made.code != 0:
+        yield _line(name, "write", "unmade", 0.0, made.err[-300:])
         return
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     yield _case(name, "check", ["check", recipe(work, "nf4")], work, seconds)
@@ -110,8 +108,8 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
         yield train
         if train["kind"] != "works":
             continue
-        for command in (["generate", str(run), "--prompt", "Order 3"], ["eval", str(run), "--json"]):
-            yield _case(name, f"{command[0]} {base}", command, work, seconds)
+        for asked in (["generate", str(run), "--prompt", "Order 3"], ["eval", str(run), "--json"]):
+            yield _case(name, f"{asked[0]} {base}", asked, work, seconds)
         for onto in ("dequantized", "original", "nf4") if base == "nf4" else ("original",):
             to = work / f"merged-{base}-{onto}"
             case = _case(
@@ -126,9 +124,9 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
             yield case
             if case["kind"] == "works":
                 began = time.monotonic()
-                loaded = outcome_of(partial(load_plainly, to), seconds)
-                kind = "works" if loaded[0] == "done" else "fault"
-                yield _line(name, f"load {base} {onto}", kind, time.monotonic() - began, loaded[1][-600:])
+                loaded = ended(partial(load_plainly, to), seconds)
+                kind = "works" if loaded.code == 0 else "fault"
+                yield _line(name, f"load {base} {onto}", kind, time.monotonic() - began, loaded.err[-600:])
     yield _line(name, "merged none", "works", 0.0, "all cases have run")
 
 
@@ -153,34 +151,18 @@ def recipe(work: Path, name: str, *, quantization: str = "nf4", packing: bool = 
     return str(file)
 
 
-def _case(name: str, case: str, command: list[str], work: Path, seconds: float) -> dict[str, Any]:
+def _case(name: str, case: str, arguments: list[str], work: Path, seconds: float) -> dict[str, Any]:
     """Run one command in a process of its own; return its line."""
-    began, said = time.monotonic(), work / "said.txt"
-    kind, trace = outcome_of(partial(run_command, command, said), seconds)
-    output = said.read_text() if said.exists() else ""
-    code = int(output.rpartition("exit code ")[2] or -1) if kind == "done" else -1
-    text = output.rpartition("\nexit code ")[0].replace(str(work), "WORK")
-    if kind == "done" and code == 0:
+    began = time.monotonic()
+    end = command(arguments, seconds)
+    took, text = time.monotonic() - began, end.said.replace(str(work), "WORK")
+    if end.code == 0:
         notes = [line for line in text.splitlines() if line.startswith(("note", "not checked"))]
-        return _line(name, case, "works", time.monotonic() - began, "\n".join(notes))
+        return _line(name, case, "works", took, "\n".join(notes))
     message = text[text.rfind("qlora: ") :] if "qlora: " in text else ""
-    refused = kind == "done" and code in REFUSALS and message
-    text = message if refused else f"{kind} {code}\n{text[-300:]}\n{trace[-1500:]}"
-    return _line(name, case, "refused" if refused else "fault", time.monotonic() - began, text)
-
-
-def run_command(command: list[str], said: Path) -> None:
-    """Run `qlora ...`; write both streams and the exit code into the file `said`."""
-    from qlora.cli import main as qlora
-
-    code = 0
-    with said.open("w") as stream:
-        with redirect_stdout(stream), redirect_stderr(stream), patch.object(sys, "argv", ["qlora", *command]):
-            try:
-                qlora()
-            except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        stream.write(f"\nexit code {code}")
+    refused = end.code in REFUSALS and message and not end.is_traceback
+    text = message if refused else f"code {end.code}\n{text[-1800:]}"
+    return _line(name, case, "refused" if refused else "fault", took, text)
 
 
 def load_plainly(folder: Path) -> None:
