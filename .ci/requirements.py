@@ -3,12 +3,15 @@
 .ci/requirements.py oldest                         the lowest version of each that is admitted: constraints
 .ci/requirements.py newest [--hold NAME ...]       each without its upper bound, tests' own too: requirements
 .ci/requirements.py beyond                         the installed versions that lie beyond their bound
+.ci/requirements.py tested                         the installed version of each and of what they need: constraints
 """
 
 import argparse
+import datetime
+import platform
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -24,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["oldest", "newest", "beyond"])
+    parser.add_argument("what", choices=["oldest", "newest", "beyond", "tested"])
     parser.add_argument("--hold", metavar="NAME", action="append", default=[], help="keep this upper bound")
     arguments = parser.parse_args()
     held = {canonicalize_name(name) for name in arguments.hold}
@@ -34,6 +37,7 @@ def main() -> None:
         "oldest": lambda: [oldest(wanted) for wanted in needed()],
         "newest": lambda: [newest(wanted, held) for wanted in needed("test")],
         "beyond": lambda: [found for wanted in needed("test") if (found := beyond(wanted))],
+        "tested": lambda: [*heading(), *sorted(tested(needed("tensorboard")))],
     }
     for line in lines[arguments.what]():
         print(line)
@@ -78,6 +82,35 @@ def beyond(wanted: Requirement) -> str | None:
     if wanted.specifier.contains(installed, prereleases=True):
         return None
     return f"{wanted.name} {installed} lies outside {wanted.specifier}"
+
+
+def heading() -> list[str]:
+    """The comment above the tested versions: machine, Python and date."""
+    return [
+        "# Versions that passed all tests together; `.ci/tested` wrote this file. Install exactly these with",
+        "#     pip install -c constraints.txt -e .",
+        f"# {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+        f"{datetime.date.today():%Y-%m-%d}",
+    ]
+
+
+def tested(wanted: list[Requirement]) -> set[str]:
+    """The installed versions of these requirements, of theirs and so on, as `name==version`.
+
+    A local version such as torch's `+cpu` is left out, because it names a build and not a release.
+    """
+    found: dict[str, str] = {}
+    waiting = [(requirement, "") for requirement in wanted]
+    while waiting:
+        requirement, extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for chosen in ("", *requirement.extras):
+            if f"{name}[{chosen}]" not in found:
+                found[f"{name}[{chosen}]"] = f"{name}=={version(name).partition('+')[0]}"
+                waiting += [(Requirement(line), chosen) for line in requires(name) or ()]
+    return set(found.values())
 
 
 if __name__ == "__main__":

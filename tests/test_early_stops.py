@@ -120,6 +120,8 @@ def test_no_flipped_character_of_the_run_s_file_changes_it_silently(
 def test_an_object_without_a_checksum_is_of_an_earlier_version() -> None:
     assert without_checksum({"run_id": "a"}) == {"run_id": "a"}
     assert without_checksum(json.loads(json.dumps(with_checksum({"loss": 0.1})))) == {"loss": 0.1}
+    ranks = {"ranks": {2: 1, 10: 2}}  # keys become text in the file
+    assert without_checksum(json.loads(json.dumps(with_checksum(ranks)))) == {"ranks": {"2": 1, "10": 2}}
     with pytest.raises(ValueError, match="checksum differs"):
         without_checksum({**with_checksum({"loss": 0.1}), "loss": 0.2})
 

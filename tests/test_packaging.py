@@ -13,12 +13,14 @@ from zipfile import ZipFile
 import pytest
 from commands_for_tests import qlora
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 
 CALLED_DEEPLY = {
     "torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "huggingface_hub", "typer",
@@ -95,6 +97,25 @@ def test_newest_refuses_to_hold_an_unneeded_package() -> None:
 
 def test_newest_deselects_an_existing_test() -> None:
     assert test_the_installed_versions_are_within_the_bounds.__name__ in (ROOT / ".ci/newest").read_text()
+
+
+def test_tested_pins_every_package_that_is_needed_to_the_installed_release() -> None:
+    lines = {line.name: line for line in map(Requirement, filter(is_pin, ask("tested")))}
+    for wanted in others(PROJECT["dependencies"]):
+        pin = str(lines[canonicalize_name(wanted.name)].specifier)
+        assert pin == f"=={Version(version(wanted.name)).public}"
+    assert lines.keys() >= {"tokenizers", "markupsafe"}, "packages that the dependencies need"
+    assert "pytest" not in lines
+
+
+def test_the_constraints_file_is_within_the_bounds() -> None:
+    pins = {line.name: line for line in map(Requirement, filter(is_pin, CONSTRAINTS.splitlines()))}
+    for wanted in others(PROJECT["dependencies"]):
+        assert wanted.specifier.contains(bound(pins[canonicalize_name(wanted.name)], "=="))
+
+
+def is_pin(line: str) -> bool:
+    return not line.startswith("#")
 
 
 # what a release holds

@@ -92,7 +92,9 @@ def test_an_adapter_of_an_earlier_version_gives_the_same_answers() -> None:
     found = json.loads(qlora("eval", RUNS / "finished", "--json").stdout)
     assert found["eval_loss"] == pytest.approx(result["loss_after"], rel=1e-4)
     done = qlora("generate", RUNS / "finished/adapter", "--prompt", "Hello", "--max-new-tokens", 4)
-    assert (done.returncode, done.stderr) == (0, "loading torch and transformers\nloading base and adapter\n")
+    stages = ["loading torch and transformers", "loading base and adapter"]
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if not line.startswith("device ")] == stages
     assert done.stdout
 
 

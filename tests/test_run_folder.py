@@ -56,12 +56,16 @@ def resumed(run: Path, **training: Any) -> str:
 
 
 def test_resuming_rewrites_nothing_that_is_unchanged(run: Path) -> None:
-    before = {name: (run / name).stat() for name in ("run.json", "recipe.yaml")}
+    def written() -> dict[str, tuple[int, int]]:
+        stats = {name: (run / name).stat() for name in ("run.json", "recipe.yaml")}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+    before = written()
     resumed(run)
-    assert {name: (run / name).stat() for name in before} == before
+    assert written() == before
     resumed(run, max_steps=7)  # max_steps can change
-    assert (run / "run.json").stat() == before["run.json"]
-    assert (run / "recipe.yaml").stat().st_ino != before["recipe.yaml"].st_ino
+    assert written()["run.json"] == before["run.json"]
+    assert written()["recipe.yaml"] != before["recipe.yaml"]
     assert Recipe.recorded(run / "recipe.yaml").training.max_steps == 7
 
 

@@ -14,7 +14,8 @@ CHECKSUM = "sha256"
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object with a checksum of itself, so that a changed value is noticed."""
-    return {**content, CHECKSUM: _checksum(content)}
+    read_again = json.loads(json.dumps(content))  # numbers as keys become text, and sort differently
+    return {**content, CHECKSUM: _checksum(read_again)}
 
 
 def without_checksum(content: Any) -> dict[str, Any]:
