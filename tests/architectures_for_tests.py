@@ -56,6 +56,7 @@ _ROUTED = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }
+_INDEXED = {"head_dim": 8, "index_topk": 64, "index_head_dim": 16, "index_n_heads": 2}
 
 LEAKY: dict[str, dict[str, Any]] = {
     "lfm2": {"block_ff_dim": 128, "layer_types": ["conv", "full_attention"]},
@@ -126,6 +127,13 @@ APART: dict[str, dict[str, Any]] = {
     "cohere2": {**_WINDOW, "logit_scale": 0.5}, "stablelm": {}, "starcoder2": {"sliding_window": 8}, "glm": _HEAD,
     "glm4": _HEAD, "glm4_moe": {**_HEAD, **_ROUTED}, "deepseek_v2": {**_LATENT, **_ROUTED, "head_dim": 8},
     "deepseek_v3": {**_LATENT, **_ROUTED, "head_dim": 8},
+    "deepseek_v32": {**_LATENT, **_ROUTED, **_INDEXED}, "glm_moe_dsa": {
+        **_LATENT, **_ROUTED, **_INDEXED, "indexer_types": ["full"] * 2, "mlp_layer_types": ["dense", "sparse"],
+    },
+    "longcat_flash": {
+        **_LATENT, "head_dim": 8, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 32, "n_routed_experts": 4,
+        "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2, "num_hidden_layers": 4,
+    },
     "minicpm3": {**_LATENT, "scale_emb": 2, "scale_depth": 1.4, "dim_model_base": 32},
     "smollm3": {"no_rope_layers": [1, 0]}, "exaone4": {**_HEAD, **_WINDOW},
     "minimax_m2": {**_HEAD, **_EXPERTS, "rotary_dim": 8}, "ernie4_5": _HEAD,

@@ -104,6 +104,21 @@ def test_positions_that_continue_are_not_called_a_leak() -> None:
         check_packing(model)
 
 
+@pytest.mark.parametrize("error", [TypeError, IndexError, RuntimeError])
+def test_a_model_whose_code_fails_on_two_documents_is_refused_by_name(error: type[Exception]) -> None:
+    model = build("llama", torch.float32)
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: (_ for _ in ()).throw(error("unexpected keyword")), with_kwargs=True
+    )
+    before = model.config._attn_implementation
+    assert not read_documents_if_apart(model)
+    assert model.config._attn_implementation == before
+    with pytest.raises(
+        RecipeError, match=rf"data\.packing: LlamaForCausalLM .*{error.__name__}: unexpected keyword"
+    ):
+        check_packing(model)
+
+
 @pytest.fixture
 def convolution_with_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Stand-in for the kernel of the package causal-conv1d: restarts at each document of `seq_idx` [1, T]."""

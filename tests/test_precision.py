@@ -1,5 +1,6 @@
 """The share of a base in NF4 is counted, printed and the same for the config alone, and for the loaded base."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qlora.adapter.targets import select
 from qlora.errors import ModelError
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import Estimate, estimate
-from qlora.memory.no_forecast import NoForecastError
+from qlora.memory.no_forecast import FAKE_LOG, NoForecastError, failure_named
 from qlora.model.load import load_base, load_config, meta_base
 from qlora.model.precision import EXPERTS, ROUTERS, SKIPPED, Precision, precision_of
 from qlora.quantization import nf4
@@ -128,13 +129,33 @@ def test_estimate_refuses_the_quantizations_that_train_refuses(tmp_path: Path, m
             attempt()
 
 
-def test_an_architecture_without_forecast_is_an_error_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_architecture_without_forecast_is_an_error_that_names_it_and_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = small.recipe(tmp_path, "llama")
-    monkeypatch.setattr("qlora.memory.forecast.accumulate", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(NoForecastError, match="no memory forecast for this architecture: division by zero"):
+    recipe = small.recipe(tmp_path, "dbrx", layers=2)
+    with pytest.raises(NoForecastError) as raised:
         estimate(recipe)
+    assert re.fullmatch(
+        r"no memory forecast for DbrxForCausalLM: .*\(DynamicOutputShapeException in modeling_dbrx\.py:\d+\)\. "
+        r"It may train all the same: set training\.max_steps=3, .*",
+        str(raised.value),
+    )
+    assert "aten" not in str(raised.value)
+
+    @failure_named("GPT")
+    def fail() -> None:
+        FAKE_LOG.error("failed while attempting to run meta for aten.add.Tensor")
+        raise RuntimeError("Attempting to broadcast")
+
+    with pytest.raises(NoForecastError, match=r"forecast for GPT: .*RuntimeError in test_precision\.py"):
+        fail()
+    assert not [record for record in caplog.records if record.name == FAKE_LOG.name]
+
+
+@pytest.mark.parametrize("name", ["nemotron", "doge"])
+def test_models_that_compute_with_their_mask_are_forecast_with_one(name: str, tmp_path: Path) -> None:
+    assert architecture(small.recipe(tmp_path / name, name, layers=2), cuda=False).padded
+    assert not architecture(small.recipe(tmp_path / "llama", "llama", layers=2), cuda=False).padded
 
 
 def test_settings_that_an_nf4_checkpoint_overrules_are_named_and_forecast(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from qlora.data import Batch
 from qlora.errors import ModelError, first_line
-from qlora.memory.no_forecast import failure_named
+from qlora.memory.no_forecast import failure_named, kind_of
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.document_bounds import keeps_state
-from qlora.model.head import head_of
+from qlora.model.head import decoder_of, head_of
 from qlora.model.load import (
     check_quantization,
     compute_dtype,
@@ -76,7 +76,6 @@ class Architecture:
         return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
 
 
-@failure_named()
 def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:
     """Read the architecture of a recipe's base.
 
@@ -91,7 +90,12 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
     """
     config = load_config(recipe.base) if config is None else config
     check_quantization(recipe.base, config)
-    config = copy.deepcopy(config)
+    with failure_named(kind_of(config)):
+        return _architecture(recipe, copy.deepcopy(config), cuda)
+
+
+def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
+    """Build the architecture of a recipe's base from a configuration of its own."""
     try:
         model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
@@ -129,14 +133,29 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
     if not reads_documents(model) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    few = meta_model(recipe.base, shortened(config, 2), model.dtype)
+    read_documents(few)
     try:
-        few = meta_model(recipe.base, shortened(config, 2), model.dtype)
-        read_documents(few)
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
     except ModelError:
         return False
-    except Exception:  # noqa: BLE001 - a model can fail for other reasons: it has no values
-        pass
+    except Exception:  # noqa: BLE001 - the model's code can fail in any way
+        # If it fails with a mask too, the reason is that it has no values. If not, its code does not pass our
+        # empty mask on to the attention but computes with it, as Nemotron's and DOGE's does
+        return not _runs_with_mask(few, ids)
+    return True
+
+
+def _runs_with_mask(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Return True if a model without values runs on token ids [1, T] with transformers' attention and a mask."""
+    length = ids.shape[1]
+    model.set_attn_implementation("sdpa")
+    mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device=ids.device)
+    positions = torch.arange(length, device=ids.device)[None]
+    try:
+        decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    except Exception:  # noqa: BLE001 - the model's code can fail in any way
+        return False
     return True
 
 

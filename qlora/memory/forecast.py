@@ -144,9 +144,12 @@ class Forecaster:
         self._traces: dict[Hashable, Trace] = {}
         self._updates: dict[Hashable, tuple[Row, Rows]] = {}
 
-    @failure_named()
     def forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
         """Forecast like the function `forecast`. The recipe's base and adapter must be those of the architecture."""
+        with failure_named(type(self.arch.model).__name__):
+            return self._forecast(recipe, workload)
+
+    def _forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
         arch, cuda = self.arch, self.cuda
         whole, mlps = checkpointed(recipe, arch.layers)
         few = KEPT_OFFLOADED if cuda and recipe.training.activation_offloading else KEPT_LAYERS

@@ -62,7 +62,7 @@ class RunMemory:
         cuda = device.type == "cuda"
         workload = None
         try:
-            with failure_named():
+            with failure_named(recipe.base.model):
                 arch = architecture(recipe, cuda=cuda)
                 workload = of_run(recipe, dataset, batches, steps, arch)
                 made = forecast(recipe, workload, arch, cuda=cuda)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora.data import Batch
-from qlora.errors import ModelError, RecipeError, first_line
+from qlora.errors import QloraError, RecipeError, first_line
 from qlora.model import varlen_attention
 from qlora.model.document_bounds import keeps_state, pass_bounds
 from qlora.model.head import head_of
@@ -96,7 +96,7 @@ def read_documents_if_apart(model: PreTrainedModel) -> bool:
         return False
     try:
         apart = not keeps_state(model) and influence(model).none
-    except (ModelError, RuntimeError) as error:
+    except Exception as error:  # the model's code can fail in any way
         if is_out_of_memory(error):
             raise
         apart = False  # its attention needs something that ours does not support, such as sinks or a mask
@@ -116,7 +116,15 @@ def check_packing(model: nn.Module) -> None:
     """
     kind, advice = type(model).__name__, "Set data.packing=false"
     if not keeps_state(model):
-        found = influence(model)
+        try:
+            found = influence(model)
+        except Exception as error:  # the model's code can fail in any way
+            if is_out_of_memory(error) or isinstance(error, QloraError):
+                raise
+            raise RecipeError(
+                f"data.packing: {kind} fails on a row of two documents ({type(error).__name__}: {first_line(error)}). "
+                f"{advice}"
+            ) from error
         if not found.none:
             how = "see each other" if found.leaks else "change their positions"
             raise RecipeError(

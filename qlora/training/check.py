@@ -177,7 +177,7 @@ def _readable(recipe: Recipe, found: Checked) -> Recipe:
 def _assumed_memory(recipe: Recipe, cuda: bool) -> MemoryFacts:
     """Forecast the memory with full rows, or say why that is impossible."""
     try:
-        with failure_named():
+        with failure_named(recipe.base.model):
             made = forecast(recipe, assumed(recipe), architecture(recipe, cuda=cuda), cuda=cuda)
     except NoForecastError as error:
         return MemoryFacts(None, str(error))
