@@ -14,13 +14,14 @@ from qlora.adapter.targets import select
 from qlora.errors import ModelError
 from qlora.memory.architecture import architecture
 from qlora.memory.estimate import Estimate, estimate
-from qlora.memory.no_forecast import FAKE_LOG, NoForecastError, failure_named
+from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.model.load import load_base, load_config, meta_base
 from qlora.model.precision import EXPERTS, ROUTERS, SKIPPED, Precision, precision_of
 from qlora.quantization import nf4
 from qlora.quantization.routers import routers
 from qlora.quantization.transformers_loader import nf4_layers, overruled_settings
 from qlora.recipe import Base
+from qlora.runtime import fake
 
 MIXTURES = ("hunyuan_v1_moe", "dbrx", "jetmoe", "mixtral", "qwen2_moe")
 
@@ -144,15 +145,15 @@ def test_an_architecture_without_forecast_is_an_error_that_names_it_and_the_way_
 
     @failure_named("GPT")
     def fail() -> None:
-        FAKE_LOG.error("failed while attempting to run meta for aten.add.Tensor")
+        fake.LOG.error("failed while attempting to run meta for aten.add.Tensor")
         raise RuntimeError("Attempting to broadcast")
 
     with pytest.raises(NoForecastError, match=r"forecast for GPT: .*RuntimeError in test_precision\.py"):
         fail()
-    assert not [record for record in caplog.records if record.name == FAKE_LOG.name]
+    assert not [record for record in caplog.records if record.name == fake.LOG.name]
 
 
-@pytest.mark.parametrize("name", ["nemotron", "doge"])
+@pytest.mark.parametrize("name", ["nemotron", "doge", "deepseek_v32", "glm_moe_dsa"])
 def test_models_that_compute_with_their_mask_are_forecast_with_one(name: str, tmp_path: Path) -> None:
     assert architecture(small.recipe(tmp_path / name, name, layers=2), cuda=False).padded
     assert not architecture(small.recipe(tmp_path / "llama", "llama", layers=2), cuda=False).padded
@@ -204,3 +205,14 @@ def test_the_way_out_of_a_large_mixture_is_not_a_smaller_model() -> None:
     )
     assert "smaller model" not in lines[-1]
     assert "54.0 GiB are weights that are not quantized" in lines[-1]
+
+
+def test_the_router_of_longcat_that_reads_its_weight_is_neither_quantized_nor_adapted() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small.config("longcat_flash"))
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    router = {name for name in linears if name.endswith("router.classifier")}
+    assert router
+    for chosen in (nf4_layers(model), select(model, "all-linear")):
+        assert chosen
+        assert router.isdisjoint(chosen)

@@ -133,7 +133,9 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
     if not reads_documents(model) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
-    few = meta_model(recipe.base, shortened(config, 2), model.dtype)
+    few = meta_model(
+        recipe.base, shortened(config, 2), torch.bfloat16
+    )  # meta experts multiply in bfloat16 only
     read_documents(few)
     try:
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
@@ -150,7 +152,7 @@ def _runs_with_mask(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     """Return True if a model without values runs on token ids [1, T] with transformers' attention and a mask."""
     length = ids.shape[1]
     model.set_attn_implementation("sdpa")
-    mask = torch.zeros(1, 1, length, length, dtype=model.dtype, device=ids.device)
+    mask = torch.zeros(1, 1, length, length, dtype=torch.bfloat16, device=ids.device)
     positions = torch.arange(length, device=ids.device)[None]
     try:
         decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)

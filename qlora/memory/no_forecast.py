@@ -1,6 +1,5 @@
 """Error for an architecture whose memory cannot be forecast, although it may be trained."""
 
-import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError, QloraError
-
-FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-"""logs the traceback of each operation that fails without values, also if its error is caught"""
+from qlora.runtime.fake import failures_unlogged
 
 
 class NoForecastError(ModelError):
@@ -27,9 +24,9 @@ def failure_named(kind: str) -> Iterator[None]:
     Args:
         kind: the architecture, for example `JambaForCausalLM`.
     """
-    disabled, FAKE_LOG.disabled = FAKE_LOG.disabled, True
     try:
-        yield
+        with failures_unlogged():
+            yield
     except QloraError:
         raise
     except Exception as error:
@@ -38,8 +35,6 @@ def failure_named(kind: str) -> Iterator[None]:
             f"does not support ({type(error).__name__} in {_place(error)}). It may train all the same: set "
             "training.max_steps=3, and read peak_memory_bytes in the run's metrics.jsonl"
         ) from error
-    finally:
-        FAKE_LOG.disabled = disabled
 
 
 def kind_of(config: Any) -> str:

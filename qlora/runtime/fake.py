@@ -4,12 +4,16 @@ A forecast runs the training step under torch's FakeTensorMode. Without CUDA, to
 CUDA tensors, so a forecast for a GPU uses fake CPU tensors, for which our operations choose their GPU variant.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""torch's log of operations that fail on fake tensors: a traceback for each, also if the error is caught"""
 
 _standing_for_cuda = False
 
@@ -57,3 +61,13 @@ def representing_cuda(wanted: bool = True) -> Iterator[None]:
 def represented_device(device: torch.device) -> torch.device:
     """Return the device that tensors on `device` represent: the GPU in a forecast for a GPU, else `device`."""
     return torch.device("cuda") if _standing_for_cuda else device
+
+
+@contextmanager
+def failures_unlogged() -> Iterator[None]:
+    """Within the context, torch does not log the operations that fail on fake tensors."""
+    disabled, LOG.disabled = LOG.disabled, True
+    try:
+        yield
+    finally:
+        LOG.disabled = disabled
