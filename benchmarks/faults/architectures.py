@@ -5,8 +5,9 @@
 `--models` is a folder of checkpoints, one folder each, or a Python file with a dictionary `A` of names and a function
 `save(name, folder)` that writes one. Each model is checked, estimated, trained for three steps over NF4 and over the
 plain base, asked for an answer, evaluated, and merged; the merged model is evaluated with transformers alone. A case
-works, or is refused (a documented exit code and one message), or is a fault: a traceback, a hang, an evaluation that
-a merge changes.
+works, or is refused (a documented exit code and one message that names a key, file, layer or class), or is a fault: a
+traceback, a hang, a message without a name, an evaluation that a merge changes, or training that is refused although
+the estimate of the same recipe is not.
 
 `--out` gets a JSON line per case as soon as it ends; a second start leaves out what is there. The summary counts the
 cases, and the script ends with 1 if there was a fault.
@@ -16,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +32,11 @@ from benchmarks.faults.child import command, ended
 
 REFUSALS = {2: "recipe or usage", 4: "model"}
 """exit codes that refuse a model"""
+
+NAME = re.compile(
+    r"\b[a-z]+\.[a-z_]\w+|\w+\.(?:json|safetensors|py)\b|\b[A-Z]\w+For[A-Z]\w+|\b[a-z]+_[a-z_]+\b"
+)
+"""a key of the recipe, a file, a layer or the class of a model"""
 
 MERGE_CHANGES = 0.02
 """largest difference of the mean loss (nats) before and after a merge that is no fault"""
@@ -105,6 +112,8 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
     for base in ("nf4", "none"):
         run = work / "runs" / base
         train = _case(name, f"train {base}", ["train", recipe(work, base, quantization=base)], work, seconds)
+        if base == "nf4":
+            train = contradicted(train, estimate)
         yield train
         if train["kind"] != "works":
             continue
@@ -160,9 +169,16 @@ def _case(name: str, case: str, arguments: list[str], work: Path, seconds: float
         notes = [line for line in text.splitlines() if line.startswith(("note", "not checked"))]
         return _line(name, case, "works", took, "\n".join(notes))
     message = text[text.rfind("qlora: ") :] if "qlora: " in text else ""
-    refused = end.code in REFUSALS and message and not end.is_traceback
+    refused = end.code in REFUSALS and NAME.search(message) and not end.is_traceback
     text = message if refused else f"code {end.code}\n{text[-1800:]}"
     return _line(name, case, "refused" if refused else "fault", took, text)
+
+
+def contradicted(train: dict[str, Any], estimate: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a training, a fault if it is refused although the estimate of its recipe works."""
+    if train["kind"] == "refused" and estimate["kind"] == "works":
+        return {**train, "kind": "fault", "said": f"estimate accepts what train refuses: {train['said']}"}
+    return train
 
 
 def load_plainly(folder: Path) -> None:
