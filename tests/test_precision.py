@@ -7,9 +7,11 @@ from typing import Any
 import architectures_for_tests as small
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qlora.adapter import LoraSpec, adapt
 from qlora.adapter.targets import select
 from qlora.errors import ModelError
 from qlora.memory.architecture import architecture
@@ -17,6 +19,7 @@ from qlora.memory.estimate import Estimate, estimate
 from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.model.load import load_base, load_config, meta_base
 from qlora.model.precision import EXPERTS, ROUTERS, SKIPPED, Precision, precision_of
+from qlora.model.prepare import unreached_notes
 from qlora.quantization import nf4
 from qlora.quantization.routers import routers
 from qlora.quantization.transformers_loader import nf4_layers, overruled_settings
@@ -216,3 +219,30 @@ def test_the_router_of_longcat_that_reads_its_weight_is_neither_quantized_nor_ad
     for chosen in (nf4_layers(model), select(model, "all-linear")):
         assert chosen
         assert router.isdisjoint(chosen)
+
+
+def test_adapters_that_text_does_not_reach_are_named() -> None:
+    model = AutoModelForCausalLM.from_config(small.config("llama", num_hidden_layers=1))
+    model.vision_tower = nn.Sequential(nn.Linear(8, 8))
+    assert unreached_notes(model) == []
+    adapt(model, LoraSpec(rank=2, targets=["q_proj"]))
+    assert unreached_notes(model) == []
+    adapt_vision = AutoModelForCausalLM.from_config(small.config("llama", num_hidden_layers=1))
+    adapt_vision.vision_tower = nn.Sequential(nn.Linear(8, 8))
+    adapt(adapt_vision, LoraSpec(rank=2, targets="all-linear"))
+    (note,) = unreached_notes(adapt_vision)
+    assert note.startswith("1 adapted layers are outside the decoder (vision_tower.0)")
+
+
+@pytest.mark.parametrize("kind", ["Mistral3Config", "Qwen2_5_VLConfig"])
+def test_models_without_a_causal_language_model_are_refused_with_the_way_out(
+    kind: str, tmp_path: Path
+) -> None:
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    recipe = small.recipe(tmp_path / "config", "llama")
+    recipe = recipe.model_copy(update={"base": Base(model=str(tmp_path))})
+    for attempt in (lambda: architecture(recipe, cuda=False), lambda: load_base(recipe.base)):
+        with pytest.raises(
+            ModelError, match=rf"base\.model.*no causal language model for {kind}.*text model alone"
+        ):
+            attempt()

@@ -23,6 +23,7 @@ from qlora.model.load import (
     load_config,
     meta_model,
 )
+from qlora.model.load_problems import not_causal
 from qlora.model.precision import Precision, check_precision, precision_of
 from qlora.model.prepare import apply_adapter
 from qlora.model.varlen_attention import read_documents, reads_documents
@@ -99,7 +100,7 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
     try:
         model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
-        reason = first_line(error)
+        reason = not_causal(error) or first_line(error)
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
     in_nf4 = recipe.base.quantization == "nf4"
     quantized = frozenset(nf4_layers(model, getattr(config, "quantization_config", None)) if in_nf4 else ())

@@ -1,6 +1,7 @@
 """Messages about a base that cannot be loaded."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ def damage_named(base: Base, damaged: Callable[[Path], str | None], otherwise: s
         if is_out_of_memory(error):
             raise
         folder = Path(locate(base))
+        if unfit := not_causal(error):
+            raise ModelError(f"base.model: cannot load {base.model!r}: {unfit}") from error
         problem = damaged(folder) if folder.is_dir() else None
         if problem is None and (not folder.is_dir() or code_wanted(error) or "architecture" in str(error)):
             raise ModelError(load_problem(base, error)) from error
@@ -42,6 +45,17 @@ def code_wanted(error: BaseException) -> str:
     return (
         "the model needs its own Python code to run. Read that code. If you trust it, set base.trust_remote_code=true, "
         "or add --trust-remote-code to a command that takes no recipe"
+    )
+
+
+def not_causal(error: BaseException) -> str:
+    """Return advice if transformers has no causal language model for the configuration, or else an empty string."""
+    found = re.search(r"Unrecognized configuration class .*?(\w+Config)\b", first_line(error))
+    if found is None:
+        return ""
+    return (
+        f"transformers has no causal language model for {found[1]} in config.json; it may be a model of images or "
+        "sound. Use the text model alone: load it with transformers, save its language model, and set base.model to it"
     )
 
 

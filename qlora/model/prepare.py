@@ -23,6 +23,7 @@ from qlora.adapter.trained_rows import TrainedRows
 from qlora.errors import QloraError, UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import unfused_layers, use_fused_layers
+from qlora.model.head import decoder_of
 from qlora.model.load import load_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
@@ -105,6 +106,7 @@ def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
     """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it, PEFT."""
     return [
         *left_out_notes(model, recipe.adapter.targets),
+        *unreached_notes(model),
         *part_notes(model, tokenizer),
         *peft_drops(model),
     ]
@@ -118,6 +120,18 @@ def left_out_notes(model: nn.Module, targets: object) -> list[str]:
     return [
         f"{targets} leaves out {listed(left_out)}: the model reads the weights of these layers without calling them, "
         "so they get no adapter"
+    ]
+
+
+def unreached_notes(model: nn.Module) -> list[str]:
+    """Return a remark that names the adapted layers outside the decoder, such as those of a vision tower."""
+    reached = set(decoder_of(model).modules())
+    outside = [name for name, layer in AdaptedLayer.of(model).items() if layer not in reached]
+    if not outside:
+        return []
+    return [
+        f"{len(outside)} adapted layers are outside the decoder ({listed(outside)}), so text does not train them. "
+        'To leave them out, name the layers of the decoder in adapter.targets, for example ".*language_model.*_proj"'
     ]
 
 
