@@ -31,9 +31,6 @@ from qlora.runtime.progress import Progress
 from qlora.tracking.startup import Startup, silent
 from qlora.training.session import Session
 
-COMPILING = "compiling kernels, "
-"""start of the name of the first stage that launches kernels"""
-
 
 def prepare(
     recipe: Recipe,
@@ -85,7 +82,7 @@ def prepare(
         model, optimizer = build(recipe, device, start=start)
         model = processes.shard(model)
     _check_same_start(processes, model)
-    with startup.stage(COMPILING * compiled_for(device) + "checking the model"):
+    with startup.stage(f"{_compiling(device)}checking the model"):
         _check_model(model, tokenizer, recipe, device)
     method = METHODS[recipe.adapter.method]
     course = method.course(model, recipe.adapter, steps)
@@ -105,6 +102,11 @@ def _read(
     dataset = load_dataset(recipe.data, tokens.tokenizer, seed, rows=rows, progress=progress)
     tokens.check_rows(dataset.train)
     return tokens.tokenizer, dataset
+
+
+def _compiling(device: torch.device) -> str:
+    """Return the start of the name of the first stage that launches kernels: it takes seconds on a GPU."""
+    return "compiling kernels, " if compiled_for(device) else ""
 
 
 def _check_model(model: Any, tokenizer: Any, recipe: Recipe, device: torch.device) -> None:
