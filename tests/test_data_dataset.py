@@ -254,7 +254,7 @@ def test_counts_add_up(hundred: Path) -> None:
         (
             pairs(3),
             {"held_out": 3},
-            r"data.held_out: cannot hold out 3 rows, because \S*rows.jsonl has only 3 usable rows",
+            r"data.held_out: cannot hold out 3 rows, because \S*a.jsonl has only 3 usable rows",
         ),
         (pairs(3), {"columns": {"promt": "a"}}, "no field 'promt'"),
         (pairs(3), {"template": "nothing"}, "is not a template; set it to alpaca"),
