@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from qlora.cli import main
 
-HANDLED = (signal.SIGTERM, signal.SIGHUP)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)

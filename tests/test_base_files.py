@@ -77,6 +77,13 @@ def test_a_damaged_file_is_named(folder: Path, name: str, change: Callable[[Path
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_that_the_tokenizer_cannot_read_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    with pytest.raises(ModelError, match=r"config\.json cannot be read") as caught:
+        load_tokenizer(Base(model=str(folder)))
+    assert "tokenizer_config.json" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()

@@ -1,6 +1,7 @@
 """A signal in the middle of an evaluation, and a result that cannot be written: what was trained is kept and named."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -8,14 +9,16 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands_for_tests import HANDLED, qlora
 from processes_for_tests import Process
 
-import qlora.__main__
-from qlora.errors import OutOfMemoryError, SaveError
+from qlora import __main__, cli
+from qlora.errors import OutOfMemoryError, SaveError, UsageError
 from qlora.memory.oom import out_of_memory_explained
 from qlora.recipe import Recipe
 from qlora.runtime.signals import StopRequest
@@ -138,9 +141,72 @@ def test_ctrl_c_in_the_first_import_is_one_line(
     monkeypatch.delitem(sys.modules, "qlora.cli", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
     with pytest.raises(SystemExit) as end:
-        qlora.__main__.main()
+        __main__.main()
     assert end.value.code == 130
     assert capsys.readouterr().err == "qlora: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_import_that_a_signal_broke_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, wrapped: bool
+) -> None:
+    """numpy's import loses the exception of a signal, is tried again, and then fails with RecursionError."""
+    (tmp_path / "lost.py").write_text(
+        f"import signal\ntry:\n    signal.raise_signal({number})\nexcept BaseException:\n    pass\n"
+        "raise RecursionError\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def importing() -> None:
+        monkeypatch.delitem(sys.modules, "lost", raising=False)
+        try:
+            __import__("lost")
+        except RecursionError as error:
+            if wrapped:
+                raise UsageError("no such library") from error
+            raise
+
+    monkeypatch.setattr(cli, "app", importing)
+    done = qlora("train", "quickstart")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "qlora: interrupted\n")
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_bug_outside_imports_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, signalled: bool) -> None:
+    def buggy() -> None:
+        if signalled:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        raise RecursionError
+
+    monkeypatch.setattr(cli, "app", buggy)
+    with pytest.raises(RecursionError):
+        qlora("chat", "run")
+
+
+@pytest.mark.usefixtures("without_forecast")
+@pytest.mark.parametrize("gone", [pytest.param("stdout", marks=pytest.mark.slow), "both"])
+def test_a_run_without_a_reader_loses_nothing(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """As with `| true` and `2>&1 | head -1`."""
+    file = recipe_file(adapter={"dropout": 0.1})
+    whole = train(Recipe.load(file, [f"output={tmp_path / 'whole'}"]), terminal=False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["qlora", "train", str(file)])
+    with os.fdopen(writer, "w", buffering=1) as pipe, redirect_stdout(pipe):
+        with redirect_stderr(pipe if gone == "both" else io.StringIO()):
+            handlers = {number: signal.getsignal(number) for number in HANDLED}
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    run = tmp_path / "run"
+    assert end.value.code == 0
+    assert (run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert records(run) == records(whole.run)
 
 
 def test_a_signal_to_one_process_stops_all() -> None:

@@ -330,6 +330,9 @@ def test_an_override_is_named_as_such(tmp_path: Path) -> None:
     assert said == "command line: training.seed: a second YAML document begins here; write only one"
     [said] = failure(tmp_path, FULL, ("base.model.x=3",))
     assert said.startswith("command line: base.model.x: cannot be set: base.model is a value, not a section")
+    [said] = failure(tmp_path, FULL, ("a." * 5000 + "b=3",))
+    assert said.startswith("command line: 'a.a.a.")
+    assert said.endswith("is nested more than 8 levels deep; no setting needs that")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from qlora.report.page import render, write_page
 from qlora.report.samples import EVALUATIONS, prompts
 from qlora.tracking import Sample
 from qlora.tracking.record import Record
+from qlora.training.run_folder import RunFolder
 
 EVIL = (
     "</pre></script><script>alert(1)</script><img src=//x.y onerror=alert(1)> '\" & \u202e \ud800 {{ 7*7 }}"
@@ -279,6 +280,28 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.yaml:2:11: adapter\.rnk"):
         write_page(run)
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["result.json", "facts.json", "memory.json"])
+@pytest.mark.parametrize("content", ["[]", "1", "[" * 100_000, '{"sha256": "a"}', '{"facts": [1]}'])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str, content: str) -> None:
+    run = run_in(tmp_path / "run", finished=False)
+    (run / name).write_text(content)
+    with pytest.raises(ModelError, match=rf"{name}: .*(R|r)emove the file or restore it"):
+        write_page(run)
+
+
+def test_no_flipped_character_of_the_result_reaches_the_page(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    RunFolder(run, "a").write_result(json.loads((run / "result.json").read_text()))
+    file = run / "result.json"
+    assert headlines(page_of(run))["Steps"] == ["40 of 40", "8 rows each"]
+    whole = file.read_bytes()
+    for digit in re.finditer(rb"(?<=: )[0-9]", whole):
+        place = digit.start()
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ModelError, match=r"result\.json: cannot be read"):
+            write_page(run)
 
 
 def test_the_command_writes_the_page_and_prints_its_path(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,12 @@ def stored(run: Path) -> list[Any]:
     return found
 
 
+def logged_steps(run: Path) -> set[int]:
+    """Return the steps of the offline run in a folder."""
+    rows = (values(message.history.item) for message in stored(run) if message.HasField("history"))
+    return {row["_step"] for row in rows}
+
+
 def values(items: Any) -> dict[str, Any]:
     """Convert the format's items to name -> value."""
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
@@ -157,9 +165,36 @@ def test_a_server_that_never_answers_costs_a_bounded_time(tmp_path: Path, silent
     slowest, rest, stderr = train(
         tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{silent_server}"
     )
-    assert "Weights & Biases is off for this run" in stderr
+    assert stderr.count("note") == 1
+    assert "so the run is kept offline" in stderr
     assert slowest < 2, "no step must wait for the server"
-    assert rest < 35  # 12 s on an idle machine, of which wandb.init may use 10 s
+    assert rest < 45  # 13 s on an idle machine, of which wandb.init may use 10 s
+    assert logged_steps(tmp_path) == set(range(1, 21))
+
+
+@pytest.mark.parametrize("status", [401, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_server_that_refuses_the_start_gives_an_offline_run(tmp_path: Path, status: int) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_error(status)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        slowest, rest, stderr = train(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=url)
+        server.shutdown()
+    assert stderr.count("note") == 1
+    assert f"{status}" in stderr
+    assert "so the run is kept offline" in stderr
+    assert slowest < 2
+    assert rest < 45
+    assert logged_steps(tmp_path) == set(range(1, 21))
 
 
 @pytest.mark.parametrize(

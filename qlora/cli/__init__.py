@@ -2,8 +2,7 @@
 
 import signal
 import sys
-from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,7 +19,7 @@ from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
 from qlora.errors import OutOfMemoryError, QloraError, first_line
-from qlora.runtime.signals import not_ignored
+from qlora.runtime.signals import SIGNALS, Ending, not_ignored
 from qlora.runtime.streams import unbreakable_output
 
 app = typer.Typer(
@@ -48,22 +47,33 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code."""
-    for number in not_ignored([signal.SIGTERM, signal.SIGHUP]):
-        signal.signal(number, _terminate)
+    ending = Ending()
+    for number in not_ignored(SIGNALS):
+        if (
+            signal.getsignal(number) != signal.SIG_IGN
+        ):  # as SIGINT is in a job that a script put in the background
+            signal.signal(number, ending)
     with unbreakable_output():
         try:
             app()
-        except QloraError as error:
-            print(f"qlora: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            print("qlora: interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
-        except (RuntimeError, MemoryError, OSError) as error:
+            _exit("interrupted", 128 + signal.SIGINT)
+        except Exception as error:
+            if ending.broke(error):
+                _exit("interrupted", 128 + (ending.signal_number or 0))
+            if isinstance(error, QloraError):
+                _exit(str(error), error.exit_code)
+            if not isinstance(error, RuntimeError | MemoryError | OSError):
+                raise
             if (shortage := _shortage(error)) is None:
                 raise
-            print(f"qlora: {shortage}", file=sys.stderr)
-            sys.exit(OutOfMemoryError.exit_code)
+            _exit(shortage, OutOfMemoryError.exit_code)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    """End the process with a message on standard error."""
+    print(f"qlora: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _shortage(error: Exception) -> str | None:
@@ -92,7 +102,3 @@ def _options(
     ] = False,
 ) -> None:
     """Options of `qlora` itself."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)

@@ -194,7 +194,7 @@ def _split(sources: Sequence[_Source], section: Data, seed: int) -> None:
     for source in sources[len(training) :]:
         source.held_out = list(source.reading.examples)
     usable = [(source, row) for source in training for row in dict.fromkeys(source.reading.rows)]
-    chosen = set() if section.evaluation else _held_out(len(usable), section.held_out, seed)
+    chosen = set() if section.evaluation else _held_out(len(usable), section, seed)
     held_out = {(id(source), row) for index, (source, row) in enumerate(usable) if index in chosen}
     for source in training:
         for number, row in zip(source.reading.examples, source.reading.rows, strict=True):
@@ -202,13 +202,14 @@ def _split(sources: Sequence[_Source], section: Data, seed: int) -> None:
             side.append(number)
 
 
-def _held_out(rows: int, held_out: int | float | str, seed: int) -> set[int]:
+def _held_out(rows: int, section: Data, seed: int) -> set[int]:
     """Choose the held-out row numbers, by count or by share. A share is rounded to at least one row on each side."""
+    held_out = section.held_out
     if isinstance(held_out, int):
         if held_out >= rows:
             raise DataError(
-                f"data.held_out: cannot hold out {held_out} rows, because only {rows} rows are usable and at least "
-                "one must remain for training; set a smaller number"
+                f"data.held_out: cannot hold out {held_out} rows, because {section.names} has only {rows} usable "
+                f"{'row' if rows == 1 else 'rows'} and at least one must remain for training; set a smaller number"
             )
         wanted = held_out
     else:

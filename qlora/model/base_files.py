@@ -11,7 +11,7 @@ from qlora.errors import first_line
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "chat_template.json",
+    "chat_template.json", "config.json",  # which names the class of a tokenizer without its own configuration
 )  # fmt: skip
 WEIGHT_FILES = ("model.safetensors.index.json",)
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")

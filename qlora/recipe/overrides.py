@@ -1,7 +1,7 @@
 """Overrides: `section.key=value` on the command line replaces a setting of the file."""
 
 from qlora.recipe.problems import Document, Place, Problem, dotted, shorten
-from qlora.recipe.reading import read
+from qlora.recipe.reading import MAX_DEPTH, read
 from qlora.recipe.rules import MAPPINGS
 
 COMMAND_LINE = "command line"
@@ -13,6 +13,10 @@ def override(document: Document, argument: str) -> None:
     path = _path(key.strip())
     if not equals or not all(path):
         problem = f"{shorten(argument)!r} is not key=value; write it like training.max_steps=100"
+        document.problems.append(Problem(Place(COMMAND_LINE), (), problem))
+        return
+    if len(path) > MAX_DEPTH:
+        problem = f"{shorten(key)!r} is nested more than {MAX_DEPTH} levels deep; no setting needs that"
         document.problems.append(Problem(Place(COMMAND_LINE), (), problem))
         return
     section = document.value

@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora.report.headlines import headlines
 from qlora.report.memory_comparison import COLUMNS, RULE_OF_THUMB, Comparison
 from qlora.report.samples import prompts
 from qlora.storage import atomic
+from qlora.storage.json_files import without_checksum
 
 HERE = Path(__file__).parent
 
@@ -52,6 +54,10 @@ def render(run: Path) -> str:
     recipe = Recipe.recorded(run / "recipe.yaml")
     records, result = history.read(run / "metrics.jsonl"), _json(run / "result.json")
     memory = _json(run / "memory.json")
+    with _damage_named(run / "result.json", run / "memory.json"):
+        figures = headlines(recipe, records, result, memory)
+    with _damage_named(run / "memory.json"):
+        memory_shown = None if memory is None else _memory(memory)
     script = (HERE / "page.js").read_text()
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -65,12 +71,12 @@ def render(run: Path) -> str:
         lead=_lead(recipe),
         recipe_text=(run / "recipe.yaml").read_text(),
         finished=result is not None,
-        headlines=headlines(recipe, records, result, memory),
+        headlines=figures,
         charts=charts(records),
         plot=f"inset: {1 - TOP:.1%} {1 - RIGHT:.1%} {BOTTOM:.1%} {LEFT:.1%}",
         prompts=prompts(records.samples),
         facts=_facts(run, result),
-        memory=None if memory is None else _memory(memory),
+        memory=memory_shown,
         style=Markup((HERE / "page.css").read_text()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -85,15 +91,14 @@ def _lead(recipe: Recipe) -> str:
 
 def _facts(run: Path, result: Mapping[str, Any] | None) -> list[Row]:
     """Return the rows of the facts that are known before the first step; none for a run of an earlier version."""
-    facts = (result or {}).get("facts") or _json(run / "facts.json")
+    file, facts = run / "result.json", (result or {}).get("facts")
+    if not facts:
+        file = run / "facts.json"
+        facts = _json(file)
     if facts is None:
         return []
-    try:
+    with _damage_named(file):
         return RunFacts.from_json(facts).rows()
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            f"{run / 'facts.json'}: damaged: {error}. Remove the file or restore it from a copy"
-        ) from error
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,13 +119,26 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _damage_named(*files: Path) -> Iterator[None]:
+    """Raise ModelError with the names of the files that exist if a value of theirs is missing or of a wrong type."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        names = " or ".join(str(file) for file in files if file.is_file())
+        raise ModelError(
+            f"{names}: a value is missing or wrong: {error}. Remove the file or restore it from a copy"
+        ) from error
+
+
 def _json(file: Path) -> dict[str, Any] | None:
     """Return the object in a file; None if there is no file."""
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_bytes())
+        return without_checksum(json.loads(file.read_bytes()))
+    except RecursionError:
+        problem = "nested too deep"
     except ValueError as error:
-        raise ModelError(
-            f"{file}: cannot be read: {error}. Remove the file or restore it from a copy"
-        ) from error
+        problem = str(error)
+    raise ModelError(f"{file}: cannot be read: {problem}. Remove the file or restore it from a copy")

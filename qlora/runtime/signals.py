@@ -5,6 +5,8 @@ at once; earlier checkpoints stay intact, because each is committed by a rename.
 """
 
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 
@@ -15,6 +17,33 @@ def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Return the signals to handle: without SIGHUP if the process was started to ignore it, as nohup does."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangup)]
+
+
+class Ending:
+    """Signal handler that ends the process: KeyboardInterrupt for SIGINT, SystemExit for others. It keeps the number.
+
+    An import of a library in C can lose the handler's exception, try again and fail with another one, such as
+    RecursionError. `broke` tells such an error from a bug.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    def broke(self, error: BaseException) -> bool:
+        """Return True if a signal came and the error, or an error behind it, is of an import."""
+        behind: BaseException | None = error
+        while self.signal_number is not None and behind is not None:
+            frames = traceback.walk_tb(behind.__traceback__)
+            if any(frame.f_code.co_name == "<module>" for frame, _ in frames):
+                return True
+            behind = behind.__cause__ or behind.__context__
+        return False
 
 
 class EvaluationStopped(Exception):

@@ -4,8 +4,9 @@ A separate thread makes all calls to W&B and receives them through a queue. A sl
 error of the library therefore never reaches the training loop. An error is shown as one note, and metrics.jsonl is
 complete without W&B.
 
-Online or offline is decided once, before `wandb.init`: after a failed online start, an offline start in the same
-process hangs (wandb/wandb issue 9865). Runs kept offline are in `<run>/wandb`; `wandb sync` uploads them.
+Online or offline is decided before `wandb.init`. If a server refuses an online start or does not answer it, the run is
+kept offline too. Between the two starts, wandb's helper process is ended: an offline start in the helper process of a
+failed online one hangs (wandb/wandb issue 9865). Runs kept offline are in `<run>/wandb`; `wandb sync` uploads them.
 """
 
 import netrc
@@ -34,8 +35,8 @@ INIT_SECONDS = 10.0
 FINISH_SECONDS = 10.0
 """time limit of uploads at the end of a run; wandb's default is no limit"""
 
-PATIENCE_SECONDS = INIT_SECONDS + FINISH_SECONDS + 10.0
-"""time limit of the thread at the end of a run, longer than the two limits above together"""
+PATIENCE_SECONDS = 2 * INIT_SECONDS + FINISH_SECONDS + 10.0
+"""time limit of the thread at the end of a run, longer than two starts and the uploads together"""
 
 
 class Section(Protocol):
@@ -133,19 +134,32 @@ def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callabl
     mode = choose_mode(section.mode, url, note)
     if mode == "disabled":
         return None
-    return wandb.init(
-        project=section.project,
-        entity=section.entity,
-        name=section.name or run.resolve().name,
-        tags=list(section.tags),
-        id=run_id(run),
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        dir=run,
-        config=dict(config),
-        reinit="create_new",  # wandb.log keeps writing to a run that the caller has open
-        settings=settings,
-    )
+
+    def init(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=section.project,
+            entity=section.entity,
+            name=section.name or run.resolve().name,
+            tags=list(section.tags),
+            id=run_id(run),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=run,
+            config=dict(config),
+            reinit="create_new",  # wandb.log keeps writing to a run that the caller has open
+            settings=settings,
+        )
+
+    try:
+        return init(mode)
+    except Exception as error:
+        if mode == "offline" or wandb.run is not None:  # the caller's open run needs the helper process
+            raise
+        note(
+            f"Weights & Biases: {first_line(error)}, so the run is kept offline; upload it with `wandb sync`"
+        )
+    wandb.teardown()
+    return init("offline")
 
 
 def choose_mode(
