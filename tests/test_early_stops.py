@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,15 @@ def test_ctrl_c_in_the_first_import_is_one_line(
     assert capsys.readouterr().err == "qlora: interrupted\n"
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Let SIGINT interrupt, also if the tests run in the background of a script, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_import_that_a_signal_broke_is_one_line(
@@ -172,6 +181,7 @@ def test_an_import_that_a_signal_broke_is_one_line(
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "qlora: interrupted\n")
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("signalled", [False, True])
 def test_a_bug_outside_imports_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, signalled: bool) -> None:
     def buggy() -> None:

@@ -49,9 +49,8 @@ def main() -> None:
     """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code."""
     ending = Ending()
     for number in not_ignored(SIGNALS):
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # as SIGINT is in a job that a script put in the background
+        # A job that a script put in the background ignores SIGINT
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, ending)
     with unbreakable_output():
         try:
