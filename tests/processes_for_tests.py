@@ -7,6 +7,7 @@ many processes.
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -93,3 +94,15 @@ def run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -
     from qlora.cli import main
 
     main()
+
+
+def two_ranks(file: Path, folder: Path) -> list[Process]:
+    """Start `qlora train` in two processes with the variables that a launcher sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [
+        Process("train", file, folder=folder, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]

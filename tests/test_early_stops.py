@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 from commands_for_tests import HANDLED, qlora
-from processes_for_tests import Process
+from processes_for_tests import two_ranks
 
 from qlora import __main__, cli
 from qlora.errors import OutOfMemoryError, SaveError, UsageError
@@ -233,14 +232,7 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_a_checkpoint(
     recipe_file: RecipeFile, tmp_path: Path, signalled: int
 ) -> None:
     file = recipe_file(training={"max_steps": 500, "eval_every": 2})
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    processes = [
-        Process("train", file, folder=tmp_path, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
+    processes = two_ranks(file, tmp_path)
     processes[0].wait_for_step(tmp_path / "run", 3)
     processes[signalled].send_signal(signal.SIGTERM)
     assert [process.wait() for process in processes] == [143, 143]

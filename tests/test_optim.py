@@ -1,6 +1,5 @@
 """Optimizers: against references, bit for bit after saving and loading, and with really paged memory on a GPU."""
 
-import ctypes
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_for_tests import is_managed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -319,16 +319,6 @@ def test_learning_rate_values() -> None:
 # On a GPU; a slow test runs the same code on a CPU
 
 ON_BOTH = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def is_managed(tensor: Tensor) -> bool:
-    """Return the driver's attribute of the memory (CU_POINTER_ATTRIBUTE_IS_MANAGED)."""
-    value = ctypes.c_uint(0)
-    status = ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(
-        ctypes.byref(value), 8, ctypes.c_uint64(tensor.data_ptr())
-    )
-    assert status == 0
-    return bool(value.value)
 
 
 def large(dtype: torch.dtype, device: str) -> dict[str, nn.Parameter]:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from processes_for_tests import Process
+from processes_for_tests import Process, two_ranks
 
 from qlora import bundled
 from qlora.cli.train import report
@@ -353,15 +352,7 @@ def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, 
 
 
 def in_two_processes(file: Path, folder: Path) -> tuple[int, str, str]:
-    """Start two processes with the variables that a launcher sets."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [
-        Process("train", file, folder=folder, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
+    ranks = two_ranks(file, folder)
     codes = [process.wait() for process in ranks]
     return max(codes), "".join(process.out for process in ranks), "".join(process.err for process in ranks)
 

@@ -37,12 +37,12 @@ def rate(job: Job, repeats: int = 5) -> dict[str, float]:
             "input_gradient": lambda gradient=gradient, weight=weight: gradient @ weight,
         }.items():
             operations[kind] += 2.0 * tokens * inputs * outputs
-            seconds[kind] += _best(product, device, repeats)
+            seconds[kind] += fastest(product, device, repeats)
     both = sum(operations.values()) / sum(seconds.values())
     return {"both": both} | {kind: operations[kind] / seconds[kind] for kind in operations}
 
 
-def _best(product: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:
+def fastest(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Return the minimum seconds of one call; on CUDA calls are timed in groups of ten."""
     calls = 10 if device.type == "cuda" else 1
     best = float("inf")
@@ -50,7 +50,7 @@ def _best(product: Callable[[], torch.Tensor], device: torch.device, repeats: in
         _wait(device)
         start = time.perf_counter()
         for _ in range(calls):
-            product()
+            work()
         _wait(device)
         best = min(best, (time.perf_counter() - start) / calls)
     return best
