@@ -47,9 +47,8 @@ def select(
         model: any module with layers to adapt.
         targets: "attention" for the query, key, value and output projections; "all-linear" for every linear layer
             except the output head, the routers of a mixture of experts, and layers whose weight the model reads (see
-            `read_layers`); or a list. Each entry of a list is a
-            layer's name, the last parts of a name (`mlp.up_proj`), or a regular expression that matches a whole name.
-            Any other string is a list of one entry.
+            `read_layers`); or a list. Each entry of a list is a layer's name, the last parts of a name
+            (`mlp.up_proj`), or a regular expression that matches a whole name. Any other string is a list of one entry.
         can_adapt: function that returns True for the layers that a list can name; None means linear layers. The words
             "attention" and "all-linear" always mean linear layers.
 
@@ -86,6 +85,17 @@ def select(
         kind = type(model).__name__
         raise UsageError(f'targets: "{targets}" matches no layer of {kind}. {list_layers(model, names)}')
     return [name for name in names if name in chosen]
+
+
+def left_out(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Return the linear layers that `targets` match but `select` leaves out, because the model reads their weights."""
+    read = read_layers(model)
+    if targets == "attention":
+        return sorted(filter(_is_attention, read))
+    if targets == "all-linear":
+        return sorted(read - heads(model) - routers(model))
+    entries = [targets] if isinstance(targets, str) else targets
+    return sorted(name for name in read if any(_fits(name, entry) for entry in entries))
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -141,20 +151,21 @@ def heads(model: nn.Module) -> set[str]:
 def _match(model: nn.Module, names: Sequence[str], entry: str) -> set[str]:
     """Return the layers that one entry of a list matches."""
     try:
-        pattern = re.compile(entry)
+        re.compile(entry)
     except re.error as error:
         raise UsageError(f'targets: "{entry}" is not a valid regular expression ({error})') from error
-
-    def fits(name: str) -> bool:
-        return name == entry or name.endswith("." + entry) or pattern.fullmatch(name) is not None
-
-    matches = {name for name in names if fits(name)}
+    matches = {name for name in names if _fits(name, entry)}
     if not matches:
-        others = Counter(type(m).__name__ for name, m in model.named_modules() if name and fits(name))
+        others = Counter(type(m).__name__ for name, m in model.named_modules() if name and _fits(name, entry))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no layer that the method adapts" if others else "matches nothing"
         raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {list_layers(model, names)}')
     return matches
+
+
+def _fits(name: str, entry: str) -> bool:
+    """Return True if an entry of a list is the layer's name, the last parts of it, or an expression for all of it."""
+    return name == entry or name.endswith("." + entry) or re.fullmatch(entry, name) is not None
 
 
 def list_layers(model: nn.Module, names: Sequence[str]) -> str:

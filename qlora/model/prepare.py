@@ -3,7 +3,7 @@
 Training and the memory forecast both use these functions, so that the forecast describes the training run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.methods import METHODS
 from qlora.adapter.peft_drops import peft_drops
-from qlora.adapter.targets import WORDS, heads
+from qlora.adapter.targets import left_out
 from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
 from qlora.errors import QloraError, UsageError, listed
@@ -27,8 +27,6 @@ from qlora.model.head import decoder_of
 from qlora.model.load import load_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
-from qlora.quantization.read_weights import read_layers
-from qlora.quantization.routers import routers
 from qlora.recipe import Adapter, Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
 
@@ -112,14 +110,14 @@ def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
     ]
 
 
-def left_out_notes(model: nn.Module, targets: object) -> list[str]:
-    """Return a remark that names the layers that all-linear or attention leaves out because of `read_layers`."""
-    left_out = sorted(read_layers(model) - heads(model) - routers(model))
-    if targets not in WORDS or not left_out or not AdaptedLayer.of(model):
+def left_out_notes(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Return a remark that names the layers that match the targets and get no adapter, see `left_out`."""
+    names = left_out(model, targets) if AdaptedLayer.of(model) else []
+    if not names:
         return []
     return [
-        f"{targets} leaves out {listed(left_out)}: the model reads the weights of these layers without calling them, "
-        "so they get no adapter"
+        f"no adapter on {listed(names)}, which adapter.targets match: the model reads the weights of these layers "
+        "without calling them"
     ]
 
 
