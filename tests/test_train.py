@@ -247,6 +247,27 @@ def test_a_signal_at_the_very_end_leaves_a_run_finished(
     assert run(file, resume=True).stopped_by is None
 
 
+def test_layers_that_no_gradient_reaches_are_named(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = loop.update
+
+    def detached(session: Session, *arguments: Any) -> dict[str, float]:
+        metrics = update(session, *arguments)
+        for parameter in session.model.get_submodule("model.layers.1.self_attn").parameters():
+            if parameter.requires_grad:
+                parameter.grad.zero_()
+        return metrics
+
+    run(recipe_file(training={"max_steps": 2}))
+    assert "no gradient" not in caplog.text
+    monkeypatch.setattr(loop, "update", detached)
+    run(recipe_file(training={"max_steps": 2}), fresh=True)
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    said = f"no gradient reached {', '.join(names)} and 1 more in the first step"
+    assert caplog.text.count(said) == 1
+
+
 def test_an_existing_run_is_not_overwritten(recipe_file: RecipeFile, tmp_path: Path) -> None:
     file = recipe_file()
     first = run(file)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from qlora.adapter.gradient_reach import without_gradient
 from qlora.data import Batch
-from qlora.errors import DivergedError
+from qlora.errors import DivergedError, listed
 from qlora.formats import Row
 from qlora.memory import measure
 from qlora.memory.oom import out_of_memory_explained
@@ -186,6 +187,11 @@ def take_step(session: Session, step: int, tracker: Tracker) -> int:
         "tokens": tokens, "supervised_tokens": sum(batch.supervised for batch in batches),
     }  # fmt: skip
     tracker.step(record)
+    if step == 0 and (names := without_gradient(session.model)):
+        tracker.note(
+            f"no gradient reached {listed(names)} in the first step. If the model computes its loss without them, they "
+            "learn nothing"
+        )
     return step + 1
 
 
