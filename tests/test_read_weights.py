@@ -65,7 +65,7 @@ def test_a_target_that_is_only_read_is_an_error_that_names_it() -> None:
 
 
 class Mixed(nn.Module):
-    """Reads a weight in a branch that no test runs, and another to prepare itself."""
+    """Reads a weight in a branch that no test runs, and others in methods that no forward pass reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,12 +79,18 @@ class Mixed(nn.Module):
     def init_values(self) -> None:
         self.called.weight.data.zero_()
 
+    def fuse_projections(self) -> Tensor:  # as diffusers' attention has it
+        return torch.cat([self.called.weight, self.inner[0].weight])
+
+    def fused(self, x: Tensor) -> Tensor:
+        return x @ self.read.weight.T
+
     def forward(self, x: Tensor) -> Tensor:
-        scales = [x @ self.read.weight.T for _ in range(x.is_cuda)]
+        scales = [self.fused(x) for _ in range(x.is_cuda)]
         return sum(scales, self.called(x))
 
 
-def test_a_read_in_a_branch_counts_and_one_that_prepares_the_model_does_not() -> None:
+def test_a_read_in_a_branch_counts_and_one_that_no_forward_pass_reaches_does_not() -> None:
     model = nn.ModuleDict({"a": Mixed()})
     assert read_layers(model) == {"a.read"}
     assert select(model, "all-linear") == ["a.called", "a.inner.0"]

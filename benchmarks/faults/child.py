@@ -3,6 +3,7 @@
 Imports take seconds and a case takes a fraction of one, so a sweep imports the package once and forks for each case.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -89,6 +90,7 @@ def _run(case: Callable[[], object], out: Path, err: Path) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    logging.getLogger().handlers.clear()  # a program starts without those of pytest, which would take its warnings
     code = 0
     try:
         case()
