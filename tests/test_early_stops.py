@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -145,12 +146,41 @@ def test_ctrl_c_in_the_first_import_is_one_line(
     assert capsys.readouterr().err == "qlora: interrupted\n"
 
 
+def test_ctrl_c_at_the_very_end_changes_no_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import atexit, os, signal, sys\n"
+        "from qlora import __main__, cli\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGINT): kill(own, number)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.late = Late()\n"
+        "sys.argv = ['qlora', '--version']\n"
+        "__main__.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "late.py"], check=False, capture_output=True, text=True, env=os.environ
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("qlora")
+
+
 @pytest.fixture
 def in_the_foreground() -> Iterator[None]:
     """Let SIGINT interrupt, also if the tests run in the background of a script, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(Recipe, "load", lambda *_: signal.raise_signal(number))
+    done = qlora("check", "quickstart")
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr.splitlines()[-1] == "qlora: interrupted"
 
 
 @pytest.mark.usefixtures("in_the_foreground")

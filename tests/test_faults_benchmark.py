@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import architectures_for_tests as small
 import pytest
@@ -53,7 +54,10 @@ def test_outcomes_are_kept_and_not_run_again(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_few_cases_of_each_sweep_are_clean(name: str, tmp_path: Path) -> None:
-    assert main([name, "--cases", "20", "--out", str(tmp_path / "out.jsonl")]) == 0
+    try:
+        assert main([name, "--cases", "20", "--out", str(tmp_path / "out.jsonl")]) == 0
+    finally:
+        patch.stopall()  # the sweeps leave out forecasts, for as long as their process lives
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
 
 

@@ -55,8 +55,11 @@ def main() -> None:
     with unbreakable_output():
         try:
             app()
-        except KeyboardInterrupt:
-            _exit("interrupted", 128 + signal.SIGINT)
+        except (KeyboardInterrupt, SystemExit) as end:
+            # typer ends with the code of a signal and says nothing
+            if isinstance(end, SystemExit) and end.code != 128 + (ending.signal_number or 0):
+                raise
+            _exit("interrupted", 128 + (ending.signal_number or signal.SIGINT))
         except Exception as error:
             if ending.broke(error):
                 _exit("interrupted", 128 + (ending.signal_number or 0))
