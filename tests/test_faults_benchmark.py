@@ -96,7 +96,7 @@ def test_all_commands_work_on_a_model_of_the_sweep(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "argv", ["sweep", "--models", str(folder.parent), "--out", str(out)])
     assert architectures.main() == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {line["kind"] for line in lines} == {"works"}
+    assert [line for line in lines if line["kind"] != "works"] == []
     assert {"estimate", "train nf4", "merge nf4 nf4", "load none original"} <= {
         line["case"] for line in lines
     }

@@ -85,7 +85,12 @@ def _text(file: Path) -> str:
 
 def _run(case: Callable[[], object], out: Path, err: Path) -> None:
     """Run the case and end the process with its exit code; never return."""
+    import torch
+
     from qlora.errors import QloraError
+
+    # makes torch's pool of threads anew, before several threads of a loading model want to do so at once and fail
+    torch.set_num_threads(torch.get_num_threads())
 
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
