@@ -106,6 +106,13 @@ def test_a_hub_model_that_is_not_here_is_checked_by_the_packages_config(recipe_f
     assert "not checked    the tokenizer of huggyllama/llama-7b" in done.stdout
 
 
+@pytest.mark.usefixtures("without_forecast")
+def test_rows_that_are_not_checked_are_named(recipe_file: RecipeFile) -> None:
+    done = qlora("check", recipe_file(data={"held_out": "owner/rows"}))
+    assert done.returncode == 0
+    assert "the rows: owner/rows is not a local file" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_memory_of_a_hub_model_is_forecast_for_full_rows(recipe_file: RecipeFile) -> None:
     base = {"model": "huggyllama/llama-7b", "compute_dtype": "bfloat16"}

@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Regex, pre_tokenizers
 from tokenizers_for_tests import byte_level
 
-from qlora.data import IGNORE_INDEX, Dataset, Example, load_dataset, remarks
+from qlora.data import IGNORE_INDEX, Dataset, Example, encode_prompt, load_dataset, remarks
 from qlora.data import reading as reading_module
 from qlora.data.examples import Examples, ExampleWriter
 from qlora.data.files import parquet_rows
 from qlora.data.layout import Layout
-from qlora.errors import DataError, SaveError
+from qlora.errors import DataError, ModelError, SaveError
 from qlora.formats import Completion
 from qlora.recipe import Data
 
@@ -276,3 +277,20 @@ def test_text_of_a_parquet_file_that_is_not_utf8_is_a_named_error(tmp_path: Path
     file.write_bytes(whole.replace("\u00e9".encode(), b"\xe9\xe9"))
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet: 'utf-8' codec"):
         list(parquet_rows.read(file, str(file)))
+
+
+def test_a_row_on_which_the_tokenizer_fails_is_a_bad_row(tmp_path: Path) -> None:
+    """tokenizers panics when a regular expression takes too long, and a panic is no Exception."""
+    tokenizer = byte_level()
+    backend = tokenizer._tokenizer
+    slow = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([slow, backend.pre_tokenizer])
+    rows = [{"prompt": f"Question {number}?", "completion": " 7"} for number in range(4)]
+    rows[2] = {"prompt": "a" * 60 + "b", "completion": " 7"}
+    data = Data(source=str(write(tmp_path / "rows.jsonl", rows)), format="prompt-completion", held_out=0)
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the tokenizer fails on its text: Onig: .*limit"):
+        load_dataset(data, tokenizer, 0)
+    kept = load_dataset(data.model_copy(update={"on_bad_row": "skip"}), tokenizer, 0)
+    assert [example.origin[-1] for example in kept.train] == ["1", "2", "4"]
+    with pytest.raises(ModelError, match="the tokenizer fails on this text"):
+        encode_prompt("a" * 60 + "b", data, tokenizer)

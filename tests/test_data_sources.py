@@ -15,12 +15,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers_for_tests import byte_level
 
-from qlora.data import pipe
+from qlora.data import load_dataset, pipe
 from qlora.data.files import READERS, json_rows, opened
 from qlora.data.sources import identity, read
 from qlora.errors import DataError
 from qlora.formats import BadRow
+from qlora.recipe import Recipe
 from qlora.recipe.source_names import FILE_TYPES
 
 ROWS = [{"text": "one"}, {"text": "zwei\nZeilen, 'ä' 😀"}, {"text": 'drei "quoted", done'}]
@@ -437,8 +439,8 @@ def test_a_source_changes_its_identity_with_any_of_its_files(tmp_path: Path) -> 
             "`curl -L -o rows.jsonl 'https://example.org/rows.jsonl?a=b'`",
         ),
         ("s3://bucket/rows.jsonl", "download it first with `the tool of that storage`"),
-        ("https://huggingface.co/datasets/a/b/blob/main/c.json", "set data.source to its id, a/b"),
-        ("hf://datasets/a/b", "set data.source to its id, a/b"),
+        ("https://huggingface.co/datasets/a/b/blob/main/c.json", "give its id, a/b"),
+        ("hf://datasets/a/b", "give its id, a/b"),
     ],
 )
 def test_a_url_of_another_machine_is_refused_with_advice(url: str, advice: str) -> None:
@@ -466,3 +468,19 @@ def test_piped_rows_can_be_read_several_times(monkeypatch: pytest.MonkeyPatch, n
 
 def test_each_file_type_of_a_recipe_has_a_reader() -> None:
     assert tuple(READERS) == FILE_TYPES
+
+
+def test_the_key_of_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    here = tmp_path / "rows.jsonl"
+    here.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    for data, key in (
+        ({"source": "gone.jsonl"}, "data.source"),
+        ({"source": str(here), "held_out": "gone.jsonl"}, "data.held_out"),
+        ({"sources": [{"source": str(here)}, {"source": "gone.jsonl"}]}, "data.sources[1].source"),
+    ):
+        made = Recipe.from_dict(
+            {"base": {"model": "m"}, "data": {"held_out": 1, "format": "prompt-completion", **data}}
+        )
+        with pytest.raises(DataError) as raised:
+            load_dataset(made.data, byte_level(), 0)
+        assert str(raised.value).startswith(f"{key}: 'gone.jsonl': No such file")

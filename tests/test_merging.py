@@ -118,6 +118,8 @@ def test_held_out_text_comes_from_the_recipe_or_a_file_up_to_a_limit(recipe: Rec
     assert three != own
     assert tokens(data=str(many)) > 10 * three
     assert 50 <= tokens(data=str(many), max_tokens=50) < 200
+    with pytest.raises(DataError, match=r"^--data: 'gone\.jsonl': No such file"):
+        tokens(data="gone.jsonl")
 
 
 @pytest.mark.parametrize(

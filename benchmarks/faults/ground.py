@@ -78,8 +78,8 @@ def settings(base: Path, run: Path, **sections: dict[str, Any]) -> dict[str, Any
 
 
 def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
-    """Write a recipe, as JSON, which is YAML."""
-    file.write_text(json.dumps(recipe))
+    """Write a recipe, as JSON, which is YAML but for the names of two numbers."""
+    file.write_text(json.dumps(recipe).replace("Infinity", ".inf").replace("NaN", ".nan"))
     return file
 
 

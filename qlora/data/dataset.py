@@ -16,6 +16,7 @@ from qlora.data.mixture import Share, shares
 from qlora.data.order import SPLIT, permutation
 from qlora.data.packing import best_fit
 from qlora.data.reading import Reading, contents, read_examples
+from qlora.data.sources import UnreadSource
 from qlora.errors import DataError
 from qlora.formats import Row
 from qlora.recipe import Data, Recipe
@@ -124,10 +125,13 @@ def make_dataset(
     parts = [*section.parts, *([evaluation] if evaluation else [])]
     with ExampleWriter() as writer:
         sources = []
-        for part in parts:
+        for number, part in enumerate(parts):
             given = None if part is evaluation else rows
             layout = Layout(part, tokenizer)
-            reading = read_examples(part, layout, writer, given, progress)
+            try:
+                reading = read_examples(part, layout, writer, given, progress)
+            except UnreadSource as error:
+                raise UnreadSource(error.reason, _key(section, number)) from error
             if not reading.examples:
                 raise DataError(_nothing_left(reading, part))
             sources.append(_Source(part, layout, reading, given))
@@ -234,6 +238,13 @@ def _mixture(section: Data, sources: Sequence[_Source]) -> tuple[Share, ...]:
                 "data.held_out"
             )
     return shares(totals, weights, rows)
+
+
+def _key(section: Data, part: int) -> str:
+    """Return the key of a source: of the training rows in their order, then of the held-out rows."""
+    if part == len(section.parts):
+        return "data.held_out"
+    return f"data.sources[{part}].source" if section.sources else "data.source"
 
 
 def _prompts(source: _Source) -> list[Prompt]:

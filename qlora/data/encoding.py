@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batches import IGNORE_INDEX
-from qlora.errors import ModelError
+from qlora.errors import ModelError, first_line
 
 MARKER = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
 """text that looks like a control token of a chat template"""
@@ -28,6 +28,14 @@ MARKER = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
 # Brackets around the id of a control token that a user's text spells, while a template is rendered. They are
 # Unicode noncharacters, so template logic does not react to them. If a user writes them, they stay ordinary text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+
+
+class CannotEncode(ModelError):
+    """The tokenizer fails on a text, for example because a regular expression in it takes too long."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"base.model: the tokenizer fails on this text ({reason})")
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +223,12 @@ class Encoder:
 
     def _tokens(self, texts: Sequence[Sequence[Part]]) -> list[Encoding]:
         joined = ["".join(part.text for part in parts) for parts in texts]
-        return self._backend.encode_batch(joined, add_special_tokens=False)
+        try:
+            return self._backend.encode_batch(joined, add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of tokenizers is no Exception
+            raise CannotEncode(first_line(error)) from error
 
     def _cut(self, parts: Sequence[Part], encoding: Encoding) -> int:
         """Return the number of parts before the last answer if it must be encoded on its own, else 0."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora.data.encoding import Document, Encoded
+from qlora.data.encoding import CannotEncode, Document, Encoded, Encoder
 from qlora.data.examples import IGNORE_INDEX, ExampleWriter
 from qlora.data.files import Record
 from qlora.data.layout import Layout
@@ -106,8 +106,7 @@ def read_examples(
     first = len(writer)
     total = None if progress is None else _total(section, rows)
     for chunk in _chunks(_rendered(records_of(section, rows), layout, reading)):
-        encodings = layout.encoder.encode([rendered.document for rendered in chunk])
-        for (row, origin, document), encoded in zip(chunk, encodings, strict=True):
+        for (row, origin, document), encoded in _encoded(chunk, layout.encoder, reading):
             pieces = _pieces(origin, encoded, section, reading)
             for ids, labels in pieces:
                 writer.append(ids, labels, origin)
@@ -181,6 +180,20 @@ def _chunks(rendered: Iterable[_Rendered]) -> Iterator[list[_Rendered]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def _encoded(
+    chunk: list[_Rendered], encoder: Encoder, reading: Reading
+) -> Iterator[tuple[_Rendered, Encoded]]:
+    """Yield the documents with their encodings; record those on which the tokenizer fails."""
+    try:
+        yield from zip(chunk, encoder.encode([rendered.document for rendered in chunk]), strict=True)
+    except CannotEncode as error:
+        if len(chunk) == 1:
+            reading.bad.add(chunk[0].origin, BadRow("the tokenizer fails on its text", error.reason), {})
+            return
+        for rendered in chunk:
+            yield from _encoded([rendered], encoder, reading)
 
 
 def _pieces(

@@ -20,6 +20,17 @@ _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/[\w.-]+)?)(?:/(?P<configuration>[\w
 _HELD_OUT = re.compile(r"(^|[._-])(test|valid|validation|val|dev|eval)([._-]|$)")
 
 
+class UnreadSource(DataError):
+    """A source as a whole cannot be read.
+
+    reason: what is wrong, without the key of the source.
+    """
+
+    def __init__(self, reason: str, key: str = "") -> None:
+        super().__init__(f"{key}: {reason}" if key else reason)
+        self.reason = reason
+
+
 def read(source: str, split: str = "train", limit: int | None = None) -> Iterator[Record]:
     """Yield the first `limit` rows of a data set, in order.
 
@@ -108,7 +119,7 @@ def _files(source: str) -> list[tuple[Path, str]]:
     try:
         folder, exists = path.is_dir(), path.exists()
     except ValueError as error:  # a NUL in the path
-        raise DataError(f"{source!r}: {error}") from None
+        raise UnreadSource(f"{source!r}: {error}") from None
     if folder:
         return [(file, str(file)) for file in _in_folder(path, source)]
     if exists or not glob.has_magic(source):
@@ -116,7 +127,7 @@ def _files(source: str) -> list[tuple[Path, str]]:
     found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     files = [Path(name) for name in found if Path(name).is_file()]
     if not files:
-        raise DataError(f"{source!r}: no file has such a name{_neighbours(path.parent)}")
+        raise UnreadSource(f"{source!r}: no file has such a name{_neighbours(path.parent)}")
     return [(file, str(file)) for file in files]
 
 
@@ -126,12 +137,12 @@ def _path_of_url(url: str) -> Path:
         return Path(unquote(parts.path))
     hub = re.match(r"(?:hf://|https?://huggingface\.co/)datasets/([\w.-]+/[\w.-]+)", url)
     if hub:
-        raise DataError(f"{url!r} is a data set on the hub; set data.source to its id, {hub[1]}")
+        raise UnreadSource(f"{url!r} is a data set on the hub; give its id, {hub[1]}")
     name = Path(unquote(parts.path)).name or "rows.jsonl"
     command = (
         f"curl -L -o {name} '{url}'" if parts.scheme in ("http", "https") else "the tool of that storage"
     )
-    raise DataError(
+    raise UnreadSource(
         f"{url!r} is not on this machine; download it first with `{command}` and give the file's path"
     )
 
@@ -147,16 +158,16 @@ def _in_folder(folder: Path, name: str) -> list[Path]:
     if not files:
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())[:8]
         hint = f"; its folders are {', '.join(inside)}" if inside else ""
-        raise DataError(f"{name!r} is a folder without data files ({', '.join(FILE_TYPES)}){hint}")
+        raise UnreadSource(f"{name!r} is a folder without data files ({', '.join(FILE_TYPES)}){hint}")
     types = sorted({_type_of(path) for path in files})
     if len(types) > 1:
-        raise DataError(
+        raise UnreadSource(
             f"{name!r} is a folder with files of several types ({', '.join(types)}); name those to read, for example "
             f"{folder}/*{types[0]}"
         )
     held_out = [path.name for path in files if _HELD_OUT.search(path.name.lower())]
     if held_out and len(held_out) < len(files):
-        raise DataError(
+        raise UnreadSource(
             f"{name!r} is a folder that also has files for evaluation ({', '.join(held_out[:3])}); name the file or "
             f"pattern to train on, and set data.held_out to the other{_neighbours(folder)}"
         )
@@ -177,16 +188,16 @@ def _file(path: Path, name: str) -> Iterator[Record]:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{name!r}: {reason}{_neighbours(path.parent)}") from None
+        raise UnreadSource(f"{name!r}: {reason}{_neighbours(path.parent)}") from None
     if not stat.S_ISREG(mode):
-        raise DataError(
-            f"{name!r} is not a regular file; save its content as a regular file, or pipe it into the command and set "
-            "data.source=-"
+        raise UnreadSource(
+            f"{name!r} is not a regular file; save its content as a regular file, or pipe it into the command and give "
+            "`-`"
         )
     if name in STANDARD_INPUT:
         return json_rows.read(path, name)
     if not (suffix := _type_of(path)):
-        raise DataError(
+        raise UnreadSource(
             f"{name!r}: unsupported file type; use {', '.join(FILE_TYPES)}, which can be compressed "
             f"({', '.join(COMPRESSIONS)})"
         )
@@ -213,8 +224,8 @@ def _hub_rows(name: str, configuration: str | None, split: str) -> Any:
         return datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 400)
-        raise DataError(
+        raise UnreadSource(
             f"{name!r} is not a local file, and cannot be loaded as a data set from the hub (split {split!r}): "
             f"{reason}\nCheck the spelling and the network. Without a network, copy a file of the data set to "
-            "this machine and set data.source to its path"
+            "this machine and give its path"
         ) from error

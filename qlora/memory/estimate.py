@@ -199,15 +199,15 @@ def from_config_alone(recipe: Recipe) -> Recipe:
     )
 
 
-def is_local(recipe: Recipe) -> bool:
-    """Return True if all rows of the recipe are in files of this machine, and none on the hub."""
+def hub_sources(recipe: Recipe) -> list[str]:
+    """Return the sources of rows that are no files of this machine, and so data sets on the hub."""
     parts = [*recipe.data.parts, recipe.data.evaluation]
-    return not any(on_hub(part.source_name) for part in parts if part)
+    return [part.source_name for part in parts if part and on_hub(part.source_name)]
 
 
 def _local_dataset(recipe: Recipe) -> Dataset | None:
     """Load the recipe's data if it is local and has a tokenizer; return None otherwise: rows then count as full."""
-    if not is_local(recipe):
+    if hub_sources(recipe):
         return None
     if recipe.base.model.endswith(".json"):  # a config file has no tokenizer
         recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"init": "synthetic"})})

@@ -12,7 +12,8 @@ import torch
 
 from qlora.data import Batch, Prompts, held_out_batches, load_dataset
 from qlora.data.prompt_files import shared_system
-from qlora.errors import ModelError, OutOfMemoryError, SaveError, UsageError
+from qlora.data.sources import UnreadSource
+from qlora.errors import DataError, ModelError, OutOfMemoryError, SaveError, UsageError
 from qlora.inference.load import find_trained, load_trained, recipe_of
 from qlora.merging.compare import Judgement, Reference, choose, judge, reference, stored_bytes
 from qlora.merging.write import MergeSource, Onto, write_merged
@@ -218,14 +219,17 @@ def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
 
 def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int) -> list[Batch]:
     """Load the recipe's held-out rows, or the rows of `data`, up to about `max_tokens` supervised tokens."""
-    section = recipe.data
+    section, given = recipe.data, data is not None
     if max_tokens == 0 or (data is None and section.held_out == 0):
         return []
     if data is None and isinstance(section.held_out, str):
         data = section.held_out  # the training rows need not be read
     if data is not None:
         section = section.parts[0].model_copy(update={"source": data, "held_out": 0, "limit": None})
-    dataset = load_dataset(section, tokenizer, recipe.training.seed)
+    try:
+        dataset = load_dataset(section, tokenizer, recipe.training.seed)
+    except UnreadSource as error:
+        raise DataError(f"{'--data' if given else 'data.held_out'}: {error.reason}") from error
     if data is not None:
         dataset = replace(dataset, held_out=dataset.train)
     chosen: list[Batch] = []

@@ -8,7 +8,7 @@ from typing import Any
 from qlora.data import Dataset, load_dataset, training_batches
 from qlora.errors import ModelError, RecipeError
 from qlora.memory.architecture import architecture
-from qlora.memory.estimate import from_config_alone, is_local
+from qlora.memory.estimate import from_config_alone, hub_sources
 from qlora.memory.forecast import forecast
 from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import changed
@@ -190,9 +190,9 @@ def _assumed_memory(recipe: Recipe, cuda: bool) -> MemoryFacts:
 def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
     """Load the rows, or the first of a large file. Returns None if they are on the hub, and True if all were read."""
     section = recipe.data
-    if not is_local(recipe):
+    if hub := hub_sources(recipe):
         found.unchecked.append(
-            f"the rows: {section.names} is not a local file; `qlora data` downloads and reads it"
+            f"the rows: {', '.join(hub)} is not a local file; `qlora data` downloads and reads it"
         )
         return None, False
     tokens = TrainedTokens.of(recipe)
