@@ -13,7 +13,7 @@ from commands_for_tests import qlora
 from test_varlen_attention import definition
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DeepseekV3Config, LlamaConfig
+from transformers import DeepseekV3Config, Gemma4TextConfig, LlamaConfig, OPTConfig
 
 from qlora.errors import ModelError, RecipeError, UsageError
 from qlora.kernels import compiled_for, dispatch, norm
@@ -192,6 +192,8 @@ def test_an_old_gpu_computes_in_float32(
     assert notes[1].startswith("attention runs document by document")
     emulated = gpu_notes(Recipe.load(recipe_file(base={"compute_dtype": "bfloat16"})), config, GPU)
     assert emulated[0].startswith("base.compute_dtype: bfloat16 is emulated")
+    asked = gpu_notes(Recipe.load(recipe_file(base={"compute_dtype": "float32"})), config, GPU)
+    assert not any("compute_dtype" in note for note in asked)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (8, 6))
     assert compute_dtype(recipe.base, GPU) == torch.bfloat16
     assert automatic_dtype()[0] == "bfloat16"
@@ -202,6 +204,8 @@ def test_the_widths_of_heads_come_from_the_configuration() -> None:
     assert head_widths(LlamaConfig(hidden_size=3200, num_attention_heads=32)) == [(100, 100)]
     latent = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     assert head_widths(latent) == [(192, 128)]
+    assert head_widths(OPTConfig(hidden_size=768, num_attention_heads=12)) == [(64, 64)]  # has no head_dim
+    assert head_widths(Gemma4TextConfig(head_dim=256, global_head_dim=512)) == [(256, 256), (512, 512)]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +304,8 @@ def test_state_that_cannot_be_paged_is_allocated_and_counted(
     assert needed(made) == made.total_bytes
     notes = gpu_notes(recipe, LlamaConfig(), GPU)
     assert [note.partition(":")[0] for note in notes if "is not paged" in note] == ["optimizer.name"]
+    plain = Recipe.load(recipe_file(optimizer={"name": "adamw"}), ["training.device=auto"])
+    assert not any("is not paged" in note for note in gpu_notes(plain, LlamaConfig(), GPU))
     weights = {"w": nn.Parameter(torch.zeros(500, 256))}
     with representing_cuda():
         assert Optimizer(weights, name="paged_adamw_32bit").paged_bytes() == 0
