@@ -49,12 +49,17 @@ def _paging(recipe: Recipe, device: torch.device) -> Iterator[str]:
 def head_widths(config: Any) -> list[tuple[int, int]]:
     """Return the features of a head in queries (and keys) and in values, of each kind of layer in the configuration."""
     text = config.get_text_config()
-    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    nope, rope = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    return list(dict.fromkeys(filter(None, map(_widths, layers))))
+
+
+def _widths(layer: Any) -> tuple[int, int] | None:
+    """Return the features of a head in one layer; None if its configuration does not say."""
+    heads, hidden = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
+    nope, rope = getattr(layer, "qk_nope_head_dim", None), getattr(layer, "qk_rope_head_dim", None)
     if isinstance(nope, int) and isinstance(rope, int):  # multi-head latent attention
-        return [(nope + rope, getattr(text, "v_head_dim", None) or nope)]
-    width = getattr(text, "head_dim", None)
+        return nope + rope, getattr(layer, "v_head_dim", None) or nope
+    width = getattr(layer, "head_dim", None)
     if width is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
         width = hidden // heads
-    widths = (width, getattr(text, "global_head_dim", None))
-    return [(each, each) for each in widths if isinstance(each, int)]
+    return (width, width) if isinstance(width, int) else None
