@@ -74,6 +74,32 @@ def test_a_signal_ends_an_evaluation_before_its_next_batch(
 
 
 @pytest.mark.usefixtures("without_forecast")
+def test_a_signal_ends_a_sample_answer_after_its_next_token(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(training={"eval_every": 2, "samples": 2, "sample_tokens": 12})
+    whole = train(Recipe.load(file, [f"output={tmp_path / 'whole'}"]), terminal=False)
+    answer, tokens = evaluation.answer, []
+
+    def signalled(*arguments: Any, stopped: Callable[[], bool], **more: Any) -> str:
+        def after_each() -> bool:
+            tokens.append(len(tokens))
+            if len(tokens) == 24 + 5:  # in the first answer after step 2
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stopped()
+
+        return answer(*arguments, stopped=after_each, **more)
+
+    monkeypatch.setattr(evaluation, "answer", signalled)
+    stopped = train(Recipe.load(file), terminal=False)
+    assert (stopped.steps, stopped.stopped_by, len(tokens)) == (2, signal.SIGTERM, 24 + 5)
+    assert [line["step"] for line in records(stopped.run) if "eval_loss" in line] == [0]
+    resumed = train(Recipe.load(file), resume=True, terminal=False)
+    assert (resumed.run / ADAPTER).read_bytes() == (whole.run / ADAPTER).read_bytes()
+    assert records(resumed.run) == records(whole.run)
+
+
+@pytest.mark.usefixtures("without_forecast")
 def test_a_result_that_does_not_fit_names_the_checkpoint_to_continue_from(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

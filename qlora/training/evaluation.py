@@ -6,27 +6,25 @@ from qlora.data import held_out_batches
 from qlora.inference.generate import answer
 from qlora.memory import measure
 from qlora.objective.step import evaluate
-from qlora.runtime.signals import EvaluationStopped
+from qlora.runtime.signals import EvaluationStopped, StopRequest
 from qlora.tracking import Sample, Tracker
 from qlora.training.session import Session
 
 
-def held_out_loss(
-    session: Session, tracker: Tracker, step: int, stopped: Callable[[], bool] = lambda: False
-) -> float | None:
+def held_out_loss(session: Session, tracker: Tracker, step: int, stop: StopRequest) -> float | None:
     """Compute and record the mean held-out loss (nats per supervised token) and sample answers after `step` steps.
 
     Returns None without held-out rows.
 
     Raises:
-        EvaluationStopped: `stopped`, which is asked before each batch, returned True. Nothing is recorded.
+        EvaluationStopped: a signal came before a batch, or while the main process answered. Nothing is recorded.
     """
+    processes = session.processes
 
     def stop_early() -> None:
-        if stopped():
+        if stop.agreed(processes.highest):
             raise EvaluationStopped
 
-    processes = session.processes
     if not session.dataset.held_out:
         return None
     with session.memory.measuring(step, evaluation=True):
@@ -40,6 +38,8 @@ def held_out_loss(
         )
     processes.reduce([sums.sum, *sums.metrics.values()])
     loss = sums.sum.item() / weight
+    samples = answers(session, lambda: stop.signal_number is not None) if processes.is_main else []
+    stop_early()
     if processes.is_main:
         peak = measure.peak(processes.device)
         peak_bytes = peak.resident_bytes if peak.allocated_bytes is None else peak.allocated_bytes
@@ -53,12 +53,12 @@ def held_out_loss(
                 "peak_memory_bytes": peak_bytes,
             }
         )
-        tracker.samples(answers(session), step)
+        tracker.samples(samples, step)
     return loss
 
 
-def answers(session: Session) -> list[Sample]:
-    """Answer the first few held-out prompts with the current model."""
+def answers(session: Session, stopped: Callable[[], bool]) -> list[Sample]:
+    """Answer the first few held-out prompts with the current model. `stopped`, asked after each token, ends them."""
     training = session.recipe.training
     return [
         Sample(
@@ -71,7 +71,9 @@ def answers(session: Session) -> list[Sample]:
                 prompt.input_ids,
                 training.sample_tokens,
                 stop_ids=session.dataset.stop_ids,
+                stopped=stopped,
             ),
         )
         for prompt in session.dataset.prompts[: training.samples]
+        if not stopped()
     ]

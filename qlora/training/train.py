@@ -7,9 +7,8 @@ exactly the steps of a run that was not.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,17 +117,17 @@ def fit(
     )
     with StopRequest() as stop, tracker:
         tracker.check_record(progress.record_sha256, progress.step)
-        latest_loss, stopped = progress.loss_before, partial(stop.agreed, session.processes.highest)
+        latest_loss, highest = progress.loss_before, session.processes.highest
         if progress.step == total:
             session.course.finish()
         if progress.step in (0, total) or progress.evaluation_due:
-            latest_loss = evaluate(session, tracker, progress, stopped, latest_loss)
-        while progress.step < total and not stopped():
+            latest_loss = evaluate(session, tracker, progress, stop, latest_loss)
+        while progress.step < total and not stop.agreed(highest):
             progress.step = take_step(session, progress.step, tracker)
             if last := progress.step == total:
                 session.course.finish()
             if last or (training.eval_every and progress.step % training.eval_every == 0):
-                latest_loss = evaluate(session, tracker, progress, stopped, latest_loss)
+                latest_loss = evaluate(session, tracker, progress, stop, latest_loss)
             progress.seconds = time.monotonic() - began
             if not last and training.save_every and progress.step % training.save_every == 0:
                 save(session, run, progress, tracker)
@@ -161,13 +160,13 @@ def evaluate(
     session: Session,
     tracker: Tracker,
     progress: Progress,
-    stopped: Callable[[], bool],
+    stop: StopRequest,
     latest_loss: float | None,
 ) -> float | None:
-    """Return the held-out loss now; if `stopped` ends the evaluation, the latest one, and the evaluation stays due."""
+    """Return the held-out loss now; if a signal ends the evaluation, the latest one, and the evaluation stays due."""
     progress.evaluation_due = True
     with suppress(EvaluationStopped):
-        latest_loss = held_out_loss(session, tracker, progress.step, stopped)
+        latest_loss = held_out_loss(session, tracker, progress.step, stop)
         progress.evaluation_due = False
         progress.loss_before = progress.loss_before if progress.step else latest_loss
     return latest_loss
