@@ -10,6 +10,9 @@ def main() -> None:
     # The last of all exit functions: the work is done, and Python's own end would die of a Ctrl-C
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
+        from qlora.runtime.streams import open_standard_streams
+
+        open_standard_streams()
         from qlora.cli import main as run
     except KeyboardInterrupt:
         print("qlora: interrupted", file=sys.stderr)

@@ -22,14 +22,13 @@ def spooled() -> Path:
         raise DataError(
             "data.source: several processes cannot share the standard input; write the rows to a file and give its path"
         )
-    stream = sys.stdin.buffer
-    if stream.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None: a process without standard streams imports qlora
         raise DataError(
             "data.source: reads the standard input, and nothing is piped into the command; write "
             "`... | qlora COMMAND data.source=-`"
         )
     copy = _temporary_file()
-    shutil.copyfileobj(stream, copy)
+    shutil.copyfileobj(sys.stdin.buffer, copy)
     copy.flush()
     return Path(copy.name)
 

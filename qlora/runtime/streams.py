@@ -27,6 +27,24 @@ _LIVE = re.compile(f"({COLOURS}|{CURSOR})|{CONTROL}")
 _BARS = re.compile(f"({COLOURS}|{CURSOR}|\\A\\r)|{CONTROL}")  # tqdm, as the hub's downloads show it
 
 
+def open_standard_streams() -> None:
+    """Open /dev/null for each standard stream that is closed, and let standard input pass on bytes that are no text.
+
+    A file of the program would otherwise get the descriptor of a closed stream, and whatever is printed to it. Bytes
+    that are not in the encoding become lone surrogates, which the prompts refuse with a message.
+    """
+    for descriptor, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # the lowest number that is free is this one; child processes inherit it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+    cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
+
+
 def harmless(text: str, *, cursor: bool = False, bars: bool = False) -> str:
     """Replace control characters, except line breaks, tabs and colours.
 
