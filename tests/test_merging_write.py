@@ -32,6 +32,7 @@ from qlora.model.load import load_base, meta_base
 from qlora.model.prepare import apply_adapter
 from qlora.quantization import nf4
 from qlora.recipe import Base, Data, Recipe
+from qlora.storage import tensor_file
 from qlora.storage.safetensors_files import ShardReader, ShardWriter
 
 IDS = torch.arange(12)[None] * 5
@@ -300,12 +301,13 @@ def test_a_large_model_is_written_in_shards(
     run = finished_run(recipe)
     whole = merged(recipe, run / "adapter", "dequantized", tmp_path / "whole")
     held: list[int] = []
-    save = save_file
+    save = tensor_file.write
     monkeypatch.setattr(
-        "qlora.storage.safetensors_files.save_file",
-        lambda tensors, *rest, **more: (
+        tensor_file,
+        "write",
+        lambda path, tensors, *rest: (
             held.append(sum(t.nbytes for t in tensors.values())),
-            save(tensors, *rest, **more),
+            save(path, tensors, *rest),
         ),
     )
     monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (60_000,))

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora.adapter.peft_tensors import PREFIX
 from qlora.errors import ModelError, listed
+from qlora.storage import tensor_file
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
@@ -76,4 +76,4 @@ def write_diffusers(
     named = {f"{component}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
     fields = {f"{component}.{field}": value for field, value in config.items()}
     header = {"format": "pt", HEADER: json.dumps(fields, indent=2, sort_keys=True)}
-    save_file(named, file, metadata=header)
+    tensor_file.write(file, named, header)

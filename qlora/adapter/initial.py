@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -38,7 +37,7 @@ from qlora.adapter.trained_parts import targets_beside
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4
 from qlora.runtime.seeds import fold_seed, key_of
-from qlora.storage import atomic
+from qlora.storage import atomic, tensor_file
 
 ORIGIN = "origin"
 """Key of the file's metadata: a JSON object with the initialisation and the distances"""
@@ -337,7 +336,7 @@ def write_initial(model: nn.Module, folder: Path) -> None:
     origin = {"init": values.spec.init, "distances": values.distances and values.distances.as_json()}
     with atomic.replacing(file) as draft:
         # one key, because safetensors writes several in random order
-        save_file(named, draft, metadata={ORIGIN: json.dumps(origin)})
+        tensor_file.write(draft, named, {ORIGIN: json.dumps(origin)})
 
 
 def stored_distances(folder: Path) -> dict[str, float]:

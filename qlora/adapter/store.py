@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
@@ -45,7 +45,7 @@ from qlora.adapter.trained_parts import part_fields, trained_parts, without_part
 from qlora.adapter.wrap import wrap
 from qlora.errors import ModelError, SaveError, listed
 from qlora.quantization.nf4 import use_nf4_linears
-from qlora.storage import atomic
+from qlora.storage import atomic, tensor_file
 from qlora.storage.manifest import MANIFEST, check_unchanged
 
 
@@ -114,7 +114,7 @@ def save_adapter(
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors and read them back. Raises SaveError if they differ."""
     with atomic.replacing(path) as file:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        tensor_file.write(file, tensors, {"format": "pt"})
     back = load_file(path)
     if not all(key in back and torch.equal(tensors[key], back[key]) for key in tensors):
         raise SaveError(

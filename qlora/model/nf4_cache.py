@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from qlora.storage import cache
+from qlora.storage import cache, tensor_file
 
 WORTH_BYTES = 100 * 2**20
 """Smallest base that is cached: a smaller one is quantized about as fast as it is read."""
@@ -66,12 +66,17 @@ def quantized(
         "base",
         key,
         make=make,
-        save=lambda model, folder: model.save_pretrained(folder, max_shard_size=_SHARD),
+        save=_save,
         load=lambda folder: _load(folder, location, dtype, device),
         size=_bytes,
         about=f"{location}, blocks of {block_size}{', double quantization' * double_quant}, for {device.type}",
         min_bytes=WORTH_BYTES,
     )
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    tensor_file.give_usual_permissions(folder)
 
 
 def _identity(location: str, revision: str) -> str | None:

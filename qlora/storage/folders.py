@@ -26,6 +26,7 @@ TEMPORARY, TRASH = ".tmp-", ".trash-"
 """prefixes of the name of a folder or file that is being written or removed"""
 
 _NUMBER = re.compile(r"~(\d+)$")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
 _reported = set[Path]()
 
 
@@ -221,7 +222,11 @@ def save_errors(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise SaveError(f"cannot write {where}: {reason}{_free_space(path, error.errno)}") from error
     except SafetensorError as error:  # safetensors reports a full disk as its own error
-        raise SaveError(f"cannot write {path}: {error}{_free_space(path, errno.ENOSPC)}") from error
+        number = _OS_ERROR.search(str(error))
+        reason = str(error) if number is None else os.strerror(int(number[1]))
+        raise SaveError(
+            f"cannot write {path}: {reason}{_free_space(path, number and int(number[1]))}"
+        ) from error
 
 
 def _free_space(path: Path, reason: int | None) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora import bundled
 from qlora.errors import ModelError
+from qlora.storage import tensor_file
 from qlora.storage.folders import save_errors
 
 WHOLE = "model.safetensors"
@@ -244,7 +244,7 @@ class ShardWriter:
     def _write(self) -> None:
         path = self.folder / f"shard-{len(self._shards) + 1}"
         with save_errors(path):
-            save_file(self._held, path, metadata={"format": "pt"})
+            tensor_file.write(path, self._held, {"format": "pt"})
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from qlora.errors import ModelError
-from qlora.storage import manifest
+from qlora.storage import manifest, tensor_file
 from qlora.storage.atomic import sync
 from qlora.storage.folders import commit, discard, fsync_tree, remove_leftovers, save_errors, temporary
 
@@ -132,10 +132,8 @@ def rotate(run: Path, keep: int, run_id: str) -> list[Path]:
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     """Write named tensors, on any device, to a safetensors file."""
-    from safetensors.torch import save_file
-
     with save_errors(path):
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        tensor_file.write(path, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
 def load_tensors(path: Path) -> dict[str, "Tensor"]:

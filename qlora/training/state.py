@@ -13,7 +13,7 @@ from qlora.data.prompt_files import write_prompt_files, write_system
 from qlora.errors import DataError, ModelError, RecipeError, SaveError
 from qlora.model.load import compute_dtype
 from qlora.report import memory_files, page
-from qlora.storage import folders, manifest
+from qlora.storage import folders, manifest, tensor_file
 from qlora.tracking import Tracker
 from qlora.training import checkpoint
 from qlora.training.run_folder import RunFolder
@@ -93,8 +93,8 @@ def _saved_until(run: RunFolder, name: str) -> str:
     with suppress(ModelError):  # every checkpoint is damaged
         newest = checkpoint.newest(run.path, run_id=run.run_id, checksums=False, report=lambda line: None)
         if newest is not None:
-            return f"Make room, and continue from {newest} with --resume: its weights are in {newest.name}/{name}"
-    return "There is no whole checkpoint; make room, and start again with --fresh"
+            return f"Mend that, and continue from {newest} with --resume: its weights are in {newest.name}/{name}"
+    return "There is no whole checkpoint; mend that, and start again with --fresh"
 
 
 def restore(session: Session, run: RunFolder) -> Progress:
@@ -141,6 +141,7 @@ def write_weights(session: Session, folder: Path) -> None:
         save_adapter(session.model, folder, base=session.base_identity)
     else:
         session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+        tensor_file.give_usual_permissions(folder)
     # So that the folder can be used without the run
     (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
     write_system(folder, session.dataset.shared_system)

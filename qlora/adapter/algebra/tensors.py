@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora.adapter.algebra.low_rank import LowRank
@@ -34,6 +34,7 @@ from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import fields_of_parts, part_names, without_parts
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
+from qlora.storage import tensor_file
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
 from qlora.storage.manifest import check_unchanged
@@ -220,7 +221,7 @@ def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -
     with drafting(folder) as drafts, save_errors(folder):
         draft = drafts / "adapter"
         draft.mkdir()
-        save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
+        tensor_file.write(draft / TENSORS_FILE, tensors, {"format": "pt"})
         if diffusers is not None:
             write_diffusers(draft / DIFFUSERS_FILE, tensors, fields, diffusers)
         for name, text in {CONFIG_FILE: config, **adapter.extra_files}.items():
