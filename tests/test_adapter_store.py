@@ -191,7 +191,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, r=3),
         r"up.lora_A.weight is \[2, 8\], the model needs \[3, 8\]|up has rank 3 in the file and 2 in the model",
     ),
-    "alpha": (lambda f: edit(f, lora_alpha=0), "lora_alpha of blocks.0.up must be a number above 0, not 0"),
+    "alpha": (
+        lambda f: edit(f, lora_alpha=0),
+        "lora_alpha of blocks.0.up must be a number above 0 and .*, not 0",
+    ),
+    "huge alpha": (
+        lambda f: edit(f, lora_alpha=1e200),
+        "lora_alpha of blocks.0.up must be a number above 0 and",
+    ),
     "dropout": (lambda f: edit(f, lora_dropout=1.0), "lora_dropout must be at least 0 and below 1, not 1.0"),
     "pattern": (lambda f: edit(f, rank_pattern=[1]), r"rank_pattern must be an object, not \[1\]"),
     "no truth": (lambda f: edit(f, use_rslora="false"), 'use_rslora must be true or false, not "false"'),

@@ -287,6 +287,7 @@ def test_code_that_reads_the_weight_of_the_layer_gets_an_error() -> None:
         ({"rank": 0}, "rank must be at least 1"),
         ({"alpha": 0.0}, "alpha must be above 0"),
         ({"alpha": float("nan")}, "alpha must be above 0"),
+        ({"alpha": 1e300}, "alpha must be above 0 and at most 1e"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"scaling": "rank"}, "scaling must be alpha/rank or"),
         ({"scaling": "alpha"}, "scaling alpha needs a number in alpha"),

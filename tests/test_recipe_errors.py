@@ -224,6 +224,14 @@ CASES = {
     "data: {source: s, held_out: 1.5}": "must be a number above 0 and below 1, an integer of at least 0 or",
     "optimizer: {betas: [0.9]}": "3:13: optimizer.betas: must be a list of two, each item a number of at",
     "optimizer: {betas: [0.9, 1]}": "3:26: optimizer.betas[1]: must be a number of at least 0 and below 1",
+    # numbers that float32 cannot compute with
+    "adapter: {alpha: 1e300}": "adapter.alpha: must be a number of at least 1e-30 and of at most 1e+06 or null",
+    "adapter: {alpha_pattern: {q: 1e300}}": "adapter.alpha_pattern.q: must be a number of at least 1e-30 and of",
+    "adapter: {lr_ratio: 1e7}": "adapter.lr_ratio: must be a number of at least 1e-30 and of at most 1e+06",
+    "optimizer: {lr: 1e30}": "optimizer.lr: must be a number of at least 1e-30 and of at most 1e+06",
+    "optimizer: {weight_decay: 1e30}": "optimizer.weight_decay: must be a number of at least 0 and of at most 1e+06",
+    "optimizer: {eps: 1e-320}": "optimizer.eps: must be a number of at least 1e-30 and of at most 1e+06",
+    "training: {max_grad_norm: 1e-320}": "training.max_grad_norm: must be a number of at least 1e-09 and of at most",
     "adapter: {rank_pattern: {q: 0}}": "3:26: adapter.rank_pattern.q: must be an integer of at least 1",
     "adapter: {rank_pattern: 3}": "must be a mapping from names to values, each an integer of at least 1",
     # settings that exclude each other

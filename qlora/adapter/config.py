@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.lora_spec import SCALINGS, LoraSpec
+from qlora.adapter.lora_spec import MAX_ALPHA, SCALINGS, LoraSpec
 from qlora.adapter.patterns import exactly, pattern_value
 from qlora.adapter.targets import is_linear, layer_names, list_layers
 from qlora.adapter.trained_parts import without_parts
@@ -244,8 +244,10 @@ def spec_of_layer(config: Mapping[str, Any], name: str, path: Path) -> LoraSpec:
     alpha = pattern_value(config.get("alpha_pattern") or {}, name, _or(config.get("lora_alpha"), 8))
     if type(rank) is not int or rank < 1:
         raise ModelError(f"{path}: r of {name} must be a whole number of at least 1, not {rank!r}")
-    if type(alpha) not in (int, float) or not 0 < alpha < 1e300:
-        raise ModelError(f"{path}: lora_alpha of {name} must be a number above 0, not {alpha!r}")
+    if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
+        raise ModelError(
+            f"{path}: lora_alpha of {name} must be a number above 0 and at most {MAX_ALPHA:g}, not {alpha!r}"
+        )
     scaling = "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank"
     return LoraSpec(rank, alpha, _dropout(config, path), scaling, init="zero")
 

@@ -17,6 +17,8 @@ SCALINGS = {
 }
 FROM_WEIGHTS = ("pissa", "loftq")
 """initialisations that need the base's 16-bit weights, see initial.py"""
+MAX_ALPHA = 1e30
+"""highest alpha, whose product with a factor of an ordinary size is finite in float32"""
 INITS = ("kaiming", "gaussian", "orthogonal", *FROM_WEIGHTS, "zero")
 
 
@@ -59,8 +61,8 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"rank must be at least 1, not {self.rank}")
-        if not (math.isfinite(self.resolved_alpha) and self.resolved_alpha > 0):
-            raise UsageError(f"alpha must be above 0, not {self.alpha}")
+        if not 0 < self.resolved_alpha <= MAX_ALPHA:
+            raise UsageError(f"alpha must be above 0 and at most {MAX_ALPHA:g}, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling not in SCALINGS:

@@ -1,6 +1,6 @@
 """The section `adapter.budget`: AdaLoRA's ranks during a run (Zhang et al. 2023, arXiv:2303.10512)."""
 
-from qlora.recipe.section import Count, Decay, PositiveOrZero, Section
+from qlora.recipe.section import Count, Decay, FactorOrZero, Section
 
 
 class RankBudget(Section):
@@ -14,7 +14,7 @@ class RankBudget(Section):
     """Share of the steps after the ranks have fallen, with the final ranks."""
     every: Count = 10
     """Steps from one choice of the ranks to the next."""
-    orthogonality: PositiveOrZero = 0.1
+    orthogonality: FactorOrZero = 0.1
     """Weight of the penalty that keeps the directions of an update orthogonal (AdaLoRA, equation 4: gamma)."""
     smoothing: Decay = 0.85
     """Decay rate of the average importance (AdaLoRA, equation 9: beta 1)."""

@@ -17,7 +17,18 @@ from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
-from qlora.recipe.section import Count, CountOrZero, Decay, Device, Positive, PositiveOrZero, Section, Text
+from qlora.recipe.section import (
+    Count,
+    CountOrZero,
+    Decay,
+    Device,
+    Factor,
+    FactorOrZero,
+    GradientNorm,
+    Positive,
+    Section,
+    Text,
+)
 
 if TYPE_CHECKING:
     FormatName = str
@@ -59,7 +70,7 @@ class Adapter(Section):
     """lora, dora, adalora, vera: low-rank updates (see Methods); full: all weights; bitfit: biases only."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
-    alpha: Positive | None = None
+    alpha: Factor | None = None
     """Numerator of `scaling` (LoRA, section 4.1); null: equal to `rank`."""
     dropout: Decay = 0.0
     """Dropout probability of the input of A (QLoRA, appendix B.2: 0.1 up to 13B, 0.05 above)."""
@@ -67,13 +78,13 @@ class Adapter(Section):
     """Factor of B·A·x: alpha/rank (LoRA), alpha/sqrt(rank) (rsLoRA, stable at high ranks), or alpha for every rank."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"] = "kaiming"
     """Random A and zero B; or A and B from the weights: pissa (arXiv:2404.02948), loftq (NF4; arXiv:2310.08659)."""
-    lr_ratio: Positive = 1.0
+    lr_ratio: Factor = 1.0
     """Learning rate of B over that of A, `optimizer.lr` (LoRA+, arXiv:2402.12354, section 5: about 16)."""
     targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
-    alpha_pattern: dict[Text, Positive] = {}
+    alpha_pattern: dict[Text, Factor] = {}
     """Alpha of the modules whose name matches the suffix or regular expression; the first match applies."""
     train_tokens: Literal["new"] | list[Text] = []
     """Tokens whose rows of embedding and head are trained too; new: control tokens of the template without a token."""
@@ -226,7 +237,7 @@ class Training(Section):
     """Keep the inputs of fully recomputed layers in host memory until the backward pass."""
     loss_chunk: Count | None = None
     """Trained tokens whose logits are in memory at once; null: up to 1024, with at most 256 MiB of logits."""
-    max_grad_norm: Positive = 0.3
+    max_grad_norm: GradientNorm = 0.3
     """Maximum L2 norm of the gradient, which is scaled down to it (QLoRA, appendix B.2: 0.3)."""
     eval_every: Count | None = 100
     """Steps between evaluations; null: only before and after training."""
@@ -261,17 +272,17 @@ class Optimizer(Section):
         "paged_lion_32bit", "paged_lion_8bit", "lion_8bit", "lion",
     ] = "paged_adamw_32bit"  # fmt: skip
     """Update rule. paged_: its state can move to host memory (QLoRA, section 3); 8bit: quantized (arXiv:2110.02861)."""
-    lr: Positive = 2e-4
+    lr: Factor = 2e-4
     """Peak learning rate (QLoRA, appendix B.2: 2e-4 up to 13B, 1e-4 above)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant (QLoRA, appendix B.2), or a linear or cosine decay to zero."""
     warmup_steps: CountOrZero = 0
     """Number of first steps in which the learning rate rises linearly from zero to `lr`."""
-    weight_decay: PositiveOrZero = 0.0
+    weight_decay: FactorOrZero = 0.0
     """Decoupled weight decay (arXiv:1711.05101); applies to matrices, not to norms and biases."""
     betas: Annotated[tuple[Decay, Decay], Strict(False)] = (0.9, 0.999)
     """Decay rates of the first and second moment (QLoRA, appendix B.2: 0.9 and 0.999)."""
-    eps: Positive = 1e-8
+    eps: Factor = 1e-8
     """Term added to Adam's denominator for numerical stability (arXiv:1412.6980)."""
 
 

@@ -7,8 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
+# Within these limits, a product of two numbers is neither zero nor infinite in float32.
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
+Factor = Annotated[float, Field(ge=1e-30, le=1e6)]
+FactorOrZero = Annotated[float, Field(ge=0, le=1e6)]
+GradientNorm = Annotated[float, Field(ge=1e-9, le=1e30)]
+"""A smaller gradient would vanish beside `optimizer.eps`."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"

@@ -22,7 +22,7 @@ def write(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] 
 
 
 def give_usual_permissions(folder: Path, name: str = "*.safetensors") -> None:
-    """Give files of `folder` called `name` (a glob) the permissions of a new file; safetensors writes for the owner only.
+    """Give files of `folder` called `name` (a glob) the permissions of a new file: those of safetensors are stricter.
 
     Raises:
         OSError: no file can be made in the folder.
