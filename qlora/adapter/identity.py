@@ -22,6 +22,7 @@ from qlora.adapter.base_digest import memory_digest
 from qlora.adapter.digest import digest, sampled
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4, quant_state
+from qlora.storage import regular_file
 from qlora.storage.safetensors_files import StoredTensor, checkpoint_files, find_checkpoint, stored_tensors
 
 IDENTITY_FILE = "qlora.json"
@@ -85,7 +86,7 @@ class BaseIdentity:
         if not path.exists():
             return None
         try:
-            return cls.parse(path.read_text(encoding="utf-8"))
+            return cls.parse(regular_file.read_text(path))
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: {error}") from error
 

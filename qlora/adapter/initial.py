@@ -37,7 +37,7 @@ from qlora.adapter.trained_parts import targets_beside
 from qlora.errors import ModelError
 from qlora.quantization.nf4 import is_nf4
 from qlora.runtime.seeds import fold_seed, key_of
-from qlora.storage import atomic, tensor_file
+from qlora.storage import atomic, regular_file, tensor_file
 
 ORIGIN = "origin"
 """Key of the file's metadata: a JSON object with the initialisation and the distances"""
@@ -348,6 +348,7 @@ def stored_distances(folder: Path) -> dict[str, float]:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return where the values in a file come from, and its tensors by name."""
     try:
+        regular_file.check(file)
         with safe_open(file, "pt") as opened:
             origin = json.loads((opened.metadata() or {}).get(ORIGIN, "{}"))
             return origin, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

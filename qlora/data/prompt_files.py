@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora.data.prompts import KEEP_START, Prompts
 from qlora.errors import ModelError
+from qlora.storage import regular_file
 from qlora.storage.json_files import read_object, write_object
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -64,8 +65,7 @@ def shared_system(folder: Path) -> str | None:
     """
     path = folder / SYSTEM_FILE
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
+        return regular_file.read_text(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from qlora.data.files import READERS, Record, json_rows, parquet_rows
 from qlora.data.pipe import spooled
 from qlora.errors import DataError
 from qlora.recipe.source_names import COMPRESSIONS, FILE_TYPES, STANDARD_INPUT, is_local
+from qlora.storage import regular_file
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/[\w.-]+)?)(?:/(?P<configuration>[\w.-]+))?")
 _HELD_OUT = re.compile(r"(^|[._-])(test|valid|validation|val|dev|eval)([._-]|$)")
@@ -61,9 +62,7 @@ def identity(source: str, split: str = "train") -> str | None:
     try:
         digests = []
         for path, name in _files(source):
-            if not path.is_file():
-                return None
-            with path.open("rb") as file:
+            with regular_file.opened(path) as file:
                 digests.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
     except (OSError, ValueError, DataError):
         return None

@@ -1,9 +1,11 @@
 """Chat templates by name, and from files."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
 from qlora.errors import DataError
+from qlora.storage import regular_file
 
 _FOLDER = files("qlora.data") / "chat_templates"
 
@@ -28,7 +30,7 @@ def template_text(name: str) -> str:
             f"data.template: {name!r} is not a template; set it to {', '.join(NAMED)} or the path of a .jinja file"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        return re.sub(r"\r\n?", "\n", regular_file.read_text(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"data.template: {name!r} cannot be read: {reason}") from error

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from qlora.errors import first_line
+from qlora.storage import regular_file
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -50,6 +51,7 @@ def damaged_weights(folder: Path) -> str | None:
         return problem
     for file in files:
         try:
+            regular_file.check(file)
             with safe_open(file, "pt") as tensors:
                 tensors.keys()
         except (OSError, SafetensorError, ValueError) as error:

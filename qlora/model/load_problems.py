@@ -10,6 +10,7 @@ from qlora.errors import ModelError, QloraError, first_line
 from qlora.model.locate import locate
 from qlora.recipe import Base
 from qlora.runtime.out_of_memory import is_out_of_memory
+from qlora.storage import regular_file
 
 
 @contextmanager
@@ -78,6 +79,6 @@ def load_problem(base: Base, error: BaseException) -> str:
 
 def _model_type(base: Base) -> str:
     try:
-        return str(json.loads((Path(locate(base)) / "config.json").read_text()).get("model_type"))
+        return str(json.loads(regular_file.read(Path(locate(base)) / "config.json")).get("model_type"))
     except (OSError, ValueError):
         return "unknown"

@@ -131,15 +131,21 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         near = shipped.nearest(Path(given).stem)
         hint = f"did you mean {near!r}?" if near else "`qlora recipes list` shows the shipped ones"
         raise RecipeError(f"{shorten(given, 200)!r}: no such file or shipped recipe; {hint}") from None
+    _check_regular(given, mode)
+    return path
+
+
+def _check_regular(given: str, mode: int) -> None:
+    """Raise RecipeError for a folder, and for a pipe or device, whose reader could wait for ever."""
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise RecipeError(f"{given!r}: is {kind}; a recipe is a YAML file")
-    return path
 
 
 def _text(path: Path) -> str:
     """Return the text of a recipe file, which must be short, in UTF-8 and free of control characters."""
     try:
+        _check_regular(str(path), path.stat().st_mode)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError
+from qlora.storage import regular_file
 
 CHECKSUM = "sha256"
 """key of an object's own checksum"""
@@ -39,7 +40,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. Raises ModelError if it cannot be read or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(regular_file.read_text(path))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}. Restore the file") from error
     if not isinstance(value, dict):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ModelError
+from qlora.storage import regular_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -44,7 +45,7 @@ def read(folder: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is not exactly as it was written.
     """
-    text = (folder / MANIFEST).read_bytes().decode()
+    text = regular_file.read_text(folder / MANIFEST)
     manifest = json.loads(text)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _own_checksum(manifest):
         raise ValueError("checksum differs")
@@ -89,12 +90,12 @@ def check_unchanged(folder: Path) -> None:
     Raises:
         ModelError: a file is missing or has other content, or the manifest itself is damaged.
     """
-    if not (folder / MANIFEST).is_file():
+    if not os.path.lexists(folder / MANIFEST):
         return  # an adapter of PEFT, or of an earlier version
     try:
         found = problems(folder, read(folder))
     except (OSError, ValueError) as error:
-        found = [f"file {MANIFEST}: {error}"]
+        found = [f"file {MANIFEST}: {getattr(error, 'strerror', None) or error}"]
     if found:
         raise ModelError(
             f"{folder}: damaged or changed since its training: {'; '.join(found)}. Restore it from a copy; if you "
@@ -118,5 +119,5 @@ def _dump(value: Any) -> str:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+    with regular_file.opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora import bundled
 from qlora.errors import ModelError
-from qlora.storage import tensor_file
+from qlora.storage import regular_file, tensor_file
 from qlora.storage.folders import save_errors
 
 WHOLE = "model.safetensors"
@@ -73,7 +73,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / WHOLE] if (folder / WHOLE).is_file() else []
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = json.loads(regular_file.read_text(index))["weight_map"].values()
         return sorted({folder / shard for shard in shards})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
@@ -201,6 +201,7 @@ class ShardReader(Mapping[str, Tensor]):
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
+        regular_file.check(file)
         yield
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(f"{file}: missing or damaged: {error}. Restore the file") from error

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import SaveError
-from qlora.storage import atomic
+from qlora.errors import ModelError, SaveError
+from qlora.storage import atomic, regular_file
 from qlora.tracking.sink import Metrics, Sample, Sink
 
 
@@ -111,10 +111,17 @@ def _plain(value: Any) -> Any:
 
 
 def _lines_until(path: Path, last_step: int) -> list[bytes]:
-    """Return the complete lines of steps up to `last_step`."""
-    if not path.exists():
+    """Return the complete lines of steps up to `last_step`. Raises ModelError if the file cannot be read."""
+    try:
+        lines = regular_file.read(path).splitlines(keepends=True)
+    except FileNotFoundError:
         return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if 0 <= _step(line) <= last_step]
+    except OSError as error:
+        raise ModelError(
+            f"{path}: damaged: {error.strerror}. Restore it from a copy, or move it away: the training continues "
+            "exactly, and the curves lack the steps before"
+        ) from error
+    return [line for line in lines if 0 <= _step(line) <= last_step]
 
 
 def _step(line: bytes) -> int:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from qlora.errors import first_line
-from qlora.storage import atomic
+from qlora.storage import atomic, regular_file
 from qlora.tracking.backend import Backend, Run
 from qlora.tracking.sink import Metrics, Sample, Sink, memory_totals
 
@@ -225,7 +225,7 @@ def run_id(run: Path) -> str:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(file, os.urandom(4).hex().encode())
-    return file.read_text()
+    return regular_file.read_text(file)
 
 
 def _table(rows: list[list[Any]]) -> Any:

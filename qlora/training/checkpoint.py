@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from qlora.errors import ModelError
-from qlora.storage import manifest, tensor_file
+from qlora.storage import manifest, regular_file, tensor_file
 from qlora.storage.atomic import sync
 from qlora.storage.folders import commit, discard, fsync_tree, remove_leftovers, save_errors, temporary
 
@@ -145,6 +145,7 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
     from safetensors.torch import load_file
 
     try:
+        regular_file.check(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read: {error}. Restore the file") from error
@@ -163,7 +164,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         ModelError: the file is missing or is not a JSON object.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads(regular_file.read_text(folder / "state.json"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'state.json'}: cannot be read: {error}. Restore the file") from error
     if not isinstance(state, dict):

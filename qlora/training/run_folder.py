@@ -20,7 +20,7 @@ from typing import Any
 from qlora.errors import ModelError, RecipeError
 from qlora.recipe import Recipe, Training
 from qlora.recipe.versions import NewerRecipe, translated
-from qlora.storage import atomic, folders, manifest
+from qlora.storage import atomic, folders, manifest, regular_file
 from qlora.storage.json_files import with_checksum, without_checksum
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
@@ -376,7 +376,7 @@ def _differences(
 def _object(file: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises ValueError for any problem, also if the file is missing."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(regular_file.read(file))
     except OSError as error:
         raise ValueError(error.strerror) from error
     except RecursionError as error:

@@ -34,7 +34,7 @@ from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import fields_of_parts, part_names, without_parts
 from qlora.data.prompt_files import SYSTEM_FILE, TEMPLATE_FILE
 from qlora.errors import ModelError, SaveError, listed
-from qlora.storage import tensor_file
+from qlora.storage import regular_file, tensor_file
 from qlora.storage.draft import drafting, publish
 from qlora.storage.folders import save_errors
 from qlora.storage.manifest import check_unchanged
@@ -274,8 +274,7 @@ def _correction(values: InitialValues, folder: Path) -> str:
 
 def _text(file: Path) -> str:
     try:
-        with file.open(encoding="utf-8", newline="") as opened:
-            return opened.read()
+        return regular_file.read_text(file)
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {error}; restore the file, or leave it out") from error
 

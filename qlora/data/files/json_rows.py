@@ -11,6 +11,7 @@ from qlora.data.files.opened import BOM, MAX_ROW_BYTES, lines, not_utf8, opened,
 from qlora.data.files.record import Record
 from qlora.errors import DataError
 from qlora.formats import FIELDS, BadRow, Row
+from qlora.storage import regular_file
 
 _HEAD_BYTES = 2**16
 _CHUNK_BYTES = 2**18
@@ -37,7 +38,7 @@ def read(path: Path, name: str) -> Iterator[Record]:
 def count_lines(path: Path) -> int | None:
     """Return the number of JSON lines, or None if the file is compressed, a list or cannot be read."""
     try:
-        with path.open("rb") as stream:
+        with regular_file.opened(path) as stream:
             if not stream.readline(_HEAD_BYTES).removeprefix(BOM).lstrip().startswith(b"{"):
                 return None
             stream.seek(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora.errors import DataError
+from qlora.storage import regular_file
 
 BOM = b"\xef\xbb\xbf"
 """byte order mark that Windows programs put in front of UTF-8"""
@@ -45,7 +46,7 @@ def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
     """
     compression = "file"
     try:
-        with path.open("rb") as file:
+        with regular_file.opened(path) as file:
             head = file.read(6)
             file.seek(0)
             stream: Any = file

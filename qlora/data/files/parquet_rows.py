@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora.data.files.record import Record
 from qlora.errors import DataError
+from qlora.storage import regular_file
 
 _ROWS = 256
 """rows converted at a time"""
@@ -16,6 +17,7 @@ def count(path: Path) -> int | None:
     import pyarrow.parquet
 
     try:
+        regular_file.check(path)
         return int(pyarrow.parquet.read_metadata(path).num_rows)
     except (pyarrow.ArrowException, OSError):
         return None
