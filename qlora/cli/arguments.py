@@ -1,6 +1,5 @@
 """Arguments and options shared by several commands."""
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,13 +55,14 @@ def startup_for(*, quiet: bool = False, verbose: bool = False, json_output: bool
 
     Raises:
         BadParameter: quiet and verbose are both set.
+        UsageError: a variable of a launcher is wrong.
     """
+    from qlora.runtime.launch import is_main
     from qlora.tracking.startup import Startup
 
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose cannot be used together; leave one out")
-    main = int(os.environ.get("RANK", "0")) == 0
-    return Startup(shown=main and not (quiet or json_output), verbose=verbose)
+    return Startup(shown=is_main() and not (quiet or json_output), verbose=verbose)
 
 
 def show_device(startup: "Startup", name: str) -> None:

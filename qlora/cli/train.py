@@ -1,7 +1,6 @@
 """`qlora train`: run a recipe."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 
 from qlora.cli.arguments import IMPORTS, Json, Overrides, Quiet, RecipeArgument, Verbose, startup_for
 from qlora.errors import ModelError
+from qlora.runtime.launch import is_main
 
 if TYPE_CHECKING:
     from qlora.training.result import TrainResult
@@ -68,7 +68,7 @@ def train(
         from qlora.training.train import train as run
 
     outcome = run(loaded, resume=resume, fresh=fresh, terminal=startup.shown, startup=startup)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_main():
         pass  # only the main process prints
     elif json_output:
         print(json.dumps(outcome.as_json()))

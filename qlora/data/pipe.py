@@ -1,6 +1,5 @@
 """Keeps the rows that are piped into a command in a temporary file, because they are read more than once."""
 
-import os
 import shutil
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import DataError
+from qlora.runtime.launch import process_count
 
 
 @cache
@@ -17,8 +17,9 @@ def spooled() -> Path:
 
     Raises:
         DataError: Nothing is piped into the command, or several processes run it.
+        UsageError: a variable of a launcher is wrong.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         raise DataError(
             "data.source: several processes cannot share the standard input; write the rows to a file and give its path"
         )

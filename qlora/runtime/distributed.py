@@ -4,7 +4,6 @@ To use several GPUs in another way, write a class with the methods of `DataParal
 model, to `reduce` results of all processes, and to `gather` the state for a checkpoint.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from qlora.errors import RecipeError
+from qlora.errors import RecipeError, UsageError, first_line
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import grow_by_pages
 from qlora.runtime.device import device_of
+from qlora.runtime.launch import ADVICE, process_count
 from qlora.runtime.rendezvous import awaiting
 
 Result = TypeVar("Result")
@@ -41,18 +41,26 @@ class DataParallel:
 
         Raises:
             ModelError: torch cannot use the driver of the GPU.
+            UsageError: the launcher's variables are wrong, or the processes cannot find each other.
             RecipeError: there is no device as in `training.device`, or several processes would share it.
         """
         grow_by_pages()
-        expected, name = int(os.environ.get("WORLD_SIZE") or 1), recipe.training.device
+        expected, name = process_count(), recipe.training.device
         if ":" in name and expected > 1:
             raise RecipeError(
                 f"training.device: {name} is one GPU, but this run has {expected} processes, and each takes the GPU "
                 "of its own number. Set training.device=cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES"
             )
         device = device_of(recipe)
-        with awaiting(expected):
-            accelerator = Accelerator(cpu=device.type == "cpu")
+        try:
+            with awaiting(expected):
+                accelerator = Accelerator(cpu=device.type == "cpu")
+        except (ValueError, torch.distributed.DistError) as error:
+            if expected == 1:
+                raise
+            raise UsageError(
+                f"WORLD_SIZE is {expected}, but the processes cannot find each other: {first_line(error)}. {ADVICE}"
+            ) from error
         if ":" not in name:
             device = accelerator.device
         elif device.type == "cuda":

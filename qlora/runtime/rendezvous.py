@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qlora.errors import UsageError
+from qlora.runtime.launch import ADVICE
 
 SAID_AFTER_S = 10.0
 """seconds until a process says that it waits"""
@@ -49,8 +50,8 @@ def _watch(come: threading.Event, processes: int, end: Callable[[int], object]) 
     if come.wait(ENDED_AFTER_S - SAID_AFTER_S):
         return
     print(
-        f"qlora: WORLD_SIZE is {processes}, but not all processes came to {place} within {ENDED_AFTER_S:.0f} s. Start "
-        "them all with torchrun or accelerate launch, or unset RANK and WORLD_SIZE for a run of one process",
+        f"qlora: WORLD_SIZE is {processes}, but not all processes came to {place} within {ENDED_AFTER_S:.0f} s. "
+        f"{ADVICE}",
         file=sys.stderr,
         flush=True,
     )
