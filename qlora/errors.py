@@ -50,7 +50,7 @@ class RecipeError(QloraError):
 
 
 class UsageError(QloraError):
-    """A command or call cannot be carried out: a wrong argument, an existing path, a folder in use."""
+    """A command or call cannot be carried out: a wrong argument, an existing or unreadable path, a folder in use."""
 
     exit_code = 2
 

@@ -188,6 +188,13 @@ def test_a_broken_list_is_an_error_as_its_next_row_cannot_be_found(tmp_path: Pat
         rows(file)
 
 
+def test_deep_nesting_is_named_also_in_a_line_longer_than_the_head(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"a": ' + "[" * 100_000 + "\n" + '{"a": 1}')
+    assert reasons(file) == ["broken JSON: nested too deeply"]
+    with pytest.raises(DataError, match=r"a\.json:1: broken JSON: nested too deeply"):
+        rows(write(tmp_path / "a.json", "[" * 100_000 + "]" * 100_000))
+
+
 def test_text_after_a_list_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="text after the closing bracket"):
         rows(write(tmp_path / "a.json", '[{"a": 0}]\n{"a": 1}'))
@@ -215,6 +222,17 @@ def test_an_open_quote_swallows_the_rest_and_is_named(tmp_path: Path) -> None:
 
 def test_csv_fields_may_be_a_megabyte(tmp_path: Path) -> None:
     assert rows(write(tmp_path / "a.csv", "text\n" + "x" * 2**20)) == [{"text": "x" * 2**20}]
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [('"p"x,q', "',' expected after"), ('"p,q', "a quote that is opened here is not closed")],
+)
+def test_a_broken_quote_in_the_names_of_csv_columns_is_an_error(
+    tmp_path: Path, header: str, reason: str
+) -> None:
+    with pytest.raises(DataError, match=rf"a\.csv:1: broken CSV in the names of the columns: {reason}"):
+        rows(write(tmp_path / "a.csv", f"{header}\n1,2\n"))
 
 
 def test_two_csv_columns_of_one_name_are_an_error(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from qlora.cli.merge import merge
 from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
-from qlora.errors import OutOfMemoryError, QloraError, first_line
+from qlora.errors import OutOfMemoryError, QloraError, UsageError, first_line
 from qlora.runtime.signals import SIGNALS, Ending, not_ignored
 from qlora.runtime.streams import unbreakable_output
 
@@ -46,7 +46,10 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code."""
+    """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code.
+
+    An OSError that names a file does the same, with the exit code of a UsageError.
+    """
     ending = Ending()
     for number in not_ignored(SIGNALS):
         # A job that a script put in the background ignores SIGINT
@@ -67,9 +70,12 @@ def main() -> None:
                 _exit(str(error), error.exit_code)
             if not isinstance(error, RuntimeError | MemoryError | OSError):
                 raise
-            if (shortage := _shortage(error)) is None:
+            if (shortage := _shortage(error)) is not None:
+                _exit(shortage, OutOfMemoryError.exit_code)
+            if not (isinstance(error, OSError) and error.filename is not None and error.strerror):
                 raise
-            _exit(shortage, OutOfMemoryError.exit_code)
+            # A name that is too long, a loop of links, a file of another user: no path escapes these
+            _exit(f"{error.filename}: {error.strerror}", UsageError.exit_code)
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -17,18 +17,7 @@ from qlora.formats import FORMATS
 from qlora.recipe.methods import METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
-from qlora.recipe.section import (
-    Count,
-    CountOrZero,
-    Decay,
-    Device,
-    Factor,
-    FactorOrZero,
-    GradientNorm,
-    Positive,
-    Section,
-    Text,
-)
+from qlora.recipe.section import Count, CountOrZero, Decay, Device, Factor, FactorOrZero, Norm, Section, Text
 
 if TYPE_CHECKING:
     FormatName = str
@@ -134,7 +123,7 @@ class Source(Section):
     """As `data.columns`."""
     template: Text | None = None
     """As `data.template`."""
-    weight: Positive | None = None
+    weight: Factor | None = None
     """Share of an epoch relative to the other weights. An epoch has as many rows as all sources together."""
     rows: Count | None = None
     """Number of rows of this source in an epoch; more than it has: rows repeat. null: all."""
@@ -237,7 +226,7 @@ class Training(Section):
     """Keep the inputs of fully recomputed layers in host memory until the backward pass."""
     loss_chunk: Count | None = None
     """Trained tokens whose logits are in memory at once; null: up to 1024, with at most 256 MiB of logits."""
-    max_grad_norm: GradientNorm = 0.3
+    max_grad_norm: Norm = 0.3
     """Maximum L2 norm of the gradient, which is scaled down to it (QLoRA, appendix B.2: 0.3)."""
     eval_every: Count | None = 100
     """Steps between evaluations; null: only before and after training."""

@@ -7,12 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-# Within these limits, a product of two numbers is neither zero nor infinite in float32.
-Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
+# Within these limits, float32 holds a number and its product with another of an ordinary size.
 Factor = Annotated[float, Field(ge=1e-30, le=1e6)]
 FactorOrZero = Annotated[float, Field(ge=0, le=1e6)]
-GradientNorm = Annotated[float, Field(ge=1e-9, le=1e30)]
-"""A smaller gradient would vanish beside `optimizer.eps`."""
+Norm = Annotated[float, Field(ge=1e-9, le=1e30)]
+"""norm of a gradient, which would vanish beside `optimizer.eps` if it were smaller"""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"

@@ -148,6 +148,12 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
             or the run to resume has a different recipe.
         ModelError: the run to resume is damaged.
     """
+    for place in (path, *path.parents):
+        if place.is_symlink() and not os.path.exists(place):  # noqa: PTH110 - Path.exists raises for some links
+            raise RecipeError(
+                f"output: {place} is a broken symbolic link to {place.readlink()}. Remove or mend it, or choose "
+                "another folder with output=..."
+            )
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file, not a folder. Choose another with output=...")
     names = {child.name for child in path.iterdir()} if path.is_dir() else set()

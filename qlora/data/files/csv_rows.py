@@ -17,7 +17,8 @@ def read(path: Path, name: str) -> Iterator[Record]:
     """Read the rows of a CSV file, or of a TSV file if its name says so. A row begins in the line that names it.
 
     Raises:
-        DataError: The file cannot be read, two columns have the same name, or another character separates the columns.
+        DataError: The file cannot be read, its first line is broken, two columns have the same name, or another
+            character separates the columns.
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the default limit of 128 KiB is too short for some documents
     separator = "\t" if ".tsv" in path.name.lower() else ","
@@ -25,22 +26,28 @@ def read(path: Path, name: str) -> Iterator[Record]:
         # Bytes that are not UTF-8 become lone surrogates, which `formats` reports for each row.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=separator, strict=True)
-        header = next(reader, [])
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{name}:1: broken CSV in the names of the columns: {_reason(error)}") from None
         _check_header(header, separator, name)
         while True:
             origin = f"{name}:{reader.line_num + 1}"
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                reason = str(error)
-                if "unexpected end" in reason:
-                    reason = "a quote that is opened here is not closed, so all lines after it are lost"
-                yield Record(origin, BadRow("broken CSV", reason))
+                yield Record(origin, BadRow("broken CSV", _reason(error)))
                 continue
             if cells is None:
                 break
             if cells:  # empty for a blank line
                 yield Record(origin, _row(header, cells))
+
+
+def _reason(error: csv.Error) -> str:
+    if "unexpected end" in str(error):
+        return "a quote that is opened here is not closed, so all lines after it are lost"
+    return str(error)
 
 
 def _check_header(header: list[str], separator: str, name: str) -> None:

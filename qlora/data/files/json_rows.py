@@ -49,8 +49,10 @@ def count_lines(path: Path) -> int | None:
 
 def _refuse_object_of_several_lines(head: bytes, name: str) -> None:
     """Raise DataError if the first object spans several lines: each of them would be a broken row."""
-    first, _, rest = head.partition(b"\n")
+    first, ended, rest = head.partition(b"\n")
     last = first.rstrip()[-1:]
+    if not ended:
+        return
     if last != b"[" and (last not in (b"{", b",") or rest.lstrip().startswith(b"{")):
         return
     keys = _KEY_OF_A_LIST.findall(head.decode(errors="ignore"))
@@ -82,10 +84,16 @@ def _row(line: bytes) -> Row | BadRow:
         return error
     except json.JSONDecodeError as error:
         return BadRow("broken JSON", f"{error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRow("broken JSON", "nested too deeply")
-    except ValueError as error:  # an integer of more than 4300 digits
-        return BadRow("broken JSON", str(error))
+    except (ValueError, RecursionError) as error:
+        return BadRow("broken JSON", _reason(error))
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return (
+        error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    )  # an integer of over 4300 digits
 
 
 def _list(path: Path, name: str) -> Iterator[Record]:
@@ -100,7 +108,7 @@ def _list(path: Path, name: str) -> Iterator[Record]:
                     raise json.JSONDecodeError("Expecting ',' or ']'", "", 0)
             except (ValueError, RecursionError) as error:
                 # The start of the next row is unknown, so `on_bad_row: skip` cannot help.
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                reason = _reason(error)
                 raise DataError(
                     f"{origin}: broken JSON: {reason}. The rest of the list cannot be read; correct the file"
                 ) from None
