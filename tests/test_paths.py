@@ -47,6 +47,12 @@ def test_names_that_are_too_long_and_loops_of_links(recipe_file: RecipeFile, tmp
             assert "qlora: " in done.stderr or "Usage" in done.stderr
 
 
+@pytest.mark.parametrize("character", ["\udcff", "\x07"])
+def test_a_character_that_yaml_forbids_is_named_in_an_override(character: str) -> None:
+    done = qlora("check", "quickstart", f"output=a{character}")
+    assert (done.returncode, f"the character U+{ord(character):04X} is not allowed" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("place", ["link", "link/run"])
 @pytest.mark.parametrize("aim", ["nowhere", "link"])
 def test_an_output_behind_a_broken_link_is_named(

@@ -163,7 +163,9 @@ class _Reader:
             self._stop(mark, f"is not valid YAML: {text}")
         except (YAMLError, ValueError, OverflowError):
             # chr() raises for an escape beyond Unicode, such as "\UFFFFFFFF"
-            self._stop(None, "is not valid YAML")
+            found = FORBIDDEN.search(self.text)  # in an override, or a byte that the locale cannot decode
+            reason = f": the character U+{ord(found.group()):04X} is not allowed; delete it" if found else ""
+            self._stop(None, f"is not valid YAML{reason}")
 
 
 def _refusal(event: Any, path: KeyPath) -> str:

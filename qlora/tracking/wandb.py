@@ -111,8 +111,16 @@ class Wandb(Sink):
         except ImportError:
             self._note("wandb is not installed, so nothing goes to Weights & Biases; run `pip install wandb`")
         except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
-            reason = first_line(error)
+            reason = _reason(error)
             self._note(f"Weights & Biases is off for this run: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong: each setting that pydantic refuses, with its message, or the first line of another error."""
+    errors = getattr(error, "errors", None)
+    if not callable(errors):
+        return first_line(error)
+    return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in errors())
 
 
 def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callable[[str], object]) -> Any:
