@@ -38,8 +38,8 @@ NAME = re.compile(
 )
 """a key of the recipe, a file, a layer or the class of a model"""
 
-MERGE_CHANGES = 0.02
-"""largest difference of the mean loss (nats) before and after a merge that is no fault"""
+MERGE_CHANGES = 0.005
+"""largest change of the mean loss by a merge, as a part of it, that is no fault: weights are rounded to bfloat16"""
 
 ROWS = [
     {"prompt": f"Order {n}: {n} red lamps to Anna.", "completion": f" lamps={n} color=red to=Anna"}
@@ -199,7 +199,7 @@ def _compared(case: dict[str, Any], merged: Path) -> dict[str, Any]:
     record = json.loads((merged / "merge.json").read_text())
     losses = [math.log(judged["perplexity"]) for judged in (record["live"], record["judged"][0])]
     difference = abs(losses[0] - losses[1])
-    same = math.isfinite(difference) and difference <= MERGE_CHANGES
+    same = math.isfinite(difference) and difference <= MERGE_CHANGES * losses[0]
     return {**case, "kind": "works" if same else "fault", "losses": losses}
 
 
