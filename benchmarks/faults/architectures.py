@@ -7,7 +7,8 @@
 plain base, asked for an answer, evaluated, and merged; the merged model is evaluated with transformers alone. A case
 works, or is refused (a documented exit code and one message that names a key, file, layer or class), or is a fault: a
 traceback, a hang, a message without a name, an evaluation that a merge changes, or training that is refused although
-the estimate of the same recipe is not.
+the estimate of the same recipe is not. A merged model that transformers cannot run is no fault if it cannot run the
+base either.
 
 `--out` gets a JSON line per case as soon as it ends; a second start leaves out what is there. The summary counts the
 cases, and the script ends with 1 if there was a fault.
@@ -102,6 +103,7 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
     if made.code != 0:
         yield _line(name, "write", "unmade", 0.0, made.err[-300:])
         return
+    runs_plainly = ended(partial(load_plainly, work / "base"), seconds).code == 0
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     yield _case(name, "check", ["check", recipe(work, "nf4")], work, seconds)
     estimate = _case(name, "estimate", ["estimate", recipe(work, "nf4")], work, seconds)
@@ -134,7 +136,7 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
             if case["kind"] == "works":
                 began = time.monotonic()
                 loaded = ended(partial(load_plainly, to), seconds)
-                kind = "works" if loaded.code == 0 else "fault"
+                kind = "works" if loaded.code == 0 or not runs_plainly else "fault"
                 yield _line(name, f"load {base} {onto}", kind, time.monotonic() - began, loaded.err[-600:])
     yield _line(name, "merged none", "works", 0.0, "all cases have run")
 

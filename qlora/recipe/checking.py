@@ -26,7 +26,7 @@ def check(document: Document, name: str) -> Recipe:
             text = "a recipe is a mapping of sections, such as base: and data:; write these"
             document.problems.append(Problem(document.place(()), (), text))
         raise _error(document.problems)
-    if "output" not in document.value:
+    if document.value.get("output") is None:
         document.value["output"] = f"runs/{name}"
     problems = [*document.problems, *_misfits(document)]
     unusable = {dotted(problem.path[:end]) for problem in problems for end in range(1, len(problem.path) + 1)}
