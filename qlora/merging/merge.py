@@ -198,6 +198,11 @@ def _sources(
             f"the base {base.model} is an NF4 checkpoint, which has no 16-bit weights: give them with "
             "--original MODEL, or use --onto dequantized"
         )
+    if onto == "nf4" and onto not in sources:
+        raise UsageError(
+            f"transformers has another class for the {source.replaced} of {base.model} in 4-bit models, so it could "
+            "not read the merged files: use --onto original or --onto dequantized"
+        )
     if onto == "dequantized" and onto not in sources:
         raise UsageError(
             f"the base {base.model} was not quantized in training: use --onto original or --onto nf4"
