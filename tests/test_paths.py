@@ -50,7 +50,10 @@ def test_names_that_are_too_long_and_loops_of_links(recipe_file: RecipeFile, tmp
 @pytest.mark.parametrize("character", ["\udcff", "\x07"])
 def test_a_character_that_yaml_forbids_is_named_in_an_override(character: str) -> None:
     done = qlora("check", "quickstart", f"output=a{character}")
-    assert (done.returncode, f"the character U+{ord(character):04X} is not allowed" in done.stderr) == (2, True)
+    assert (done.returncode, f"the character U+{ord(character):04X} is not allowed" in done.stderr) == (
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize("place", ["link", "link/run"])

@@ -1,6 +1,7 @@
 """The system prompt that all training rows share also opens every question; another one can be given."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -78,6 +79,9 @@ def test_the_shared_system_prompt_is_stored_and_asked_with(
     )
     done = qlora("generate", run, "--prompt", "Hi", "--max-new-tokens", 1, "--system", "")
     assert "system prompt" not in done.stderr
+    assert "positions" not in done.stderr
+    done = qlora("generate", run, "--prompt", "Hi " * 400, "--max-new-tokens", 1)
+    assert re.search(r"the prompt has [0-9,]+ tokens, and the model 256 positions; do not rely", done.stderr)
 
     done = qlora("merge", run, "--to", tmp_path / "merged", "--onto", "dequantized", "--tokens", 0)
     assert f"system prompt in {tmp_path / 'merged' / 'system_prompt.txt'}; a server" in done.stdout

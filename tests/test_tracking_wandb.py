@@ -18,11 +18,19 @@ from typing import Any
 
 import pytest
 
-from qlora.tracking.wandb import choose_mode, run_id
+from qlora.recipe import Recipe
+from qlora.tracking.wandb import choose_mode, reason_of, run_id
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_setting_that_wandb_s_schema_refuses_is_named() -> None:
+    with pytest.raises(ValueError, match="validation error") as caught:
+        Recipe.model_validate({"base": 1})
+    assert reason_of(caught.value).startswith("base: Input should be")
+    assert reason_of(OSError("no network.\nmore")) == "no network"
 
 
 RUN = """

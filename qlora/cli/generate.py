@@ -48,4 +48,8 @@ def generate(
     ids = prompts.encode(text, system=system)
     if system is None and (described := prompts.describe_system()) != NO_SYSTEM:
         print(described, file=sys.stderr)
+    positions = getattr(trained.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and len(ids) > positions:
+        lengths = f"the prompt has {len(ids):,} tokens, and the model {positions:,} positions"
+        print(f"{lengths}; do not rely on the answer", file=sys.stderr)
     print(answer(trained.model, trained.tokenizer, ids, max_new_tokens, stop_ids=prompts.stop_ids))

@@ -111,12 +111,12 @@ class Wandb(Sink):
         except ImportError:
             self._note("wandb is not installed, so nothing goes to Weights & Biases; run `pip install wandb`")
         except Exception as error:  # noqa: BLE001 - an error of a tracker must not end the training
-            reason = _reason(error)
+            reason = reason_of(error)
             self._note(f"Weights & Biases is off for this run: {reason}")
 
 
-def _reason(error: Exception) -> str:
-    """Return what is wrong: each setting that pydantic refuses, with its message, or the first line of another error."""
+def reason_of(error: Exception) -> str:
+    """Return what is wrong: the settings that pydantic refuses with its messages, or an error's first line."""
     errors = getattr(error, "errors", None)
     if not callable(errors):
         return first_line(error)
