@@ -131,13 +131,14 @@ def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
     """Return True if a run will use our attention over documents: the model needs no other kind of attention."""
-    if not reads_documents(model) or keeps_state(model):
+    longest = recipe.data.max_length
+    if not reads_documents(model, longest) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     few = meta_model(
         recipe.base, shortened(config, 2), torch.bfloat16
     )  # meta experts multiply in bfloat16 only
-    read_documents(few)
+    read_documents(few, longest)
     try:
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
     except ModelError:

@@ -191,7 +191,7 @@ class Forecaster:
             synthetic = recipe.model_copy(update={"base": base})
             self._models[key] = build(synthetic, "cpu", config=shortened(self.arch.config, layers))
             if not self.arch.padded:
-                read_documents(self._models[key][0])
+                read_documents(self._models[key][0], recipe.data.max_length)
             keep_all_layers(self._models[key][0])
         apply_checkpointing(self._models[key][0], recipe)
         return self._models[key]

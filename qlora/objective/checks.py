@@ -16,6 +16,7 @@ from qlora.model.head import embedding_of, head_of
 from qlora.model.offload import HostEmbedding
 from qlora.objective.apart import check_packing, read_documents_if_apart
 from qlora.objective.causal_lm import loss_sum
+from qlora.objective.causality import check_causal
 from qlora.objective.step import evaluation_mode
 from qlora.recipe import Recipe
 
@@ -29,11 +30,12 @@ def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
     """Check that the recipe can train the model, and switch to attention over documents if the model supports it.
 
     Raises:
-        ModelError: the tokenizer or the output head does not fit.
+        ModelError: the tokenizer or the output head does not fit, or the model is not causal.
         RecipeError: the model does not support packing or the embedding on the host.
     """
     check_vocabulary(model, tokenizer, recipe.base.model)
     check_head(model)
+    check_causal(model, recipe.base.model)
     read_documents(model, recipe)
 
 
@@ -43,8 +45,9 @@ def read_documents(model: PreTrainedModel, recipe: Recipe) -> None:
     Raises:
         RecipeError: rows are packed, and the documents in a row would influence each other.
     """
-    if not read_documents_if_apart(model) and recipe.data.packing:
-        check_packing(model)
+    longest = recipe.data.max_length
+    if not read_documents_if_apart(model, longest) and recipe.data.packing:
+        check_packing(model, longest)
 
 
 @torch.no_grad()
