@@ -61,7 +61,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
 
 
 def load_config(base: Base) -> Any:
-    """Load transformers' configuration of the model. Raises ModelError if it is missing or unknown."""
+    """Load transformers' configuration of the model. Raises ModelError if it is missing, unknown or no causal model's."""
     location = locate(base)
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -69,9 +69,15 @@ def load_config(base: Base) -> Any:
     if folder.is_dir() and (problem := damaged_config(folder)) is not None:
         raise ModelError(f"base.model: {base.model!r}: {problem}. Restore the folder from a copy")
     with damage_named(base, lambda folder: None, "config.json"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"base.model: {base.model!r} is an encoder and a decoder ({config.model_type}; is_encoder_decoder is true "
+            "in its config.json), and qlora trains causal language models only. Use one"
+        )
+    return config
 
 
 def load_architecture(base: Base) -> nn.Module:

@@ -16,6 +16,7 @@ from qlora.formats import Row
 from qlora.kernels import compiled_for
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
+from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config
 from qlora.model.prepare import build, model_notes
@@ -61,7 +62,11 @@ def prepare(
         tokenizer, dataset = _read(recipe, rows, progress)
     _check_same_rows(processes, dataset)
     config = load_config(recipe.base)
-    notes = [*overruled_settings(recipe.base, config), *gpu_notes(recipe, config, device)]
+    notes = [
+        *overruled_settings(recipe.base, config),
+        *config_notes(recipe, config),
+        *gpu_notes(recipe, config, device),
+    ]
     if recipe.training.memory is not None:
         if plan is None:
             with startup.stage("planning memory") as progress:
