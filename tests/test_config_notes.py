@@ -15,7 +15,11 @@ from qlora.recipe import Base, Recipe
 
 def recipe(max_length: int = 64, **adapter: Any) -> Recipe:
     return Recipe.from_dict(
-        {"adapter": adapter, "data": {"source": "rows.jsonl", "max_length": max_length}, "base": {"model": "x"}}
+        {
+            "adapter": adapter,
+            "data": {"source": "rows.jsonl", "max_length": max_length},
+            "base": {"model": "x"},
+        }
     )
 
 

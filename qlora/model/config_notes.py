@@ -25,7 +25,11 @@ def _balance(recipe: Recipe, text: Any) -> Iterator[str]:
     yield (
         f"the loss is the cross-entropy alone, without the load-balancing loss that output_router_logits=true and "
         f"{key}={getattr(text, key):g} in config.json ask for"
-        + ("; the routers are frozen" if frozen else ". Watch how the experts are used, or train with an adapter")
+        + (
+            "; the routers are frozen"
+            if frozen
+            else ". Watch how the experts are used, or train with an adapter"
+        )
     )
 
 

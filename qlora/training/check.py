@@ -19,6 +19,7 @@ from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config, load_tokenizer
 from qlora.model.progress import is_on_hub
 from qlora.model.tokens import TrainedTokens
+from qlora.model.unused_tensors import unused_notes
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
@@ -120,6 +121,7 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
             found.notes += [
                 *overruled_settings(recipe.base, config),
                 *config_notes(recipe, config),
+                *unused_notes(recipe.base, config),
                 *gpu_notes(recipe, config, device),
             ]
     with startup.stage("reading the data"):

@@ -22,6 +22,7 @@ from qlora.model.load import load_config
 from qlora.model.prepare import build, model_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.model.tokens import TrainedTokens
+from qlora.model.unused_tensors import unused_notes
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
 from qlora.quantization.transformers_loader import overruled_settings
@@ -86,6 +87,7 @@ def prepare(
     with startup.stage("loading the base") as progress, tensors_counted(progress):
         model, optimizer = build(recipe, device, start=start)
         model = processes.shard(model)
+        notes += unused_notes(recipe.base, config)
     _check_same_start(processes, model)
     with startup.stage(f"{_compiling(device)}checking the model"):
         _check_model(model, tokenizer, recipe, device)
