@@ -63,11 +63,7 @@ def prepare(
         tokenizer, dataset = _read(recipe, rows, progress)
     _check_same_rows(processes, dataset)
     config = load_config(recipe.base)
-    notes = [
-        *overruled_settings(recipe.base, config),
-        *config_notes(recipe, config),
-        *gpu_notes(recipe, config, device),
-    ]
+    notes = _notes(recipe, config, device)
     if recipe.training.memory is not None:
         if plan is None:
             with startup.stage("planning memory") as progress:
@@ -98,6 +94,12 @@ def prepare(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
         [*notes, *method.notes(model), *model_notes(model, tokenizer, recipe)], startup,
     )  # fmt: skip
+
+
+def _notes(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
+    """Return the remarks on the recipe that follow from the base's configuration and the device alone."""
+    overruled = overruled_settings(recipe.base, config)
+    return [*overruled, *config_notes(recipe, config), *gpu_notes(recipe, config, device)]
 
 
 def _read(
