@@ -184,6 +184,22 @@ def test_the_pieces_add_up_to_the_answer(runs: dict[str, Path]) -> None:
     assert len(warm) == 3
 
 
+def test_a_model_that_cannot_generate_is_an_error_that_names_it(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As xLSTM with an odd size of heads, which trains all the same."""
+    trained = load_trained(next(iter(runs.values())))
+
+    def broken(**_: object) -> None:
+        raise ValueError("matC_old has wrong shape")
+
+    monkeypatch.setattr(trained.model, "generate", broken)
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM fails when it generates \(ValueError: matC_old .*samples=0"
+    ):
+        answer(trained.model, trained.tokenizer, [3, 4], 8)
+
+
 def test_in_a_pipe(runs: dict[str, Path], tmp_path: Path) -> None:
     lines = "Hi\n/both\nHi\n/adapter missing\n/quit\nnever asked\n"
     arguments = [

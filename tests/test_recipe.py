@@ -306,3 +306,9 @@ def test_max_steps_overrides_the_epochs() -> None:
     assert training.model_copy(update={"max_steps": None}).total_steps(10) == 30
     for steps in (1, 100):
         assert training.model_copy(update={"max_steps": steps}).total_steps(10) == steps
+
+
+def test_an_empty_output_is_no_default() -> None:
+    """As in `output=$RUN --fresh` with an unset RUN, which would replace the run of the default folder."""
+    with pytest.raises(RecipeError, match="command line: output: is empty; name the folder of the run"):
+        Recipe.load("quickstart", ["output="])

@@ -341,10 +341,27 @@ def test_a_non_finite_loss_stops_before_the_update(
 
     update = loop.update
     monkeypatch.setattr(loop, "update", poisoned)
-    with pytest.raises(DivergedError, match="step 3: the loss is nan"):
+    with pytest.raises(
+        DivergedError, match=r"step 3: the loss is nan.*lora_a is not finite since an earlier"
+    ):
         run(file)
     after = dict(seen["session"].model.named_parameters())
     assert all(torch.equal(after[n].nan_to_num(), p.nan_to_num()) for n, p in seen["before"].items())
+
+
+def test_a_loss_that_overflows_with_finite_weights_blames_the_step(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate = loop.accumulate
+
+    def overflowing(*args: Any, **more: Any) -> Any:
+        sums = accumulate(*args, **more)
+        sums.sum.fill_(float("inf"))
+        return sums
+
+    monkeypatch.setattr(loop, "accumulate", overflowing)
+    with pytest.raises(DivergedError, match=r"step 1: the loss is inf .*No weight was updated"):
+        run(recipe_file())
 
 
 def test_full_training_from_random_weights_resumes_too(recipe_file: RecipeFile, tmp_path: Path) -> None:

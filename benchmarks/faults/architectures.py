@@ -7,7 +7,8 @@
 plain base, asked for an answer, evaluated, and merged; the merged model is evaluated with transformers alone. A case
 works, or is refused (a documented exit code and one message that names a key, file, layer or class), or is a fault: a
 traceback, a hang, a message without a name, an evaluation that a merge changes, or training that is refused although
-the estimate of the same recipe is not.
+the estimate of the same recipe is not. A merged model that transformers cannot run is no fault if it cannot run the
+base either.
 
 `--out` gets a JSON line per case as soon as it ends; a second start leaves out what is there. The summary counts the
 cases, and the script ends with 1 if there was a fault.
@@ -38,8 +39,8 @@ NAME = re.compile(
 )
 """a key of the recipe, a file, a layer or the class of a model"""
 
-MERGE_CHANGES = 0.02
-"""largest difference of the mean loss (nats) before and after a merge that is no fault"""
+MERGE_CHANGES = 0.005
+"""largest change of the mean loss by a merge, as a part of it, that is no fault: weights are rounded to bfloat16"""
 
 ROWS = [
     {"prompt": f"Order {n}: {n} red lamps to Anna.", "completion": f" lamps={n} color=red to=Anna"}
@@ -102,6 +103,7 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
     if made.code != 0:
         yield _line(name, "write", "unmade", 0.0, made.err[-300:])
         return
+    runs_plainly = ended(partial(load_plainly, work / "base"), seconds).code == 0
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     yield _case(name, "check", ["check", recipe(work, "nf4")], work, seconds)
     estimate = _case(name, "estimate", ["estimate", recipe(work, "nf4")], work, seconds)
@@ -134,7 +136,7 @@ def cases(name: str, write: Callable[[Path], object], work: Path, seconds: float
             if case["kind"] == "works":
                 began = time.monotonic()
                 loaded = ended(partial(load_plainly, to), seconds)
-                kind = "works" if loaded.code == 0 else "fault"
+                kind = "works" if loaded.code == 0 or not runs_plainly else "fault"
                 yield _line(name, f"load {base} {onto}", kind, time.monotonic() - began, loaded.err[-600:])
     yield _line(name, "merged none", "works", 0.0, "all cases have run")
 
@@ -199,7 +201,7 @@ def _compared(case: dict[str, Any], merged: Path) -> dict[str, Any]:
     record = json.loads((merged / "merge.json").read_text())
     losses = [math.log(judged["perplexity"]) for judged in (record["live"], record["judged"][0])]
     difference = abs(losses[0] - losses[1])
-    same = math.isfinite(difference) and difference <= MERGE_CHANGES
+    same = math.isfinite(difference) and difference <= MERGE_CHANGES * losses[0]
     return {**case, "kind": "works" if same else "fault", "losses": losses}
 
 

@@ -131,7 +131,7 @@ TEXTS: dict[str, Callable[[random.Random, str], bytes]] = {
     "random bytes": lambda rng, text: rng.randbytes(200),
 }  # fmt: skip
 
-NAMED = ("base.model", "data.source", "output")
+NAMED = ("base.model", "data.source", "data.held_out", "output")
 """keys whose values can be wrong and yet fit the recipe: names of files and folders"""
 
 REFUSED = {

@@ -1,13 +1,16 @@
 """Generation of an answer to one prompt, returned whole and optionally streamed."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, TextStreamer
 
+from qlora.errors import ModelError, QloraError, first_line
 from qlora.objective.step import evaluation_mode
+from qlora.runtime.out_of_memory import is_out_of_memory
 
 
 @torch.no_grad()
@@ -34,12 +37,15 @@ def answer(
         on_text: called with each new piece of the answer, whole words at a time.
         stopped: called after every token; returns True to end the answer.
 
+    Raises:
+        ModelError: the model's own code fails when it generates.
+
     >>> answer(model, tokenizer, tokenizer("Once upon a time").input_ids, max_new_tokens=32)
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)  # [1, T]
     ends: set[int | None] = {*stop_ids, *_ends(model), tokenizer.eos_token_id}
-    with evaluation_mode(model):
+    with evaluation_mode(model), _failure_named(model):
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -55,6 +61,20 @@ def answer(
             stopping_criteria=None if stopped is None else [_Stop(stopped)],
         )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def _failure_named(model: nn.Module) -> Iterator[None]:
+    """Turn an error of the model's code into a ModelError: some architectures train, and fail when they generate."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if is_out_of_memory(error) or isinstance(error, QloraError):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} fails when it generates ({type(error).__name__}: {first_line(error)}). Training "
+            "and evaluation do without that; set training.samples=0"
+        ) from error
 
 
 def _ends(model: nn.Module) -> list[int | None]:

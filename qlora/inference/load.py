@@ -1,5 +1,6 @@
 """Loading of a fine-tuned model (base, adapter and tokenizer) from the folder of a run or of an adapter."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.store import load_adapter
-from qlora.data import Prompts, held_out_batches, load_dataset, prompt_digests
+from qlora.data import Dataset, Prompts, held_out_batches, load_dataset, prompt_digests
 from qlora.data.prompt_files import shared_system
 from qlora.errors import ModelError
 from qlora.model.decoder_layer import use_fused_layers
@@ -22,7 +23,10 @@ from qlora.objective.checks import read_documents
 from qlora.objective.step import evaluate
 from qlora.recipe import Recipe
 from qlora.runtime.device import device_named
-from qlora.storage.manifest import check_unchanged
+from qlora.storage import manifest
+from qlora.storage.manifest import MANIFEST, check_unchanged
+
+_warn = logging.getLogger("qlora").warning
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Trained:
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: Any
+    folder: Path
+    """folder of the trained adapter or model"""
     system: str | None = None
     """system message that all training rows share; None if they share none"""
 
@@ -82,7 +88,7 @@ def load_trained(
     if recipe.adapter.train_tokens:  # the base alone has the tokens too, as they were before training
         tokens.train(model)
         model.requires_grad_(False)
-    trained = Trained(recipe, model.eval(), tokens.tokenizer, shared_system(adapter))
+    trained = Trained(recipe, model.eval(), tokens.tokenizer, adapter, shared_system(adapter))
     if with_adapter and recipe.adapter.facts.frozen_base:
         load_adapter(model, adapter, base=trained.identity, any_base=any_base)
         model.eval()
@@ -145,6 +151,19 @@ def held_out_loss(trained: Trained) -> tuple[float, int]:
     if trained.recipe.adapter.facts.frozen_base:
         use_fused_layers(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
+    warn_of_other_rows(trained.folder, trained.recipe, dataset)
     batches = held_out_batches(dataset, trained.recipe)
     total, tokens = evaluate(trained.model, batches, objective_of(trained.recipe))
     return total.sum.item() / tokens, tokens
+
+
+def warn_of_other_rows(result: Path, recipe: Recipe, dataset: Dataset) -> None:
+    """Warn if the recipe's data are not those of the training: the held-out rows are drawn again from the new ones."""
+    if not (result / MANIFEST).is_file():
+        return
+    fingerprint = manifest.read(result).get("data")  # None in a result of an earlier version
+    if fingerprint not in (None, dataset.fingerprint):
+        _warn(
+            f"{recipe.data.names}: the rows are not those of the training, so rows that were trained on can be held "
+            "out now"
+        )

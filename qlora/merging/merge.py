@@ -14,7 +14,7 @@ from qlora.data import Batch, Prompts, held_out_batches, load_dataset
 from qlora.data.prompt_files import shared_system
 from qlora.data.sources import UnreadSource
 from qlora.errors import DataError, ModelError, OutOfMemoryError, SaveError, UsageError
-from qlora.inference.load import find_trained, load_trained, recipe_of
+from qlora.inference.load import find_trained, load_trained, recipe_of, warn_of_other_rows
 from qlora.merging.compare import Judgement, Reference, choose, judge, reference, stored_bytes
 from qlora.merging.write import MergeSource, Onto, write_merged
 from qlora.model.load import load_base
@@ -142,7 +142,7 @@ def _prepare(
     sources = _sources(recipe, folder, onto, original, device, any_base)
     _check_space(sources, to)
     tokenizer = tokenizer_of(recipe)
-    batches = _held_out(recipe, tokenizer, data, max_tokens)
+    batches = _held_out(folder, recipe, tokenizer, data, max_tokens)
     if onto == "auto" and not batches:
         raise UsageError(
             "--onto auto compares the merged models on held-out rows, and there are none. Give a file with --data, or "
@@ -198,6 +198,11 @@ def _sources(
             f"the base {base.model} is an NF4 checkpoint, which has no 16-bit weights: give them with "
             "--original MODEL, or use --onto dequantized"
         )
+    if onto == "nf4" and onto not in sources:
+        raise UsageError(
+            f"transformers has another class for the {source.replaced} of {base.model} in 4-bit models, so it could "
+            "not read the merged files: use --onto original or --onto dequantized"
+        )
     if onto == "dequantized" and onto not in sources:
         raise UsageError(
             f"the base {base.model} was not quantized in training: use --onto original or --onto nf4"
@@ -217,7 +222,7 @@ def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
         )
 
 
-def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int) -> list[Batch]:
+def _held_out(folder: Path, recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int) -> list[Batch]:
     """Load the recipe's held-out rows, or the rows of `data`, up to about `max_tokens` supervised tokens."""
     section, given = recipe.data, data is not None
     if max_tokens == 0 or (data is None and section.held_out == 0):
@@ -232,6 +237,8 @@ def _held_out(recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int)
         raise DataError(f"{'--data' if given else 'data.held_out'}: {error.reason}") from error
     if data is not None:
         dataset = replace(dataset, held_out=dataset.train)
+    else:
+        warn_of_other_rows(folder, recipe, dataset)
     chosen: list[Batch] = []
     tokens = 0
     for batch in held_out_batches(dataset, recipe):

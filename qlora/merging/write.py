@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers
@@ -98,6 +100,8 @@ class MergeSource:
                 f"{adapter}: {listed(others)}: only linear layers are merged into files. Merge this adapter in memory, "
                 "with qlora.merge_adapter"
             )
+        self.replaced = None if self.prequantized else _replaced_in_4_bits(meta_base.model)
+        """class of modules for which transformers has another one in 4-bit models; None if there is none"""
         self.matrices = self._locate(meta_base)
         self.biases = self._locate_biases(meta_base.model)
         self.parts = self._locate_parts(meta_base.model)
@@ -120,7 +124,8 @@ class MergeSource:
         """Choices of weights that these files allow the adapter to be added to."""
         if self.prequantized:
             return ("dequantized", "nf4")
-        return ("original", "dequantized", "nf4") if self.base.quantization == "nf4" else ("original", "nf4")
+        nf4: tuple[Onto, ...] = () if self.replaced else ("nf4",)
+        return ("original", "dequantized", *nf4) if self.base.quantization == "nf4" else ("original", *nf4)
 
     def bytes(self, onto: Onto) -> int:
         """Estimate the size of the merged model's files in bytes."""
@@ -333,3 +338,18 @@ def _config(source: MergeSource, onto: Onto) -> dict[str, Any]:
         quantization["llm_int8_skip_modules"] = None if source.excluded is None else list(source.excluded)
         config["quantization_config"] = quantization
     return config
+
+
+def _replaced_in_4_bits(model: nn.Module) -> str | None:
+    """Return a class in `model` that transformers replaces when it reads a 4-bit model; None if there is none.
+
+    The replacement has other tensors, such as one layer for each expert of Llama 4, so files of the original class
+    cannot be read back.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    found = [
+        name
+        for name, patch in MODULES_TO_PATCH_FOR_QUANTIZATION.items()
+        if name in kinds and QuantizationMethod.BITS_AND_BYTES in patch["quantization_methods"]
+    ]
+    return found[0] if found else None

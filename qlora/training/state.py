@@ -172,7 +172,9 @@ def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
                 write_prompt_files(
                     folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
                 )
-                manifest.write(folder, run_id=run.run_id, step=session.total_steps)
+                manifest.write(
+                    folder, run_id=run.run_id, step=session.total_steps, data=session.dataset.fingerprint
+                )
         except SaveError as error:
             raise SaveError(
                 f"the result is not saved: {error}. {_saved_until(run, session.result_name)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.gradient_reach import without_gradient
 from qlora.data import Batch
 from qlora.errors import DivergedError, listed
@@ -215,11 +216,25 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
     metrics = dict(zip(scalars, values, strict=True))
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise DivergedError(
-            f"step {step + 1}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}. No weight "
-            f"was updated; checkpoints in {Path(session.recipe.output) / 'checkpoints'} are intact. Lower "
-            "optimizer.lr, or check the rows of this step with `qlora data`"
+            f"step {step + 1}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}. "
+            + _why_diverged(session)
         )
     with announce(Phase.UPDATE):
         optimizer.step(lr)
         session.course.after_step(step)
     return metrics
+
+
+def _why_diverged(session: Session) -> str:
+    """Return what is known about a loss or gradient that is not finite, with the way out."""
+    checkpoints = Path(session.recipe.output) / "checkpoints"
+    for name, parameter in trainable_parameters(session.model).items():
+        if not parameter.isfinite().all():
+            return (
+                f"{name} is not finite since an earlier update, and so may be the newest checkpoints in {checkpoints}. "
+                "Lower optimizer.lr, and start again with --fresh"
+            )
+    return (
+        f"No weight was updated; checkpoints in {checkpoints} are intact. Lower optimizer.lr, or check the rows of "
+        "this step with `qlora data`"
+    )
