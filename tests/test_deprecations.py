@@ -7,13 +7,13 @@ import pytest
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from qlora.model.load import _quiet
+from qlora.model.load import quiet
 
 
 @pytest.mark.parametrize("again", [False, True])  # logged once a process, seen in every test
 def test_a_warning_once_of_transformers_is_seen_in_every_test(again: bool, deprecations: list[str]) -> None:
     logger = logging.getLogger("transformers.models.llama")
-    with _quiet():
+    with quiet():
         assert logging.getLogger("transformers").level == logging.ERROR
         logger.warning_once("`past` is deprecated")  # type: ignore[attr-defined]
     assert deprecations == ["transformers.models.llama: `past` is deprecated"]
@@ -35,11 +35,11 @@ def test_other_records_and_other_loggers_are_no_error(caplog: pytest.LogCaptureF
 
 
 def test_silenced_loggers_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with _quiet():
+    with quiet():
         logging.getLogger("transformers").warning("not for the terminal")
     assert capsys.readouterr().err == ""
 
 
-def test_quiet_hides_no_warning() -> None:
-    with pytest.raises(FutureWarning), _quiet():
+def testquiet_hides_no_warning() -> None:
+    with pytest.raises(FutureWarning), quiet():
         warnings.warn("gone soon", FutureWarning, stacklevel=1)

@@ -204,7 +204,29 @@ def check_rows(model: nn.Module, name: str, ids: Sequence[int]) -> type[TrainedR
     module = plain(model.get_submodule(name))
     kind = _kind(name, module)
     _check_ids(name, module, ids)
+    if max(ids) >= len(module.weight) and (others := _further_tables(model)):
+        raise ModelError(
+            f"adapter.train_tokens: {type(model).__name__} looks tokens up in {listed(others)} too, which has no row "
+            f"for a new token. Name only tokens that the base's tokenizer has (ids below {len(module.weight):,})"
+        )
     return kind
+
+
+def _further_tables(model: nn.Module) -> list[str]:
+    """Return the names of the embeddings of tokens beside the input embedding, such as those for layers in Gemma 3n."""
+    rows = len(plain(model.get_submodule(embedding_and_head(model)[0])).weight)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    sizes = {rows, getattr(text, "vocab_size_per_layer_input", None)}
+    known = {plain(model.get_submodule(name)) for name in embedding_and_head(model) if name is not None}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and module not in known
+        and len(module.weight) in sizes
+        and "position" not in name
+    ]
 
 
 def _kind(name: str, module: nn.Module) -> type[TrainedRows]:

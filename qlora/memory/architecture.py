@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora.data import Batch
 from qlora.errors import ModelError, first_line
 from qlora.memory.no_forecast import failure_named, kind_of
-from qlora.model.checkpointing import decoder_layers
+from qlora.model.checkpointing import decoder_layers, require_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.document_bounds import keeps_state
 from qlora.model.head import decoder_of, head_of
@@ -30,7 +30,7 @@ from qlora.model.varlen_attention import read_documents, reads_documents
 from qlora.objective.causal_lm import hidden_states
 from qlora.ops.cross_entropy import tokens_at_once
 from qlora.quantization.transformers_loader import as_stored, nf4_layers
-from qlora.recipe import Base, Recipe
+from qlora.recipe import Base, Checkpointing, Recipe
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
     apply_adapter(model, recipe)
     padded = not _takes_documents(recipe, config, model)
     model = use_fused_layers(model)
+    if recipe.training.activation_checkpointing not in ("none", Checkpointing()):
+        require_layers(model)
     return Architecture(config, model, alike and _alike(model, config), padded, precision)
 
 
@@ -131,13 +133,14 @@ def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
 
 def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> bool:
     """Return True if a run will use our attention over documents: the model needs no other kind of attention."""
-    if not reads_documents(model) or keeps_state(model):
+    longest = recipe.data.max_length
+    if not reads_documents(model, longest) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     few = meta_model(
         recipe.base, shortened(config, 2), torch.bfloat16
     )  # meta experts multiply in bfloat16 only
-    read_documents(few)
+    read_documents(few, longest)
     try:
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
     except ModelError:

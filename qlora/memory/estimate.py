@@ -16,6 +16,7 @@ from qlora.memory.budget import available_bytes, held_by_others, resolve_budget
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
+from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
 from qlora.model.precision import ENOUGH, Precision
@@ -50,7 +51,7 @@ class Estimate:
     held_bytes: int = 0
     """memory of this machine's GPU that other programs hold; not part of `capacity_bytes`"""
     notes: list[str] = field(default_factory=list)
-    """what this machine's GPU lacks for the recipe, see `qlora.model.gpu_notes`"""
+    """remarks on the base's configuration and on this machine's GPU, see `qlora.model.config_notes` and `gpu_notes`"""
 
     @property
     def fits(self) -> bool | None:
@@ -184,7 +185,7 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     return Estimate(
         memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
         overruled_settings(recipe.base, arch.config), [] if dataset is None else remarks(dataset.counts),
-        held_bytes, gpu_notes(recipe, arch.config, here),
+        held_bytes, [*config_notes(recipe, arch.config), *gpu_notes(recipe, arch.config, here)],
     )  # fmt: skip
 
 

@@ -181,7 +181,10 @@ class Forecaster:
         )
 
     def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:
-        """Return a model of `layers` layers with the recipe's checkpointing, and its optimizer."""
+        """Return a model of `layers` layers with the recipe's checkpointing, and its optimizer.
+
+        A model of which no layers are known, such as CTRL, is returned as a whole.
+        """
         parts = recipe.base, recipe.adapter, recipe.optimizer
         key = layers, recipe.training.accumulates, *(part.model_dump_json() for part in parts)
         if key not in self._models:
@@ -189,9 +192,10 @@ class Forecaster:
             stored = self.arch.stored(recipe.base)
             base = stored.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
             synthetic = recipe.model_copy(update={"base": base})
-            self._models[key] = build(synthetic, "cpu", config=shortened(self.arch.config, layers))
+            few = shortened(self.arch.config, layers) if self.arch.layers else self.arch.config
+            self._models[key] = build(synthetic, "cpu", config=few)
             if not self.arch.padded:
-                read_documents(self._models[key][0])
+                read_documents(self._models[key][0], recipe.data.max_length)
             keep_all_layers(self._models[key][0])
         apply_checkpointing(self._models[key][0], recipe)
         return self._models[key]

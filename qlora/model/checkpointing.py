@@ -20,6 +20,15 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedL
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
+def require_layers(model: nn.Module) -> None:
+    """Raise RecipeError if the model has no layers that can be checkpointed, such as CTRL and the first GPT."""
+    if not decoder_layers(model):
+        raise RecipeError(
+            f"training.activation_checkpointing: {type(model).__name__} has no layers that can be checkpointed. "
+            "Set training.activation_checkpointing=none"
+        )
+
+
 def checkpoint_layers(
     model: nn.Module, layers: int | None = None, mlps: int = 0, *, offload: bool = False
 ) -> None:
@@ -38,11 +47,7 @@ def checkpoint_layers(
         RecipeError: the model has no layers that can be checkpointed, or no fused layers whose MLP can be.
     """
     decoder = decoder_layers(model)
-    if not decoder:
-        raise RecipeError(
-            f"{type(model).__name__} has no layers that can be checkpointed: "
-            "set training.activation_checkpointing=none"
-        )
+    require_layers(model)
     count = len(decoder) if layers is None else min(layers, len(decoder))
     plain = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
 

@@ -12,6 +12,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.trained_rows import TrainedRows, plain
 from qlora.errors import ModelError
 from qlora.ops.trained_rows import Rows, replace_columns
+from qlora.quantization.nf4 import is_nf4
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """keys of configurations that multiply the logits: Cohere, Falcon-H1, Muse"""
@@ -71,7 +72,7 @@ def head_of(model: nn.Module) -> Head:
     `qlora.objective.checks.check_head` verifies that the model does nothing else.
 
     Raises:
-        ModelError: the model has no plain output head.
+        ModelError: the model has no plain output head, or one in NF4.
     """
     module = model.get_output_embeddings()  # type: ignore[operator]
     embeddings = plain(module)
@@ -84,6 +85,13 @@ def head_of(model: nn.Module) -> Head:
     if embeddings is None or not hasattr(embeddings, "weight"):
         raise ModelError(
             f"{type(model).__name__} has no plain output head: qlora trains causal language models only"
+        )
+    if is_nf4(embeddings):
+        name = next(name for name, own in model.named_modules() if own is embeddings)
+        raise ModelError(
+            f"base.model: the output head {name} of this {type(model).__name__} is in NF4, and the loss reads its "
+            "weight unquantized. Use the 16-bit version of the model, or an NF4 version with the head in 16 bits "
+            f"(llm_int8_skip_modules: [{name}])"
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     divided = config.model_type not in MULTIPLIED_BY_SCALING
@@ -107,7 +115,8 @@ def embedding_of(model: nn.Module) -> Any:
 def decoder_of(model: Any) -> nn.Module:
     """Return the part of the model before its output head."""
     decoder = model.get_decoder()
-    if decoder is model:  # transformers 5.24 finds no decoder in Llama4ForCausalLM
+    # transformers 5.24 finds no decoder in Llama4ForCausalLM, and the output head, named `decoder`, in ModernBERT's
+    if decoder is model or decoder is model.get_output_embeddings():
         decoder = model.model
     assert isinstance(decoder, nn.Module)
     return decoder

@@ -61,7 +61,7 @@ def compute_dtype(base: Base, device: torch.device) -> torch.dtype:
 
 
 def load_config(base: Base) -> Any:
-    """Load transformers' configuration of the model. Raises ModelError if it is missing or unknown."""
+    """Load transformers' configuration of the model. Raises ModelError if it is missing or unusable."""
     location = locate(base)
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -69,14 +69,20 @@ def load_config(base: Base) -> Any:
     if folder.is_dir() and (problem := damaged_config(folder)) is not None:
         raise ModelError(f"base.model: {base.model!r}: {problem}. Restore the folder from a copy")
     with damage_named(base, lambda folder: None, "config.json"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             location, revision=_revision(base), trust_remote_code=base.trust_remote_code
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"base.model: {base.model!r} is an encoder and a decoder ({config.model_type}; is_encoder_decoder is true "
+            "in its config.json), and qlora trains causal language models only. Use one"
+        )
+    return config
 
 
 def load_architecture(base: Base) -> nn.Module:
     """Build the model without its weights, on the meta device, to look up names and shapes."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(load_config(base), trust_remote_code=base.trust_remote_code)
 
 
@@ -155,7 +161,7 @@ def load_base(
     build = {"pretrained": _pretrained, "synthetic": random_init.synthetic, "random": random_init.random}[
         base.init
     ]
-    with _quiet():
+    with quiet():
         model = build(base, config, device, compute_dtype(base, device), initial)
     if initial is not None:
         initial.read(model)
@@ -202,7 +208,7 @@ def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
 
 def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Build the unquantized model on the meta device, in training mode, for names, shapes and counts."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
         ).train()
@@ -301,7 +307,7 @@ def meta_base(base: Base) -> MetaBase:
     check_quantization(base, config)
     stored = getattr(config, "quantization_config", None)
     model = meta_model(base, config, torch.bfloat16)
-    with _quiet(), block_size_applied():
+    with quiet(), block_size_applied():
         quantizer = AutoHfQuantizer.from_config(
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
         )
@@ -341,7 +347,7 @@ def _revision(base: Base) -> str:
     return base.revision or "main"
 
 
-class _quiet:
+class quiet:
     """Silence transformers' progress bars and load reports; qlora prints its own."""
 
     def __enter__(self) -> None:

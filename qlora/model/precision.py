@@ -24,6 +24,7 @@ ENOUGH = 0.5
 """smallest share of the linear weights in NF4 with which a run starts unasked"""
 
 EXPERTS = "experts that are not linear layers"
+OTHERS = "weights that are in no linear layer"
 SKIPPED = "layers that the model or its checkpoint excludes"
 ROUTERS = "routers of experts"
 READ = "layers whose weight the model reads"
@@ -88,10 +89,11 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
             inputs, outputs = features(module)
             numbers[None if in_nf4 else _kind(name, module, routing, read)] += inputs * outputs
         elif name not in routing and not isinstance(module, _ConvNd):
+            experts = _among_experts(name) or "experts" in type(module).__name__.lower()
             dimensions = 2 if _among_experts(name) else 3
             for weight in module.parameters(recurse=False):
                 if weight.ndim >= dimensions and min(weight.shape[-2:]) > 1:
-                    numbers[EXPERTS] += weight.numel()
+                    numbers[EXPERTS if experts else OTHERS] += weight.numel()
     in_nf4_count = numbers.pop(None, 0)
     return Precision(in_nf4_count, dict(numbers.most_common()))  # type: ignore[arg-type]
 

@@ -35,22 +35,50 @@ DEFAULTS = (("use_cache", False), ("output_attentions", False), ("is_causal", Tr
 """keyword values that ask for the default behaviour"""
 
 
+OTHER_KINDS = frozenset(
+    {
+        "window_attention", "indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+        "minimax_m3_sparse", "reference_sliding_attention",
+    }
+)  # fmt: skip
+"""kinds of layers, named as in transformers' `layer_types`, that choose the tokens they see in another way than ours"""
+
+
 def nondefault_keywords(keywords: Mapping[str, Any]) -> set[str]:
     """Return the keywords by which transformers asks a layer or its attention for more than the default behaviour."""
     return {name for name, value in keywords.items() if value is not None and (name, value) not in DEFAULTS}
 
 
-def reads_documents(model: Any) -> bool:
-    """Return True if the model has attention over documents, or supports it."""
+def chunk_below(config: Any, longest: int | None) -> int | None:
+    """Return the tokens of a chunk if layers attend in chunks, and documents of `longest` tokens (None: any) have more.
+
+    Such a layer, as in Llama 4, sees only its own chunk; up to the length of one it sees the whole document.
+
+    Args:
+        config: the model's configuration; `attention_chunk_size` and `layer_types` are read.
+        longest: tokens of the longest document.
+    """
+    text = config.get_text_config()
+    if "chunked_attention" not in (getattr(text, "layer_types", None) or []):
+        return None
+    chunk = getattr(text, "attention_chunk_size", None)
+    return chunk if isinstance(chunk, int) and (longest is None or longest > chunk) else None
+
+
+def reads_documents(model: Any, longest: int | None = None) -> bool:
+    """Return True if the model has attention over documents of up to `longest` tokens (None: any), or supports it."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if kinds & OTHER_KINDS or chunk_below(model.config, longest) is not None:
+        return False
     attention = model.config._attn_implementation
     if attention != "sdpa":
         return bool(attention == NAME)
     return bool(model._supports_attention_backend) and not getattr(model, "_is_stateful", False)
 
 
-def read_documents(model: Any) -> None:
-    """Switch the model to our attention, in place, if it supports it."""
-    if reads_documents(model):
+def read_documents(model: Any, longest: int | None = None) -> None:
+    """Switch the model to our attention over documents of up to `longest` tokens, in place, if it supports it."""
+    if reads_documents(model, longest):
         model.set_attn_implementation(NAME)
 
 
@@ -204,14 +232,19 @@ def _attend_all(
     return attended[None]
 
 
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the mask [T, T] of one document, True where the token of a row sees that of a column."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
 def _attend_alone(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attend in rows that are a single document each: three [B, heads, T, d] -> [B, T, heads, d]."""
     length, mask = query.shape[2], None
     if window is not None and length > window:
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        mask = seen.tril().triu(1 - window)
+        mask = visible(length, window, query.device)
     heads = query.shape[1]
     grouped = heads != key.shape[1]
     if grouped and on_cuda(query) and not (mask is None and _flash_runs(query, value)):

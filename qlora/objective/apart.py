@@ -12,6 +12,7 @@ does not if the positions continue across documents; here the place in the row c
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qlora.data import Batch
 from qlora.errors import QloraError, RecipeError, first_line
-from qlora.model import varlen_attention
+from qlora.model import own_mask, varlen_attention
 from qlora.model.document_bounds import keeps_state, pass_bounds
 from qlora.model.head import head_of
 from qlora.objective.causal_lm import hidden_states
@@ -82,20 +83,24 @@ class Influence:
         return f"a hidden state changes by {max(self.leak, self.rounding, self.moved):.2g} of its size"
 
 
-def read_documents_if_apart(model: PreTrainedModel) -> bool:
-    """Switch the model to attention over documents, if a check shows that it keeps the documents apart.
+def read_documents_if_apart(model: PreTrainedModel, longest: int | None = None) -> bool:
+    """Switch the model to attention over documents, if checks show that it is the model's own and keeps them apart.
 
-    Rows that are laid end to end without packing depend on this check too.
+    Rows that are laid end to end without packing depend on these checks too.
+
+    Args:
+        model: the model, which is changed in place.
+        longest: tokens of the longest document; None means any number.
 
     Returns:
         True if the model now has attention over documents.
     """
     before = model.config._attn_implementation
-    varlen_attention.read_documents(model)
+    varlen_attention.read_documents(model, longest)
     if model.config._attn_implementation != varlen_attention.NAME:
         return False
     try:
-        apart = not keeps_state(model) and influence(model).none
+        apart = not keeps_state(model) and own_mask.is_ours(model) and influence(model).none
     except Exception as error:  # the model's code can fail in any way
         if is_out_of_memory(error):
             raise
@@ -105,16 +110,25 @@ def read_documents_if_apart(model: PreTrainedModel) -> bool:
     return apart
 
 
-def check_packing(model: nn.Module) -> None:
+def check_packing(model: Any, longest: int | None = None) -> None:
     """Check that documents in one row do not influence each other; pass their bounds to a model that needs them.
 
     Models leak that build their attention mask without position ids, and models whose layers keep a state or convolve
-    over neighbouring tokens.
+    over neighbouring tokens. Layers that attend in chunks count these from the start of the row, not of the document.
+
+    Args:
+        model: the model.
+        longest: tokens of the longest row; None means any number.
 
     Raises:
         RecipeError: the documents influence each other.
     """
     kind, advice = type(model).__name__, "Set data.packing=false"
+    if (chunk := varlen_attention.chunk_below(model.config, longest)) is not None:
+        raise RecipeError(
+            f"data.packing: {kind} attends in chunks of {chunk:,} tokens (attention_chunk_size in its config.json), "
+            f"which begin at the start of a row and not of each document in it. {advice}, or data.max_length={chunk}"
+        )
     if not keeps_state(model):
         try:
             found = influence(model)
@@ -169,20 +183,20 @@ def influence(model: nn.Module) -> Influence:
 def _influence(model: nn.Module, a: Tensor, b: Tensor, c: Tensor) -> Influence:
     """Compare the hidden states of document b in the rows ab, cb, ba and bc."""
     with evaluation_mode(model):
-        behind_a, behind_c = _states(model, a, b)[len(a) :], _states(model, c, b)[len(c) :]
-        before_a = _states(model, b, a)[: len(b)]
-        before_c = _states(model, b, c)[: len(b)]
+        behind_a, behind_c = states(model, a, b)[len(a) :], states(model, c, b)[len(c) :]
+        before_a = states(model, b, a)[: len(b)]
+        before_c = states(model, b, c)[: len(b)]
     tolerance = IN_32_BITS if before_a.itemsize >= 4 else IN_16_BITS
     return Influence(
-        leak=_difference(behind_a, behind_c),
-        rounding=_difference(before_a, before_c),
-        moved=_difference(behind_a, before_a),
+        leak=difference(behind_a, behind_c),
+        rounding=difference(before_a, before_c),
+        moved=difference(behind_a, before_a),
         tolerance=tolerance,
         experts=any("experts" in name for name, _ in model.named_modules()),
     )
 
 
-def _states(model: nn.Module, *documents: Tensor) -> Tensor:
+def states(model: nn.Module, *documents: Tensor) -> Tensor:
     """Return the hidden states [T, H] of documents in one row."""
     ids = torch.cat(documents)[None]
     positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
@@ -193,7 +207,7 @@ def _states(model: nn.Module, *documents: Tensor) -> Tensor:
     return hidden_states(model, batch)[0][0, : ids.numel()]
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of a token's hidden states [T, H], relative to their size."""
     one, other = one.float(), other.float()
     size = other.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)

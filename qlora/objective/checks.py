@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from transformers import PreTrainedModel
 from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Batch
 from qlora.errors import ModelError, RecipeError, first_line
+from qlora.model.finite import not_finite
 from qlora.model.head import embedding_of, head_of
 from qlora.model.offload import HostEmbedding
 from qlora.objective.apart import check_packing, read_documents_if_apart
 from qlora.objective.causal_lm import loss_sum
+from qlora.objective.causality import check_causal
 from qlora.objective.step import evaluation_mode
 from qlora.recipe import Recipe
 
@@ -29,11 +32,12 @@ def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
     """Check that the recipe can train the model, and switch to attention over documents if the model supports it.
 
     Raises:
-        ModelError: the tokenizer or the output head does not fit.
+        ModelError: the tokenizer or the output head does not fit, or the model is not causal.
         RecipeError: the model does not support packing or the embedding on the host.
     """
     check_vocabulary(model, tokenizer, recipe.base.model)
     check_head(model)
+    check_causal(model, recipe.base.model)
     read_documents(model, recipe)
 
 
@@ -43,8 +47,9 @@ def read_documents(model: PreTrainedModel, recipe: Recipe) -> None:
     Raises:
         RecipeError: rows are packed, and the documents in a row would influence each other.
     """
-    if not read_documents_if_apart(model) and recipe.data.packing:
-        check_packing(model)
+    longest = recipe.data.max_length
+    if not read_documents_if_apart(model, longest) and recipe.data.packing:
+        check_packing(model, longest)
 
 
 @torch.no_grad()
@@ -55,7 +60,7 @@ def check_head(model: nn.Module) -> None:
     scaled up for it, because small logits, as of an untrained model, hide a factor or a cap.
 
     Raises:
-        ModelError: the losses differ.
+        ModelError: the losses differ, or a weight is not finite.
         RecipeError: the model needs the token ids on the GPU, but its embedding is in host memory.
     """
     vocabulary = head_of(model).weight.shape[0]
@@ -74,6 +79,11 @@ def check_head(model: nn.Module) -> None:
         device = next(model.parameters()).device
         output = model(input_ids=ids.to(device), use_cache=False).logits  # [1, 8, V]
         theirs = F.cross_entropy(output[0, :-1].float(), ids[0, 1:].to(device), reduction="sum").item()
+    if not (isfinite(ours) and isfinite(theirs)) and (weight := not_finite(model)) is not None:
+        raise ModelError(
+            f"base.model: {weight} of this {type(model).__name__} has a value that is not finite (NaN or an infinity), "
+            "so its loss has none. The checkpoint is damaged: restore it from a copy"
+        )
     tolerance = HEAD_TOLERANCE if output.itemsize >= 4 else HEAD_TOLERANCE_16_BITS
     if not abs(ours - theirs) <= tolerance * abs(theirs):
         raise ModelError(

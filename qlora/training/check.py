@@ -14,10 +14,12 @@ from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
+from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config, load_tokenizer
 from qlora.model.progress import is_on_hub
 from qlora.model.tokens import TrainedTokens
+from qlora.model.unused_tensors import unused_notes
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
@@ -116,7 +118,12 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
         recipe = _readable(recipe, found)
         with suppress(ModelError):  # what a base lacks is found below
             config = load_config(recipe.base)
-            found.notes += [*overruled_settings(recipe.base, config), *gpu_notes(recipe, config, device)]
+            found.notes += [
+                *overruled_settings(recipe.base, config),
+                *config_notes(recipe, config),
+                *unused_notes(recipe.base, config),
+                *gpu_notes(recipe, config, device),
+            ]
     with startup.stage("reading the data"):
         dataset, whole = _rows(recipe, found)
     if dataset is None:

@@ -16,11 +16,13 @@ from qlora.formats import Row
 from qlora.kernels import compiled_for
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
+from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config
 from qlora.model.prepare import build, model_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.model.tokens import TrainedTokens
+from qlora.model.unused_tensors import unused_notes
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
 from qlora.quantization.transformers_loader import overruled_settings
@@ -61,7 +63,7 @@ def prepare(
         tokenizer, dataset = _read(recipe, rows, progress)
     _check_same_rows(processes, dataset)
     config = load_config(recipe.base)
-    notes = [*overruled_settings(recipe.base, config), *gpu_notes(recipe, config, device)]
+    notes = _notes(recipe, config, device)
     if recipe.training.memory is not None:
         if plan is None:
             with startup.stage("planning memory") as progress:
@@ -81,6 +83,7 @@ def prepare(
     with startup.stage("loading the base") as progress, tensors_counted(progress):
         model, optimizer = build(recipe, device, start=start)
         model = processes.shard(model)
+        notes += unused_notes(recipe.base, config)
     _check_same_start(processes, model)
     with startup.stage(f"{_compiling(device)}checking the model"):
         _check_model(model, tokenizer, recipe, device)
@@ -91,6 +94,12 @@ def prepare(
         recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
         [*notes, *method.notes(model), *model_notes(model, tokenizer, recipe)], startup,
     )  # fmt: skip
+
+
+def _notes(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
+    """Return the remarks on the recipe that follow from the base's configuration and the device alone."""
+    overruled = overruled_settings(recipe.base, config)
+    return [*overruled, *config_notes(recipe, config), *gpu_notes(recipe, config, device)]
 
 
 def _read(

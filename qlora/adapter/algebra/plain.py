@@ -44,10 +44,13 @@ def note(config: Mapping[str, Any], folder: object) -> str | None:
             f"would add it to the unchanged base. For them: {export}"
         )
     if has_parts(config):
-        return (
-            "tokens or modules were trained beside the adapter: PEFT and qlora read them, vLLM and llama.cpp do not. "
-            f"For them, {merge}"
+        beside = (
+            "tokens or modules were trained beside the adapter: "
+            "PEFT and qlora read them, vLLM and llama.cpp do not"
         )
+        # a checkpoint often has one tensor for each expert where the model has one for all, and no merge then
+        experts = any("experts" in name for name in config.get("modules_to_save") or ())
+        return beside if experts else f"{beside}. For them, {merge}"
     if config["peft_type"] != "LORA":
         return f"{unread}: {export}"
     used = particulars(config)

@@ -1,0 +1,27 @@
+"""Search for a weight that is not finite, to name it when a model's loss is not."""
+
+import torch
+from torch import Tensor, nn
+
+from qlora.quantization.nf4 import is_nf4, statistics
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module) -> str | None:
+    """Return the name of the first weight with a NaN or an infinity, in the order of the model; None if all are finite.
+
+    Of a weight in NF4 only the statistics can have one.
+    """
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            packed = own == "weight" and is_nf4(module)
+            tensors = statistics(module) if packed else [parameter]
+            if any(_has_one(tensor) for tensor in tensors):
+                return (
+                    f"{name.removesuffix('.base')}.{own}"  # an adapted layer holds the frozen one as `base`
+                )
+    return None
+
+
+def _has_one(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
