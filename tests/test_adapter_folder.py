@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.algebra.tensors import Layer, read, write
 from qlora.errors import ModelError, SaveError, UsageError
+from qlora.storage import tensor_file
 
 LAYERS = {"blocks.0.up": (6, 4, 2), "blocks.0.down": (4, 6, 3), "blocks.1.up": (6, 4, 2)}
 
@@ -142,10 +143,10 @@ def test_an_error_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write(adapter, tmp_path / "b")
     monkeypatch.undo()
 
-    def flip(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def flip(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
 
-    monkeypatch.setattr("qlora.adapter.algebra.tensors.save_file", flip)
+    monkeypatch.setattr(tensor_file, "write", flip)
     with pytest.raises(SaveError, match="the numbers read back differ"):
         write(adapter, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

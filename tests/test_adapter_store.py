@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora.adapter import LoRALinear, LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.errors import ModelError, SaveError
+from qlora.storage import tensor_file
 
 CONFIG, TENSORS, IDENTITY = "adapter_config.json", "adapter_model.safetensors", "qlora.json"
 FILES = [CONFIG, TENSORS, IDENTITY]
@@ -353,9 +354,9 @@ def test_a_reader_of_the_old_adapter_keeps_it_whole(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_corrupts_data_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flip(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def flip(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata)
 
-    monkeypatch.setattr("qlora.adapter.store.save_file", flip)
+    monkeypatch.setattr(tensor_file, "write", flip)
     with pytest.raises(SaveError, match="the numbers read back differ"):
         save_adapter(trained(), tmp_path)

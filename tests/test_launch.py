@@ -1,6 +1,7 @@
 """The variables of a launcher: what is wrong is named, and one process alone prints whatever its rank is."""
 
 import pytest
+from accelerate.state import AcceleratorState, PartialState
 from commands_for_tests import qlora
 
 from qlora.data import pipe
@@ -35,13 +36,15 @@ def test_a_wrong_variable_is_named(
     assert (run.returncode, run.stdout) == (UsageError.exit_code, "")
     assert message in run.stderr
     assert "or unset RANK, LOCAL_RANK and WORLD_SIZE" in run.stderr
-    for reads in (lambda: DataParallel.of(Recipe.load("quickstart")), pipe.spooled):
+    for reads in (lambda: DataParallel.of(Recipe.load("quickstart")), pipe.spooled.__wrapped__):
         with pytest.raises(UsageError, match=message):
             reads()
 
 
 def test_processes_without_an_address_are_told_to_use_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     set_to(monkeypatch, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    for state in (PartialState, AcceleratorState):  # as in a process that has made no accelerator yet
+        monkeypatch.setattr(state, "_shared_state", {})
     with pytest.raises(
         UsageError, match=r"cannot find each other: .*MASTER_ADDR.* torchrun or accelerate launch"
     ):
@@ -63,4 +66,4 @@ def test_the_only_and_the_first_process_print(
 def test_processes_cannot_share_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     set_to(monkeypatch, WORLD_SIZE="2", RANK="0")
     with pytest.raises(DataError, match="several processes cannot share the standard input"):
-        pipe.spooled()
+        pipe.spooled.__wrapped__()

@@ -5,6 +5,7 @@ written here, so this is the one place that takes the control characters out.
 """
 
 import errno
+import io
 import os
 import re
 import sys
@@ -42,7 +43,8 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
-    cast(Any, sys.stdin).reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a caller in Python can have put another stream there
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def harmless(text: str, *, cursor: bool = False, bars: bool = False) -> str:
