@@ -1,6 +1,8 @@
 """Writes the files of a finished LoRA run without training; the adapter's update is not zero."""
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +65,19 @@ def killed_and_resumed(
         loop.train(recipe, terminal=False)
     monkeypatch.setattr(loop, "update", update)
     return resume(recipe)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make runs save a checkpoint and stop after `step` steps, as Ctrl-C does."""
+    take_step = loop.take_step
+
+    def stopped(session: Any, number: int, tracker: Any) -> int:
+        taken = take_step(session, number, tracker)
+        if taken == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken
+
+    monkeypatch.setattr(loop, "take_step", stopped)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -62,7 +62,7 @@ def test_what_cannot_be_removed_does_not_end_the_saving(
     monkeypatch.setattr(shutil, "rmtree", busy)
     outcome = train(recipe, terminal=False)
     assert outcome.result is not None
-    assert names(outcome.run) == [".trash-step-000001", "step-000004", "step-000005"]
+    assert names(outcome.run) == [".trash-step-000001", "step-000005", "step-000006"]
     assert caplog.text.count("could not be removed: Device or resource busy") == 1
 
 
@@ -77,7 +77,7 @@ def test_a_saved_checkpoint_is_not_called_unsaved_when_an_older_one_stays(
     outcome = train(recipe, terminal=False)
     assert "checkpoint of step 3 saved, but an older one is not removed: cannot write" in caplog.text
     assert "not saved" not in caplog.text
-    assert names(outcome.run)[-1] == "step-000005"
+    assert names(outcome.run)[-1] == "step-000006"
 
 
 def test_leftovers_that_stay_take_no_name_from_the_next_folder(
@@ -153,7 +153,8 @@ def test_damage_to_the_record_is_said_and_does_not_end_the_run(
 ) -> None:
     recipe = Recipe.load(recipe_file(training={"save_every": 4, "max_steps": 6, "eval_every": 3}))
     done = train(recipe, terminal=False)
-    (done.run / "result.json").unlink()
+    (done.run / "result.json").unlink()  # as if it was killed after step 4
+    shutil.rmtree(done.run / "checkpoints/step-000006")
     file = done.run / "metrics.jsonl"
     whole = file.read_text()
     file.write_text(damage(whole))

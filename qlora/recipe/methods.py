@@ -28,6 +28,8 @@ class MethodFacts:
     """True if the number of trained parameters is proportional to the rank, or nearly (DoRA's norms have none)"""
     fused: bool = False
     """True if qlora's own passes compute the decoder layers, which can then recompute their MLP alone"""
+    plans_its_length: bool = False
+    """True if more than the learning rate depends on the number of steps, which can then not change at a resume"""
 
 
 METHODS = {
@@ -46,6 +48,7 @@ METHODS = {
         "AdaLoRA of rank {rank} on average on {targets}",
         unused=("scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern"),
         grows_with_rank=True,
+        plans_its_length=True,
     ),
     "vera": MethodFacts(
         "VeRA of rank {rank} on {targets}",

@@ -231,7 +231,7 @@ class Training(Section):
     eval_every: Count | None = 100
     """Steps between evaluations; null: only before and after training."""
     save_every: Count | None = 100
-    """Steps between checkpoints; null: none, unless the run is interrupted."""
+    """Steps between checkpoints; null: only at the end, or when the run is interrupted."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep; at least two, in case the newest is damaged."""
     samples: CountOrZero = 3

@@ -11,6 +11,8 @@ from qlora.training import checkpoint
 from qlora.training.result import TrainResult
 from qlora.training.run_folder import earlier_plan, earlier_run_id
 
+_PLANNED = "{method} plans its ranks over the whole run, so the number of steps cannot change"
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -21,11 +23,11 @@ class ResumePoint:
     """length of the run when the checkpoint was written; None in a checkpoint of an earlier version"""
 
 
-def resume_point(path: Path, total_steps: int) -> ResumePoint | None:
+def resume_point(recipe: Recipe, path: Path, total_steps: int) -> ResumePoint | None:
     """Return the point from which the run in `path` continues to `total_steps`; None without a checkpoint.
 
     Raises:
-        RecipeError: the checkpoint already has more steps.
+        RecipeError: the checkpoint already has more steps, or the method planned for another number of them.
         ModelError: every checkpoint is damaged.
     """
     run_id = earlier_run_id(path)
@@ -40,7 +42,13 @@ def resume_point(path: Path, total_steps: int) -> ResumePoint | None:
             f"{path}: the run has taken {state['step']:,} steps, and this recipe ends after {total_steps:,}. Set "
             "training.epochs or training.max_steps to at least as many steps, or start again with --fresh"
         )
-    return ResumePoint(state["step"], state.get("total_steps"))
+    point = ResumePoint(state["step"], state.get("total_steps"))
+    if recipe.adapter.facts.plans_its_length and point.total_steps not in (None, total_steps):
+        raise RecipeError(
+            f"{path}: the run began with {point.total_steps:,} steps, and now has {total_steps:,}. "
+            f"{_PLANNED.format(method=recipe.adapter.method)}. Restore the old length, or start again with --fresh"
+        )
+    return point
 
 
 def earlier(path: Path) -> tuple[dict[str, Any] | None, Path | None]:
@@ -63,8 +71,8 @@ def nothing_to_resume(path: Path) -> str:
     return f"nothing to resume: {missing}, so this run starts at step 0; {meant}"
 
 
-def check_finished(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> None:
-    """Check that a finished run is not asked for another number of steps.
+def is_longer(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> bool:
+    """Return True if a finished run is asked for more steps, and can take them; False if it is asked for the same.
 
     Args:
         recipe: the recipe now.
@@ -72,22 +80,40 @@ def check_finished(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None
         recorded: the recipe in the run's folder; None if it cannot be read.
 
     Raises:
-        RecipeError: the recipe asks for another length.
+        RecipeError: the recipe asks for fewer steps, or for more and the run cannot continue.
+        ModelError: every checkpoint is damaged.
     """
     now = recipe.training
     steps_per_epoch = outcome.facts["steps"]["steps_per_epoch"] if outcome.facts else None
-    if now.max_steps is None and steps_per_epoch is None:
+    if now.max_steps is None and steps_per_epoch is None:  # a run of an earlier version
         before = recorded.training if recorded else None
-        same = before is None or (before.max_steps, before.epochs) == (None, now.epochs)
-        wanted = f"training.epochs={now.epochs}"
+        if before is None or (before.max_steps, before.epochs) == (None, now.epochs):
+            return False
+        total, wanted = None, f"training.epochs={now.epochs}"
     else:
         total = now.total_steps(steps_per_epoch or 0)
-        same = total == outcome.total_steps
+        if total == outcome.total_steps:
+            return False
         key = "max_steps" if now.max_steps is not None else "epochs"
         wanted = f"training.{key}={getattr(now, key)} ({total:,} steps)"
-    if not same:
+    if (obstacle := _obstacle(recipe, outcome, total)) is not None:
         raise RecipeError(
             f"{outcome.run}: the run is finished after {outcome.total_steps:,} steps, but the recipe now has {wanted}. "
-            "A finished run cannot be continued, because its learning rate has run its course. Train again with "
-            "--fresh or another output, or restore the old length"
+            f"{obstacle}. Train again with --fresh or another output, or restore the old length"
         )
+    return True
+
+
+def _obstacle(recipe: Recipe, outcome: TrainResult, total: int | None) -> str | None:
+    """Say why a finished run cannot be continued to `total` steps; None if it can."""
+    if total is not None and total < outcome.total_steps:
+        return "It cannot become shorter"
+    if recipe.adapter.facts.plans_its_length:
+        return _PLANNED.format(method=recipe.adapter.method)
+    run_id = earlier_run_id(outcome.run)
+    newest = run_id and checkpoint.newest(
+        outcome.run, run_id=run_id, checksums=False, report=lambda line: None
+    )
+    if not newest or checkpoint.read_state(newest)["step"] != outcome.total_steps:
+        return "Its last checkpoint, with the optimizer's state, is not there"
+    return None

@@ -79,6 +79,11 @@ class RunFolder:
         """Mark the run as finished."""
         atomic.write(self.path / "result.json", _json({**summary, "run_id": self.run_id}, indent=2))
 
+    def reopen(self) -> None:
+        """Mark a finished run as unfinished, because it becomes longer. Its adapter stays until the next result."""
+        with folders.save_errors(self.path):
+            (self.path / "result.json").unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class _Earlier:

@@ -28,6 +28,10 @@ class Progress:
     """optimizer steps taken"""
     loss_before: float | None = None
     """held-out loss before the first step"""
+    loss: float | None = None
+    """held-out loss of the latest evaluation"""
+    evaluated: int | None = None
+    """step of the latest evaluation; None before the first one, or in a checkpoint of an earlier version"""
     seconds: float = 0.0
     """duration of the run so far, all sessions together"""
     record_sha256: str | None = None
@@ -46,7 +50,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
     """Commit a checkpoint. If it cannot be written (a full disk), show a note and continue the run.
 
     Raises:
-        SaveError: this is the third checkpoint in a row that could not be written.
+        SaveError: this is the third checkpoint in a row that could not be written, and the result is not due yet.
     """
     state = session.processes.gather(session.optimizer.state())
     if not session.processes.is_main:
@@ -64,6 +68,8 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "step": progress.step,
                     "total_steps": session.total_steps,
                     "loss_before": progress.loss_before,
+                    "loss": progress.loss,
+                    "evaluated": progress.evaluated,
                     "seconds": progress.seconds,
                     "evaluation_due": progress.evaluation_due,
                     "data": session.dataset.fingerprint,
@@ -74,7 +80,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
             )
     except SaveError as error:
         progress.failed_saves += 1
-        if progress.failed_saves == MOST_FAILED_SAVES:
+        if progress.failed_saves >= MOST_FAILED_SAVES and progress.step < session.total_steps:
             raise SaveError(
                 f"{MOST_FAILED_SAVES} checkpoints in a row could not be saved, so the run ends at step "
                 f"{progress.step}: {error}. {_saved_until(run, session.result_name)}"
@@ -125,9 +131,14 @@ def restore(session: Session, run: RunFolder) -> Progress:
     if session.course.state():
         session.course.load_state(checkpoint.load_tensors(folder / "course.safetensors"))
     return Progress(
-        state["step"], state["loss_before"], state.get("seconds", 0.0), state.get("metrics_sha256"),
+        state["step"],
+        state["loss_before"],
+        state.get("loss", state["loss_before"]),
+        state.get("evaluated"),
+        state.get("seconds", 0.0),
+        state.get("metrics_sha256"),
         state.get("evaluation_due", False),
-    )  # fmt: skip
+    )
 
 
 def _dtype(session: Session) -> str:

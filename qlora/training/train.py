@@ -34,7 +34,7 @@ from qlora.training.evaluation import held_out_loss
 from qlora.training.facts import facts_of
 from qlora.training.prepare import prepare
 from qlora.training.result import TrainResult
-from qlora.training.resuming import check_finished, earlier, nothing_to_resume, resume_point
+from qlora.training.resuming import earlier, is_longer, nothing_to_resume, resume_point
 from qlora.training.run_folder import RunFolder, check_output, claim, finished, recorded
 from qlora.training.session import Session
 from qlora.training.state import Progress, restore, save, write_memory, write_page, write_result
@@ -72,17 +72,18 @@ def train(
     path = Path(recipe.output)
     check_output(recipe, path, resume=resume, fresh=fresh)
     with folders.lock(path) if processes.is_main else nullcontext():
+        reopened = False
         if resume and (summary := finished(path)) is not None:
             outcome = TrainResult.from_json(summary, path / "result.json")
-            check_finished(recipe, outcome, recorded(path / "recipe.yaml"))
-            startup.warn(
-                f"{path}: the run is finished ({outcome.total_steps:,} steps); nothing is left to train"
-            )
-            return outcome
+            if not (reopened := is_longer(recipe, outcome, recorded(path / "recipe.yaml"))):
+                startup.warn(
+                    f"{path}: the run is finished ({outcome.total_steps:,} steps); nothing is left to train"
+                )
+                return outcome
         with out_of_memory_explained(recipe):
             plan, start = earlier(path) if resume else (None, None)
             session = prepare(recipe, processes, plan, startup=startup, rows=rows, start=start)
-            point = resume_point(path, session.total_steps) if resume else None
+            point = resume_point(recipe, path, session.total_steps) if resume else None
             if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))
             if processes.is_main:
@@ -91,6 +92,8 @@ def train(
             run = processes.from_main(
                 lambda: claim(recipe, path, resume=resume, fresh=fresh, plan=session.plan)
             )
+            if reopened and processes.is_main:
+                run.reopen()
             return fit(session, run, point.total_steps if point else None, terminal=terminal)
 
 
@@ -118,23 +121,23 @@ def fit(
     )
     with StopRequest() as stop, tracker:
         tracker.check_record(progress.record_sha256, progress.step)
-        latest_loss, highest = progress.loss_before, session.processes.highest
+        highest = session.processes.highest
         if progress.step == total:
             session.course.finish()
-        if progress.step in (0, total) or progress.evaluation_due:
-            latest_loss = evaluate(session, tracker, progress, stop, latest_loss)
+        if progress.evaluation_due or (progress.step in (0, total) and progress.evaluated != progress.step):
+            evaluate(session, tracker, progress, stop)
         while progress.step < total and not stop.agreed(highest):
             progress.step = take_step(session, progress.step, tracker)
             if last := progress.step == total:
                 session.course.finish()
             if last or (training.eval_every and progress.step % training.eval_every == 0):
-                latest_loss = evaluate(session, tracker, progress, stop, latest_loss)
+                evaluate(session, tracker, progress, stop)
             progress.seconds = time.monotonic() - began
             if not last and training.save_every and progress.step % training.save_every == 0:
                 save(session, run, progress, tracker)
+        # Also of the last step, so that a finished run can be lengthened
+        save(session, run, progress, tracker)
         done = progress.step == total and not progress.evaluation_due
-        if not done:
-            save(session, run, progress, tracker)
         result = write_result(session, run, tracker) if done else None
         write_memory(session, run, tracker)
         outcome = TrainResult(
@@ -143,7 +146,7 @@ def fit(
             steps=progress.step,
             total_steps=total,
             loss_before=progress.loss_before,
-            loss_after=latest_loss,
+            loss_after=progress.loss,
             memory=measure.peak(session.processes.device),
             seconds=time.monotonic() - began,
             stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
@@ -157,20 +160,13 @@ def fit(
     return outcome
 
 
-def evaluate(
-    session: Session,
-    tracker: Tracker,
-    progress: Progress,
-    stop: StopRequest,
-    latest_loss: float | None,
-) -> float | None:
-    """Return the held-out loss now; if a signal ends the evaluation, the latest one, and the evaluation stays due."""
+def evaluate(session: Session, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
+    """Note the held-out loss now in `progress`; if a signal ends the evaluation, it stays due."""
     progress.evaluation_due = True
     with suppress(EvaluationStopped):
-        latest_loss = held_out_loss(session, tracker, progress.step, stop)
-        progress.evaluation_due = False
-        progress.loss_before = progress.loss_before if progress.step else latest_loss
-    return latest_loss
+        progress.loss = held_out_loss(session, tracker, progress.step, stop)
+        progress.evaluation_due, progress.evaluated = False, progress.step
+        progress.loss_before = progress.loss_before if progress.step else progress.loss
 
 
 def take_step(session: Session, step: int, tracker: Tracker) -> int:
