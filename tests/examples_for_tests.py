@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Overrides that shorten a run. Later overrides win, so these come last.
 SHORT = [
     "training.max_steps=2",
-    "training.eval_every=null",
+    "training.eval_every=100",  # only before and after these steps
     "training.samples=1",
     "training.sample_tokens=4",
     "optimizer.warmup_steps=0",

@@ -84,10 +84,11 @@ def test_another_schedule_gives_a_run_with_that_sequence_of_rates(
     assert same(longer.run, whole.run)
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_a_run_killed_between_its_last_checkpoint_and_its_result_records_nothing_twice(
-    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    file = recipe_file()
+    file = recipe_file(adapter={"method": method}, training={"max_steps": 6})
     whole = run(file, f"output={tmp_path / 'whole'}")
 
     def killed(*_: object) -> None:

@@ -30,6 +30,7 @@ MEANINGS = {
     "memory.md": "the same as a table",
     "memory.png": "the same as a picture",
     "checkpoints": "checkpoints, for --resume",
+    "best": "the weights with the lowest held-out loss",
     "wandb": "the copy for Weights & Biases",
     "tensorboard": "the copy for TensorBoard",
 }
@@ -86,7 +87,8 @@ def report(outcome: "TrainResult") -> str:
 
     lines = []
     if outcome.result is not None and outcome.loss_before is not None:
-        lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after")
+        at = "" if outcome.result_step == outcome.steps else f", at step {outcome.result_step}"
+        lines.append(f"held-out loss  {outcome.loss_before:.3f} before, {outcome.loss_after:.3f} after{at}")
     memory = outcome.memory
     if memory.allocated_bytes is not None and memory.reserved_bytes is not None:
         lines.append(

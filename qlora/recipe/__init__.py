@@ -7,9 +7,8 @@ from qlora.recipe.schema import (
     Data,
     Optimizer,
     Recipe,
-    Tracking,
     Training,
-    Wandb,
 )
+from qlora.recipe.tracking import Tracking, Wandb
 
 __all__ = ["Adapter", "Base", "Checkpointing", "Data", "Optimizer", "Recipe", "Tracking", "Training", "Wandb"]

@@ -61,7 +61,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     ),
     (("data.split",), "data.source", lambda source: source is not None and is_local(source)),
     (
-        ("training.eval_every", "training.samples", "training.sample_tokens"),
+        ("training.eval_every", "training.samples", "training.sample_tokens", "training.patience", "training.result"),
         "data.held_out",
         lambda rows: rows == 0,
     ),
@@ -115,6 +115,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
         *_raw_pairs(settings),
         *_patterns(settings),
         *_budget(settings),
+        *_evaluations(settings),
     ]
 
 
@@ -318,3 +319,19 @@ def _not_a_pattern(text: str) -> str:
     except (re.error, OverflowError, RecursionError) as error:
         return str(error)
     return ""
+
+
+def _evaluations(settings: Settings) -> Iterator[KeyProblem]:
+    facts = METHODS.get(str(settings.get("adapter.method")))
+    for key, asked in (
+        ("training.patience", settings.get("training.patience") is not None),
+        ("training.result", settings.get("training.result") == "best"),
+    ):
+        if asked and "training.eval_every" in settings and settings["training.eval_every"] is None:
+            yield key, "needs evaluations during the run; set training.eval_every"
+        if asked and facts is not None and facts.plans_its_length:
+            method = settings["adapter.method"]
+            yield (
+                key,
+                f"{method} changes its ranks until the last step, so no earlier step has a result; leave it out",
+            )

@@ -18,6 +18,7 @@ from qlora.recipe.methods import METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
 from qlora.recipe.section import Count, CountOrZero, Decay, Device, Factor, FactorOrZero, Norm, Section, Text
+from qlora.recipe.tracking import Tracking
 
 if TYPE_CHECKING:
     FormatName = str
@@ -230,6 +231,10 @@ class Training(Section):
     """Maximum L2 norm of the gradient, which is scaled down to it (QLoRA, appendix B.2: 0.3)."""
     eval_every: Count | None = 100
     """Steps between evaluations; null: only before and after training."""
+    patience: Count | None = None
+    """Evaluations in a row without a lower held-out loss that end the run early; null: it takes all steps."""
+    result: Literal["last", "best"] = "last"
+    """Weights that become the result: those after the last step, or those with the lowest held-out loss."""
     save_every: Count | None = 100
     """Steps between checkpoints; null: only at the end, or when the run is interrupted."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -273,30 +278,6 @@ class Optimizer(Section):
     """Decay rates of the first and second moment (QLoRA, appendix B.2: 0.9 and 0.999)."""
     eps: Factor = 1e-8
     """Term added to Adam's denominator for numerical stability (arXiv:1412.6980)."""
-
-
-class Wandb(Section):
-    """Weights & Biases: a copy of metrics.jsonl in the browser."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online if a W&B API key is configured, else offline."""
-    project: Text = "qlora"
-    """W&B project of the run."""
-    entity: Text | None = None
-    """W&B user or team; null: the account's default."""
-    name: Text | None = None
-    """Name of the run; null: the name of its folder."""
-    tags: list[Text] = []
-    """Labels of the run, for searches."""
-
-
-class Tracking(Section):
-    """Experiment trackers, in addition to the metrics in the run's folder."""
-
-    wandb: Wandb = Wandb()
-    """Weights & Biases."""
-    tensorboard: bool = False
-    """Write TensorBoard event files to the run's folder; needs `pip install tensorboard`."""
 
 
 class Recipe(Section):

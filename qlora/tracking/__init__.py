@@ -26,6 +26,7 @@ class Tracker:
         sections: the recipe's sections of `tracking` by name; a tracker without a section is off.
         total_steps: optimizer steps of the whole run.
         resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
+        evaluation_due: the evaluation of that step is repeated, and replaces an earlier one in the record.
         loss_before: held-out loss before the first step, of a run that resumes.
         terminal: show progress on standard error; otherwise only notes are shown, in the log `qlora`.
         main: False in all processes of a distributed run except the first; these record and show nothing.
@@ -45,6 +46,7 @@ class Tracker:
         sections: Mapping[str, Any],
         total_steps: int,
         resume_step: int = 0,
+        evaluation_due: bool = False,
         loss_before: float | None = None,
         terminal: bool = True,
         main: bool = True,
@@ -53,7 +55,7 @@ class Tracker:
         self._record: Record | None = None
         if not main:
             return
-        self._record = Record(run / "metrics.jsonl", resume_step)
+        self._record = Record(run / "metrics.jsonl", resume_step, evaluation_due)
         self._sinks.append(self._record)
         self._sinks.append(_terminal(total_steps, resume_step, loss_before) if terminal else _Log())
         tracked = Run(run, config, resume_step, self.note)

@@ -18,15 +18,18 @@ class Record(Sink):
     """Appends lines to `path`. Each line is completely written before the call returns.
 
     `resume_step` is the step of the checkpoint that a run resumes from. Lines of later steps, and a last line that a
-    kill cut off, are removed first, so that every step is in the file once. 0 starts an empty file.
+    kill cut off, are removed first, so that every step is in the file once; with `evaluation_due` also the evaluation
+    of `resume_step`, which is repeated. 0 starts an empty file.
 
     A line that cannot be written (a full disk) is kept and written with the next one; training continues.
     `finish` raises SaveError if lines are still missing.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, evaluation_due: bool = False) -> None:
         self.path = path
         kept = _lines_until(path, resume_step) if resume_step else []
+        if evaluation_due:
+            kept = [line for line in kept if _step(line) < resume_step or b'"loss"' in line]
         self._steps = {json.loads(line)["step"] for line in kept if b'"loss"' in line}
         self._sum = hashlib.sha256(b"".join(kept))
         atomic.write(path, b"".join(kept))

@@ -23,17 +23,20 @@ def check(session: Session, output: Path) -> None:
         SaveError: not even one checkpoint and the result fit.
     """
     weights = sum(tensor.nbytes for tensor in _result(session))
+    result = (
+        weights if session.recipe.training.result == "last" else 3 * weights
+    )  # the best, and one being written
     checkpoint = weights + sum(tensor.nbytes for tensor in session.optimizer.state().values())
     free = free_bytes(output) + sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     keep = session.recipe.training.keep_checkpoints
     unit = unit_for(checkpoint)
-    if free < checkpoint + weights:
+    if free < checkpoint + result:
         raise SaveError(
-            f"output: a checkpoint takes {unit.text(checkpoint)} and the result {unit.text(weights)}, but the disk of "
+            f"output: a checkpoint takes {unit.text(checkpoint)} and the result {unit.text(result)}, but the disk of "
             f"{output} has {unit.text(free)} free. Make room, or choose another folder with output=..."
         )
     # A new checkpoint is written before the oldest is removed
-    if session.recipe.training.save_every and free < (keep + 1) * checkpoint + weights:
+    if session.recipe.training.save_every and free < (keep + 1) * checkpoint + result:
         session.startup.warn(
             f"{keep} checkpoints of {unit.text(checkpoint)}, one more while it is written, and the result do not fit "
             f"on the disk of {output}, which has {unit.text(free)} free. Make room, or set training.keep_checkpoints"

@@ -27,6 +27,8 @@ class TrainResult:
     """the signal that stopped the run early"""
     facts: dict[str, Any] | None = None
     """facts known before the first step (see `qlora.report.facts`); None for a run of an earlier version"""
+    result_step: int | None = None
+    """step after which the weights of the result were trained; None without one, or in a run of an earlier version"""
     adapter: dict[str, Any] | None = None
     """what the adapter method found during the run, such as the final ranks; None for a run of an earlier version"""
 
@@ -44,7 +46,9 @@ class TrainResult:
         fields = {name: value for name, value in values.items() if name != "run_id"}
         try:
             paths = {"run": Path(fields["run"]), "result": Path(fields["result"])}
-            outcome = cls(**{**fields, **paths, "memory": Peak(**fields["memory"])})
+            outcome = cls(
+                **{"result_step": fields["steps"], **fields, **paths, "memory": Peak(**fields["memory"])}
+            )
         except (KeyError, TypeError) as error:
             raise damaged_result(file, f"it does not hold an outcome: {error}") from error
         numbers = [outcome.steps, outcome.total_steps, outcome.seconds, outcome.memory.resident_bytes]

@@ -8,6 +8,7 @@ from typing import Any
 from qlora.errors import RecipeError
 from qlora.recipe import Recipe
 from qlora.training import checkpoint
+from qlora.training.best import Best
 from qlora.training.result import TrainResult
 from qlora.training.run_folder import earlier_plan, earlier_run_id
 
@@ -74,6 +75,8 @@ def nothing_to_resume(path: Path) -> str:
 def is_longer(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> bool:
     """Return True if a finished run is asked for more steps, and can take them; False if it is asked for the same.
 
+    More patience than a run had that ended early is more steps too.
+
     Args:
         recipe: the recipe now.
         outcome: the outcome of the finished run.
@@ -93,7 +96,7 @@ def is_longer(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> 
     else:
         total = now.total_steps(steps_per_epoch or 0)
         if total == outcome.total_steps:
-            return False
+            return outcome.steps < total and _has_patience(recipe, outcome.run)
         key = "max_steps" if now.max_steps is not None else "epochs"
         wanted = f"training.{key}={getattr(now, key)} ({total:,} steps)"
     if (obstacle := _obstacle(recipe, outcome, total)) is not None:
@@ -114,6 +117,14 @@ def _obstacle(recipe: Recipe, outcome: TrainResult, total: int | None) -> str | 
     newest = run_id and checkpoint.newest(
         outcome.run, run_id=run_id, checksums=False, report=lambda line: None
     )
-    if not newest or checkpoint.read_state(newest)["step"] != outcome.total_steps:
+    if not newest or checkpoint.read_state(newest)["step"] != outcome.steps:
         return "Its last checkpoint, with the optimizer's state, is not there"
     return None
+
+
+def _has_patience(recipe: Recipe, path: Path) -> bool:
+    """Return True if a run that ended early would continue with the patience that the recipe has now."""
+    folder = checkpoint.newest(path, run_id=earlier_run_id(path), checksums=False, report=lambda line: None)
+    return folder is not None and not Best.from_state(checkpoint.read_state(folder).get("best")).exhausted(
+        recipe.training
+    )

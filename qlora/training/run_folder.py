@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from qlora.storage import atomic, folders, manifest, regular_file
 from qlora.storage.json_files import with_checksum, without_checksum
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
+from qlora.training.recipe_changes import RESUMABLE_KEYS, ROUNDING_KEYS, differences
 
 # Everything that a run writes, and the only names that --fresh removes.
 CONTENTS = (
-    "run.json", "recipe.yaml", "facts.json", "metrics.jsonl", "result.json", "checkpoints", "adapter", "model",
-    *BACKENDS, "report.html", "memory.json", "memory.md", "memory.png",
+    "run.json", "recipe.yaml", "facts.json", "metrics.jsonl", "result.json", "checkpoints", "best", "adapter",
+    "model", *BACKENDS, "report.html", "memory.json", "memory.md", "memory.png",
 )  # fmt: skip
 
 RESULTS = ("adapter", "model")
@@ -47,17 +48,6 @@ LEFTOVERS = {
     ".lock",
     *(f"{prefix}{name}" for prefix in (folders.TEMPORARY, folders.TRASH) for name in CONTENTS),
 }
-
-# Keys that can change when a run is resumed: they do not affect the steps already taken. (`compute_dtype` can, from
-# `auto` to the dtype that this was: each checkpoint knows it.)
-RESUMABLE_KEYS = {
-    "output", "tracking", "training.max_steps", "training.epochs", "training.eval_every", "training.save_every",
-    "training.keep_checkpoints", "training.samples", "training.sample_tokens", "training.activation_offloading",
-    "base.embedding", "base.compute_dtype",
-}  # fmt: skip
-
-# Keys that can change too, but with a note: the same sums are rounded in another order, or computed again.
-ROUNDING_KEYS = {"training.micro_batch_size", "training.activation_checkpointing", "training.loss_chunk"}
 
 _warn = logging.getLogger("qlora").warning
 
@@ -202,7 +192,7 @@ def claim(
         _start(run, recipe)
     else:
         run = RunFolder(path, earlier.run_id, earlier.plan if plan is None else plan)
-        for name in RESULTS:
+        for name in ("best", *RESULTS):
             folders.recover(path, name)
         folders.recover(path / "checkpoints", "step-*")
         _continue(run, recipe, earlier.source)
@@ -236,7 +226,7 @@ def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
             "this run was begun by an earlier version of qlora, which drew dropout by micro-batch; from here on it is "
             "drawn by row, so the adapter will differ from the one that the earlier version would have trained"
         )
-    for key, old, new in _differences(before.to_dict(), recipe.to_dict(), set()) if before else ():
+    for key, old, new in differences(before.to_dict(), recipe.to_dict(), set()) if before else ():
         if any(f"{key}.".startswith(f"{changing}.") for changing in ROUNDING_KEYS):
             _warn(
                 f"{key}: {old} then, {new} now. The run computes the same, but rounds differently from here on, so it "
@@ -331,7 +321,7 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     before, may_change = _recipe_before(path, earlier)
     if recipe.training.memory is None:  # else the plan that began the run is kept
         may_change = may_change | ROUNDING_KEYS
-    changed = [] if before is None else list(_differences(before, recipe.to_dict(), may_change))
+    changed = [] if before is None else list(differences(before, recipe.to_dict(), may_change))
     if changed:
         lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, old, new in changed)
         raise RecipeError(
@@ -368,20 +358,6 @@ def recorded(file: Path) -> Recipe | None:
         raise
     except RecipeError:
         return None
-
-
-def _differences(
-    old: dict[str, Any], new: dict[str, Any], may_change: set[str], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) of every changed key that is not in `may_change`."""
-    for key in {**old, **new}:
-        name = f"{prefix}{key}"
-        if name in may_change:
-            continue
-        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            yield from _differences(old[key], new[key], may_change, f"{name}.")
-        elif old.get(key) != new.get(key):
-            yield name, old.get(key), new.get(key)
 
 
 def _object(file: Path) -> dict[str, Any]:

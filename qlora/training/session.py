@@ -58,7 +58,14 @@ class Session:
         return replace(BaseIdentity.of(self.model), **prompt_digests(self.recipe.data, self.tokenizer))
 
     def tracker(
-        self, run: Path, first_step: int, loss_before: float | None, *, terminal: bool, trackers: bool
+        self,
+        run: Path,
+        first_step: int,
+        loss_before: float | None,
+        *,
+        evaluation_due: bool,
+        terminal: bool,
+        trackers: bool,
     ) -> Tracker:
         """Open the tracker of the run in folder `run`.
 
@@ -66,6 +73,7 @@ class Session:
             run: the run's folder.
             first_step: step of the checkpoint that the run resumes from; 0 for a new run.
             loss_before: held-out loss before the first step, if the run has computed it already.
+            evaluation_due: the evaluation of that step is repeated.
             terminal: show progress on standard error.
             trackers: False leaves out the trackers of the recipe.
         """
@@ -76,6 +84,7 @@ class Session:
             total_steps=self.total_steps,
             resume_step=first_step,
             loss_before=loss_before,
+            evaluation_due=evaluation_due,
             terminal=terminal,
             main=self.processes.is_main,
         )

@@ -1,23 +1,23 @@
 """Save, restore and write out a run's state: trained weights, optimizer state and step."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora.adapter.algebra import plain
 from qlora.adapter.config import CONFIG_FILE, read_fields
-from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.store import load_adapter, save_adapter
 from qlora.data import Prompts
-from qlora.data.prompt_files import write_prompt_files, write_system
+from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import DataError, ModelError, RecipeError, SaveError
 from qlora.model.load import compute_dtype
 from qlora.report import memory_files, page
-from qlora.storage import folders, manifest, tensor_file
+from qlora.storage import folders, manifest
 from qlora.tracking import Tracker
 from qlora.training import checkpoint
+from qlora.training.best import Best
 from qlora.training.run_folder import RunFolder
 from qlora.training.session import Session
+from qlora.training.weights import read_weights, write_weights
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Progress:
     """of metrics.jsonl when the checkpoint was written; None without one, or in one of an earlier version"""
     evaluation_due: bool = False
     """a signal ended the evaluation after this step, so that a resumed run begins with it"""
+    best: Best = field(default_factory=Best)
+    """the evaluation with the lowest held-out loss"""
     failed_saves: int = 0
     """checkpoints in a row that could not be written"""
 
@@ -72,6 +74,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "evaluated": progress.evaluated,
                     "seconds": progress.seconds,
                     "evaluation_due": progress.evaluation_due,
+                    "best": progress.best.as_state(),
                     "data": session.dataset.fingerprint,
                     "metrics_sha256": record,
                     "compute_dtype": _dtype(session),
@@ -138,6 +141,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
         state.get("seconds", 0.0),
         state.get("metrics_sha256"),
         state.get("evaluation_due", False),
+        Best.from_state(state.get("best")),
     )
 
 
@@ -146,35 +150,11 @@ def _dtype(session: Session) -> str:
     return str(compute_dtype(session.recipe.base, session.processes.device)).removeprefix("torch.")
 
 
-def write_weights(session: Session, folder: Path) -> None:
-    """Write the adapter (or the whole model, if all weights are trained) and the recipe into `folder`."""
-    if session.recipe.adapter.facts.frozen_base:
-        save_adapter(session.model, folder, base=session.base_identity)
-    else:
-        session.model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
-        tensor_file.give_usual_permissions(folder)
-    # So that the folder can be used without the run
-    (folder / "recipe.yaml").write_text(session.recipe.to_yaml())
-    write_system(folder, session.dataset.shared_system)
+def write_result(session: Session, run: RunFolder, step: int, tracker: Tracker) -> Path:
+    """Write the trained weights, tokenizer and template to <run>/adapter or <run>/model, and return that folder.
 
-
-def read_weights(session: Session, folder: Path) -> None:
-    """Load what `write_weights` wrote into the model. Raises ModelError if the base has changed."""
-    if not session.recipe.adapter.facts.frozen_base:
-        for file in folder.glob("*.safetensors"):  # tied weights are saved once
-            session.model.load_state_dict(checkpoint.load_tensors(file), strict=False)
-        return
-    recorded = BaseIdentity.read(folder) or session.base_identity
-    if (difference := recorded.difference(session.base_identity)) is not None:
-        raise ModelError(
-            f"{folder.parent}: the base differs from that of this checkpoint in {difference}, so the run cannot "
-            "be resumed exactly. Restore the base, or start again with --fresh"
-        )
-    load_adapter(session.model, folder, any_base=True)
-
-
-def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
-    """Write the trained weights, tokenizer and template to <run>/adapter or <run>/model, and return that folder."""
+    step: the step of these weights.
+    """
     result = run.path / session.result_name
     if session.processes.is_main:
         try:
@@ -184,9 +164,7 @@ def write_result(session: Session, run: RunFolder, tracker: Tracker) -> Path:
                 write_prompt_files(
                     folder, Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
                 )
-                manifest.write(
-                    folder, run_id=run.run_id, step=session.total_steps, data=session.dataset.fingerprint
-                )
+                manifest.write(folder, run_id=run.run_id, step=step, data=session.dataset.fingerprint)
         except SaveError as error:
             raise SaveError(
                 f"the result is not saved: {error}. {_saved_until(run, session.result_name)}"

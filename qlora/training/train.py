@@ -29,7 +29,7 @@ from qlora.runtime.signals import EvaluationStopped, StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
 from qlora.tracking.startup import Startup, silent
-from qlora.training import disk_space
+from qlora.training import best, disk_space
 from qlora.training.evaluation import held_out_loss
 from qlora.training.facts import facts_of
 from qlora.training.prepare import prepare
@@ -77,7 +77,7 @@ def train(
             outcome = TrainResult.from_json(summary, path / "result.json")
             if not (reopened := is_longer(recipe, outcome, recorded(path / "recipe.yaml"))):
                 startup.warn(
-                    f"{path}: the run is finished ({outcome.total_steps:,} steps); nothing is left to train"
+                    f"{path}: the run is finished ({outcome.steps:,} steps); nothing is left to train"
                 )
                 return outcome
         with out_of_memory_explained(recipe):
@@ -109,48 +109,34 @@ def fit(
 
     length_before: total steps of the resumed run before this session.
     """
-    training, total, began = session.recipe.training, session.total_steps, time.monotonic()
     progress = restore(session, run)
-    began -= progress.seconds  # of the sessions before
+    began = time.monotonic() - progress.seconds  # of the sessions before
     facts = facts_of(session, progress.step, length_before)
     if session.processes.is_main:
         run.write_facts(facts.as_json())
     session.startup.table(facts.header())
     tracker = session.tracker(
-        run.path, progress.step, progress.loss_before, terminal=terminal, trackers=trackers
-    )
+        run.path, progress.step, progress.loss_before, evaluation_due=progress.evaluation_due, terminal=terminal,
+        trackers=trackers,
+    )  # fmt: skip
     with StopRequest() as stop, tracker:
         tracker.check_record(progress.record_sha256, progress.step)
-        highest = session.processes.highest
-        if progress.step == total:
-            session.course.finish()
-        if progress.evaluation_due or (progress.step in (0, total) and progress.evaluated != progress.step):
-            evaluate(session, tracker, progress, stop)
-        while progress.step < total and not stop.agreed(highest):
-            progress.step = take_step(session, progress.step, tracker)
-            if last := progress.step == total:
-                session.course.finish()
-            if last or (training.eval_every and progress.step % training.eval_every == 0):
-                evaluate(session, tracker, progress, stop)
-            progress.seconds = time.monotonic() - began
-            if not last and training.save_every and progress.step % training.save_every == 0:
-                save(session, run, progress, tracker)
-        # Also of the last step, so that a finished run can be lengthened
-        save(session, run, progress, tracker)
-        done = progress.step == total and not progress.evaluation_due
-        result = write_result(session, run, tracker) if done else None
+        progress.best = best.check(session, run, progress.best, tracker)
+        take_steps(session, run, tracker, progress, stop, began)
+        result = finish(session, run, progress, tracker)
         write_memory(session, run, tracker)
         outcome = TrainResult(
             run=run.path,
             result=result,
             steps=progress.step,
-            total_steps=total,
+            total_steps=session.total_steps,
             loss_before=progress.loss_before,
             loss_after=progress.loss,
             memory=measure.peak(session.processes.device),
             seconds=time.monotonic() - began,
             stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
             facts=facts.as_json(),
+            result_step=progress.evaluated if result is not None else None,
             adapter=session.course.outcome(),
         )
         if result is not None and session.processes.is_main:
@@ -160,13 +146,66 @@ def fit(
     return outcome
 
 
-def evaluate(session: Session, tracker: Tracker, progress: Progress, stop: StopRequest) -> None:
+def take_steps(
+    session: Session, run: RunFolder, tracker: Tracker, progress: Progress, stop: StopRequest, began: float
+) -> None:
+    """Take steps until the last one, a signal, or the end of the patience, and save a checkpoint there.
+
+    began: time of the clock at which the run would have begun without interruptions.
+    """
+    training, total, highest = session.recipe.training, session.total_steps, session.processes.highest
+    # AdaLoRA's end cuts ranks away, after which no optimizer fits: its last checkpoint is that of the moment before
+    changed_at_the_end = session.recipe.adapter.facts.plans_its_length
+    if progress.step == total:
+        session.course.finish()
+    if progress.evaluation_due or (progress.step in (0, total) and progress.evaluated != progress.step):
+        evaluate(session, run, tracker, progress, stop)
+    while progress.step < total and not progress.best.exhausted(training) and not stop.agreed(highest):
+        progress.step = take_step(session, progress.step, tracker)
+        if last := progress.step == total:
+            if changed_at_the_end:
+                progress.evaluation_due, progress.seconds = True, time.monotonic() - began
+                save(session, run, progress, tracker)
+            session.course.finish()
+        if last or (training.eval_every and progress.step % training.eval_every == 0):
+            evaluate(session, run, tracker, progress, stop)
+        progress.seconds = time.monotonic() - began
+        if not last and training.save_every and progress.step % training.save_every == 0:
+            save(session, run, progress, tracker)
+    if not (changed_at_the_end and progress.step == total):
+        save(
+            session, run, progress, tracker
+        )  # also of the last step, so that a finished run can be lengthened
+
+
+def evaluate(
+    session: Session, run: RunFolder, tracker: Tracker, progress: Progress, stop: StopRequest
+) -> None:
     """Note the held-out loss now in `progress`; if a signal ends the evaluation, it stays due."""
     progress.evaluation_due = True
     with suppress(EvaluationStopped):
         progress.loss = held_out_loss(session, tracker, progress.step, stop)
+        if progress.loss is not None:
+            progress.best = best.compare(session, run, progress.best, progress.loss, progress.step, tracker)
         progress.evaluation_due, progress.evaluated = False, progress.step
         progress.loss_before = progress.loss_before if progress.step else progress.loss
+
+
+def finish(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> Path | None:
+    """Write the result if the run has ended: after its last step, or because its loss no longer falls; else None."""
+    training, early = session.recipe.training, progress.step < session.total_steps
+    if progress.evaluation_due or (early and not progress.best.exhausted(training)):
+        return None
+    if early:
+        tracker.note(
+            f"no lower held-out loss in {progress.best.since} evaluations, so the run ends at step {progress.step} "
+            f"(training.patience={training.patience})"
+        )
+    if training.result == "best" and progress.best.step != progress.step:
+        best.load(session, run, progress.best)
+        tracker.note(f"the result is that of step {progress.best.step}, which has the lowest held-out loss")
+        progress.loss, progress.evaluated = progress.best.loss, progress.best.step
+    return write_result(session, run, progress.evaluated or 0, tracker)
 
 
 def take_step(session: Session, step: int, tracker: Tracker) -> int:
