@@ -93,6 +93,8 @@ def test_the_end_names_the_step_of_the_result(file: Path, losses: dict[int, floa
     assert done.returncode == 0
     assert "the result is that of step 4, which has the lowest held-out loss" in done.stderr
     assert "held-out loss  5.000 before, 2.000 after, at step 4" in done.stdout
+    run = Path(Recipe.load(file).output)
+    assert "at step 4" in (run / "report.html").read_text()
     assert "time" in done.stdout
     assert "6 of 10 steps" in done.stdout
     assert "best/          the weights with the lowest held-out loss" in done.stdout

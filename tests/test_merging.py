@@ -120,6 +120,10 @@ def test_held_out_text_comes_from_the_recipe_or_a_file_up_to_a_limit(recipe: Rec
     assert 50 <= tokens(data=str(many), max_tokens=50) < 200
     with pytest.raises(DataError, match=r"^--data: 'gone\.jsonl': No such file"):
         tokens(data="gone.jsonl")
+    gone = run / "adapter/recipe.yaml"
+    gone.write_text(gone.read_text().replace("bundled/tickets/train.jsonl", "gone.jsonl"))
+    with pytest.raises(DataError, match=r"^data\.source: 'gone\.jsonl': No such file"):
+        tokens()
 
 
 @pytest.mark.parametrize(

@@ -224,17 +224,19 @@ def _check_space(sources: dict[Onto, MergeSource], to: Path) -> None:
 
 def _held_out(folder: Path, recipe: Recipe, tokenizer: Any, data: str | None, max_tokens: int) -> list[Batch]:
     """Load the recipe's held-out rows, or the rows of `data`, up to about `max_tokens` supervised tokens."""
-    section, given = recipe.data, data is not None
+    section, key = recipe.data, "--data"
     if max_tokens == 0 or (data is None and section.held_out == 0):
         return []
     if data is None and isinstance(section.held_out, str):
-        data = section.held_out  # the training rows need not be read
+        data, key = section.held_out, "data.held_out"  # the training rows need not be read
     if data is not None:
         section = section.parts[0].model_copy(update={"source": data, "held_out": 0, "limit": None})
     try:
         dataset = load_dataset(section, tokenizer, recipe.training.seed)
     except UnreadSource as error:
-        raise DataError(f"{'--data' if given else 'data.held_out'}: {error.reason}") from error
+        if data is None:
+            raise  # with the key of its own
+        raise DataError(f"{key}: {error.reason}") from error
     if data is not None:
         dataset = replace(dataset, held_out=dataset.train)
     else:

@@ -32,7 +32,7 @@ def headlines(recipe: Recipe, history: History, result: Json | None, memory: Jso
         memory: content of memory.json, if the run was forecast.
     """
     figures = [
-        *_loss(history),
+        *_loss(history, result),
         _steps(recipe, history, result),
         *_time(history, result),
         *_speed(history),
@@ -41,11 +41,14 @@ def headlines(recipe: Recipe, history: History, result: Json | None, memory: Jso
     return [headline for headline in figures if headline.value]
 
 
-def _loss(history: History) -> Iterator[Headline]:
+def _loss(history: History, result: Json | None) -> Iterator[Headline]:
     losses = history.held_out_losses
     if len(losses) > 1:
-        (_, before), (_, after) = losses[0], losses[-1]
-        note = f"perplexity {_perplexity(before)} before, {_perplexity(after)} after"
+        (_, before), (last, after) = losses[0], losses[-1]
+        at = ""
+        if result is not None and result.get("result_step", last) != last:  # the best weights, not the last
+            after, at = result["loss_after"], f", at step {result['result_step']}"
+        note = f"perplexity {_perplexity(before)} before, {_perplexity(after)} after{at}"
         yield Headline("Held-out loss", f"{before:.3f} → {after:.3f}", note)
     elif losses:
         step, loss = losses[0]

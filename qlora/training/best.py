@@ -8,7 +8,6 @@ again, finds the same loss and writes the same folder.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 from qlora.errors import ModelError, SaveError
@@ -100,7 +99,7 @@ def load(session: Session, run: RunFolder, best: Best) -> None:
 
 def _problem(run: RunFolder, step: int) -> str | None:
     """Say why the folder does not hold the weights of `step`; None if it does."""
-    folder: Path = run.path / FOLDER
+    folder = run.path / FOLDER
     try:
         written = manifest.read(folder)
     except (OSError, ValueError) as error:

@@ -38,7 +38,7 @@ def profile(recipe: Recipe, steps: int, *, startup: Startup | None = None) -> di
 
 def _trial(recipe: Recipe, steps: int, folder: Path) -> Recipe:
     """Limit the recipe to a few steps, without checkpoints, samples and evaluations in between."""
-    recipe = changed(recipe, max_steps=steps, eval_every=None, save_every=None, samples=0)
+    recipe = changed(recipe, max_steps=steps, eval_every=None, save_every=None, samples=0, result="last")
     warmup = min(recipe.optimizer.warmup_steps, steps - 1)
     optimizer = recipe.optimizer.model_copy(update={"warmup_steps": warmup})
     return recipe.model_copy(update={"optimizer": optimizer, "output": str(folder)})

@@ -31,11 +31,7 @@ def resume_point(recipe: Recipe, path: Path, total_steps: int) -> ResumePoint | 
         RecipeError: the checkpoint already has more steps, or the method planned for another number of them.
         ModelError: every checkpoint is damaged.
     """
-    run_id = earlier_run_id(path)
-    if run_id is None:
-        return None
-    folder = checkpoint.newest(path, run_id=run_id, checksums=False, report=lambda line: None)
-    if folder is None:
+    if (folder := _newest(path)) is None:
         return None
     state = checkpoint.read_state(folder)
     if state["step"] > total_steps:
@@ -58,8 +54,7 @@ def earlier(path: Path) -> tuple[dict[str, Any] | None, Path | None]:
     Raises:
         ModelError: every checkpoint is damaged.
     """
-    run_id = earlier_run_id(path)
-    newest = run_id and checkpoint.newest(path, run_id=run_id, checksums=False, report=lambda line: None)
+    newest = _newest(path)
     return earlier_plan(path), newest / "adapter" if newest else None
 
 
@@ -101,7 +96,7 @@ def is_longer(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> 
         wanted = f"training.{key}={getattr(now, key)} ({total:,} steps)"
     if (obstacle := _obstacle(recipe, outcome, total)) is not None:
         raise RecipeError(
-            f"{outcome.run}: the run is finished after {outcome.total_steps:,} steps, but the recipe now has {wanted}. "
+            f"{outcome.run}: the run is finished after {outcome.steps:,} steps, but the recipe now has {wanted}. "
             f"{obstacle}. Train again with --fresh or another output, or restore the old length"
         )
     return True
@@ -113,18 +108,23 @@ def _obstacle(recipe: Recipe, outcome: TrainResult, total: int | None) -> str | 
         return "It cannot become shorter"
     if recipe.adapter.facts.plans_its_length:
         return _PLANNED.format(method=recipe.adapter.method)
-    run_id = earlier_run_id(outcome.run)
-    newest = run_id and checkpoint.newest(
-        outcome.run, run_id=run_id, checksums=False, report=lambda line: None
-    )
-    if not newest or checkpoint.read_state(newest)["step"] != outcome.steps:
+    newest = _newest(outcome.run)
+    if newest is None or checkpoint.read_state(newest)["step"] != outcome.steps:
         return "Its last checkpoint, with the optimizer's state, is not there"
     return None
 
 
 def _has_patience(recipe: Recipe, path: Path) -> bool:
     """Return True if a run that ended early would continue with the patience that the recipe has now."""
-    folder = checkpoint.newest(path, run_id=earlier_run_id(path), checksums=False, report=lambda line: None)
+    folder = _newest(path)
     return folder is not None and not Best.from_state(checkpoint.read_state(folder).get("best")).exhausted(
         recipe.training
     )
+
+
+def _newest(path: Path) -> Path | None:
+    """Return the newest checkpoint of the run in `path`; None without a run or a checkpoint."""
+    run_id = earlier_run_id(path)
+    if run_id is None:
+        return None
+    return checkpoint.newest(path, run_id=run_id, checksums=False, report=lambda line: None)

@@ -172,10 +172,9 @@ def take_steps(
         progress.seconds = time.monotonic() - began
         if not last and training.save_every and progress.step % training.save_every == 0:
             save(session, run, progress, tracker)
+    # Also of the last step, so that a finished run can be lengthened
     if not (changed_at_the_end and progress.step == total):
-        save(
-            session, run, progress, tracker
-        )  # also of the last step, so that a finished run can be lengthened
+        save(session, run, progress, tracker)
 
 
 def evaluate(
