@@ -1,6 +1,6 @@
 """Chat templates by name, and from files."""
 
-import re
+import io
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,7 +30,8 @@ def template_text(name: str) -> str:
             f"data.template: {name!r} is not a template; set it to {', '.join(NAMED)} or the path of a .jinja file"
         )
     try:
-        return re.sub(r"\r\n?", "\n", regular_file.read_text(path))
+        with io.TextIOWrapper(regular_file.opened(path), encoding="utf-8") as file:
+            return file.read()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"data.template: {name!r} cannot be read: {reason}") from error

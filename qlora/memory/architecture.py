@@ -137,9 +137,8 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
     if not reads_documents(model, longest) or keeps_state(model):
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
-    few = meta_model(
-        recipe.base, shortened(config, 2), torch.bfloat16
-    )  # meta experts multiply in bfloat16 only
+    # Experts without values multiply in bfloat16 only
+    few = meta_model(recipe.base, shortened(config, 2), torch.bfloat16)
     read_documents(few, longest)
     try:
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))

@@ -22,14 +22,12 @@ def _balance(recipe: Recipe, text: Any) -> Iterator[str]:
         return
     adapter = recipe.adapter
     frozen = adapter.facts.frozen_base and not adapter.train_modules
+    rest = (
+        "; the routers are frozen" if frozen else ". Watch how the experts are used, or train with an adapter"
+    )
     yield (
-        f"the loss is the cross-entropy alone, without the load-balancing loss that output_router_logits=true and "
-        f"{key}={getattr(text, key):g} in config.json ask for"
-        + (
-            "; the routers are frozen"
-            if frozen
-            else ". Watch how the experts are used, or train with an adapter"
-        )
+        "the loss is the cross-entropy alone, without the load-balancing loss that output_router_logits=true and "
+        f"{key}={getattr(text, key):g} in config.json ask for{rest}"
     )
 
 

@@ -17,9 +17,8 @@ def not_finite(model: nn.Module) -> str | None:
             packed = own == "weight" and is_nf4(module)
             tensors = statistics(module) if packed else [parameter]
             if any(_has_one(tensor) for tensor in tensors):
-                return (
-                    f"{name.removesuffix('.base')}.{own}"  # an adapted layer holds the frozen one as `base`
-                )
+                # an adapted layer holds the frozen one as `base`
+                return f"{name.removesuffix('.base')}.{own}"
     return None
 
 

@@ -192,8 +192,13 @@ def _influence(model: nn.Module, a: Tensor, b: Tensor, c: Tensor) -> Influence:
         rounding=difference(before_a, before_c),
         moved=difference(behind_a, before_a),
         tolerance=tolerance,
-        experts=any("experts" in name for name, _ in model.named_modules()),
+        experts=has_experts(model),
     )
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return True if the model is a mixture of experts, whose routers can turn a rounding into another choice."""
+    return any("experts" in name for name, _ in model.named_modules())
 
 
 def states(model: nn.Module, *documents: Tensor) -> Tensor:

@@ -6,9 +6,7 @@ The folder is replaced at each evaluation with a lower loss, in one instant. A r
 again, finds the same loss and writes the same folder.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
 
 from qlora.errors import ModelError, SaveError
 from qlora.recipe import Training
@@ -30,15 +28,6 @@ class Best:
     """step after which it was computed"""
     since: int = 0
     """evaluations since then"""
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any] | None) -> Self:
-        """Rebuild it from `as_state`; None is a checkpoint of an earlier version."""
-        return cls(**(state or {}))
-
-    def as_state(self) -> dict[str, Any]:
-        """Return plain values, as stored in a checkpoint."""
-        return asdict(self)
 
     def exhausted(self, training: Training) -> bool:
         """Return True if `training.patience` evaluations in a row brought no lower loss."""

@@ -117,9 +117,9 @@ def _obstacle(recipe: Recipe, outcome: TrainResult, total: int | None) -> str | 
 def _has_patience(recipe: Recipe, path: Path) -> bool:
     """Return True if a run that ended early would continue with the patience that the recipe has now."""
     folder = _newest(path)
-    return folder is not None and not Best.from_state(checkpoint.read_state(folder).get("best")).exhausted(
-        recipe.training
-    )
+    if folder is None:
+        return False
+    return not Best(**checkpoint.read_state(folder).get("best", {})).exhausted(recipe.training)
 
 
 def _newest(path: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """Save, restore and write out a run's state: trained weights, optimizer state and step."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from qlora.adapter.algebra import plain
@@ -74,7 +74,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "evaluated": progress.evaluated,
                     "seconds": progress.seconds,
                     "evaluation_due": progress.evaluation_due,
-                    "best": progress.best.as_state(),
+                    "best": asdict(progress.best),
                     "data": session.dataset.fingerprint,
                     "metrics_sha256": record,
                     "compute_dtype": _dtype(session),
@@ -141,7 +141,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
         state.get("seconds", 0.0),
         state.get("metrics_sha256"),
         state.get("evaluation_due", False),
-        Best.from_state(state.get("best")),
+        Best(**state.get("best", {})),
     )
 
 

@@ -91,9 +91,8 @@ def _row(line: bytes) -> Row | BadRow:
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return (
-        error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    )  # an integer of over 4300 digits
+    # A plain ValueError is an integer of more than 4300 digits
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _list(path: Path, name: str) -> Iterator[Record]:
