@@ -42,6 +42,13 @@ def test_compose_prints_ranks_errors_and_the_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(found["layers.0.q"], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_compose_says_that_the_terms_cancel(tmp_path: Path) -> None:
+    a = write_adapter(tmp_path / "a", LAYERS, seed=1)
+    cancelled = "the updates cancel each other, so the new adapter changes nothing"
+    assert cancelled in shown("compose", f"{a}:1", f"{a}:-1", "--to", tmp_path / "none")
+    assert cancelled not in shown("compose", f"{a}:1", f"{a}:-0.999", "--to", tmp_path / "little")
+
+
 def test_json_is_one_object_with_every_layer(tmp_path: Path) -> None:
     a = write_adapter(tmp_path / "a", LAYERS, dtype=torch.bfloat16)
     output = json.loads(shown("compress", a, "--to", tmp_path / "b", "--rank", 2, "--json"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -289,6 +290,9 @@ def test_qlora_recipes_copy_overwrites_nothing(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "quickstart.yaml") == Recipe.load("quickstart")
     with pytest.raises(SaveError, match=r"nowhere/x\.yaml: cannot be written: No such file"):
         invoke("copy", "quickstart", str(tmp_path / "nowhere/x.yaml"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe: not a regular file"):
+        invoke("copy", "quickstart", str(tmp_path / "pipe"), "--force")
     with pytest.raises(RecipeError, match="did you mean 'llama-7b'"):
         invoke("show", "lama-7b")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.errors import RecipeError
+from qlora.errors import RecipeError, SaveError
 from qlora.runtime.streams import open_standard_streams
 
 
@@ -56,3 +56,14 @@ def test_open_streams_are_left_as_they_are() -> None:
             assert (sys.stdout, sys.stderr, sys.stdin.errors) == (*before[1:], "surrogateescape")
         finally:
             sys.stdin = before[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_command_without_room_for_its_text_does_its_work_and_says_so(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.yaml"
+    run = shell(f"PYTHON -m qlora recipes copy quickstart {copy} > /dev/full")
+    assert run.returncode == SaveError.exit_code
+    assert run.stderr == b"qlora: standard output: No space left on device; a part of the text is lost\n"
+    assert copy.is_file()
+    run = shell("PYTHON -m qlora check no-such-recipe > /dev/full")
+    assert run.returncode == RecipeError.exit_code

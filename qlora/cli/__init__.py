@@ -18,7 +18,7 @@ from qlora.cli.merge import merge
 from qlora.cli.profile import profile
 from qlora.cli.report import report
 from qlora.cli.train import train
-from qlora.errors import OutOfMemoryError, QloraError, UsageError, first_line
+from qlora.errors import OutOfMemoryError, QloraError, SaveError, UsageError, first_line
 from qlora.runtime.signals import SIGNALS, Ending, not_ignored
 from qlora.runtime.streams import unbreakable_output
 
@@ -48,19 +48,25 @@ app.add_typer(cache.app, name="cache")
 def main() -> None:
     """Run the `qlora` program. A QloraError ends it with one message on standard error and its exit code.
 
-    An OSError that names a file does the same, with the exit code of a UsageError.
+    An OSError that names a file does the same, with the exit code of a UsageError. A command that does all of its work,
+    but whose output cannot be written, ends with the code of a SaveError.
     """
     ending = Ending()
     for number in not_ignored(SIGNALS):
         # A job that a script put in the background ignores SIGINT
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, ending)
-    with unbreakable_output():
+    with unbreakable_output() as output:
         try:
             app()
         except (KeyboardInterrupt, SystemExit) as end:
             # typer ends with the code of a signal and says nothing
             if isinstance(end, SystemExit) and end.code != 128 + (ending.signal_number or 0):
+                output.flush()
+                if output.failure and not end.code:
+                    _exit(
+                        f"standard output: {output.failure}; a part of the text is lost", SaveError.exit_code
+                    )
                 raise
             _exit("interrupted", 128 + (ending.signal_number or signal.SIGINT))
         except Exception as error:

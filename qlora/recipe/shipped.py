@@ -69,11 +69,13 @@ def copy(name: str, destination: Path, *, overwrite: bool = False) -> Path:
     The command in the first line of the copy names the copy.
 
     Raises:
-        UsageError: the file exists, and `overwrite` is false.
+        UsageError: the file exists, and `overwrite` is false or it is a pipe or device.
         SaveError: the file cannot be written.
     """
     content = text(name)
     target = destination / f"{name}.yaml" if destination.is_dir() else destination
+    if overwrite and target.exists() and not target.is_file():
+        raise UsageError(f"{target}: not a regular file; choose another name")
     try:
         with target.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(content.replace(f"# qlora train {name}", f"# qlora train {target}", 1))

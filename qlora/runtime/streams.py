@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
+from qlora.errors import first_line
+
 GONE = (errno.EPIPE, errno.EIO)
 """errors of a write to a closed pipe or terminal"""
 
@@ -61,16 +63,18 @@ def harmless(text: str, *, cursor: bool = False, bars: bool = False) -> str:
 
 
 class Unbreakable:
-    """A text stream that ignores the errors of a closed reader, and writes only harmless text.
+    """A text stream that outlives its reader and a full disk, and writes only harmless text.
 
     Args:
         file: the stream to wrap.
-        whole: raise other write errors, such as a full disk: this is standard output. Otherwise ignore them too, and
-            let other libraries draw their progress bars.
+        whole: note errors other than those of a closed reader, such as a full disk: this is standard output. Otherwise
+            ignore them too, and let other libraries draw their progress bars.
     """
 
     def __init__(self, file: IO[str], *, whole: bool = False) -> None:
         self._file, self._whole = file, whole
+        self.failure: str | None = None
+        """reason why a part of the text is lost, although its reader wants it"""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -93,23 +97,23 @@ class Unbreakable:
         try:
             yield
         except OSError as error:
-            if error.errno in GONE:
+            if error.errno in GONE or self._whole:
                 _let_go(self._file)
-            elif self._whole:
-                raise
+            if error.errno not in GONE and self._whole:
+                self.failure = error.strerror or first_line(error)
 
 
 @contextmanager
-def unbreakable_output() -> Iterator[None]:
-    """Make standard output and error ignore a closed reader, so that the process continues with its exit code.
+def unbreakable_output() -> Iterator[Unbreakable]:
+    """Let no error of standard output or error end the command: a run on another disk has more to lose than its text.
 
-    Other errors of standard output, such as a full disk, are still raised.
+    Yields standard output, which knows whether a part of the text is lost.
     """
     before = sys.stdout, sys.stderr
     output, errors = Unbreakable(sys.stdout, whole=True), Unbreakable(sys.stderr)
     sys.stdout, sys.stderr = cast(Any, output), cast(Any, errors)
     try:
-        yield
+        yield output
     finally:
         sys.stdout, sys.stderr = before
         errors.flush()

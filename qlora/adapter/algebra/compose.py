@@ -20,6 +20,9 @@ from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.errors import ModelError, listed
 
+CANCELLED = 1e-5
+"""norm of a sum over that of its terms up to which rounding explains all of it"""
+
 
 @dataclass(frozen=True)
 class ApproximationError:
@@ -81,16 +84,20 @@ def compose(
         _check_bases(adapters)
     _check_parts(adapters)
     layers, deviations = {}, {}
+    most = 0.0  # norm of the sum if no term cancelled another
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
         terms = [weight * adapter.layers[name].update for adapter, weight in parts if name in adapter.layers]
         alike = [adapter.layers[name] for adapter in adapters if name in adapter.layers]
         _check_shapes(name, terms, alike)
         exact = reduce(add, terms)
+        most = math.hypot(most, sum(term.norm() for term in terms))
         full = rank is None and energy is None
         layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype, alike[0])
         deviations[name] = ApproximationError.between(layers[name], exact)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
     notes = dict.fromkeys(adapter.note for adapter in adapters if adapter.note)
+    if len(parts) > 1 and math.hypot(*(found.norm for found in deviations.values())) <= CANCELLED * most:
+        notes["the updates cancel each other, so the new adapter changes nothing"] = None
     return replace(adapters[0], config=config, layers=layers, note="; ".join(notes) or None), deviations
 
 
