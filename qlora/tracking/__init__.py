@@ -85,7 +85,7 @@ class Tracker:
             sink.step(record)
 
     def evaluation(self, record: Metrics) -> None:
-        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
+        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens, eval_ with each metric."""
         for sink in self._sinks:
             sink.evaluation(record)
 

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora.runtime.streams import Unbreakable
-from qlora.tracking.sink import Metrics, Sample, Sink
+from qlora.tracking.sink import Metrics, Sample, Sink, metrics_in
 
 LINE_SECONDS = 5.0
 """shortest time between two progress lines in a log file"""
@@ -60,13 +60,15 @@ class _Printing(Sink):
         self.console, self.pace, self.loss_before = console, pace, loss_before
 
     def evaluation(self, record: Metrics) -> None:
-        """Print the held-out loss, and the first one for comparison."""
+        """Print the held-out loss, the first one for comparison, and the metrics."""
         step, loss = record["step"], record["eval_loss"]
         text = Text.assemble((f"step {step}", "bold"), f"  held-out loss {loss:.4f}")
         if step == 0:
             self.loss_before = loss
         elif self.loss_before is not None:
             text.append(f"  ({self.loss_before:.4f} at step 0)", "dim")
+        for name, value in metrics_in(record).items():
+            text.append(f"  {name} {value:.4g}")
         self._print(text)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:

@@ -23,14 +23,16 @@ class TrainResult:
     memory: Peak
     seconds: float
     """duration of the whole run, all sessions together, without the work that a kill lost"""
-    stopped_by: int | None = None
-    """the signal that stopped the run early"""
+    stopped_by: int | str | None = None
+    """number of the signal that stopped the run early, or "on_step" if that function did"""
     facts: dict[str, Any] | None = None
     """facts known before the first step (see `qlora.report.facts`); None for a run of an earlier version"""
     result_step: int | None = None
     """step after which the weights of the result were trained; None without one, or in a run of an earlier version"""
     adapter: dict[str, Any] | None = None
     """what the adapter method found during the run, such as the final ranks; None for a run of an earlier version"""
+    metrics: dict[str, float] | None = None
+    """metrics of the result, or of the latest evaluation of a run that was stopped; None for an earlier version"""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, as stored in a run's result.json."""
