@@ -60,6 +60,11 @@ class Following:
         """A better value in words: `lower held-out loss`."""
         return f"{'higher' if self.higher else 'lower'} {self.noun}"
 
+    @property
+    def always_computed(self) -> bool:
+        """True if every run computes the number."""
+        return self.name == LOSS
+
     def check(self, metrics: bool, known: Sequence[str] = ()) -> None:
         """Check that a run computes the number.
 

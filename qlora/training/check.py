@@ -27,6 +27,7 @@ from qlora.report.facts import DataFacts, DeviceFacts, MemoryFacts, Row, StepFac
 from qlora.runtime.device import device_of
 from qlora.storage.safetensors_files import find_checkpoint
 from qlora.tracking.startup import Startup, silent
+from qlora.tracking.wandb_names import check_names
 from qlora.training.advice import Advice, advise
 from qlora.training.facts import data_facts, device_facts, memory_facts, step_facts
 from qlora.training.prepare import check_warmup
@@ -109,11 +110,14 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     startup = startup or silent()
     device = device_of(recipe)
     cuda = device.type == "cuda"
-    found = Checked(device_facts(device))
+    notes = check_names(recipe.tracking.wandb, Path(recipe.output))
+    found = Checked(device_facts(device), notes=notes)
     try:
         check_output(recipe, Path(recipe.output), resume=False, fresh=False)
     except RecipeError as error:
         found.notes.append(str(error))
+    if not recipe.training.follows.always_computed:
+        found.notes.append(f"training.best_by: {recipe.training.follows.needs}")
     with startup.stage("reading the base's config"):
         recipe = _readable(recipe, found)
         with suppress(ModelError):  # what a base lacks is found below

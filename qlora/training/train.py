@@ -30,6 +30,7 @@ from qlora.runtime.signals import BY_FUNCTION, EvaluationStopped, StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
 from qlora.tracking.startup import Startup, silent
+from qlora.tracking.wandb_names import check_names
 from qlora.training import best, disk_space
 from qlora.training.evaluation import evaluate_held_out
 from qlora.training.facts import facts_of
@@ -83,6 +84,7 @@ def train(
     path = Path(recipe.output)
     # From the main process, because the callers of the others may leave the functions out
     processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
+    notes = check_names(recipe.tracking.wandb, path, resume=resume)
     check_output(recipe, path, resume=resume, fresh=fresh)
     with folders.lock(path) if processes.is_main else nullcontext():
         reopened = False
@@ -101,6 +103,8 @@ def train(
             if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))
             if processes.is_main:
+                for note in notes:
+                    startup.warn(note)
                 disk_space.check(session, path)
             # An older run is replaced only now, after all input has been checked
             run = processes.from_main(
