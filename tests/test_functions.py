@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from examples_for_tests import ROOT
 from runs_for_tests import killed_and_resumed, stop_after
 
 from qlora.errors import FunctionError, RecipeError, UsageError
@@ -396,3 +397,16 @@ def test_only_the_main_process_calls_functions_and_none_waits_for_ever(
     printed = [process.communicate(timeout=120)[0].strip() for process in started]
     for text, expected in zip(printed, said.split("|") * 2, strict=False):
         assert all(word in text for word in expected.split()), printed
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    short = ["training.max_steps=2", "data.limit=64", "data.held_out=4", "optimizer.warmup_steps=0"]
+    file = ROOT / "docs/examples/exact_match.py"
+    done = subprocess.run([sys.executable, file, *short], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "held-out", "exact_match", "field_match", "steps", "time", "memory", "files"
+    ]  # fmt: skip
+    assert "exact_match 0" in done.stderr

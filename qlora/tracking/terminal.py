@@ -116,7 +116,7 @@ class Lines(_Printing):
         if now - self._printed < LINE_SECONDS and step < self.pace.total_steps:
             return
         self._printed = now
-        line = "  ".join(filter(None, [f"step {step}/{self.pace.total_steps}", _numbers(record), left]))
+        line = "  ".join(filter(None, [f"step {step}/{self.pace.total_steps}", step_numbers(record), left]))
         self._print(Text(line))
 
 
@@ -142,7 +142,7 @@ class Bar(_Printing):
     def step(self, record: Metrics) -> None:
         """Advance the bar, which is redrawn at most ten times a second."""
         left = self.pace.time_left(record["step"])
-        self.progress.update(self.task, completed=record["step"], numbers=_numbers(record), left=left)
+        self.progress.update(self.task, completed=record["step"], numbers=step_numbers(record), left=left)
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
         """Stop the bar and leave its last state on the screen."""
@@ -157,7 +157,8 @@ def one_line(text: str) -> Text:
     return Text(line if len(line) <= MAX_TEXT else f"{line[:half]} … {line[-half:]}")
 
 
-def _numbers(record: Metrics) -> str:
+def step_numbers(record: Metrics) -> str:
+    """Return the loss, the learning rate and the speed of a step as text."""
     return f"loss {record['loss']:.4f}  lr {record['lr']:.1e}  {record['tokens_per_second']:,.0f} tok/s"
 
 

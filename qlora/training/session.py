@@ -89,5 +89,6 @@ class Session:
             loss_before=loss_before,
             evaluation_due=evaluation_due,
             terminal=terminal,
+            display=lambda: self.startup.display(run, self.total_steps, first_step, loss_before),
             main=self.processes.is_main,
         )

@@ -24,11 +24,13 @@ from qlora.objective import objective_of
 from qlora.objective.step import accumulate
 from qlora.optim import learning_rate
 from qlora.recipe import Recipe
+from qlora.report.live import LossPicture
 from qlora.runtime.distributed import DataParallel
 from qlora.runtime.phases import Phase, announce
 from qlora.runtime.signals import BY_FUNCTION, EvaluationStopped, StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
+from qlora.tracking.notebook import NotebookStartup, in_notebook
 from qlora.tracking.startup import Startup, silent
 from qlora.tracking.wandb_names import check_names
 from qlora.training import best, disk_space
@@ -60,7 +62,7 @@ def train(
         recipe: the settings, for example `Recipe.load("quickstart")`.
         resume: continue an existing run from its newest checkpoint, or start it if it has none.
         fresh: remove an existing run first.
-        terminal: show progress on standard error.
+        terminal: show progress on standard error, or in a Jupyter notebook in one output that is updated.
         startup: shows the stages before the first step; None: as `terminal` says.
         rows: rows in memory, as dictionaries, in place of those of `data.source`, which is then only their name. A
             resumed run needs the same rows again.
@@ -80,7 +82,7 @@ def train(
     """
     functions = Functions(metrics, on_step)
     processes = DataParallel.of(recipe)
-    startup = (startup or Startup(shown=terminal)) if processes.is_main else silent()
+    startup = (startup or _startup(shown=terminal)) if processes.is_main else silent()
     path = Path(recipe.output)
     # From the main process, because the callers of the others may leave the functions out
     processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
@@ -113,6 +115,11 @@ def train(
             if reopened and processes.is_main:
                 run.reopen()
             return fit(session, run, point.total_steps if point else None, terminal=terminal)
+
+
+def _startup(*, shown: bool) -> Startup:
+    """Return the start's display: in a notebook an output of the cell, else lines on standard error."""
+    return NotebookStartup(LossPicture) if shown and in_notebook() else Startup(shown=shown)
 
 
 def fit(
