@@ -197,6 +197,9 @@ def test_the_tutorial_runs_in_a_real_kernel(tmp_path: Path) -> None:
     from nbclient import NotebookClient
 
     cells = [block.text for block in blocks(PAGE) if block.language == "python" and not block.title]
+    for block in blocks(PAGE):
+        if block.title:
+            (tmp_path / block.title).write_text(block.text)
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell(text) for text in cells]
     messages: list[str] = []
