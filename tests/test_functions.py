@@ -21,7 +21,7 @@ from runs_for_tests import killed_and_resumed, stop_after
 from qlora.errors import FunctionError, RecipeError, UsageError
 from qlora.recipe import Recipe
 from qlora.report.page import render
-from qlora.training import checkpoint
+from qlora.training import checkpoint, functions
 from qlora.training import train as loop
 from qlora.training.functions import Functions, HeldOut
 from qlora.training.result import TrainResult
@@ -55,12 +55,13 @@ def score(held_out: HeldOut) -> dict[str, float]:
 
 def careless(held_out: HeldOut) -> dict[str, float]:
     """Do everything that could disturb a training."""
-    held_out.model.train()
+    answers = [held_out.answer(row, 4, temperature=1.0) for row in held_out.examples[:2]]
+    drawn = torch.rand(()).item() + random.random() + float(np.random.rand())
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
-    answers = [held_out.answer(row, 4, temperature=1.0) for row in held_out.examples[:2]]
-    drawn = torch.rand(()).item() + random.random() + float(np.random.rand())
+    for module in held_out.model.modules():
+        module.training = module is held_out.model
     return {"length": sum(map(len, answers)), "drawn": drawn}
 
 
@@ -313,14 +314,23 @@ def test_a_number_to_follow_that_makes_no_sense_is_refused(
     assert Recipe.load(file, ["training.result=last", "training.best_by=lowest loss"])
 
 
-def test_a_signal_while_a_metric_asks_the_model_leaves_the_evaluation_due(file: Path) -> None:
-    def interrupted(held_out: HeldOut) -> dict[str, float]:
-        if held_out.step == 2 and first:
-            first.clear()
-            os.kill(os.getpid(), signal.SIGINT)
-        return {"length": len(held_out.answer(held_out.examples[0], 4))}
+def test_a_signal_while_a_metric_asks_the_model_leaves_the_evaluation_due(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, answered = functions.answer, []
 
-    first = [True]
+    def signalled(*arguments: Any, **more: Any) -> str:
+        answered.append(1)
+        if len(answered) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(*arguments, **more)
+
+    def interrupted(held_out: HeldOut) -> dict[str, float]:
+        text = held_out.answer(held_out.examples[0], 4)
+        assert len(answered) != 2, "an answer that a signal cut off never arrives"
+        return {"length": len(text)}
+
+    monkeypatch.setattr(functions, "answer", signalled)
     stopped = run(file, "training.max_steps=2", metrics=interrupted)
     assert (stopped.steps, stopped.stopped_by) == (2, signal.SIGINT)
     assert [line["step"] for line in evaluations(stopped.run)] == [0]

@@ -1,4 +1,4 @@
-"""In a notebook a run has one output that is updated; the outcome shows itself."""
+"""A run in a notebook has one output that is updated, and its outcome shows itself."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ PAGE = ROOT / "docs/tutorials/from-a-notebook.md"
 
 
 class Shown:
-    """What a front end shows: the outputs that exist, each with all its states."""
+    """The outputs of a front end, each with all its states."""
 
     def __init__(self) -> None:
         self.outputs: list[list[Mapping[str, str]]] = []

@@ -88,7 +88,7 @@ def test_a_folder_s_name_is_cut_and_that_is_noted() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_forecast")
 def test_a_run_that_exists_resumes_with_a_note(
-    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe_file(training={"max_steps": 2})
     with monkeypatch.context() as patched:
@@ -96,5 +96,5 @@ def test_a_run_that_exists_resumes_with_a_note(
         train(Recipe.load(file), terminal=False)
     monkeypatch.setattr("qlora.tracking.wandb.Wandb", lambda *_: None)
     recipe = Recipe.load(file, ["tracking.wandb.mode=offline", f"tracking.wandb.name={'n' * 129}"])
-    assert train(recipe, terminal=False, resume=True).steps == 2
-    assert "tracking.wandb.name: 'nnnn" in caplog.text
+    train(recipe, resume=True)
+    assert "note           tracking.wandb.name: 'nnnn" in capfd.readouterr().err

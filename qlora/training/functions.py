@@ -157,6 +157,8 @@ class Functions:
     def check(self, recipe: Recipe, known: Sequence[str] = ()) -> None:
         """Check that there is a function for the number that `training.best_by` names.
 
+        Only the main process checks: the callers of the others may leave the functions out.
+
         Args:
             recipe: the recipe.
             known: metrics of the objective, which need no function.

@@ -66,12 +66,9 @@ def train(
         startup: shows the stages before the first step; None: as `terminal` says.
         rows: rows in memory, as dictionaries, in place of those of `data.source`, which is then only their name. A
             resumed run needs the same rows again.
-        metrics: a function or several, called at each evaluation of the held-out rows with a
+        metrics: a function or several, which the main process calls at each evaluation of the held-out rows with a
             `qlora.training.functions.HeldOut`; it returns finite numbers by name, which are recorded beside the loss.
-        on_step: function called after each optimizer step with its record, a read-only dictionary as in metrics.jsonl;
-            if it returns True, the run saves a checkpoint and stops.
-
-    With several processes, only the main process calls functions. If one fails, the run saves a checkpoint and stops.
+        on_step: called after each step with its record, read-only; returns True to save a checkpoint and stop.
 
     Raises:
         QloraError: contains a message for the user and the exit code; see `qlora.errors`.
@@ -84,29 +81,23 @@ def train(
     processes = DataParallel.of(recipe)
     startup = (startup or _startup(shown=terminal)) if processes.is_main else silent()
     path = Path(recipe.output)
-    # From the main process, because the callers of the others may leave the functions out
-    processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
     notes = check_names(recipe.tracking.wandb, path, resume=resume)
     check_output(recipe, path, resume=resume, fresh=fresh)
     with folders.lock(path) if processes.is_main else nullcontext():
-        reopened = False
-        if resume and (summary := finished(path)) is not None:
-            outcome = TrainResult.from_json(summary, path / "result.json")
-            if not (reopened := is_longer(recipe, outcome, recorded(path / "recipe.yaml"))):
-                startup.warn(
-                    f"{path}: the run is finished ({outcome.steps:,} steps); nothing is left to train"
-                )
-                return outcome
+        outcome = _outcome(path) if resume else None
+        reopened = outcome is not None and is_longer(recipe, outcome, recorded(path / "recipe.yaml"))
+        if outcome is not None and not reopened:
+            startup.warn(f"{path}: the run is finished ({outcome.steps:,} steps); nothing is left to train")
+            return outcome
+        processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
         with out_of_memory_explained(recipe):
             plan, start = earlier(path) if resume else (None, None)
             session = prepare(recipe, processes, plan, startup=startup, rows=rows, start=start)
-            session.functions = functions
+            session.functions, session.notes = functions, [*notes, *session.notes]
             point = resume_point(recipe, path, session.total_steps) if resume else None
             if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))
             if processes.is_main:
-                for note in notes:
-                    startup.warn(note)
                 disk_space.check(session, path)
             # An older run is replaced only now, after all input has been checked
             run = processes.from_main(
@@ -115,6 +106,12 @@ def train(
             if reopened and processes.is_main:
                 run.reopen()
             return fit(session, run, point.total_steps if point else None, terminal=terminal)
+
+
+def _outcome(path: Path) -> TrainResult | None:
+    """Return the outcome of the run in `path` if it is finished, else None."""
+    summary = finished(path)
+    return None if summary is None else TrainResult.from_json(summary, path / "result.json")
 
 
 def _startup(*, shown: bool) -> Startup:
