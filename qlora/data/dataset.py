@@ -314,12 +314,8 @@ def _digest(tokens: "np.ndarray[Any, Any]") -> bytes:
 
 def _fingerprint(train: Examples, held_out: Examples, mixture: Sequence[Share]) -> str:
     digest = hashlib.sha256()
-    for rows in (train, held_out):
-        digest.update(len(rows).to_bytes(8, "little"))
-        for row in rows:
-            # the length first, so that different splits of the same tokens differ; little-endian on every machine
-            digest.update(len(row.input_ids).to_bytes(8, "little"))
-            digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
+    train.add_to(digest)
+    held_out.add_to(digest)
     for share in mixture:
         digest.update(np.array([share.total, share.per_epoch], dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Tokenised documents in flat arrays, which are mapped from files: they need no memory of their own."""
 
+import hashlib
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -112,6 +113,21 @@ class Examples(Sequence[Example]):
             self.supervised[chosen],
             [self.origins[index] for index in chosen],
         )
+
+    def add_to(self, digest: "hashlib._Hash") -> None:
+        """Update a digest with the number of documents and with their token ids and labels, in order."""
+        digest.update(len(self).to_bytes(8, "little"))
+        for row in self:
+            # the length first, so that different splits of the same tokens differ; little-endian on every machine
+            digest.update(len(row.input_ids).to_bytes(8, "little"))
+            digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all token ids and labels in order: equal for the same rows, tokenizer and template only."""
+        digest = hashlib.sha256()
+        self.add_to(digest)
+        return digest.hexdigest()
 
     def save(self, folder: Path, name: str) -> None:
         """Write the tokens as `name`.tokens and `name`.trained, and the rest as `name`.npz."""
