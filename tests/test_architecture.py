@@ -52,6 +52,7 @@ DOORS = {
     "triton": {"kernels"},
     "typer": {"cli"},
     "matplotlib": {"report"},
+    "lm_eval": {"inference"},
     "peft": set(),
     "pickle": set(),
 }

@@ -129,6 +129,15 @@ class Examples(Sequence[Example]):
         self.add_to(digest)
         return digest.hexdigest()
 
+    @property
+    def digests(self) -> set[bytes]:
+        """Digests of the documents' token ids: as many as there are different documents."""
+        return {_digest(row.input_ids) for row in self}
+
+    def among(self, digests: set[bytes]) -> int:
+        """Return the number of documents whose token ids have one of these digests."""
+        return sum(_digest(row.input_ids) in digests for row in self)
+
     def save(self, folder: Path, name: str) -> None:
         """Write the tokens as `name`.tokens and `name`.trained, and the rest as `name`.npz."""
         with (
@@ -160,6 +169,10 @@ class Examples(Sequence[Example]):
             supervised,
             origins,
         )
+
+
+def _digest(tokens: NDArray[np.int32]) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 class ExampleWriter:
