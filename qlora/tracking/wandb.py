@@ -230,7 +230,7 @@ def _unreachable(url: str) -> str | None:
 def run_id(run: Path) -> str:
     """Return the W&B id of the run in a folder. The first call makes the id and stores it in `wandb/id`.
 
-    Under an agent of a sweep it is the id that the sweep gave, which W&B takes anyway: a later resume continues that run.
+    Under an agent of a sweep it is the id that the sweep gave, which W&B takes anyway; a later resume finds that run.
     """
     file = run / "wandb" / "id"
     if not file.exists():
