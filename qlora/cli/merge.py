@@ -67,7 +67,7 @@ def merge(
     with startup.stage(IMPORTS):
         from qlora.merging.merge import merge as run
     show_device(startup, device)
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         merged = run(
             adapter,
             to,
@@ -136,7 +136,7 @@ def _mebibytes(size: int) -> str:
 
 
 @contextmanager
-def _shown_progress() -> Iterator["Progress"]:
+def shown_progress() -> Iterator["Progress"]:
     """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

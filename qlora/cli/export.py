@@ -1,0 +1,160 @@
+"""`qlora export`: write a run for llama.cpp, Ollama or the hub."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora.cli.arguments import IMPORTS, AnyBase, Device, Json, TrustRemoteCode, show_device, startup_for
+from qlora.cli.merge import shown_progress
+from qlora.errors import UsageError
+
+if TYPE_CHECKING:
+    from qlora.export.gguf_model import Exported
+    from qlora.export.source import ModelSource
+    from qlora.tracking.startup import Startup
+
+MiB = 2**20
+
+PLACES = ("gguf", "ollama", "hub")
+MODEL_TYPES = ("bf16", "f16", "f32", "q8_0")
+ADAPTER_TYPES = ("f32", "f16", "bf16")
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="File or folder to write; it must not exist. Default: named after the run, in this folder.",
+    ),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="|".join(MODEL_TYPES),
+        help="Number format of the weights. Default: bf16, the merged numbers as they are; f32 for an adapter.",
+    ),
+]
+Onto = Annotated[
+    str | None,
+    typer.Option(
+        metavar="dequantized|original",
+        help="Weights that the adapter is added to. Default: those that it was trained with.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The options of one export."""
+
+    run: str
+    output: Path | None
+    kind: str
+    onto: str | None
+    any_base: bool
+    trust_remote_code: bool
+    device: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.run).resolve().name
+
+    def source(self, startup: "Startup") -> "ModelSource":
+        """Find the model, and show the device that merges it."""
+        from qlora.export.source import model_source
+        from qlora.runtime.device import device_named
+
+        show_device(startup, self.device)
+        return model_source(
+            self.run,
+            onto=self.onto,
+            device=device_named(self.device),
+            any_base=self.any_base,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def export(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, an adapter or a merged model."),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="|".join(PLACES), help="The program to write for.")],
+    output: Output = None,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Write the adapter alone (gguf); its base is needed beside it."),
+    ] = False,
+    kind: Kind = None,
+    onto: Onto = None,
+    any_base: AnyBase = False,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Write a run for another program: a GGUF file for llama.cpp.
+
+    A folder that was written by qlora merge, or a base, can be exported too.
+
+    [bold]qlora export runs/quickstart --to gguf[/bold]
+    [bold]qlora export runs/quickstart --to gguf --adapter[/bold]
+    """
+    if to not in PLACES:
+        raise typer.BadParameter(f"--to must be one of {', '.join(PLACES)}, not {to!r}")
+    kinds = ADAPTER_TYPES if adapter else MODEL_TYPES
+    if kind is not None and kind not in kinds:
+        raise typer.BadParameter(f"--type must be one of {', '.join(kinds)}, not {kind!r}")
+    if adapter and onto is not None:
+        raise UsageError(
+            "--onto chooses what an adapter is merged with, and --adapter merges nothing; leave one out"
+        )
+    wanted = _Wanted(run, output, kind or kinds[0], onto, any_base, trust_remote_code, device)
+    startup = startup_for(json_output=json_output)
+    with startup.stage(IMPORTS):
+        from qlora.export.gguf_model import require_gguf
+    require_gguf()
+    if adapter:
+        written = _adapter_file(wanted)
+        use = f"llama-cli -m BASE.gguf --lora {written.path}"
+    else:
+        written = _model_file(wanted, startup)
+        use = f"llama-cli -m {written.path}"
+    _show(written, use, json_output)
+
+
+def _model_file(wanted: _Wanted, startup: "Startup") -> "Exported":
+    """Write the merged model as one GGUF file."""
+    from qlora.export.gguf_model import write_model
+
+    source = wanted.source(startup)
+    path = wanted.output or Path(f"{wanted.name}-{wanted.kind}.gguf")
+    with shown_progress() as progress:
+        return write_model(source, path, kind=wanted.kind, progress=progress)
+
+
+def _adapter_file(wanted: _Wanted) -> "Exported":
+    """Write the adapter alone as one GGUF file."""
+    from qlora.export.gguf_adapter import write_adapter
+
+    path = wanted.output or Path(f"{wanted.name}-adapter-{wanted.kind}.gguf")
+    return write_adapter(wanted.run, path, kind=wanted.kind, trust_remote_code=wanted.trust_remote_code)
+
+
+def _show(written: "Exported", use: str, json_output: bool) -> None:
+    """Print what was written, and how to use it."""
+    from rich.console import Console
+
+    if json_output:
+        print(json.dumps(written.as_json()))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    size = f"{written.tensors} tensors in {written.kind}, {written.bytes / MiB:,.1f} MiB"
+    console.print(f"written  {written.path}  ({size})")
+    console.print(f"use it   {use}")
+    for note in written.notes:
+        console.print(f"note     {note}")
