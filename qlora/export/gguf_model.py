@@ -110,7 +110,7 @@ def draft_model(source: ModelSource, file: Path, to: Path, *, kind: str, progres
             assert tuple(tensor.shape) == shape, f"{own} is {list(tensor.shape)}, not {list(shape)}"
             writer.write_tensor_data(to_numpy(name, layout.tensor(own, tensor), stored))
             progress("writing tensors", done, len(planned))
-    return Exported(file, total, len(planned), kind, source.settings.notes)
+    return Exported(file, total, len(planned), kind, source.notes)
 
 
 class gguf_writer:

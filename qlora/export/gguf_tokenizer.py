@@ -67,8 +67,9 @@ class Vocabulary:
     """of bos, eos, unk and pad, where there is one"""
     adds_bos: bool = False
     adds_eos: bool = False
-    adds_space: bool | None = None
-    """of llama: True if a space comes before the text"""
+    space: str | None = None
+    """of llama: always if a space comes before each text between control tokens, first if only before a text at the
+    very beginning, which llama.cpp cannot tell apart, or never"""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, rows: int, closing: str | None = None) -> "Vocabulary":
@@ -101,9 +102,9 @@ class Vocabulary:
         ]
         bos, eos = _around(tokenizer)
         if model.get("byte_fallback"):
-            adds_space = _sentencepiece_space(layout)
+            space = _sentencepiece_space(layout)
             scores = _scores(tokens, kinds, merges)
-            return cls("llama", "default", tokens, kinds, [], scores, ids, bos, eos, adds_space)
+            return cls("llama", "default", tokens, kinds, [], scores, ids, bos, eos, space)
         pre = _split_name(layout)
         joined = [" ".join(pair) for pair in merges]
         return cls("gpt2", pre, tokens, kinds, joined, [], ids, bos, eos)
@@ -122,8 +123,8 @@ class Vocabulary:
             getattr(writer, f"add_{name}_token_id")(number)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(self.adds_eos)
-        if self.adds_space is not None:
-            writer.add_add_space_prefix(self.adds_space)
+        if self.space is not None:
+            writer.add_add_space_prefix(self.space != "never")
 
 
 def _refused(reason: str) -> ModelError:
@@ -202,14 +203,14 @@ def _steps(splitter: dict[str, Any] | None) -> list[dict[str, Any]]:
     return list(splitter["pretokenizers"]) if splitter["type"] == "Sequence" else [splitter]
 
 
-def _sentencepiece_space(layout: dict[str, Any]) -> bool:
-    """Return whether a tokenizer with ▁ for a space puts one before the text."""
+def _sentencepiece_space(layout: dict[str, Any]) -> str:
+    """Return when a tokenizer with ▁ for a space puts one before a text: always, first or never."""
     normalizer, splitter = layout["normalizer"], layout["pre_tokenizer"]
     changes = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    prepends, replaces = False, False
+    space, replaces = "never", False
     for change in changes:
         if change["type"] == "Prepend" and change["prepend"] == SPACE and not replaces:
-            prepends = True
+            space = "always"
         elif (
             change["type"] == "Replace"
             and change["pattern"] == {"String": " "}
@@ -220,12 +221,12 @@ def _sentencepiece_space(layout: dict[str, Any]) -> bool:
             raise _refused(f"it changes texts by {change['type']}")
     for step in _steps(splitter):
         if step["type"] == "Metaspace" and step["replacement"] == SPACE and not (step["split"] or replaces):
-            prepends, replaces = step["prepend_scheme"] != "never", True
+            space, replaces = step["prepend_scheme"], True
         elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and replaces):
             raise _refused(f"it splits texts by {step['type']}")
     if not replaces:
         raise _refused(f"it does not write a space as {SPACE}")
-    return prepends
+    return space
 
 
 def _scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[tuple[str, ...]]) -> list[float]:

@@ -3,6 +3,7 @@
 Its tensors are read, merged and passed on one at a time, so a model can be larger than the memory.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -111,9 +112,48 @@ class ModelSource:
         if self.prompts is not None:
             if others := sorted(self.prompts.stop_ids - {found.ids["eos"]}):
                 found = replace(found, ids={**found.ids, "eot": others[0]})
-            if found.adds_space:
-                found = replace(found, adds_space=_begins_with_space(self.prompts, self.tokenizer))
+            if found.space == "first" and not self._begins_with_space:
+                found = replace(found, space="never")
         return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Differences from transformers that the user should know."""
+        own = [self.note] if self.note else []
+        if self.vocabulary.space == "first" and re.search(rf".({self._control}).", self._prompt, re.DOTALL):
+            own.append(
+                "llama.cpp reads a space before the text after each control token within a prompt; the training rows "
+                "had none there"
+            )
+        return (*self.settings.notes, *own)
+
+    @cached_property
+    def _prompt(self) -> str:
+        """A prompt as text, with its control tokens."""
+        if self.template is None:
+            return "a"
+        messages = [{"role": "user", "content": "a"}]
+        settings: Any = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": True}
+        return str(self.tokenizer.apply_chat_template(messages, **settings))
+
+    @cached_property
+    def _control(self) -> str:
+        """A regular expression for the control tokens."""
+        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+
+    @property
+    def _begins_with_space(self) -> bool:
+        """True if training put a space (▁) before the first text of a prompt, after bos and control tokens.
+
+        llama.cpp puts it before the text after every control token, or before none.
+        """
+        assert self.prompts is not None
+        control = self.tokenizer.added_tokens_decoder
+        ids = [number for number in self.prompts.encode("a") if number not in control]
+        read = "".join(self.tokenizer.convert_ids_to_tokens(ids))
+        text = re.sub(rf"^({self._control})+", "", self._prompt)
+        return len(read) - len(read.lstrip(SPACE)) > len(text) - len(text.lstrip(" "))
 
     @property
     def _keys(self) -> list[str]:
@@ -202,17 +242,3 @@ def _choice(recipe: Recipe, merge: MergeSource, onto: str | None) -> Onto:
             f"--onto {onto}: {recipe.base.model} does not have these weights, it has {' and '.join(choices)}"
         )
     return onto
-
-
-def _begins_with_space(prompts: Prompts, tokenizer: Tokenizer) -> bool:
-    """Return whether training put a space (▁) before the first text of a prompt, after bos and control tokens.
-
-    llama.cpp puts it before the text after every control token, or before none.
-    """
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ids = prompts.encode("a")
-    pieces = [tokenizer.convert_ids_to_tokens(number) for number in ids if number not in special]
-    text = tokenizer.decode([number for number in ids if number not in special])
-    joined = "".join(pieces)
-    spaces = len(joined) - len(joined.lstrip(SPACE))
-    return spaces > len(text) - len(text.lstrip(" "))
