@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MiB = 2**20
 
 PLACES = ("gguf", "ollama", "hub")
-MODEL_TYPES = ("bf16", "f16", "f32", "q8_0")
-ADAPTER_TYPES = ("f32", "f16", "bf16")
+MODEL_TYPES: tuple[str, ...] = ("bf16", "f16", "f32", "q8_0")
+ADAPTER_TYPES: tuple[str, ...] = ("f32", "f16", "bf16")
 
 Output = Annotated[
     Path | None,
@@ -44,6 +44,23 @@ Onto = Annotated[
     typer.Option(
         metavar="dequantized|original",
         help="Weights that the adapter is added to. Default: those that it was trained with.",
+    ),
+]
+Repo = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="hub: the repository; it is made if it is missing.")
+]
+Licence = Annotated[
+    str | None, typer.Option("--licence", metavar="ID", help="hub: licence, such as apache-2.0.")
+]
+BaseId = Annotated[
+    str | None,
+    typer.Option("--base", metavar="OWNER/NAME", help="hub: id of the base, if the run used a local folder."),
+]
+Adapter = Annotated[
+    bool | None,
+    typer.Option(
+        "--adapter/--merged",
+        help="The adapter alone, or base and adapter as one model. Default: merged; for the hub the adapter.",
     ),
 ]
 
@@ -86,45 +103,104 @@ def export(
     ],
     to: Annotated[str, typer.Option("--to", metavar="|".join(PLACES), help="The program to write for.")],
     output: Output = None,
-    adapter: Annotated[
-        bool,
-        typer.Option("--adapter", help="Write the adapter alone (gguf); its base is needed beside it."),
-    ] = False,
+    adapter: Adapter = None,
     kind: Kind = None,
     onto: Onto = None,
+    repo: Repo = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="hub: everyone can see it. Default: private.")
+    ] = False,
+    licence: Licence = None,
+    base: BaseId = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="hub: write the folder, upload nothing.")
+    ] = False,
     any_base: AnyBase = False,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
-    """Write a run for another program: a GGUF file for llama.cpp.
+    """Write a run for other programs: a GGUF file for llama.cpp, or a repository of the hub with a model card.
 
-    A folder that was written by qlora merge, or a base, can be exported too.
+    For gguf, a folder that was written by qlora merge, or a base, can be exported too.
 
     [bold]qlora export runs/quickstart --to gguf[/bold]
     [bold]qlora export runs/quickstart --to gguf --adapter[/bold]
+    [bold]qlora export runs/quickstart --to hub --repo me/tickets --dry-run[/bold]
     """
     if to not in PLACES:
         raise typer.BadParameter(f"--to must be one of {', '.join(PLACES)}, not {to!r}")
-    kinds = ADAPTER_TYPES if adapter else MODEL_TYPES
+    if to == "hub":
+        alone, kinds = adapter is not False, MODEL_TYPES[:1]
+    else:
+        alone, kinds = bool(adapter), ADAPTER_TYPES if adapter else MODEL_TYPES
     if kind is not None and kind not in kinds:
         raise typer.BadParameter(f"--type must be one of {', '.join(kinds)}, not {kind!r}")
-    if adapter and onto is not None:
+    if alone and onto is not None:
         raise UsageError(
             "--onto chooses what an adapter is merged with, and --adapter merges nothing; leave one out"
         )
+    if to == "hub" and repo is None and not dry_run:
+        raise UsageError("--to hub needs the name of the repository: add --repo OWNER/NAME, or --dry-run")
     wanted = _Wanted(run, output, kind or kinds[0], onto, any_base, trust_remote_code, device)
     startup = startup_for(json_output=json_output)
+    if to == "hub":
+        _to_hub(wanted, startup, _Hub(repo, public, licence, base, dry_run, not alone), json_output)
+        return
     with startup.stage(IMPORTS):
         from qlora.export.gguf_model import require_gguf
     require_gguf()
-    if adapter:
+    if alone:
         written = _adapter_file(wanted)
         use = f"llama-cli -m BASE.gguf --lora {written.path}"
     else:
         written = _model_file(wanted, startup)
         use = f"llama-cli -m {written.path}"
     _show(written, use, json_output)
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """The options of an export to the hub."""
+
+    repo: str | None
+    public: bool
+    licence: str | None
+    base: str | None
+    dry_run: bool
+    merged: bool
+
+
+def _to_hub(wanted: _Wanted, startup: "Startup", hub: _Hub, json_output: bool) -> None:
+    """Write the folder for the hub, say what is in it, and upload it."""
+    from rich.console import Console
+
+    with startup.stage(IMPORTS):
+        from qlora.export.hub import Upload, upload, write_folder
+    from qlora.report.model_card import CardSettings, Clean, write_card
+
+    settings = CardSettings(wanted.name, hub.merged, hub.licence, hub.base, hub.repo)
+    folder = write_folder(
+        wanted.run,
+        wanted.output or Path(f"{wanted.name}-hub"),
+        card=lambda run, recipe, to: write_card(run, recipe, to, settings),
+        cleaner=lambda recipe: Clean.of(recipe, hub.base),
+        source=wanted.source(startup) if hub.merged else None,
+    )
+    planned = Upload(folder, hub.repo or "", private=not hub.public)
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=json_output)
+    for file in planned.files:
+        console.print(f"  {file.relative_to(folder)}  {file.stat().st_size / MiB:,.2f} MiB")
+    console.print(f"written  {folder}")
+    page = None
+    if not hub.dry_run:
+        seen = "everyone can see it" if hub.public else "private"
+        console.print(f"upload   these {len(planned.files)} files to {hub.repo} ({seen})")
+        page = upload(planned)
+        console.print(f"done     {page}")
+    if json_output:
+        files = [str(file.relative_to(folder)) for file in planned.files]
+        print(json.dumps({"path": str(folder), "files": files, "repo": hub.repo, "page": page}))
 
 
 def _model_file(wanted: _Wanted, startup: "Startup") -> "Exported":
