@@ -1,4 +1,4 @@
-"""The folder for the hub and its upload, to a stand-in of the hub's API on this machine."""
+"""The folder for the hub and its upload, to a small server that answers as the hub does."""
 
 import base64
 import json
