@@ -120,12 +120,13 @@ def export(
     device: Device = "auto",
     json_output: Json = False,
 ) -> None:
-    """Write a run for other programs: a GGUF file for llama.cpp, or a repository of the hub with a model card.
+    """Write a run for other programs: llama.cpp (a GGUF file), Ollama (a folder), or the hub (with a model card).
 
     For gguf, a folder that was written by qlora merge, or a base, can be exported too.
 
     [bold]qlora export runs/quickstart --to gguf[/bold]
     [bold]qlora export runs/quickstart --to gguf --adapter[/bold]
+    [bold]qlora export runs/quickstart --to ollama[/bold]
     [bold]qlora export runs/quickstart --to hub --repo me/tickets --dry-run[/bold]
     """
     if to not in PLACES:
@@ -150,7 +151,12 @@ def export(
     with startup.stage(IMPORTS):
         from qlora.export.gguf_model import require_gguf
     require_gguf()
-    if alone:
+    if to == "ollama":
+        if alone:
+            raise UsageError("--to ollama writes the merged model; leave --adapter out, or use --to gguf")
+        written = _ollama_folder(wanted, startup)
+        use = f"ollama create {wanted.name} -f {written.path / 'Modelfile'}"
+    elif alone:
         written = _adapter_file(wanted)
         use = f"llama-cli -m BASE.gguf --lora {written.path}"
     else:
@@ -211,6 +217,16 @@ def _model_file(wanted: _Wanted, startup: "Startup") -> "Exported":
     path = wanted.output or Path(f"{wanted.name}-{wanted.kind}.gguf")
     with shown_progress() as progress:
         return write_model(source, path, kind=wanted.kind, progress=progress)
+
+
+def _ollama_folder(wanted: _Wanted, startup: "Startup") -> "Exported":
+    """Write the merged model and its Modelfile into one folder."""
+    from qlora.export.ollama import write_ollama
+
+    source = wanted.source(startup)
+    with shown_progress() as progress:
+        path = wanted.output or Path(f"{wanted.name}-ollama")
+        return write_ollama(source, path, kind=wanted.kind, progress=progress)
 
 
 def _adapter_file(wanted: _Wanted) -> "Exported":

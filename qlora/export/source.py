@@ -110,6 +110,9 @@ class ModelSource:
         """The tokenizer as llama.cpp reads it. Raises ModelError if it has no such tokenizer."""
         found = Vocabulary.of(self.tokenizer, self.rows, self.closing)
         if self.prompts is not None:
+            # a server adds bos itself, so the file says whether the training rows began with it
+            begins = self.prompts.encode("a")[:1] == [found.ids.get("bos")]
+            found = replace(found, adds_bos=begins)
             if others := sorted(self.prompts.stop_ids - {found.ids["eos"]}):
                 found = replace(found, ids={**found.ids, "eot": others[0]})
             if found.space == "first" and not self._begins_with_space:
