@@ -25,8 +25,8 @@ _ALPACA = (
     "Write a response that appropriately completes the request."
 )
 _VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 
 
@@ -42,7 +42,8 @@ def _by_role(user: str, assistant: str, system: str = "", *, after: str) -> str:
 GO = {
     "chatml": "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
     "<|im_start|>assistant\n",
-    "qwen-2.5": "<|im_start|>system\n{{ if .System }}{{ .System }}{{ else }}" + _QWEN + "{{ end }}<|im_end|>\n" + _TURNS,
+    "qwen-2.5": "<|im_start|>system\n{{ if .System }}{{ .System }}{{ else }}" + _QWEN + "{{ end }}<|im_end|>\n"
+    + _TURNS,
     "qwen-3": "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}" + _TURNS,
     "llama-3": "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
     "{{ .Content }}<|eot_id|>{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n",
