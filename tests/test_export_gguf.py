@@ -302,6 +302,7 @@ def test_the_command_writes_a_file_and_says_how_to_use_it(
         ([run, "--to", "onnx"], 2, "--to must be one of gguf, ollama, hub, not 'onnx'"),
         ([run, "--to", "gguf", "--type", "q4_k"], 2, "--type must be one of bf16, f16, f32, q8_0"),
         ([run, "--to", "gguf", "--adapter", "--onto", "original"], 2, "--adapter merges nothing"),
+        ([run, "--to", "gguf", "--public"], 2, "--public belongs to --to hub"),
         ([run, "--to", "gguf", "--onto", "nf4"], 2, "it has original and dequantized"),
         ([tmp_path / "nothing", "--to", "gguf"], 4, "there is no such folder"),
         ([run, "--to", "gguf", "--type", "q8_0"], 2, "run-q8_0.gguf: already exists"),

@@ -26,7 +26,7 @@ from qlora.report.facts import (
     SessionFacts,
     StepFacts,
 )
-from qlora.report.model_card import Clean, shared_recipe
+from qlora.report.model_card import CardSettings, Clean, shared_recipe, write_card
 
 RecipeFile = Callable[..., Path]
 
@@ -234,6 +234,23 @@ def test_a_downloaded_folder_is_an_adapter_again(recipe: Recipe, tmp_path: Path)
     )
     assert ours.keys() == theirs.keys()
     assert load_trained(tmp_path / "mine").recipe.adapter.targets == ["q_proj"]
+
+
+def test_a_fully_trained_model_is_no_adapter(recipe: Recipe, tmp_path: Path) -> None:
+    base, data = (
+        {"model": "someone/base", "quantization": "none"},
+        {"source": "someone/rows", "format": "messages"},
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps({"base": base, "data": data, "adapter": {"method": "full"}})
+    )
+    write_card(None, Recipe.recorded(tmp_path / "recipe.yaml"), tmp_path, CardSettings("mine", merged=False))
+    card = (tmp_path / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("someone/base", "finetune")
+    assert (metadata["library_name"], metadata["datasets"]) == ("transformers", ["someone/rows"])
+    assert "All weights of [someone/base](https://huggingface.co/someone/base), trained with qlora" in card
+    assert 'AutoModelForCausalLM.from_pretrained("mine")' in card
 
 
 def test_the_merged_model_is_uploaded_by_asking(hub: Hub, run: Path, tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ def export(
         raise UsageError(
             "--onto chooses what an adapter is merged with, and --adapter merges nothing; leave one out"
         )
+    options = {"--repo": repo, "--public": public, "--licence": licence, "--base": base, "--dry-run": dry_run}
+    if to != "hub" and (given := [name for name, value in options.items() if value]):
+        raise UsageError(f"{given[0]} belongs to --to hub, and has no effect with --to {to}; leave it out")
     if to == "hub" and repo is None and not dry_run:
         raise UsageError("--to hub needs the name of the repository: add --repo OWNER/NAME, or --dry-run")
     wanted = _Wanted(run, output, kind or kinds[0], onto, any_base, trust_remote_code, device)

@@ -4,7 +4,6 @@ Nothing private goes along: of a run's files only those of the result are taken,
 this machine and for secrets before anything is sent.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from qlora.merging.write import write_merged
 from qlora.recipe import Recipe
 from qlora.storage.draft import check_absent, drafting, publish
 from qlora.storage.folders import save_errors
-from qlora.storage.json_files import read_object
+from qlora.storage.json_files import read_object, write_object
 from qlora.storage.manifest import MANIFEST
 
 SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[po]_[A-Za-z0-9]{20,})")
@@ -49,13 +48,10 @@ class Upload:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
 
-def copy_result(result: Path, folder: Path, clean: Clean) -> None:
-    """Copy the files of a trained adapter or model, with cleaned texts.
+def copy_result(result: Path, folder: Path) -> None:
+    """Copy the files of a trained adapter or model into a new folder.
 
-    Args:
-        result: folder of the adapter or of the fully trained model.
-        folder: the new folder.
-        clean: removes paths of this machine from a text.
+    The recipe, which is written anew, and checksums, which would not fit then, stay behind.
 
     Raises:
         SaveError: a file cannot be written.
@@ -63,18 +59,21 @@ def copy_result(result: Path, folder: Path, clean: Clean) -> None:
     with save_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(result.iterdir()):
-            # the recipe is written anew, and checksums would not fit cleaned texts
             if (
-                not file.is_file()
-                or file.name in (MANIFEST, "recipe.yaml", "README.md")
-                or file.name[0] == "."
+                file.is_file()
+                and file.name not in (MANIFEST, "recipe.yaml", "README.md")
+                and file.name[0] != "."
             ):
-                continue
-            if file.name in ("adapter_config.json", "qlora.json", "config.json", "tokenizer_config.json"):
-                values = _without_paths(read_object(file), clean)
-                (folder / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            else:
                 shutil.copyfile(file, folder / file.name)
+
+
+def clean_settings(folder: Path, clean: Clean) -> None:
+    """Remove the paths of this machine from the settings of a model or adapter."""
+    for name in ("adapter_config.json", "qlora.json", "config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            before = read_object(folder / name)
+            if (after := _without_paths(before, clean)) != before:
+                write_object(folder / name, after)
 
 
 def _without_paths(values: Any, clean: Clean) -> Any:
@@ -97,7 +96,9 @@ def check_private(folder: Path) -> None:
         if file.suffix not in TEXTS or file.name == "tokenizer.json" or not file.is_file():
             continue
         for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            found = next((place for place in places if place in line), None)
+            found = next(
+                (place for place in places if re.search(rf"(?<![\w.:/]){re.escape(place)}(?!\w)", line)), None
+            )
             secret = SECRETS.search(line)
             if found or secret:
                 what = f"the path {found}" if found else "something like a secret key"
@@ -170,11 +171,12 @@ def write_folder(
     with drafting(to) as drafts:
         draft = drafts / "hub"
         if source is None or source.merge is None:
-            copy_result(result, draft, clean)
+            copy_result(result, draft)
         else:
             assert source.prompts is not None
             write_merged(source.merge, source.onto, draft, source.prompts)
         with save_errors(to):
+            clean_settings(draft, clean)
             card(folder, recipe, draft)
         check_private(draft)
         publish(draft, to)

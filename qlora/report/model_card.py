@@ -97,6 +97,7 @@ def write_card(run: Path | None, recipe: Recipe, folder: Path, settings: CardSet
     Raises:
         ModelError: a file of the run cannot be read.
     """
+    settings = replace(settings, merged=settings.merged or not recipe.adapter.facts.frozen_base)
     clean = Clean.of(recipe, settings.base)
     result = _object(run, "result.json")
     memory = _object(run, "memory.json")
