@@ -276,6 +276,12 @@ def test_nothing_is_left_after_an_interruption_or_without_room(
         write_model(source, tmp_path / "new" / "m.gguf", progress=interrupt)
     assert written[-1] > written[0] > 1000  # tensor by tensor
     assert not list((tmp_path / "new").iterdir())
+    with monkeypatch.context() as full:
+        message = "180224 requested and 30768 written"  # numpy's words
+        full.setattr("gguf.GGUFWriter.write_tensor_data", lambda *_: (_ for _ in ()).throw(OSError(message)))
+        with pytest.raises(SaveError, match=r"m\.gguf: No space left on device \(.* GiB free there\)"):
+            write_model(source, tmp_path / "new" / "m.gguf")
+    assert not list((tmp_path / "new").iterdir())
     monkeypatch.setattr("qlora.export.gguf_model.free_bytes", lambda path: 9)
     with pytest.raises(SaveError, match=r"m.gguf: it needs 0.00 GiB, and 0.00 GiB are free"):
         write_model(source, tmp_path / "new" / "m.gguf")

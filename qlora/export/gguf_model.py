@@ -1,6 +1,9 @@
 """A model as one GGUF file, which llama.cpp, Ollama and LM Studio read."""
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,23 +116,24 @@ def draft_model(source: ModelSource, file: Path, to: Path, *, kind: str, progres
     return Exported(file, total, len(planned), kind, source.notes)
 
 
-class gguf_writer:
-    """Opens a GGUFWriter that is closed in the end.
+@contextmanager
+def gguf_writer(file: Path, arch: str) -> Iterator["GGUFWriter"]:
+    """Open a GGUFWriter, and close it in the end.
 
-    Examples:
-        >>> with gguf_writer(file, "llama") as writer: ...
+    Raises:
+        OSError: the file cannot be written; numpy's error for a full disk, which has no number, gets one.
     """
+    from gguf import GGUFWriter
 
-    def __init__(self, file: Path, arch: str) -> None:
-        from gguf import GGUFWriter
-
-        self.writer = GGUFWriter(file, arch)
-
-    def __enter__(self) -> "GGUFWriter":
-        return self.writer
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
+    writer = GGUFWriter(file, arch)
+    try:
+        yield writer
+    except OSError as error:
+        if error.errno is None:  # "9 requested and 3 written"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    finally:
+        writer.close()
 
 
 def check_space(file: Path, needed: int) -> None:
