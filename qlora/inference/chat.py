@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.start import find_adapter
 from qlora.adapter.switch import Adapters
 from qlora.adapter.trained_parts import TOKENS
 from qlora.data import Prompts
 from qlora.errors import ModelError, QloraError, UsageError
 from qlora.inference.generate import answer
-from qlora.inference.load import Trained, find_adapter, find_trained, load_trained, recipe_of
+from qlora.inference.load import Trained, find_trained, load_trained, recipe_of
 from qlora.runtime.signals import StopRequest
 
 BASE = "base"
