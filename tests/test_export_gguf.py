@@ -136,6 +136,29 @@ def test_the_tensors_are_those_of_the_merge(recipe: Recipe, tmp_path: Path, onto
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {"BF16"}
 
 
+@pytest.mark.parametrize(
+    ("template", "bos", "eos", "eot"),
+    [("chatml", False, "<|im_end|>", "</s>"), ("vicuna", True, "</s>", None)],
+)
+def test_the_file_says_how_the_training_rows_begin_and_end(
+    template: str,
+    bos: bool,
+    eos: str,
+    eot: str | None,
+    recipe_file: RecipeFile,
+    chatml_base: Path,
+    tmp_path: Path,
+) -> None:
+    tokenizer = byte_level(chatml=True)  # which puts no bos in front by itself
+    tokenizer.save_pretrained(chatml_base)
+    base = {"model": str(chatml_base), "compute_dtype": "float32"}
+    run = finished_run(Recipe.load(recipe_file(base=base, data={"template": template})), targets=["q_proj"])
+    said = llama_cpp.fields(exported(run, tmp_path / "m.gguf"))
+    assert said["tokenizer.ggml.add_bos_token"] is bos
+    assert said["tokenizer.ggml.tokens"][said["tokenizer.ggml.eos_token_id"]] == eos
+    assert said.get("tokenizer.ggml.eot_token_id") == (eot and tokenizer.convert_tokens_to_ids(eot))
+
+
 def test_a_whole_model_is_exported_from_its_folder_and_after_full_training(
     recipe: Recipe, tmp_path: Path
 ) -> None:

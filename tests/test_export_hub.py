@@ -283,8 +283,14 @@ def test_a_dry_run_uploads_nothing_and_refusals_keep_the_folder(hub: Hub, run: P
 
 
 def test_paths_in_texts_become_their_last_names(recipe_file: RecipeFile) -> None:
-    recipe = Recipe.load(
-        recipe_file(data={"source": "data/deep/rows.jsonl", "held_out": "file:///x/y/z.csv"})
+    data = {
+        "source": "data/deep/rows.jsonl",
+        "held_out": "file:///x/y/z.csv",
+        "template": "my/own/chat.jinja",
+    }
+    recipe = Recipe.load(recipe_file(data=data))
+    recipe = recipe.model_copy(
+        update={"adapter": recipe.adapter.model_copy(update={"start_from": "./mine/first"})}
     )
     clean = Clean.of(recipe)
     for text, expected in {
@@ -294,5 +300,6 @@ def test_paths_in_texts_become_their_last_names(recipe_file: RecipeFile) -> None
     }.items():
         assert clean(text) == expected
     shared = yaml.safe_load(shared_recipe(recipe, clean))
-    assert shared["data"]["held_out"] == "z.csv"
+    assert (shared["data"]["held_out"], shared["data"]["template"]) == ("z.csv", "chat.jinja")
+    assert shared["adapter"]["from"] == "first"
     assert "tracking" not in shared

@@ -22,6 +22,8 @@ from qlora.storage.json_files import without_checksum
 
 _PATH = re.compile(r"""(?<![\w/.:)\]<\[|])(?:file:/)?[~.]{0,2}/(?:[^\s,;'"`/]+/)+([^\s,;'"`/]+)""")
 
+TEMPLATE_FILES = (".jinja", ".jinja2", ".j2")
+
 
 @dataclass(frozen=True)
 class Clean:
@@ -37,11 +39,15 @@ class Clean:
     @classmethod
     def of(cls, recipe: Recipe, base: str | None = None) -> "Clean":
         """Return the replacements for a recipe; `base` is the base's id on the hub, if the run used a local folder."""
-        sources = [part.source_name for part in recipe.data.parts]
-        if isinstance(recipe.data.held_out, str):
-            sources.append(recipe.data.held_out)
-        local = [source for source in sources if is_local(source) and not source.startswith("bundled/")]
-        known = {path: Path(path).name or "rows" for path in local}
+        data = recipe.data
+        sources = [data.held_out, *(part.source_name for part in data.parts)]
+        templates = [
+            part.template for part in data.parts if Path(part.template or "").suffix in TEMPLATE_FILES
+        ]
+        start = recipe.adapter.start_from
+        local = [name for name in sources if isinstance(name, str) and is_local(name)]
+        local += [name for name in templates if name] + ([start] if start and is_local_base(start) else [])
+        known = {path: Path(path).name or "rows" for path in local if not path.startswith("bundled/")}
         if is_local_base(recipe.base.model):
             known[recipe.base.model] = base or Path(recipe.base.model).name
         return cls(dict(sorted(known.items(), key=lambda pair: -len(pair[0]))))
