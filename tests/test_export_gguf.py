@@ -196,7 +196,7 @@ def test_each_number_format_keeps_the_numbers(kind: str, error: float, tmp_path:
         else:
             assert 0 < (found[name] - tensor).norm() / tensor.norm() < error
     stored = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
-    assert stored["blk.0.ffn_up.weight"] == kind.upper()
+    assert (stored["blk.0.ffn_up.weight"], stored["blk.0.attn_q.bias"]) == (kind.upper(), "F32")
 
 
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
