@@ -106,6 +106,23 @@ def test_the_file_has_the_logits_of_transformers(kind: str, settings: dict[str, 
     torch.testing.assert_close(llama_cpp.logits(file, IDS), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_only_the_text_model_is_written_of_a_model_that_reads_images(tmp_path: Path) -> None:
+    text = {
+        **SMALL,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 4,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    folder = model_folder(tmp_path / "m", "gemma3", text_config=text, vision_config=vision)
+    written = write_model(model_source(folder), tmp_path / "m.gguf", kind="f32")
+    assert written.notes == ("Gemma 3: only the text model is written, without the part that reads images",)
+    found = llama_cpp.logits(tmp_path / "m.gguf", IDS)
+    torch.testing.assert_close(found, transformers_logits(folder), rtol=1e-3, atol=1e-3)
+
+
 @pytest.fixture
 def recipe(recipe_file: RecipeFile) -> Recipe:
     return Recipe.load(recipe_file(base={"compute_dtype": "float32"}))
@@ -324,7 +341,7 @@ def test_the_command_writes_a_file_and_says_how_to_use_it(
     assert done.returncode == 0, done.stderr
     assert "written  run-q8_0.gguf  (" in done.stdout
     assert "llama-cli -m run-q8_0.gguf" in done.stdout
-    done = qlora("export", run, "--to", "gguf", "--adapter", "--json")
+    done = qlora("export", run / "adapter", "--to", "gguf", "--adapter", "--json")
     assert json.loads(done.stdout)["path"] == "run-adapter-f32.gguf"
     assert llama_cpp.fields(tmp_path / "run-adapter-f32.gguf")["general.type"] == "adapter"
     for wrong, code, said in [

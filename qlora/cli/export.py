@@ -79,7 +79,8 @@ class _Wanted:
 
     @property
     def name(self) -> str:
-        return Path(self.run).resolve().name
+        folder = Path(self.run).resolve()
+        return folder.parent.name if folder.name in ("adapter", "model") else folder.name
 
     def source(self, startup: "Startup") -> "ModelSource":
         """Find the model, and show the device that merges it."""

@@ -167,7 +167,7 @@ def write_folder(
     result = find_trained(Path(run))
     recipe = Recipe.recorded(result / "recipe.yaml")
     clean = cleaner(recipe)
-    folder = Path(run) if (Path(run) / "run.json").is_file() else None
+    folder = next((at for at in (Path(run), result.parent) if (at / "run.json").is_file()), None)
     with drafting(to) as drafts:
         draft = drafts / "hub"
         if source is None or source.merge is None:
