@@ -132,41 +132,16 @@ def export(
     """
     if to not in PLACES:
         raise typer.BadParameter(f"--to must be one of {', '.join(PLACES)}, not {to!r}")
-    if to == "hub":
-        alone, kinds = adapter is not False, MODEL_TYPES[:1]
-    else:
-        alone, kinds = bool(adapter), ADAPTER_TYPES if adapter else MODEL_TYPES
-    if kind is not None and kind not in kinds:
-        raise typer.BadParameter(f"--type must be one of {', '.join(kinds)}, not {kind!r}")
-    if alone and onto is not None:
-        raise UsageError(
-            "--onto chooses what an adapter is merged with, and --adapter merges nothing; leave one out"
-        )
-    options = {"--repo": repo, "--public": public, "--licence": licence, "--base": base, "--dry-run": dry_run}
-    if to != "hub" and (given := [name for name, value in options.items() if value]):
-        raise UsageError(f"{given[0]} belongs to --to hub, and has no effect with --to {to}; leave it out")
-    if to == "hub" and repo is None and not dry_run:
-        raise UsageError("--to hub needs the name of the repository: add --repo OWNER/NAME, or --dry-run")
-    wanted = _Wanted(run, output, kind or kinds[0], onto, any_base, trust_remote_code, device)
+    alone = adapter is not False if to == "hub" else bool(adapter)
+    hub = _Hub(repo, public, licence, base, dry_run, merged=not alone)
+    _check_options(to, alone, kind, onto, hub)
+    chosen = kind or ("f32" if alone else "bf16")
+    wanted = _Wanted(run, output, chosen, onto, any_base, trust_remote_code, device)
     startup = startup_for(json_output=json_output)
     if to == "hub":
-        _to_hub(wanted, startup, _Hub(repo, public, licence, base, dry_run, not alone), json_output)
-        return
-    with startup.stage(IMPORTS):
-        from qlora.export.gguf_model import require_gguf
-    require_gguf()
-    if to == "ollama":
-        if alone:
-            raise UsageError("--to ollama writes the merged model; leave --adapter out, or use --to gguf")
-        written = _ollama_folder(wanted, startup)
-        use = f"ollama create {wanted.name} -f {written.path / 'Modelfile'}"
-    elif alone:
-        written = _adapter_file(wanted)
-        use = f"llama-cli -m BASE.gguf --lora {written.path}"
+        _to_hub(wanted, startup, hub, json_output)
     else:
-        written = _model_file(wanted, startup)
-        use = f"llama-cli -m {written.path}"
-    _show(written, use, json_output)
+        _to_file(wanted, startup, to, alone, json_output)
 
 
 @dataclass(frozen=True)
@@ -179,6 +154,53 @@ class _Hub:
     base: str | None
     dry_run: bool
     merged: bool
+
+    @property
+    def given(self) -> list[str]:
+        """The options that the user gave."""
+        options = {
+            "--repo": self.repo,
+            "--public": self.public,
+            "--licence": self.licence,
+            "--base": self.base,
+        }
+        return [name for name, value in {**options, "--dry-run": self.dry_run}.items() if value]
+
+
+def _check_options(to: str, alone: bool, kind: str | None, onto: str | None, hub: _Hub) -> None:
+    """Raise an error for an option that has no effect, or that is missing."""
+    kinds = MODEL_TYPES[:1] if to == "hub" else ADAPTER_TYPES if alone else MODEL_TYPES
+    if kind is not None and kind not in kinds:
+        raise typer.BadParameter(f"--type must be one of {', '.join(kinds)}, not {kind!r}")
+    if alone and onto is not None:
+        raise UsageError(
+            "--onto chooses what an adapter is merged with, and --adapter merges nothing; leave one out"
+        )
+    if to == "ollama" and alone:
+        raise UsageError("--to ollama writes the merged model; leave --adapter out, or use --to gguf")
+    if to != "hub" and hub.given:
+        raise UsageError(
+            f"{hub.given[0]} belongs to --to hub, and has no effect with --to {to}; leave it out"
+        )
+    if to == "hub" and hub.repo is None and not hub.dry_run:
+        raise UsageError("--to hub needs the name of the repository: add --repo OWNER/NAME, or --dry-run")
+
+
+def _to_file(wanted: _Wanted, startup: "Startup", to: str, alone: bool, json_output: bool) -> None:
+    """Write files for llama.cpp or Ollama, and say how to use them."""
+    with startup.stage(IMPORTS):
+        from qlora.export.gguf_model import require_gguf
+    require_gguf()
+    if to == "ollama":
+        written = _ollama_folder(wanted, startup)
+        use = f"ollama create {wanted.name} -f {written.path / 'Modelfile'}"
+    elif alone:
+        written = _adapter_file(wanted)
+        use = f"llama-cli -m BASE.gguf --lora {written.path}"
+    else:
+        written = _model_file(wanted, startup)
+        use = f"llama-cli -m {written.path}"
+    _show(written, use, json_output)
 
 
 def _to_hub(wanted: _Wanted, startup: "Startup", hub: _Hub, json_output: bool) -> None:
