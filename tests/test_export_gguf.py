@@ -176,16 +176,20 @@ def test_the_file_says_how_the_training_rows_begin_and_end(
     assert said.get("tokenizer.ggml.eot_token_id") == (eot and tokenizer.convert_tokens_to_ids(eot))
 
 
-def test_a_whole_model_is_exported_from_its_folder_and_after_full_training(
-    recipe: Recipe, tmp_path: Path
-) -> None:
-    """A merged folder has the same tensors as its run; a fully trained model has its own."""
+@pytest.mark.slow
+def test_a_merged_folder_is_exported_with_the_tensors_of_its_run(recipe: Recipe, tmp_path: Path) -> None:
     run = finished_run(recipe)
     merge(run, tmp_path / "m", onto="dequantized", max_tokens=0)
     ours, theirs = (exported(path, tmp_path / f"{path.name}.gguf") for path in (run, tmp_path / "m"))
     expected, found = llama_cpp.tensors(ours), llama_cpp.tensors(theirs)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    merge(run, tmp_path / "n", onto="nf4", max_tokens=0)
+    with pytest.raises(ModelError, match="are quantized, and an export starts from 16 bits"):
+        exported(tmp_path / "n", tmp_path / "n.gguf")
+
+
+def test_a_fully_trained_model_is_exported_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
     whole = tmp_path / "full" / "model"
     shutil.copytree(recipe.base.model, whole)
     base = {"model": recipe.base.model, "quantization": "none"}
@@ -197,9 +201,6 @@ def test_a_whole_model_is_exported_from_its_folder_and_after_full_training(
     torch.testing.assert_close(llama_cpp.logits(file, IDS), transformers_logits(whole), rtol=1e-3, atol=1e-3)
     with pytest.raises(UsageError, match=r"--onto original: all weights were trained"):
         model_source(tmp_path / "full", onto="original")
-    merge(run, tmp_path / "n", onto="nf4", max_tokens=0)
-    with pytest.raises(ModelError, match="are quantized, and an export starts from 16 bits"):
-        exported(tmp_path / "n", tmp_path / "n.gguf")
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2)])
