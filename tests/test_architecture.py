@@ -31,6 +31,7 @@ ROOMS = [
     {"memory"},
     {"inference"},
     {"merging"},
+    {"serving"},
     {"report"},
     {"training"},
     {"cli"},
@@ -52,6 +53,8 @@ DOORS = {
     "triton": {"kernels"},
     "typer": {"cli"},
     "matplotlib": {"report"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
     "peft": set(),
     "pickle": set(),
 }
