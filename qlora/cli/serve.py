@@ -45,7 +45,7 @@ def serve(
     context: Annotated[
         int | None,
         typer.Option(
-            min=2,
+            min=8,
             help="Most tokens of a request, prompt and answer. Default: the model's positions, at most 4096.",
         ),
     ] = None,

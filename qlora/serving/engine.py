@@ -20,7 +20,7 @@ class QueueFull(Exception):
     """As many jobs are waiting as may wait."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting, and no more may; try again in {retry_after} s")
+        super().__init__(f"the queue is full ({waiting} waiting); try again in {retry_after} s")
         self.retry_after = retry_after
         """seconds after which a place is likely to be free"""
 
@@ -141,6 +141,6 @@ class Engine:
                 job.fail(error)
         self.totals.tokens += sum(len(job.tokens) for job in self._active) - before
         with self._changed:
+            self.totals.answers += sum(job.answered for job in self._active)
             if not self._stopping:
-                self.totals.answers += sum(job.done for job in self._active)
                 self._active = [job for job in self._active if not (job.done or job.left)]

@@ -83,6 +83,8 @@ class Job:
         self.cached = 0
         """tokens of prompt and answer in the cache"""
         self.done = False
+        self.answered = False
+        """True if the answer is complete"""
         self.began: float | None = None
         """time at which the model took the job, from `time.monotonic`"""
         self.seconds = 0.0
@@ -146,6 +148,6 @@ class Job:
 
     def _close(self, event: Event) -> None:
         if not self.done:
-            self.done = True
+            self.done, self.answered = True, isinstance(event, Finished)
             self.seconds = 0.0 if self.began is None else time.monotonic() - self.began
             self._tell(event)

@@ -10,7 +10,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qlora.errors import first_line
-from qlora.objective.step import evaluation_mode
 from qlora.runtime.out_of_memory import is_out_of_memory
 
 _PROBE = 3
@@ -81,7 +80,7 @@ class KVLayout:
 
 @torch.no_grad()
 def read_layout(model: nn.Module, context: int) -> KVLayout:
-    """Learn the layout of `model`'s cache from a short forward pass.
+    """Learn the layout of `model`'s cache from a short forward pass; the model is in evaluation mode.
 
     Raises:
         CannotBatch: the cache is not one of keys and values alone; or the results of one request would depend on the
@@ -102,8 +101,7 @@ def read_layout(model: nn.Module, context: int) -> KVLayout:
     device = next(model.parameters()).device
     ids = torch.arange(1, 1 + _PROBE, device=device)[None]
     try:
-        with evaluation_mode(model):
-            model(input_ids=ids, use_cache=True, **{keyword: cache})
+        model(input_ids=ids, use_cache=True, **{keyword: cache})
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -16,7 +16,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qlora.errors import first_line
-from qlora.objective.step import evaluation_mode
 from qlora.runtime.out_of_memory import is_out_of_memory
 from qlora.serving.kv_layout import CannotBatch, KVLayout, LayerShape
 
@@ -119,7 +118,7 @@ class SlotModel:
         last = torch.tensor([len(row) - 1 for row in tokens], device=self.device)
         kept, column = torch.unique(last, return_inverse=True)
         extra: dict[str, Any] = {"logits_to_keep": kept} if self._keeps else {}
-        with self._at(_Place(slots, positions, length)), evaluation_mode(self.model):
+        with self._at(_Place(slots, positions, length)):
             output = self.model(
                 input_ids=ids,
                 attention_mask=self.layout.masks(positions, length),
@@ -151,12 +150,12 @@ class SlotModel:
         generator = torch.Generator().manual_seed(0)
         lengths = (5, min(21, self.context - 2))
         prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-        slots = [0, self.slots - 1]
+        ahead = [(0, prompts[0]), (self.slots - 1, prompts[1])]
         try:
-            self.forward(slots, [prompt[:-1] for prompt in prompts], [0, 0])
-            together = self.forward(
-                slots, [prompt[-1:] for prompt in prompts], [length - 1 for length in lengths]
-            )
+            if self.slots == 1:
+                together = torch.cat([self._in_slots([each]) for each in ahead])
+            else:
+                together = self._in_slots(ahead)
             alone = torch.stack([self._alone(prompt) for prompt in prompts])
         except Exception as error:
             if is_out_of_memory(error):
@@ -167,13 +166,20 @@ class SlotModel:
         if most > TOLERANCE[self.layout.layers[0].dtype]:
             raise CannotBatch(f"its logits in a batch differ from those of a request alone by {most:.1%}")
 
+    def _in_slots(self, ahead: Sequence[tuple[int, list[int]]]) -> Tensor:
+        """Return the logits after each prompt, [B, V], from two passes: over all but its last token, then over that."""
+        slots = [slot for slot, _ in ahead]
+        self.forward(slots, [prompt[:-1] for _, prompt in ahead], [0] * len(ahead))
+        return self.forward(
+            slots, [prompt[-1:] for _, prompt in ahead], [len(prompt) - 1 for _, prompt in ahead]
+        )
+
     @torch.no_grad()
     def _alone(self, prompt: list[int]) -> Tensor:
         """Return the logits after `prompt` [V], in two passes with transformers' own cache."""
         cache: Any = DynamicCache(config=self.model.config)
         ids = torch.tensor([prompt], device=self.device)
-        with evaluation_mode(self.model):
-            for part in (ids[:, :-1], ids[:, -1:]):
-                output = self.model(input_ids=part, use_cache=True, **{self.layout.cache_keyword: cache})
+        for part in (ids[:, :-1], ids[:, -1:]):
+            output = self.model(input_ids=part, use_cache=True, **{self.layout.cache_keyword: cache})
         logits: Tensor = output.logits
         return logits[0, -1].float()
