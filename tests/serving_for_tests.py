@@ -27,7 +27,7 @@ class Gate:
     rounds: list[list[Job]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.parallel = self.runner.parallel
+        self.parallel, self.device = self.runner.parallel, self.runner.device
         self.open.set()
 
     def advance(self, jobs: Sequence[Job]) -> None:

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 from commands_for_tests import qlora
+from examples_for_tests import ROOT, blocks
 from runs_for_tests import finished_run
 from serving_for_tests import Running, running
 
@@ -23,6 +24,7 @@ from qlora.inference.load import Trained, load_trained
 from qlora.recipe import Recipe
 from qlora.serving.guard import Guard, host_of
 from qlora.serving.models import open_models
+from qlora.serving.parameters import BOTH, CHAT, COMPLETION
 from qlora.serving.server import listen
 from qlora.serving.start import choose_runner
 
@@ -228,13 +230,37 @@ def test_bodies_and_addresses_that_are_no_requests(server: Running, monkeypatch:
         )
         assert post(b"{}", {"content-type": "text/plain"})[0] == 415
         assert post(b"{}", {**json_type, "host": "evil.example:80"})[0] == 403
-        assert post(b"{}", to="/nowhere%0A%25")[0] == 404
+        assert post(b"{}", to="/nowhere%0A%25")[1].endswith(
+            "/v1/models, /v1/chat/completions, /v1/completions"
+        )
+        assert server.log[-1].startswith("POST '/v1/nowhere\\n%' 404 ")
         assert http.get("/completions").status_code == 405
         monkeypatch.setattr("qlora.serving.app.BODY_BYTES", 100)
         assert post(b" " * 101) == (413, "the body is longer than 0 MiB")
         assert (
             "access-control-allow-origin" not in http.get("/models", headers={"origin": "http://a"}).headers
         )
+
+
+def test_the_page_about_serving(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its client runs, and it names all parameters."""
+    page = ROOT / "docs/guides/serving.md"
+    (program,) = [block.text for block in blocks(page) if block.language == "python"]
+    for shown, here in {
+        "http://127.0.0.1:8000/v1": server.url,
+        "quickstart": "clerk",
+        "second": "poet",
+    }.items():
+        assert shown in program
+        program = program.replace(shown, here)
+    exec(compile(program, str(page), "exec"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("['clerk', 'poet', 'base']\n")
+    assert "CompletionUsage(completion_tokens=" in printed
+    text = page.read_text()
+    assert not [
+        name for name in BOTH | CHAT | COMPLETION if f"`{name}`" not in text and f"`{name}." not in text
+    ]
 
 
 def test_a_full_queue_says_when_to_come_again(client: openai.OpenAI, server: Running) -> None:

@@ -26,6 +26,8 @@ from qlora.serving.models import Models
 from qlora.serving.parameters import Wanted, parse, read, shown
 from qlora.serving.replies import Reply
 
+PATHS = MODELS, CHAT, COMPLETION = "/v1/models", "/v1/chat/completions", "/v1/completions"
+
 BODY_BYTES = 8 * 2**20
 """longest body of a request"""
 
@@ -51,10 +53,10 @@ def build_app(
     endpoint = Endpoints(models, engine, log)
     return Starlette(
         routes=[
-            Route("/v1/models", endpoint.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", endpoint.model, methods=["GET"]),
-            Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
-            Route("/v1/completions", endpoint.completion, methods=["POST"]),
+            Route(MODELS, endpoint.models, methods=["GET"]),
+            Route(f"{MODELS}/{{name:path}}", endpoint.model, methods=["GET"]),
+            Route(CHAT, endpoint.chat, methods=["POST"]),
+            Route(COMPLETION, endpoint.completion, methods=["POST"]),
         ],
         middleware=[Middleware(Guard, hosts=hosts, key=key)],
         exception_handlers={
@@ -226,6 +228,10 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, Stopping):
         return ApiError(503, str(error), code="shutting_down")
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return ApiError(
+            404, f"there is nothing at this path; the endpoints are {', '.join(PATHS)}", code="no_endpoint"
+        )
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail, headers=error.headers)
     if is_out_of_memory(error):
@@ -266,5 +272,5 @@ async def _gone(request: Request) -> None:
 
 
 def _line(request: Request) -> str:
-    path = request.url.path
+    path = request.scope["path"]
     return f"{request.method[:10]} {path if path.isascii() and path.isprintable() and len(path) < 60 else shown(path)}"

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from qlora.serving.job import Job, Stopping
@@ -107,6 +108,8 @@ class Engine:
             raise QueueFull(len(self._waiting), min(60, max(1, math.ceil(mean * (1 + len(self._waiting))))))
 
     def _run(self) -> None:
+        if self.runner.device.type == "cuda":  # each thread has a current GPU of its own
+            torch.cuda.set_device(self.runner.device)
         while True:
             with self._changed:
                 while not (self._waiting or self._active or self._stopping):

@@ -21,6 +21,7 @@ class Runner(Protocol):
 
     parallel: int
     """most jobs in progress"""
+    device: torch.device
 
     def advance(self, jobs: Sequence[Job]) -> None:
         """Add at least one token to the prompt or the answer of each job. A job whose computation fails is ended."""
@@ -36,7 +37,7 @@ class Batched:
 
     def __init__(self, model: SlotModel, adapters: Adapters | None) -> None:
         self.model, self.adapters = model, adapters
-        self.parallel = model.slots
+        self.parallel, self.device = model.slots, model.device
 
     def advance(self, jobs: Sequence[Job]) -> None:
         """Compute the next token of each job; or of new ones, the next part of the prompt."""
@@ -117,6 +118,7 @@ class OneAtATime:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, adapters: Adapters | None
     ) -> None:
         self.model, self.adapters = model, adapters
+        self.device = next(model.parameters()).device
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     @torch.no_grad()
@@ -131,8 +133,7 @@ class OneAtATime:
                 job.fail(error)
 
     def _answer(self, job: Job) -> None:
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([job.prompt], device=device)
+        ids = torch.tensor([job.prompt], device=self.device)
         with evaluation_mode(self.model):
             self.model.generate(  # type: ignore[operator]
                 input_ids=ids,

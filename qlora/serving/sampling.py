@@ -7,6 +7,9 @@ from torch import Tensor
 
 from qlora.errors import ModelError
 
+COLDEST = 1e-6
+"""lower temperatures take the most likely token"""
+
 
 def choose(
     logits: Tensor,
@@ -22,7 +25,7 @@ def choose(
     Args:
         logits: [V], fp32, after the last token. They are not changed.
         seen: the tokens so far, prompt and answer, for the penalty.
-        temperature: 0 takes the most likely token.
+        temperature: 0 takes the most likely token, as does anything below `COLDEST`.
         top_p: draw from the smallest set of most likely tokens whose probabilities add up to this; at least one.
         repetition_penalty: divides the logits of seen tokens where they are positive, else multiplies (Keskar et al.
             2019), as transformers does for a model whose generation config asks for it.
@@ -39,9 +42,9 @@ def choose(
         )
     if not torch.isfinite(logits.max()):  # the maximum of logits with a NaN is NaN
         raise ModelError("the model's logits are not finite")
-    if temperature <= 0:
+    if temperature < COLDEST:
         return int(logits.argmax())
-    # small temperatures would overflow; in fp64 the differences to the maximum do not
+    # in fp64, so that low temperatures do not overflow
     scaled = (logits - logits.max()).double() / temperature
     probabilities = scaled.softmax(-1)
     if top_p >= 1:
