@@ -419,11 +419,20 @@ def test_the_command_serves_until_a_signal(
     assert json.dumps("secret") not in done.stderr
 
 
-def test_addresses_that_cannot_be_used(folders: dict[str, Path]) -> None:
+def test_what_keeps_the_command_from_starting(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         done = qlora("serve", folders["clerk"], "--port", port)
         assert done.returncode == 2
         assert f"qlora: --port {port}: another program listens there; choose another port" in done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        done = qlora("serve", folders["clerk"])
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "qlora: qlora serve needs starlette and uvicorn: pip install 'qlora-train[serve]'",
+    )
     with pytest.raises(UsageError, match="cannot listen there"):
         listen("203.0.113.1", 8000)  # an address for documentation, of no machine

@@ -44,7 +44,7 @@ class Batched:
         self._assign(jobs)
         for adapter in dict.fromkeys(job.adapter for job in jobs):
             own = sorted((job for job in jobs if job.adapter == adapter), key=lambda job: job.slot or 0)
-            if self.adapters is not None:
+            if self.adapters is not None and self.adapters.active != adapter:
                 self.adapters.activate(adapter)
             answering = [job for job in own if job.tokens]
             self._pass(_within_budget([job for job in own if not job.tokens]))
