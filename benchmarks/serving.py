@@ -1,6 +1,6 @@
 """Measure `qlora serve`: tokens a second of one client and of several, with one adapter and with two.
 
-    python benchmarks/serving.py [--base bundled | llama-3.2-1b] [--layers 4] [--clients 8] [--tokens 48] [--rounds 3]
+    python benchmarks/serving.py [--base bundled | qwen3-0.6b] [--layers 4] [--clients 8] [--tokens 48] [--rounds 3]
 
 Writes two adapters of random values for the base, starts `qlora serve` in a process of its own, and asks it through
 OpenAI's client with a thread for each client. All answers are greedy and have the same number of tokens, if no end
