@@ -94,6 +94,21 @@ def test_a_head_in_nf4_is_refused_by_its_name() -> None:
         head_of(model)
 
 
+@pytest.mark.parametrize("skipped", [[], ["lm_head"]])
+def test_a_head_in_nf4_is_refused_before_a_run(skipped: list[str], tmp_path: Path) -> None:
+    config = small.config("llama", num_hidden_layers=1)
+    config.quantization_config = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": skipped,
+    }  # fmt: skip
+    config.save_pretrained(tmp_path)
+    if skipped:
+        assert architecture(recipe(tmp_path), cuda=False).precision
+        return
+    with pytest.raises(ModelError, match=r"base\.model: the output head lm_head .*llm_int8_skip_modules"):
+        architecture(recipe(tmp_path), cuda=False)
+
+
 def test_new_tokens_are_refused_where_a_second_table_looks_them_up() -> None:
     model = made(small.config("gemma3n_text"))
     rows = model.get_input_embeddings().weight.shape[0]

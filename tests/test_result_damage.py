@@ -8,8 +8,9 @@ import pytest
 
 from qlora.adapter import load_adapter, save_adapter
 from qlora.adapter.algebra.tensors import adapter_folder
+from qlora.adapter.start import find_adapter
 from qlora.errors import ModelError
-from qlora.inference.load import find_adapter, load_trained
+from qlora.inference.load import load_trained
 from qlora.model.load import load_base
 from qlora.recipe import Recipe
 from qlora.training.train import train

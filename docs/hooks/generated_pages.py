@@ -69,6 +69,7 @@ def _section(section: type[BaseModel], prefix: str, definitions: dict[str, Any])
     schema = {**definitions, "Recipe": Recipe.json_schema()}[section.__name__]
     inner = []
     for name, field in section.model_fields.items():
+        name = field.alias or name
         key, kind = f"{prefix}{name}", field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             inner.append((kind, key, field.description))

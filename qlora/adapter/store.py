@@ -150,7 +150,7 @@ def load_adapter(
     """
     folder = Path(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
-    config, method = _config_of(folder, model)
+    config, method = config_and_method(folder, model)
     values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:
@@ -169,22 +169,24 @@ def load_adapter(
     _check_names(names, stored, tensors_file)
     specs = {name: method.spec(config, name, file) for name in names}
     for name, spec in specs.items():
-        _check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
+        check_shapes(name, model.get_submodule(name), stored[name], method, spec, tensors_file)
     common = {name: others[name] for name in shared}
     method.check_shared(
         [model.get_submodule(name) for name in names], list(specs.values()), common, tensors_file
     )
     prepare_base(model, values)
     if not layers:
-        specs = _add_layers(model, method, specs, _dtype(model, method, stored, common))
+        dtype = _dtype(model, method, stored, common)
+        specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
+        add_layers(model, method, specs)
     _load_layers(model, specs, stored)
     method.load_shared(model, common, tensors_file)
     parts.load(model, others, in_place=bool(layers))
     return model
 
 
-def _config_of(folder: Path, model: nn.Module) -> tuple[dict[str, Any], AdapterMethod]:
-    """Return the checked config of an adapter and its method. Raises ModelError if the folder has changed."""
+def config_and_method(folder: Path, model: nn.Module) -> tuple[dict[str, Any], AdapterMethod]:
+    """Return the checked config of an adapter for `model` and its method. Raises ModelError as `load_adapter` does."""
     check_unchanged(folder)
     file = folder / CONFIG_FILE
     config = read_fields(file)
@@ -206,15 +208,11 @@ def _dtype(
     return next(iter(shared.values()), tensors[first]).dtype
 
 
-def _add_layers(
-    model: nn.Module, method: AdapterMethod, specs: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Any]:
-    """Freeze a model without an adapter and wrap these layers of it; return their settings, with the dtype."""
-    specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
+def add_layers(model: nn.Module, method: AdapterMethod, specs: Mapping[str, Any]) -> None:
+    """Freeze a model without an adapter and wrap these layers of it, by name, with their settings."""
     use_nf4_linears(model.requires_grad_(False))
     modules = {name: model.get_submodule(name) for name in specs}
     wrap(model, {name: method.layer_for(modules[name])(modules[name], specs[name]) for name in specs})
-    return specs
 
 
 def _refuse_lost(model: nn.Module, parts: Iterable[Tensor]) -> None:
@@ -285,9 +283,10 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
         )
 
 
-def _check_shapes(
-    name: str, module: nn.Module, stored: Mapping[str, Tensor], method: AdapterMethod, spec: Any, path: Path
+def check_shapes(
+    name: str, module: nn.Module, stored: Mapping[str, Any], method: AdapterMethod, spec: Any, path: Path
 ) -> None:
+    """Raise ModelError if the stored tensors of a layer, by suffix, have not the shapes that `module` needs."""
     kind = method.layer_for(module)
     if isinstance(module, AdaptedLayer):
         if (reason := module.why_incompatible(spec)) is not None:

@@ -131,17 +131,6 @@ def find_trained(folder: Path) -> Path:
     )
 
 
-def find_adapter(folder: Path) -> Path:
-    """Return the folder of the adapter (ours or PEFT's): in a run, or `folder` itself. Raises ModelError if none."""
-    for place in (folder, folder / "adapter"):
-        check_unchanged(place)
-        if (place / "adapter_config.json").is_file():
-            return place
-    raise ModelError(
-        f"{folder}: no adapter here. Give the folder of a run, or a folder with an adapter_config.json"
-    )
-
-
 def held_out_loss(trained: Trained) -> tuple[float, int]:
     """Return the mean loss (nats per supervised token) on the recipe's held-out rows, and the number of these tokens.
 

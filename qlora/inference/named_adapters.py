@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.start import find_adapter
 from qlora.adapter.switch import Adapters
 from qlora.adapter.trained_parts import TOKENS
 from qlora.errors import ModelError, UsageError
-from qlora.inference.load import Trained, find_adapter, find_trained, load_trained, recipe_of
+from qlora.inference.load import Trained, find_trained, load_trained, recipe_of
 
 BASE = "base"
 """name of the model without an adapter"""

@@ -184,7 +184,7 @@ def _optimizer(recipe: Recipe, _: Architecture) -> Steps:
 
 def _rank(recipe: Recipe, _: Architecture) -> Steps:
     rank = recipe.adapter.rank
-    while "rank" not in recipe.adapter.facts.unused and (rank := rank // 2) >= SMALLEST_RANK:
+    while "rank" not in recipe.adapter.unused and (rank := rank // 2) >= SMALLEST_RANK:
         # keep the scaling, so that the learning rate stays right
         scale, alpha = SCALINGS[recipe.adapter.scaling], recipe.adapter.alpha
         if alpha is not None:

@@ -15,7 +15,7 @@ from qlora.memory.no_forecast import failure_named, kind_of
 from qlora.model.checkpointing import decoder_layers, require_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.document_bounds import keeps_state
-from qlora.model.head import decoder_of, head_of
+from qlora.model.head import check_head_unquantized, decoder_of, head_of
 from qlora.model.load import (
     check_quantization,
     compute_dtype,
@@ -104,6 +104,7 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
     in_nf4 = recipe.base.quantization == "nf4"
     quantized = frozenset(nf4_layers(model, getattr(config, "quantization_config", None)) if in_nf4 else ())
+    check_head_unquantized(model, quantized)
     precision = precision_of(model, quantized)
     check_precision(recipe.base, precision)
     alike = _alike(model, config, quantized)

@@ -1,7 +1,7 @@
 """The output head of a causal language model, with the scaling and capping of its logits, its embedding and decoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,12 +87,7 @@ def head_of(model: nn.Module) -> Head:
             f"{type(model).__name__} has no plain output head: qlora trains causal language models only"
         )
     if is_nf4(embeddings):
-        name = next(name for name, own in model.named_modules() if own is embeddings)
-        raise ModelError(
-            f"base.model: the output head {name} of this {type(model).__name__} is in NF4, and the loss reads its "
-            "weight unquantized. Use the 16-bit version of the model, or an NF4 version with the head in 16 bits "
-            f"(llm_int8_skip_modules: [{name}])"
-        )
+        check_head_unquantized(model, [name for name, own in model.named_modules() if own is embeddings])
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     divided = config.model_type not in MULTIPLIED_BY_SCALING
     scale = math.prod(_numbers(config, MULTIPLIERS if divided else (*MULTIPLIERS, *DIVISORS)))
@@ -105,6 +100,22 @@ def head_of(model: nn.Module) -> Head:
         softcap=next(iter(_numbers(config, CAPS)), None),
         rows=module.rows if isinstance(module, TrainedRows) else None,
     )
+
+
+def check_head_unquantized(model: nn.Module, quantized: Collection[str]) -> None:
+    """Check that the output head is none of the layers that are in NF4, or will be.
+
+    Raises:
+        ModelError: it is; the checkpoint itself is in NF4, because loading quantizes no head.
+    """
+    head = plain(model.get_output_embeddings())  # type: ignore[operator]
+    name = next((name for name, own in model.named_modules() if own is head and name in quantized), None)
+    if name is not None:
+        raise ModelError(
+            f"base.model: the output head {name} of this {type(model).__name__} is in NF4, and the loss reads its "
+            "weight unquantized. Use the 16-bit version of the model, or an NF4 version with the head in 16 bits "
+            f"(llm_int8_skip_modules: [{name}])"
+        )
 
 
 def embedding_of(model: nn.Module) -> Any:

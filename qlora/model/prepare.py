@@ -5,6 +5,7 @@ Training and the memory forecast both use these functions, so that the forecast 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
-from qlora.adapter.initial import InitialValues
+from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.initial import InitialValues, prepared_base
 from qlora.adapter.methods import METHODS
 from qlora.adapter.peft_drops import peft_drops
+from qlora.adapter.start import StartAdapter, find_adapter
 from qlora.adapter.targets import left_out
 from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
+from qlora.data import prompt_digests
 from qlora.errors import QloraError, UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.head import decoder_of
-from qlora.model.load import load_base
+from qlora.model.load import load_base, meta_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
 from qlora.recipe import Adapter, Checkpointing, Recipe
@@ -39,8 +43,8 @@ def build(
     Args:
         recipe: the recipe.
         device: device of the model.
-        config: transformers' configuration; None means that of the base.
-        start: folder of an adapter of the run that is resumed, which starts from the same initial values.
+        config: transformers' configuration, which can be that of a part of the layers; None means that of the base.
+        start: folder of an adapter of the run that is resumed, which has the same initial values.
 
     Returns:
         The model, and the optimizer over its trainable parameters.
@@ -52,16 +56,26 @@ def build(
         >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
     """
     method, seed = METHODS[recipe.adapter.method], recipe.training.seed
-    initial = start and InitialValues.stored(start, measured=True)
+    continued, part = recipe.adapter.start_from, config is not None
+    if continued is not None and not part:
+        start = find_adapter(Path(continued))
+    initial = start and InitialValues.stored(start, measured=continued is None)
     initial = initial or method.initial_values(recipe.adapter, seed)
     model = load_base(recipe.base, device, seed=seed, config=config, initial=initial)
-    apply_adapter(model, recipe)
+    apply_adapter(model, recipe, part=part)
     apply_checkpointing(model, recipe)
     return model, build_optimizer(model, recipe)
 
 
-def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
+def apply_adapter(model: nn.Module, recipe: Recipe, *, part: bool = False) -> nn.Module:
     """Apply the recipe's adapter method to the model, in place, and train what the recipe trains beside the adapter.
+
+    An adapter that the recipe continues gives its layers and modules; its numbers are loaded later.
+
+    Args:
+        model: a base without an adapter.
+        recipe: the recipe.
+        part: True if `model` has a part of the base's layers only, as in a forecast.
 
     Returns:
         The same model.
@@ -70,11 +84,18 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
         UsageError: the targets are not linear layers: the loss, the fused layers and the forecast know only those.
     """
     settings = recipe.adapter
+    modules: Sequence[str] = settings.train_modules
     with _keys_as_in_a_recipe():
-        targets = targets_beside(model, settings.targets, settings.train_modules)
-        METHODS[settings.method].apply(
-            model, settings.model_copy(update={"targets": targets}), recipe.training.seed
-        )
+        if settings.start_from is None:
+            targets = targets_beside(model, settings.targets, modules)
+            METHODS[settings.method].apply(
+                model, settings.model_copy(update={"targets": targets}), recipe.training.seed
+            )
+        else:
+            continued = StartAdapter.read(Path(settings.start_from), model, settings.method)
+            continued.check_beside(settings.train_tokens, modules)
+            continued.add_layers(model, settings.dropout, part=part)
+            modules = continued.modules
     if others := other_layers(model):
         raise UsageError(
             f"adapter.targets: {listed(others)}: a recipe adapts linear layers only. Leave such layers out; "
@@ -82,10 +103,37 @@ def apply_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
         )
     if settings.train_tokens:
         TrainedTokens.of(recipe).train(model)
-    if settings.train_modules:
+    if modules:
         with _keys_as_in_a_recipe():
-            train_modules(model, settings.train_modules)
+            train_modules(model, modules)
     return model
+
+
+def continue_adapter(model: nn.Module, recipe: Recipe, tokenizer: Any) -> list[str]:
+    """Give an adapted model the numbers of the adapter that the recipe continues, and return remarks on it.
+
+    Raises:
+        ModelError: the adapter was trained on another base, or a tensor does not fit.
+    """
+    if recipe.adapter.start_from is None:
+        return []
+    continued = StartAdapter.read(Path(recipe.adapter.start_from), model, recipe.adapter.method)
+    base = replace(BaseIdentity.of(model), **prompt_digests(recipe.data, tokenizer))
+    return [*continued.check_base(base), *continued.load(model)]
+
+
+def check_continued(recipe: Recipe, tokenizer: Any) -> list[str]:
+    """Check that the adapter that the recipe continues was trained on its base, whose weights are not loaded.
+
+    Raises:
+        ModelError: it was trained on another base.
+    """
+    if recipe.adapter.start_from is None or recipe.base.init != "pretrained":
+        return []
+    model = meta_base(recipe.base).model
+    continued = StartAdapter.read(Path(recipe.adapter.start_from), model, recipe.adapter.method)
+    base = replace(BaseIdentity.of(model), **prompt_digests(recipe.data, tokenizer))
+    return continued.check_base(prepared_base(base, InitialValues.stored(continued.folder)))
 
 
 @contextmanager
@@ -103,7 +151,7 @@ def _keys_as_in_a_recipe() -> Iterator[None]:
 def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
     """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it, PEFT."""
     return [
-        *left_out_notes(model, recipe.adapter.targets),
+        *(left_out_notes(model, recipe.adapter.targets) if recipe.adapter.start_from is None else ()),
         *unreached_notes(model),
         *part_notes(model, tokenizer),
         *peft_drops(model),

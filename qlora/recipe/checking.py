@@ -103,7 +103,7 @@ def _defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:
         if isinstance(kind, type) and issubclass(kind, Section):
             flat |= _defaults(kind, f"{prefix}{name}.")
         elif not field.is_required():
-            flat[prefix + name] = field.default
+            flat[prefix + (field.alias or name)] = field.default
     return flat
 
 

@@ -1,13 +1,19 @@
 """Facts about each adapter method that a recipe needs; the methods themselves are in `qlora.adapter.methods`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qlora.recipe.rank_budget import RankBudget
 
 LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern")
 
 BUDGET_KEYS = tuple(f"budget.{key}" for key in RankBudget.model_fields)
+
+BROUGHT_KEYS = (
+    "rank", "alpha", "scaling", "init", "targets", "rank_pattern", "alpha_pattern", *BUDGET_KEYS,
+)  # fmt: skip
+"""keys whose values an adapter brings along that a run continues"""
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,8 @@ class MethodFacts:
 
     summary: str
     """the trained parameters in words, with fields of the section `adapter` in braces"""
+    continued: str | None = None
+    """the same for a run that continues the adapter in `folder`; None if this method cannot"""
     frozen_base: bool = True
     """True if the base is not trained: it can be in NF4, and the result is an adapter; else the result is a model"""
     unused: tuple[str, ...] = ()
@@ -35,6 +43,7 @@ class MethodFacts:
 METHODS = {
     "lora": MethodFacts(
         "LoRA of rank {rank} on {targets}",
+        "LoRA continued from {folder}",
         unused=BUDGET_KEYS,
         starts_from_weights=True,
         rate_is_loras=True,
@@ -42,7 +51,11 @@ METHODS = {
         fused=True,
     ),
     "dora": MethodFacts(
-        "DoRA of rank {rank} on {targets}", unused=BUDGET_KEYS, rate_is_loras=True, grows_with_rank=True
+        "DoRA of rank {rank} on {targets}",
+        "DoRA continued from {folder}",
+        unused=BUDGET_KEYS,
+        rate_is_loras=True,
+        grows_with_rank=True,
     ),
     "adalora": MethodFacts(
         "AdaLoRA of rank {rank} on average on {targets}",
@@ -57,22 +70,25 @@ METHODS = {
     "full": MethodFacts(
         "all weights trained",
         frozen_base=False,
-        unused=(*LOW_RANK_KEYS, *BUDGET_KEYS, "targets", "train_tokens", "train_modules"),
+        unused=(*LOW_RANK_KEYS, *BUDGET_KEYS, "targets", "train_tokens", "train_modules", "from"),
     ),
-    "bitfit": MethodFacts("biases of {targets}", unused=(*LOW_RANK_KEYS, *BUDGET_KEYS)),
+    "bitfit": MethodFacts(
+        "biases of {targets}", "biases continued from {folder}", unused=(*LOW_RANK_KEYS, *BUDGET_KEYS)
+    ),
 }
 
 
 def summary_of(
-    facts: MethodFacts,
-    rank: int,
-    targets: str | Sequence[str],
-    tokens: str | Sequence[str],
-    modules: Sequence[str],
+    facts: MethodFacts, settings: Mapping[str, Any], tokens: str | Sequence[str], modules: Sequence[str]
 ) -> str:
-    """Return a short description of the trained parameters: those of the method, and tokens and modules beside it."""
+    """Return a short description of the trained parameters: those of the method, and tokens and modules beside it.
+
+    settings: rank, targets, and the folder of the adapter that is continued or None.
+    """
+    targets = settings["targets"]
     layers = targets if isinstance(targets, str) else f"{len(targets)} targets"
-    parts = [facts.summary.format(rank=rank, targets=layers)]
+    continued = facts.continued if settings["folder"] is not None else None
+    parts = [(continued or facts.summary).format(**{**settings, "targets": layers})]
     if tokens:
         count = f"{len(tokens)} token{'s' * (len(tokens) != 1)}"
         parts.append(f"rows of {'new tokens' if tokens == 'new' else count}")

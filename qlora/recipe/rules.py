@@ -13,7 +13,7 @@ from operator import eq
 from typing import Any
 
 from qlora.formats import FORMATS
-from qlora.recipe.methods import BUDGET_KEYS, METHODS
+from qlora.recipe.methods import BROUGHT_KEYS, BUDGET_KEYS, METHODS
 from qlora.recipe.problems import shorten
 from qlora.recipe.sizes import parse_size
 from qlora.recipe.source_names import is_local
@@ -52,6 +52,7 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
         (tuple(f"adapter.{key}" for key in facts.unused), "adapter.method", partial(eq, method))
         for method, facts in METHODS.items()
     ),
+    (tuple(f"adapter.{key}" for key in BROUGHT_KEYS), "adapter.from", lambda folder: folder is not None),
     (("base.double_quant", "base.block_size"), "base.quantization", lambda name: name == "none"),
     (("base.revision",), "base.model", lambda model: LOCAL_FOLDER.fullmatch(model) is not None),
     (
@@ -104,6 +105,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
     return [
         *_idle(settings, given),
         *_method(settings, given),
+        *_start(settings),
         *_scaling(settings),
         *_init(settings),
         *_steps(settings, given),
@@ -135,6 +137,15 @@ def _method(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
         yield key, f"{method} needs base.quantization: none, because NF4 weights cannot be trained"
     if settings.get("base.embedding") == "host":
         yield "base.embedding", f"host needs a frozen base; with adapter.method: {method}, leave it out"
+
+
+def _start(settings: Settings) -> Iterator[KeyProblem]:
+    folder, method = settings.get("adapter.from"), settings.get("adapter.method", "")
+    facts = METHODS.get(method)
+    if folder is None or facts is None or facts.continued is not None or "from" in facts.unused:
+        return
+    able = ", ".join(name for name, facts in METHODS.items() if facts.continued is not None)
+    yield "adapter.from", f"is defined for adapter.method: {able}; {method} cannot continue an adapter"
 
 
 def _scaling(settings: Settings) -> Iterator[KeyProblem]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from qlora.formats import FORMATS
-from qlora.recipe.methods import METHODS, MethodFacts, summary_of
+from qlora.recipe.methods import BROUGHT_KEYS, METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
 from qlora.recipe.section import Count, CountOrZero, Decay, Device, Factor, FactorOrZero, Norm, Section, Text
@@ -58,6 +58,8 @@ class Adapter(Section):
 
     method: Literal["lora", "dora", "adalora", "vera", "full", "bitfit"] = "lora"
     """lora, dora, adalora, vera: low-rank updates (see Methods); full: all weights; bitfit: biases only."""
+    start_from: Annotated[Text | None, Field(alias="from")] = None
+    """Run or adapter folder to continue, of qlora or PEFT: its layers, ranks and numbers; null: a new adapter."""
     rank: Count = 8
     """Rank of the update B·A (LoRA, section 7.2: 8 is typically enough; QLoRA, appendix B.2: 64)."""
     alpha: Factor | None = None
@@ -86,7 +88,7 @@ class Adapter(Section):
     @property
     def initial_rank(self) -> int:
         """Rank of the layers at the start: `rank`, and with AdaLoRA the first rank of its budget."""
-        if "budget.initial_rank" in self.facts.unused:
+        if "budget.initial_rank" in self.unused:
             return self.rank
         return self.budget.initial_rank or -(-3 * self.rank // 2)
 
@@ -106,9 +108,15 @@ class Adapter(Section):
         return METHODS[self.method]
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        """Keys of this section without effect: those that the method lacks, or that a continued adapter brings."""
+        return self.facts.unused if self.start_from is None else (*self.facts.unused, *BROUGHT_KEYS)
+
+    @property
     def summary(self) -> str:
         """Short description of the trained parameters, for reports."""
-        return summary_of(self.facts, self.rank, self.targets, self.train_tokens, self.train_modules)
+        settings = {"rank": self.rank, "targets": self.targets, "folder": self.start_from}
+        return summary_of(self.facts, settings, self.train_tokens, self.train_modules)
 
 
 class Source(Section):

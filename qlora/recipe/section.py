@@ -19,8 +19,9 @@ Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
 
 
 class Section(BaseModel):
-    """A group of recipe keys."""
+    """A group of recipe keys. A key that is a word of Python, such as `from`, is the alias of a field."""
 
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
+        serialize_by_alias=True,
+    )  # fmt: skip

@@ -91,7 +91,7 @@ def advise(
     adapter = recipe.adapter
     suggestions: list[str] = []
     if base_parameters >= SMALLEST_PARAMETERS:
-        if "rank" not in adapter.facts.unused:
+        if "rank" not in adapter.unused:
             suggestions += _rank(adapter, adapter_parameters, trained_tokens)
             suggestions += _targets(recipe)
         suggestions += _rate(recipe)

@@ -17,6 +17,7 @@ from qlora.memory.workload import assumed
 from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config, load_tokenizer
+from qlora.model.prepare import check_continued
 from qlora.model.progress import is_on_hub
 from qlora.model.tokens import TrainedTokens
 from qlora.model.unused_tensors import unused_notes
@@ -125,7 +126,9 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
                 *gpu_notes(recipe, config, device),
             ]
     with startup.stage("reading the data"):
-        dataset, whole = _rows(recipe, found)
+        tokens = TrainedTokens.of(recipe)
+        found.notes += check_continued(recipe, tokens.tokenizer)
+        dataset, whole = _rows(recipe, tokens, found)
     if dataset is None:
         with startup.stage("forecasting memory"):
             found.memory = _assumed_memory(recipe, cuda)
@@ -194,7 +197,7 @@ def _assumed_memory(recipe: Recipe, cuda: bool) -> MemoryFacts:
     )
 
 
-def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
+def _rows(recipe: Recipe, tokens: TrainedTokens, found: Checked) -> tuple[Dataset | None, bool]:
     """Load the rows, or the first of a large file. Returns None if they are on the hub, and True if all were read."""
     section = recipe.data
     if hub := hub_sources(recipe):
@@ -202,7 +205,6 @@ def _rows(recipe: Recipe, found: Checked) -> tuple[Dataset | None, bool]:
             f"the rows: {', '.join(hub)} is not a local file; `qlora data` downloads and reads it"
         )
         return None, False
-    tokens = TrainedTokens.of(recipe)
     file = None if section.source is None else Path(section.source)
     large = file is not None and file.is_file() and file.stat().st_size > LARGE_BYTES
     whole = not large or section.limit is not None

@@ -19,12 +19,13 @@ from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config
-from qlora.model.prepare import build, model_notes
+from qlora.model.prepare import build, continue_adapter, model_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.model.tokens import TrainedTokens
 from qlora.model.unused_tensors import unused_notes
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
+from qlora.optim import Optimizer
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.runtime.allocators import keep_freed_memory
@@ -59,6 +60,11 @@ def prepare(
         QloraError: as `train`.
     """
     device, startup = processes.device, startup or silent()
+    continued = recipe.adapter.start_from
+    if start is not None and continued is not None:
+        recipe = _from(
+            recipe, str(start)
+        )  # whose layers are the same, also if the folder of `adapter.from` is gone
     with startup.stage("reading the data") as progress:
         tokenizer, dataset = _read(recipe, rows, progress)
     _check_same_rows(processes, dataset)
@@ -77,23 +83,25 @@ def prepare(
         memory = RunMemory.of(recipe, dataset, batches, steps, device)
     if device.type == "cpu":
         keep_freed_memory()
-    if is_on_hub(recipe.base):
-        with startup.stage(f"downloading {recipe.base.model}", own_bars=True):
-            download(recipe.base)
-    with startup.stage("loading the base") as progress, tensors_counted(progress):
-        model, optimizer = build(recipe, device, start=start)
-        model = processes.shard(model)
-        notes += unused_notes(recipe.base, config)
+    model, optimizer, found = _build(recipe, processes, tokenizer, startup, start)
+    notes += [*found, *unused_notes(recipe.base, config)]
     _check_same_start(processes, model)
     with startup.stage(f"{_compiling(device)}checking the model"):
         _check_model(model, tokenizer, recipe, device)
     method = METHODS[recipe.adapter.method]
     course = method.course(model, recipe.adapter, steps)
     memory = memory.with_watch(model, optimizer, course, every_step=watch_all)
+    own = [] if continued else method.notes(model)  # they describe the start of a new adapter
     return Session(
-        recipe, processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe), course, memory, plan,
-        [*notes, *method.notes(model), *model_notes(model, tokenizer, recipe)], startup,
+        _from(recipe, continued), processes, tokenizer, dataset, batches, model, optimizer, objective_of(recipe),
+        course, memory, plan, [*notes, *own, *model_notes(model, tokenizer, recipe)], startup,
     )  # fmt: skip
+
+
+def _from(recipe: Recipe, folder: str | None) -> Recipe:
+    """Return the recipe with another folder in `adapter.from`."""
+    adapter = recipe.adapter.model_copy(update={"start_from": folder})
+    return recipe.model_copy(update={"adapter": adapter})
 
 
 def _notes(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
@@ -111,6 +119,20 @@ def _read(
     dataset = load_dataset(recipe.data, tokens.tokenizer, seed, rows=rows, progress=progress)
     tokens.check_rows(dataset.train)
     return tokens.tokenizer, dataset
+
+
+def _build(
+    recipe: Recipe, processes: DataParallel, tokenizer: Any, startup: Startup, start: Path | None
+) -> tuple[Any, Optimizer, list[str]]:
+    """Load the base and add the adapter, a new one or one that goes on; return remarks on that too."""
+    if is_on_hub(recipe.base):
+        with startup.stage(f"downloading {recipe.base.model}", own_bars=True):
+            download(recipe.base)
+    with startup.stage("loading the base") as progress, tensors_counted(progress):
+        model, optimizer = build(recipe, processes.device, start=start)
+        # The checkpoint of a resumed run is read later, with the optimizer's state
+        notes = continue_adapter(model, recipe, tokenizer) if start is None else []
+        return processes.shard(model), optimizer, notes
 
 
 def _compiling(device: torch.device) -> str:

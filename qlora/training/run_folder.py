@@ -149,6 +149,11 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
                 f"output: {place} is a broken symbolic link to {place.readlink()}. Remove or mend it, or choose "
                 "another folder with output=..."
             )
+    if (start := recipe.adapter.start_from) is not None and _is_inside(Path(start), path):
+        raise RecipeError(
+            f"output: the run would replace {path}, which holds the adapter that it continues (adapter.from={start}). "
+            "Choose another folder with output=..."
+        )
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file, not a folder. Choose another with output=...")
     names = {child.name for child in path.iterdir()} if path.is_dir() else set()
@@ -234,6 +239,11 @@ def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
             )
     _replace(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
     _replace(run.path / "recipe.yaml", recipe.to_yaml().encode())
+
+
+def _is_inside(folder: Path, output: Path) -> bool:
+    """Return True if a folder is the output or in it, also through links."""
+    return folder.resolve().is_relative_to(output.resolve())
 
 
 def _is_ours(path: Path, names: set[str]) -> bool:
