@@ -57,12 +57,17 @@ def alone(folders: dict[str, Path]) -> dict[str, Trained]:
     return {**trained, "base": load_trained(folders["clerk"], with_adapter=False)}
 
 
+@pytest.fixture(scope="module")
+def one_client(server: Running) -> Iterator[openai.OpenAI]:
+    with server.client() as client:  # takes a tenth of a second
+        yield client
+
+
 @pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
+def client(server: Running, one_client: openai.OpenAI) -> Iterator[openai.OpenAI]:
     server.gate.rounds.clear()
     server.log.clear()
-    with server.client() as client:
-        yield client
+    yield one_client
     server.gate.open.set()
     wait_for(lambda: server.engine.load == (0, 0))
 
@@ -412,8 +417,8 @@ def test_the_command_serves_until_a_signal(
         "prompt of poet  system prompt: You are a poet. (that of all training rows)",
         " MiB, cache 0.0469 MiB\n",  # 3 x 32 tokens of 512 bytes
         "requests        up to 3 at once, 32 tokens each; up to 64 wait",
-        f"address  {url}; requests need the key in QLORA_API_KEY",
-        "answered 1 requests: 3 tokens in ",
+        f"address         {url}; requests need the key in QLORA_API_KEY",
+        "answers: 1; 3 tokens in ",
     ):
         assert line in done.stderr
     assert json.dumps("secret") not in done.stderr

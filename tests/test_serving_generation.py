@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.errors import ModelError, OutOfMemoryError, UsageError
 from qlora.inference.generate import answer
-from qlora.inference.load import load_trained
 from qlora.recipe import Recipe
 from qlora.serving import runners
 from qlora.serving import start as starting
@@ -84,15 +83,14 @@ ASKED = [(name, question) for question in QUESTIONS for name in ("clerk", "poet"
 
 
 @pytest.fixture(scope="module")
-def alone(folders: dict[str, Path]) -> list[str]:
-    """Answers to `ASKED`, of 3, 3, 4, 4, ... tokens, each by a model loaded for it alone."""
-    trained = {name: load_trained(folder) for name, folder in folders.items()}
-    trained["base"] = load_trained(folders["clerk"], with_adapter=False)
-    return [
-        answer(model.model, model.tokenizer, model.prompts.encode(question), 3 + number // 2)
-        for number, (name, question) in enumerate(ASKED)
-        for model in [trained[name]]
-    ]
+def alone(models: Models) -> list[str]:
+    """Answers to `ASKED`, of 3, 3, 4, 4, ... tokens, each asked alone."""
+    found = []
+    for number, (name, question) in enumerate(ASKED):
+        models.adapters.activate(models.served[name].adapter)  # type: ignore[union-attr]
+        ids = models.served[name].prompts.encode(question)
+        found.append(answer(models.model, models.tokenizer, ids, 3 + number // 2))
+    return found
 
 
 @pytest.mark.parametrize("batched", [True, False])

@@ -80,12 +80,11 @@ def serve(
             models = open_models(adapter, named, context=context, device=device, **trust)
         with startup.stage("comparing a batch with single requests"):
             start = choose_runner(models, parallel)
-        startup.table(_facts(models, start, queue))
         engine = Engine(start.runner, models.tokenizer, queue)
-        number = _serve(models, engine, opened, host, startup)
+        number = _serve(models, engine, opened, host, startup, _facts(models, start, queue))
     totals = engine.totals
     _log(
-        f"answered {totals.answers:,} requests: {totals.tokens:,} tokens in {totals.seconds:.1f} s of work, "
+        f"answers: {totals.answers:,}; {totals.tokens:,} tokens in {totals.seconds:.1f} s of work, "
         f"{totals.rate:,.1f} tokens/s"
     )
     if number is not None:
@@ -93,7 +92,12 @@ def serve(
 
 
 def _serve(
-    models: "Models", engine: "Engine", opened: socket.socket, host: str, startup: "Startup"
+    models: "Models",
+    engine: "Engine",
+    opened: socket.socket,
+    host: str,
+    startup: "Startup",
+    facts: list[tuple[str, str]],
 ) -> int | None:
     """Serve until a signal comes, and return it."""
     from qlora.serving.app import build_app
@@ -104,7 +108,7 @@ def _serve(
     local = address in LOCAL
     key = os.environ.get(KEY_VARIABLE) or None
     asked = f"; requests need the key in {KEY_VARIABLE}" if key else ""
-    startup.table([("address", f"http://{f'[{host}]' if ':' in host else host}:{port}/v1{asked}")])
+    startup.table([*facts, ("address", f"http://{f'[{host}]' if ':' in host else host}:{port}/v1{asked}")])
     if not local and key is None:
         startup.warn(f"this address is open to the network, without a key; {KEY_VARIABLE} sets one")
     app = build_app(models, engine, _log, hosts=(*LOCAL, host.lower()) if local else (), key=key)
