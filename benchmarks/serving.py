@@ -12,7 +12,6 @@ the bundled tokenizer's vocabulary. A line is the median of its rounds, which al
 
 import argparse
 import json
-import os
 import re
 import shutil
 import signal
@@ -140,23 +139,22 @@ def serving(runs: dict[str, Path], parallel: int) -> Iterator[tuple[str, int, st
         f"{second}={runs[second]}",
     ]
     options = ["--port", "0", "--parallel", str(parallel), "--context", "256"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said: list[str] = []
-    url = None
-    for line in process.stderr:
-        said.append(line)
-        if found := re.match(r"address +(\S+)", line):
-            url = found[1]
-            break
-    if url is None:
-        sys.exit("".join(said))
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    try:
-        yield url, process.pid, next(line.strip() for line in said if line.startswith("memory"))
-    finally:
-        os.kill(process.pid, signal.SIGTERM)
-        process.wait(60)
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said: list[str] = []
+        while not said or not said[-1].startswith("address"):
+            if not (line := process.stderr.readline()):
+                sys.exit("".join(said))
+            said.append(line)
+        reader = threading.Thread(target=process.stderr.read)  # its log
+        reader.start()
+        try:
+            memory = next(line.strip() for line in said if line.startswith("memory"))
+            yield said[-1].split()[1], process.pid, memory
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            reader.join()
 
 
 def measure(url: str, process: int, models: Sequence[str], tokens: int) -> Measured:

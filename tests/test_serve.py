@@ -18,12 +18,13 @@ from examples_for_tests import ROOT, blocks
 from runs_for_tests import finished_run
 from serving_for_tests import Running, running
 
+from benchmarks.serving import measure, serving, write_runs
 from qlora.errors import UsageError
 from qlora.inference.generate import answer
 from qlora.inference.load import Trained, load_trained
 from qlora.recipe import Recipe
 from qlora.serving.guard import Guard, host_of
-from qlora.serving.models import open_models
+from qlora.serving.models import Models, open_models
 from qlora.serving.parameters import BOTH, CHAT, COMPLETION
 from qlora.serving.server import listen
 from qlora.serving.start import choose_runner
@@ -44,8 +45,12 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def server(folders: dict[str, Path]) -> Iterator[Running]:
-    models = open_models(str(folders["clerk"]), {"poet": str(folders["poet"])}, context=64)
+def models(folders: dict[str, Path]) -> Models:
+    return open_models(str(folders["clerk"]), {"poet": str(folders["poet"])}, context=64)
+
+
+@pytest.fixture(scope="module")
+def server(models: Models) -> Iterator[Running]:
     with running(models, choose_runner(models, 2).runner, queue=1) as server:
         yield server
 
@@ -88,21 +93,21 @@ def test_adapters_by_name_answer_as_each_does_alone(
     seen = set()
     for name, trained in alone.items():
         ids = trained.prompts.encode(question)
-        expected = answer(trained.model, trained.tokenizer, ids, 8)
+        expected = answer(trained.model, trained.tokenizer, ids, 6)
         asked: Any = {"model": name, "messages": [{"role": "user", "content": question}], "temperature": 0}
-        whole = client.chat.completions.create(**asked, max_tokens=8)
+        whole = client.chat.completions.create(**asked, max_tokens=6)
         assert whole.choices[0].message.content == expected
         assert whole.usage is not None
-        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 8)
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 6)
         assert whole.choices[0].finish_reason == "length"
         *pieces, last = client.chat.completions.create(
-            **asked, max_completion_tokens=8, stream=True, stream_options={"include_usage": True}
+            **asked, max_completion_tokens=6, stream=True, stream_options={"include_usage": True}
         )
         assert last.usage == whole.usage
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
         assert [p.choices[0].finish_reason for p in pieces][-2:] == [None, "length"]
         assert len({piece.id for piece in [*pieces, last]}) == 1
-        assert len(pieces) > 4
+        assert len(pieces) > 3
         seen.add(expected)
     assert len(seen) == 3
     wait_for(lambda: len(server.log) == 6)
@@ -114,14 +119,14 @@ def test_conversations_and_stop_sequences(client: openai.OpenAI, alone: dict[str
     clerk = alone["clerk"]
     before = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
     ids = clerk.prompts.encode("C?", before, system="Be brief.")
-    expected = answer(clerk.model, clerk.tokenizer, ids, 20)
+    expected = answer(clerk.model, clerk.tokenizer, ids, 12)
     parts = [{"type": "text", "text": "C"}, {"type": "text", "text": "?"}]
     messages: Any = [
         {"role": "developer", "content": "Be brief."},
         *before,
         {"role": "user", "content": parts},
     ]
-    asked: Any = {"model": "clerk", "messages": messages, "temperature": 0, "max_tokens": 20}
+    asked: Any = {"model": "clerk", "messages": messages, "temperature": 0, "max_tokens": 12}
     assert client.chat.completions.create(**asked).choices[0].message.content == expected
     stop = expected[7:9]
     stopped = client.chat.completions.create(**asked, stop=stop)
@@ -142,7 +147,7 @@ def test_conversations_and_stop_sequences(client: openai.OpenAI, alone: dict[str
 def test_the_same_seed_gives_the_same_answer(client: openai.OpenAI) -> None:
     def ask(**settings: Any) -> str | None:
         return (
-            client.chat.completions.create(model="clerk", messages=HI, max_tokens=6, **settings)  # type: ignore
+            client.chat.completions.create(model="clerk", messages=HI, max_tokens=5, **settings)  # type: ignore
             .choices[0]
             .message.content
         )
@@ -351,8 +356,7 @@ def test_a_key_is_needed_if_there_is_one(server: Running) -> None:
     assert host_of("[::1]:80") == "::1"
 
 
-def test_a_server_that_ends_ends_its_streams(folders: dict[str, Path]) -> None:
-    models = open_models(str(folders["clerk"]), {}, context=64)
+def test_a_server_that_ends_ends_its_streams(models: Models) -> None:
     with running(models, choose_runner(models, 1).runner) as server, server.client() as client:
         stream = client.chat.completions.create(model="clerk", **LONG, stream=True)  # type: ignore
         next(stream)
@@ -441,3 +445,17 @@ def test_what_keeps_the_command_from_starting(
     )
     with pytest.raises(UsageError, match="cannot listen there"):
         listen("203.0.113.1", 8000)  # an address for documentation, of no machine
+
+
+@pytest.mark.slow
+def test_eight_clients_get_three_times_the_tokens_of_one(tmp_path: Path) -> None:
+    """The best of three rounds each, because other programs of the machine slow some down."""
+    runs = write_runs(tmp_path, "bundled", layers=4, dtype="float32")
+    with serving(runs, parallel=8) as (url, process, _):
+        rounds = [
+            (measure(url, process, ["one"], 32), measure(url, process, ["one"] * 8, 32)) for _ in range(3)
+        ]
+    one, eight = (max(each.tokens_per_s for each in found) for found in zip(*rounds, strict=True))
+    assert eight > 3 * one
+    memory = [each.memory_bytes for pair in rounds for each in pair]
+    assert memory[-1] - memory[1] < 2**24
