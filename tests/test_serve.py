@@ -240,6 +240,7 @@ def test_bodies_and_addresses_that_are_no_requests(server: Running, monkeypatch:
         )
         assert post(b"{}", {"content-type": "text/plain"})[0] == 415
         assert post(b"{}", {**json_type, "host": "evil.example:80"})[0] == 403
+        assert server.log[-1].startswith("POST /v1/completions 403 the Host header is not a name")
         assert post(b"{}", to="/nowhere%0A%25")[1].endswith(
             "/v1/models, /v1/chat/completions, /v1/completions"
         )
@@ -343,16 +344,18 @@ def test_a_key_is_needed_if_there_is_one(server: Running) -> None:
     async def sent(message: Any) -> None:
         answers.append(message.get("status"))
 
-    guard = Guard(app, (), "sécret")
+    log: list[str] = []
+    guard = Guard(app, (), "sécret", log.append)
     answers: list[Any] = []
     for header in (None, "Bearer wrong", "Basic sécret", "Bearer sécret"):
         headers = [] if header is None else [(b"authorization", header.encode("latin-1"))]
-        scope = {"type": "http", "headers": headers}
+        scope = {"type": "http", "method": "GET", "path": "/v1\x1b", "headers": headers}
         coroutine = guard(scope, None, sent)  # type: ignore[arg-type]
         with pytest.raises(StopIteration):
             coroutine.send(None)
     assert [status for status in answers if status] == [401] * 3
     assert len(calls) == 1
+    assert [line.partition(" the ")[0] for line in log] == ["GET '/v1\\x1b' 401"] * 3
     assert host_of("[::1]:80") == "::1"
 
 

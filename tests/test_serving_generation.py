@@ -97,7 +97,7 @@ def alone(models: Models) -> list[str]:
 def test_answers_of_a_batch_are_those_of_each_request_alone(
     models: Models, alone: list[str], batched: bool
 ) -> None:
-    """In float32: other dtypes round a batch otherwise. Three models, lengths that differ, five slots for twelve."""
+    """Float32, because other dtypes round a batch otherwise; three models, lengths that differ, five slots."""
     runner = choose_runner(models, 5).runner
     if not batched:
         runner = OneAtATime(models.model, models.tokenizer, models.adapters)

@@ -20,7 +20,7 @@ from qlora.runtime.out_of_memory import is_out_of_memory
 from qlora.serving import replies
 from qlora.serving.api_error import ApiError
 from qlora.serving.engine import Engine, QueueFull
-from qlora.serving.guard import Guard
+from qlora.serving.guard import Guard, request_line
 from qlora.serving.job import Event, Failed, Finished, Job, Piece, Settings, Stopping
 from qlora.serving.models import Models
 from qlora.serving.parameters import Wanted, parse, read, shown
@@ -58,7 +58,7 @@ def build_app(
             Route(CHAT, endpoint.chat, methods=["POST"]),
             Route(COMPLETION, endpoint.completion, methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, hosts=hosts, key=key)],
+        middleware=[Middleware(Guard, hosts=hosts, key=key, log=log)],
         exception_handlers={
             ApiError: endpoint.refuse,
             HTTPException: endpoint.refuse,
@@ -116,7 +116,7 @@ class Endpoints:
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Respond to an error, in the shape of OpenAI's API."""
         known = api_error(error)
-        self._log(f"{_line(request)} {known.status} {first_line(known)[:200]}")
+        self._log(f"{request_line(request.scope)} {known.status} {first_line(known)[:200]}")
         return JSONResponse(known.body, known.status, known.headers)
 
     def _described(self, name: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Endpoints:
         reply = Reply(wanted.model, chat=chat, include_usage=wanted.include_usage)
 
         def log(status: int, text: str) -> None:
-            self._log(f"{_line(request)} {status} {shown(wanted.model)}: {text}")
+            self._log(f"{request_line(request.scope)} {status} {shown(wanted.model)}: {text}")
 
         if wanted.stream:
             return _Stream(_events(exchange, reply, log), _left(exchange.job, log))
@@ -269,8 +269,3 @@ async def _gone(request: Request) -> None:
     """Return when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _line(request: Request) -> str:
-    path = request.scope["path"]
-    return f"{request.method[:10]} {path if path.isascii() and path.isprintable() and len(path) < 60 else shown(path)}"

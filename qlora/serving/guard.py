@@ -1,13 +1,14 @@
 """Admission of requests: those to a name of this server, and with its key if it has one."""
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qlora.serving.api_error import ApiError
+from qlora.serving.parameters import shown
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """names of this machine for itself"""
@@ -23,10 +24,13 @@ class Guard:
         app: the application.
         hosts: names under which the server may be reached; empty for any.
         key: key that each request must have; None for none.
+        log: called with one line for each request that is refused.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], key: str | None) -> None:
-        self._app, self._hosts, self._key = app, frozenset(hosts), key
+    def __init__(
+        self, app: ASGIApp, hosts: Sequence[str], key: str | None, log: Callable[[str], object]
+    ) -> None:
+        self._app, self._hosts, self._key, self._log = app, frozenset(hosts), key, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -35,6 +39,7 @@ class Guard:
         try:
             self._check(Headers(scope=scope))
         except ApiError as error:
+            self._log(f"{request_line(scope)} {error.status} {error}")
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -68,3 +73,10 @@ def host_of(header: str) -> str:
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
     return header.partition(":")[0].lower()
+
+
+def request_line(scope: Scope) -> str:
+    """Return method and path of a request for the log, in printable characters."""
+    path = scope["path"]
+    plain = path.isascii() and path.isprintable() and len(path) < 60
+    return f"{scope['method'][:10]} {path if plain else shown(path)}"
