@@ -100,6 +100,19 @@ def test_the_fingerprint_depends_only_on_what_is_trained(hundred: Path, tmp_path
     assert len({reference, *(other.fingerprint for other in others)}) == 6
 
 
+def test_the_digest_of_held_out_rows_depends_on_nothing_else(hundred: Path, tmp_path: Path) -> None:
+    second = str(write(tmp_path / "second.jsonl", pairs(7)))
+    reference = load(hundred, held_out=second).held_out.sha256
+    assert load(hundred, held_out=second, limit=20).held_out.sha256 == reference
+    others = [
+        load(hundred, held_out=second, train_on="all"),
+        load(hundred, held_out=second, tokenizer=byte_level()),
+        load(hundred, held_out=7),
+        load(hundred, held_out=str(write(tmp_path / "third.jsonl", pairs(8)))),
+    ]
+    assert len({reference, *(other.held_out.sha256 for other in others)}) == 5
+
+
 def test_limit_takes_the_first_rows(hundred: Path) -> None:
     assert origins(load(hundred, limit=5).train) == [1, 2, 3, 4, 5]
 

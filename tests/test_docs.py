@@ -24,12 +24,13 @@ from qlora.recipe.loading import load
 # Programs in examples that this file does not run: those of CI and of developers, and the trackers' own.
 OTHER_PROGRAMS = {
     ".", "cd", "git", "pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
-    ".ci/tested", "wandb", "tensorboard", "vllm",
+    ".ci/tested", "wandb", "tensorboard", "bash", "vllm",
 }  # fmt: skip
 # Many pages begin with this command; it runs once, in its short form, for all of them.
 QUICKSTART = ["train", "quickstart"]
 FULL_RUN = "output of the full run"
 LANGUAGES = {"console", "python", "yaml", "json", "jsonl", "diff", "text", ""}
+SCRIPTS = {"bash"}  # only as files; tests/test_sweeps.py runs them
 
 
 def name_of(page: Path) -> str:
@@ -113,7 +114,8 @@ def run_all(found: list[Block], monkeypatch: pytest.MonkeyPatch, quickstart: Don
     """Run blocks in order. `quickstart`: what a short `qlora train quickstart` printed, so that it runs only once."""
     namespace: dict[str, Any] = {}
     for block in found:
-        assert block.language in LANGUAGES, f"{block.place}: blocks of {block.language!r} are not tested"
+        known = block.language in LANGUAGES or (block.title and block.language in SCRIPTS)
+        assert known, f"{block.place}: blocks of {block.language!r} are not tested"
         if block.title:
             Path(block.title).parent.mkdir(parents=True, exist_ok=True)
             Path(block.title).write_text(block.text)

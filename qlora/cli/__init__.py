@@ -9,6 +9,7 @@ import typer
 from qlora.cli import adapter, cache, recipes
 from qlora.cli.chat import chat
 from qlora.cli.check import check
+from qlora.cli.compare import compare
 from qlora.cli.data import data
 from qlora.cli.env import env
 from qlora.cli.estimate import estimate
@@ -41,6 +42,7 @@ app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("merge")(merge)
 app.command("report")(report)
+app.command("compare")(compare)
 app.command("env")(env)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(recipes.app, name="recipes")

@@ -233,10 +233,10 @@ def inspect(
     from qlora.adapter.algebra import tensors
     from qlora.adapter.algebra.spectrum import LIMITS, judge, spectra
     from qlora.adapter.trained_parts import describe_parts
-    from qlora.report import spectrum_picture
+    from qlora.report import pictures, spectrum_picture
 
     if picture is not None:
-        spectrum_picture.require_format(picture)
+        pictures.require_format(picture)
     if (reason := tensors.method_in(tensors.adapter_folder(adapter)).why_no_sum) is not None:
         if picture is not None:
             raise UsageError(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+WIDEST = 10_000
+"""columns of the widest table"""
+
 
 def grouped(layers: Mapping[str, Value], per_layer: bool) -> dict[str, list[Value]]:
     """Group the layers by kind (such as q_proj); `per_layer` makes one group per layer."""
@@ -92,12 +95,36 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print_table(table)
 
 
+def show_in_parts(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as `show` does; on a terminal that is too narrow, in parts, each with the first column."""
+    from rich.console import Console
+
+    console = Console()
+    parts: list[list[int]] = [[]]
+    widths = [
+        max(len(line) for text in column for line in text.split("\n")) + 2
+        for column in zip(head, *rows, strict=True)
+    ]
+    for number in range(1, len(head)):
+        if parts[-1] and console.is_terminal:
+            used = sum(widths[n] for n in (0, *parts[-1], number))
+            if used > console.width:
+                parts.append([])
+        parts[-1].append(number)
+    for index, part in enumerate(parts):
+        if index:
+            print()
+        show([head[n] for n in (0, *part)], [[row[n] for n in (0, *part)] for row in rows])
+
+
 def print_table(table: "Table | Group") -> None:
     """Print a table on standard output in its full width; in a file or a pipe, without padding."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    width = max(console.width, console.measure(table).maximum)
+    unbounded = console.options.update(width=WIDEST)  # else the measure ends at the console's width
+    width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.width = width
     if console.is_terminal:
         console.print(table, soft_wrap=True, width=width)
         return

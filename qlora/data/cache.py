@@ -62,6 +62,11 @@ def load_dataset(
     )
 
 
+def cached_dataset(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset | None:
+    """Return what `load_dataset` returns if it is in the cache; None if the rows would have to be read again."""
+    return cache.found("data", lambda: _key(section, tokenizer, seed), _load)
+
+
 def _key(section: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> str | None:
     """Hash everything that determines the Dataset; None if part of it is unknown, then nothing is cached."""
     parts = [*section.parts, *([section.evaluation] if section.evaluation else [])]

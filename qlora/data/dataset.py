@@ -272,7 +272,7 @@ def _counts(
     readings = [source.reading for source in sources]
     lengths = train.lengths.tolist()
     packed_rows = len(best_fit(lengths, section.max_length)) if section.packing else 0
-    seen = {_digest(row.input_ids) for row in train}
+    seen = train.digests
     reasons: Counter[str] = sum((reading.bad.kinds for reading in readings), Counter())
     return Counts(
         read=sum(reading.read for reading in readings),
@@ -285,7 +285,7 @@ def _counts(
         train=len(train),
         held_out=len(held_out),
         repeated=len(train) - len(seen),
-        held_out_seen=sum(_digest(row.input_ids) in seen for row in held_out),
+        held_out_seen=held_out.among(seen),
         tokens=sum(lengths),
         supervised=int(train.supervised.sum(dtype=np.int64)),
         packing_efficiency=sum(lengths) / (packed_rows * section.max_length) if packed_rows else None,
@@ -308,18 +308,10 @@ def _counts(
     )
 
 
-def _digest(tokens: "np.ndarray[Any, Any]") -> bytes:
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
-
-
 def _fingerprint(train: Examples, held_out: Examples, mixture: Sequence[Share]) -> str:
     digest = hashlib.sha256()
-    for rows in (train, held_out):
-        digest.update(len(rows).to_bytes(8, "little"))
-        for row in rows:
-            # the length first, so that different splits of the same tokens differ; little-endian on every machine
-            digest.update(len(row.input_ids).to_bytes(8, "little"))
-            digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
+    train.add_to(digest)
+    held_out.add_to(digest)
     for share in mixture:
         digest.update(np.array([share.total, share.per_epoch], dtype="<i8").tobytes())
     return digest.hexdigest()

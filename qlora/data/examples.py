@@ -1,5 +1,6 @@
 """Tokenised documents in flat arrays, which are mapped from files: they need no memory of their own."""
 
+import hashlib
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,6 +114,30 @@ class Examples(Sequence[Example]):
             [self.origins[index] for index in chosen],
         )
 
+    def add_to(self, digest: "hashlib._Hash") -> None:
+        """Update a digest with the number of documents and with their token ids and labels, in order."""
+        digest.update(len(self).to_bytes(8, "little"))
+        for row in self:
+            # the length first, so that different splits of the same tokens differ; little-endian on every machine
+            digest.update(len(row.input_ids).to_bytes(8, "little"))
+            digest.update(np.concatenate(row[:2]).astype("<i4").tobytes())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all token ids and labels in order: equal for the same rows, tokenizer and template only."""
+        digest = hashlib.sha256()
+        self.add_to(digest)
+        return digest.hexdigest()
+
+    @property
+    def digests(self) -> set[bytes]:
+        """Digests of the documents' token ids: as many as there are different documents."""
+        return {_digest(row.input_ids) for row in self}
+
+    def among(self, digests: set[bytes]) -> int:
+        """Return the number of documents whose token ids have one of these digests."""
+        return sum(_digest(row.input_ids) in digests for row in self)
+
     def save(self, folder: Path, name: str) -> None:
         """Write the tokens as `name`.tokens and `name`.trained, and the rest as `name`.npz."""
         with (
@@ -144,6 +169,10 @@ class Examples(Sequence[Example]):
             supervised,
             origins,
         )
+
+
+def _digest(tokens: NDArray[np.int32]) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 class ExampleWriter:

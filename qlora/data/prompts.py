@@ -56,6 +56,11 @@ class Prompts:
         self.stop_ids = self._layout.answer_ends
         """tokens that end an answer: eos, and the token with which the template closes an answer"""
 
+    @property
+    def has_template(self) -> bool:
+        """True if the training rows were written with a chat template."""
+        return self._layout.has_template
+
     def encode(self, text: str, before: Sequence[Message] = (), *, system: str | None = None) -> list[int]:
         """Return the token ids of a prompt that asks for an answer to `text`.
 

@@ -134,15 +134,28 @@ def find_trained(folder: Path) -> Path:
 def held_out_loss(trained: Trained) -> tuple[float, int]:
     """Return the mean loss (nats per supervised token) on the recipe's held-out rows, and the number of these tokens.
 
-    The model gets the layers and the attention of training, so the loss equals the one that the run printed.
+    The loss equals the one that the run printed.
     """
-    read_documents(trained.model, trained.recipe)
-    if trained.recipe.adapter.facts.frozen_base:
-        use_fused_layers(trained.model.requires_grad_(False))
     dataset = load_dataset(trained.recipe.data, trained.tokenizer, trained.recipe.training.seed)
     warn_of_other_rows(trained.folder, trained.recipe, dataset)
-    batches = held_out_batches(dataset, trained.recipe)
-    total, tokens = evaluate(trained.model, batches, objective_of(trained.recipe))
+    return loss_on(trained, dataset, trained.recipe)
+
+
+def loss_on(trained: Trained, dataset: Dataset, recipe: Recipe) -> tuple[float, int]:
+    """Return the mean loss (nats per supervised token) on the held-out rows of a data set, and the number of tokens.
+
+    The model gets the layers and the attention of training.
+
+    Args:
+        trained: the model.
+        dataset: rows as the model's tokens.
+        recipe: the recipe with the `data` section of these rows.
+    """
+    read_documents(trained.model, recipe)
+    if recipe.adapter.facts.frozen_base:
+        use_fused_layers(trained.model.requires_grad_(False))
+    batches = held_out_batches(dataset, recipe)
+    total, tokens = evaluate(trained.model, batches, objective_of(recipe))
     return total.sum.item() / tokens, tokens
 
 

@@ -83,6 +83,9 @@ class DataFacts:
     """the fields of `qlora.data.Counts`"""
     remarks: list[str]
     """see `qlora.data.remarks`"""
+    held_out_sha256: str | None = None
+    """of the tokens and labels of the held-out rows: losses are comparable where it is equal; None in an earlier
+    version"""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows about data, also one for each kind of content that is left out."""

@@ -48,18 +48,19 @@ def _loss(history: History, result: Json | None) -> Iterator[Headline]:
         at = ""
         if result is not None and result.get("result_step", last) != last:  # the best weights, not the last
             after, at = result["loss_after"], f", at step {result['result_step']}"
-        note = f"perplexity {_perplexity(before)} before, {_perplexity(after)} after{at}"
+        note = f"perplexity {perplexity(before)} before, {perplexity(after)} after{at}"
         yield Headline("Held-out loss", f"{before:.3f} → {after:.3f}", note)
     elif losses:
         step, loss = losses[0]
-        yield Headline("Held-out loss", f"{loss:.3f}", f"at step {step}, perplexity {_perplexity(loss)}")
+        yield Headline("Held-out loss", f"{loss:.3f}", f"at step {step}, perplexity {perplexity(loss)}")
     elif history.steps:
         yield Headline(
             "Training loss", f"{float(history.steps[-1]['loss']):.3f}", "at the last step; no held-out rows"
         )
 
 
-def _perplexity(loss: float) -> str:
+def perplexity(loss: float) -> str:
+    """Return exp(loss) as text."""
     return f"{math.exp(loss):,.4g}" if loss < 100 else "out of range"
 
 

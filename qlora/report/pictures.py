@@ -4,7 +4,10 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qlora.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +41,15 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def require_format(path: Path) -> None:
+    """Raise UsageError unless the suffix of `path` is one of FORMATS."""
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}; choose one of these")
+
+
 @contextmanager
 def figure(width: float, height: float) -> Iterator["Figure"]:
     """Yield a figure of this size in inches that needs no display. Draw and save it inside the context, under STYLE."""
@@ -50,12 +62,12 @@ def figure(width: float, height: float) -> Iterator["Figure"]:
 
 def png(figure: "Figure") -> bytes:
     """Return the figure as a PNG file."""
-    return _saved(figure, "png", dpi=150)
+    return saved(figure, "png", dpi=150)
 
 
 def svg_element(figure: "Figure", name: str) -> str:
     """Return the figure as an element for a page. Its ids begin with `name`; its colours are the page's variables."""
-    text = _saved(figure, "svg").decode()
+    text = saved(figure, "svg").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     viewbox = re.search(r'viewBox="[^"]*"', text)
@@ -70,7 +82,8 @@ def svg_element(figure: "Figure", name: str) -> str:
     return text
 
 
-def _saved(figure: "Figure", kind: str, **how: Any) -> bytes:
+def saved(figure: "Figure", kind: str, **how: Any) -> bytes:
+    """Return the figure as a file of one of FORMATS, written without its dot."""
     stream = io.BytesIO()
     figure.savefig(stream, format=kind, **how)
     return stream.getvalue()

@@ -9,25 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.adapter.algebra.module_types import places
 from qlora.adapter.algebra.spectrum import MOST, Spectrum
-from qlora.errors import SaveError, UsageError
+from qlora.errors import SaveError
+from qlora.report.pictures import require_format
 from qlora.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FORMATS = (".png", ".svg", ".pdf")
 
 WRITTEN_OUT = 16
 """most blocks for which the cells show their numbers"""
 
 MOST_NAMED = 10
 """most kinds in the legend; there are no more colours"""
-
-
-def require_format(path: Path) -> None:
-    """Raise UsageError unless the suffix of `path` is one of FORMATS."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a picture's name ends in {', '.join(FORMATS)}; choose one of these")
 
 
 def draw(layers: Mapping[str, Spectrum], path: Path, title: str) -> None:

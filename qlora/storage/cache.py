@@ -122,14 +122,8 @@ def cached(
     if root is None or wanted is None:
         return make()
     entry = root / kind / wanted
-    try:
-        if _whole(entry):
-            value = load(entry)
-            with suppress(OSError):
-                os.utime(entry)  # its time of last use
-            return value
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        _warn(f"cache: {entry} cannot be used ({error}); it is made again")
+    if (found := _loaded(entry, load)) is not None:
+        return found
     value = make()
     try:
         needed = size(value)
@@ -138,6 +132,26 @@ def cached(
     except Exception as error:  # noqa: BLE001 - the value is made, so the run can continue
         _warn(f"cache: {about} is not cached, so the next start takes as long: {error}")
     return value
+
+
+def found(kind: str, key: Callable[[], str | None], load: Callable[[Path], Value]) -> Value | None:
+    """Return a value from the cache; None if it is not there. Arguments as in `cached`."""
+    root = folder()
+    wanted = None if root is None else key()
+    return None if root is None or wanted is None else _loaded(root / kind / wanted, load)
+
+
+def _loaded(entry: Path, load: Callable[[Path], Value]) -> Value | None:
+    """Return the value of an entry; None if it is missing, or damaged, which is reported."""
+    try:
+        if _whole(entry):
+            value = load(entry)
+            with suppress(OSError):
+                os.utime(entry)  # its time of last use
+            return value
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        _warn(f"cache: {entry} cannot be used ({error}); it is made again")
+    return None
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def data_facts(recipe: Recipe, dataset: Dataset) -> DataFacts:
         packing=section.packing,
         counts=asdict(dataset.counts),
         remarks=remarks(dataset.counts),
+        held_out_sha256=dataset.held_out.sha256 if dataset.counts.held_out else None,
     )
 
 
