@@ -19,6 +19,7 @@ from qlora.cli.generate import generate
 from qlora.cli.merge import merge
 from qlora.cli.profile import profile
 from qlora.cli.report import report
+from qlora.cli.serve import serve
 from qlora.cli.train import train
 from qlora.errors import OutOfMemoryError, QloraError, SaveError, UsageError, first_line
 from qlora.runtime.signals import SIGNALS, Ending, not_ignored
@@ -39,6 +40,7 @@ app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("merge")(merge)
 app.command("export")(export)
 app.command("report")(report)
