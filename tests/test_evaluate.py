@@ -48,8 +48,8 @@ def test_the_loss_on_a_file_of_the_held_out_rows_is_the_held_out_loss(recipe: Re
     assert other["base"]["eval_loss"] != own["eval_loss"]
 
 
-def test_other_formats_and_columns_can_be_read(recipe: Recipe, tmp_path: Path) -> None:
-    run = finished_run(recipe)
+def test_other_formats_and_columns_can_be_read(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    run = finished_run(Recipe.load(recipe_file(data={"columns": {"messages": "messages"}})))
     (tmp_path / "rows.csv").write_text("question,reply\nOne?,1\nTwo?,2\nThree?,3\n")
     (tmp_path / "rows.jsonl").write_text(
         "".join(
@@ -136,6 +136,9 @@ def test_wrong_rows_are_named(recipe: Recipe, tmp_path: Path) -> None:
     done = qlora("eval", run, "--data", tmp_path / "rows.jsonl", "--format", "alpacca")
     assert done.returncode == 2
     assert "qlora: --data: data.format: must be alpaca," in done.stderr
+    done = qlora("eval", run, "--data", tmp_path / "rows.jsonl", "--split", "test")
+    assert done.returncode == 2
+    assert "qlora: --data: data.split: " in done.stderr
     done = qlora("eval", run, "--data", tmp_path / "rows.jsonl")
     assert done.returncode == 3
     assert f"{tmp_path}/rows.jsonl:1" in done.stderr

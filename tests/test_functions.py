@@ -21,6 +21,7 @@ from runs_for_tests import killed_and_resumed, stop_after
 from qlora.errors import FunctionError, RecipeError, UsageError
 from qlora.recipe import Recipe
 from qlora.report.page import render
+from qlora.training import check as checking
 from qlora.training import checkpoint, functions
 from qlora.training import train as loop
 from qlora.training.functions import Functions, HeldOut
@@ -278,6 +279,22 @@ def test_the_result_is_that_of_the_best_metric_also_after_a_stop(
     assert adapter(done.run) == adapter(short.run)
     assert "the result is that of step 2, which has the highest score" in caplog.text
     assert "no higher score in 2 evaluations, so the run ends at step 6" in caplog.text
+
+
+def test_metrics_without_rows_are_refused_and_check_says_what_a_recipe_needs(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["data.held_out=0", "training.eval_every=null"]
+    with pytest.raises(RecipeError, match=r"metrics: data\.held_out is 0, so there are no rows"):
+        Functions(score).check(Recipe.load(file, settings))
+    Functions().check(Recipe.load(file, settings))
+    monkeypatch.setattr(checking, "_rows", lambda *_: (None, False))
+    monkeypatch.setattr(checking, "_assumed_memory", lambda *_: None)
+    (note,) = checking.check(Recipe.load(file, BEST)).notes
+    assert note.startswith(
+        "training.best_by: score is computed by a function of yours: train with qlora.train"
+    )
+    assert checking.check(Recipe.load(file)).notes == []
 
 
 def test_a_metric_that_is_not_given_is_named(

@@ -13,6 +13,7 @@ from commands_for_tests import qlora
 from examples_for_tests import ROOT, SHORT, blocks
 
 from qlora.recipe import Recipe
+from qlora.tracking.wandb import run_id
 
 PAGE = ROOT / "docs/guides/sweeps.md"
 
@@ -124,6 +125,17 @@ def test_the_command_that_an_agent_builds_is_accepted(
     checked = qlora("check", *arguments, *SHORT)
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.startswith("OK")
+
+
+def test_a_run_of_a_sweep_keeps_the_id_that_the_sweep_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "abcd1234")
+    assert run_id(tmp_path / "alone") != "abcd1234", "a variable that is left of something else"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "wxyz9876")
+    assert run_id(tmp_path / "swept") == "abcd1234"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert run_id(tmp_path / "swept") == "abcd1234", "resumed without the agent"
 
 
 def test_values_that_python_writes_are_overrides() -> None:

@@ -14,6 +14,7 @@ from qlora.cli.data import data
 from qlora.cli.env import env
 from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
+from qlora.cli.export import export
 from qlora.cli.generate import generate
 from qlora.cli.merge import merge
 from qlora.cli.profile import profile
@@ -41,6 +42,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("merge")(merge)
+app.command("export")(export)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("env")(env)

@@ -12,7 +12,7 @@ from qlora.cli.tables import show_in_parts
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, finished or not.")],
     picture: Annotated[
         Path | None,
         typer.Option(

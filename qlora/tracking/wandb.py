@@ -236,11 +236,15 @@ def run_name(section: Section, run: Path) -> str:
 
 
 def run_id(run: Path) -> str:
-    """Return the W&B id of the run in a folder. The first call makes the id and stores it in `wandb/id`."""
+    """Return the W&B id of the run in a folder. The first call makes the id and stores it in `wandb/id`.
+
+    Under an agent of a sweep it is the id that the sweep gave, which W&B takes anyway; a later resume finds that run.
+    """
     file = run / "wandb" / "id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(file, os.urandom(4).hex().encode())
+        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        atomic.write(file, (given or os.urandom(4).hex()).encode())
     return regular_file.read_text(file)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qlora.data import Prompts
-from qlora.errors import FunctionError, UsageError, first_line, listed
+from qlora.errors import FunctionError, RecipeError, UsageError, first_line, listed
 from qlora.inference.generate import answer
 from qlora.recipe import Recipe
 from qlora.recipe.following import METRIC_NAME
@@ -164,8 +164,12 @@ class Functions:
             known: metrics of the objective, which need no function.
 
         Raises:
-            RecipeError: there is none.
+            RecipeError: there is none, or there are functions and no held-out rows.
         """
+        if self.metrics and recipe.data.held_out == 0:
+            raise RecipeError(
+                "metrics: data.held_out is 0, so there are no rows for them. Hold rows out, or leave metrics out"
+            )
         recipe.training.follows.check(bool(self.metrics), known)
 
     def without(self, metrics: Mapping[str, float], known: Sequence[str]) -> str | None:
