@@ -55,6 +55,10 @@ class UsageError(QloraError):
     exit_code = 2
 
 
+class FunctionError(UsageError):
+    """A function that was passed to `train` failed or returned something else; the run is saved."""
+
+
 class DataError(QloraError):
     """A data set or one of its rows cannot be used, or does not fit the recipe's `data` section."""
 

@@ -108,9 +108,11 @@ def test_peft_computes_the_same_logits_with_the_export(tmp_path: Path) -> None:
     )
     assert qlora("adapter", "export", tmp_path / "a", "--to", tmp_path / "b").returncode == 0
 
-    def logits(folder: Path | None) -> Tensor:
+    def logits(folder: Path | None, updates: dict[str, Tensor] | None = None) -> Tensor:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).double().eval()
+        for name, update in (updates or {}).items():
+            model.get_submodule(name).weight.data += update
         if folder is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -121,6 +123,10 @@ def test_peft_computes_the_same_logits_with_the_export(tmp_path: Path) -> None:
     bare, ours, exported = (logits(folder) for folder in (None, tmp_path / "a", tmp_path / "b"))
     assert (ours - bare).abs().max() > 0.1
     torch.testing.assert_close(exported, ours, rtol=1e-5, atol=1e-5)
+    for own_rank in (True, False):  # llama.cpp's rule and vLLM's
+        applied = logits(None, served(tmp_path / "b", own_rank=own_rank))
+        torch.testing.assert_close(applied, ours, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(logits(None, served(tmp_path / "a", own_rank=own_rank)), ours, atol=1e-2)
 
 
 def test_a_run_with_rslora_says_that_other_servers_read_it_differently(

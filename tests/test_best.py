@@ -15,6 +15,7 @@ from qlora.errors import ModelError, RecipeError
 from qlora.recipe import Recipe
 from qlora.storage import folders, manifest
 from qlora.training import train as loop
+from qlora.training.evaluation import Evaluation
 from qlora.training.result import TrainResult
 from qlora.training.train import train
 
@@ -27,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("without_forecast")
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """Give evaluations these losses instead of their own."""
-    given, compute = dict(LOSSES), loop.held_out_loss
+    given, compute = dict(LOSSES), loop.evaluate_held_out
 
-    def evaluated(session: Any, tracker: Any, step: int, stop: Any) -> float:
+    def evaluated(session: Any, tracker: Any, step: int, stop: Any) -> Evaluation:
         compute(session, tracker, step, stop)
-        return given[step]
+        return Evaluation(given[step])
 
-    monkeypatch.setattr(loop, "held_out_loss", evaluated)
+    monkeypatch.setattr(loop, "evaluate_held_out", evaluated)
     return given
 
 
@@ -97,7 +98,7 @@ def test_the_end_names_the_step_of_the_result(file: Path, losses: dict[int, floa
     assert "at step 4" in (run / "report.html").read_text()
     assert "time" in done.stdout
     assert "6 of 10 steps" in done.stdout
-    assert "best/          the weights with the lowest held-out loss" in done.stdout
+    assert "best/          the weights with the best evaluation so far" in done.stdout
 
 
 def test_best_weights_that_cannot_be_kept_or_are_damaged_are_named(

@@ -24,7 +24,7 @@ from qlora.recipe.loading import load
 # Programs in examples that this file does not run: those of CI and of developers, and the trackers' own.
 OTHER_PROGRAMS = {
     ".", "cd", "git", "pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run", ".ci/oldest", ".ci/newest",
-    ".ci/tested", "wandb", "tensorboard", "bash",
+    ".ci/tested", "wandb", "tensorboard", "bash", "vllm",
 }  # fmt: skip
 # Many pages begin with this command; it runs once, in its short form, for all of them.
 QUICKSTART = ["train", "quickstart"]

@@ -16,7 +16,7 @@ def test_only_recipes_and_usage_share_an_exit_code() -> None:
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not QloraError]
     codes = [kind.exit_code for kind in classes]
     shared = {kind.__name__ for kind in classes if codes.count(kind.exit_code) > 1}
-    assert shared == {"RecipeError", "UsageError"}
+    assert shared == {"RecipeError", "UsageError", "FunctionError"}
 
 
 def test_a_missing_gpu_is_not_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,8 @@ def test_auto_judges_every_choice_and_keeps_one(recipe: Recipe, tmp_path: Path) 
     assert kl["dequantized"] < kl["nf4"]
     assert merged.live is not None
     assert merged.live.kl < 1e-9
-    assert merged.onto in merged.why or "closest" in merged.why or "bytes" in merged.why
+    assert merged.onto == "dequantized"  # 16 bits, although NF4 costs less than 1% of perplexity here
+    assert "nf4, in " in merged.why
     record = json.loads((tmp_path / "new" / "m" / "merge.json").read_text())
     assert record["onto"] == merged.onto
     assert record["base"] == recipe.base.model

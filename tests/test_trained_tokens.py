@@ -432,7 +432,7 @@ def test_commands_know_the_tokens_of_a_run(
     )
     refused = qlora("chat", plain.run, "--adapter", f"tokens={run}")
     assert refused.returncode == 4
-    assert "trained with another tokenizer than the one of this chat" in " ".join(refused.stderr.split())
+    assert "trained with another tokenizer than the one of" in " ".join(refused.stderr.split())
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/adapter plain\nHi\n"))
     both = qlora("chat", run, "--adapter", f"plain={plain.run}")
     assert both.returncode == 0, both.stderr

@@ -14,10 +14,12 @@ from qlora.cli.data import data
 from qlora.cli.env import env
 from qlora.cli.estimate import estimate
 from qlora.cli.evaluate import evaluate
+from qlora.cli.export import export
 from qlora.cli.generate import generate
 from qlora.cli.merge import merge
 from qlora.cli.profile import profile
 from qlora.cli.report import report
+from qlora.cli.serve import serve
 from qlora.cli.train import train
 from qlora.errors import OutOfMemoryError, QloraError, SaveError, UsageError, first_line
 from qlora.runtime.signals import SIGNALS, Ending, not_ignored
@@ -38,7 +40,9 @@ app.command("data")(data)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("merge")(merge)
+app.command("export")(export)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("env")(env)

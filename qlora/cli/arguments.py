@@ -32,6 +32,15 @@ TrustRemoteCode = Annotated[
         help="Let the base run its own Python code in this call. A recipe stored with results cannot allow that.",
     ),
 ]
+RunOrAdapter = Annotated[
+    str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
+]
+OtherAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=FOLDER", help="Another adapter of the same base. Can be repeated."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, or cuda:1 for the second GPU.")]
 System = Annotated[
     str | None,
@@ -75,3 +84,16 @@ def show_device(startup: "Startup", name: str) -> None:
     from qlora.runtime.device import device_name, device_named
 
     startup.table([("device", device_name(device_named(name)))])
+
+
+def folders_by_name(adapters: list[str] | None) -> dict[str, str]:
+    """Split the values of --adapter, NAME=FOLDER. Raises BadParameter."""
+    named = {}
+    for text in adapters or []:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise typer.BadParameter(f"--adapter needs NAME=FOLDER, not {text!r}")
+        if name in named:
+            raise typer.BadParameter(f"--adapter: the name {name!r} is given twice; choose another name")
+        named[name] = folder
+    return named

@@ -8,19 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora.cli.arguments import IMPORTS, AnyBase, Device, System, TrustRemoteCode, show_device, startup_for
+from qlora.cli.arguments import (
+    IMPORTS,
+    AnyBase,
+    Device,
+    OtherAdapters,
+    RunOrAdapter,
+    System,
+    TrustRemoteCode,
+    folders_by_name,
+    show_device,
+    startup_for,
+)
 
 
 def chat(
-    adapter: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or of an adapter.")
-    ],
-    others: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", metavar="NAME=FOLDER", help="Another adapter of the same base. Can be repeated."
-        ),
-    ] = None,
+    adapter: RunOrAdapter,
+    others: OtherAdapters = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
     temperature: Annotated[
         float,
@@ -45,7 +49,7 @@ def chat(
 
     [bold]qlora chat runs/quickstart --adapter poet=runs/poet[/bold]
     """
-    named = dict(_pair(other) for other in others or [])
+    named = folders_by_name(others)
     startup = startup_for()
     with startup.stage(IMPORTS):
         from qlora.data.prompts import NO_SYSTEM
@@ -86,14 +90,6 @@ def _read(interactive: bool) -> str | None:
             if not interactive:
                 raise
             print("  (Ctrl-D or /quit ends the chat)")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    """Split NAME=FOLDER."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise typer.BadParameter(f"--adapter needs NAME=FOLDER, not {text!r}")
-    return name, folder
 
 
 class Plain:

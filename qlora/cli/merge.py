@@ -22,7 +22,8 @@ CHOICES = ("auto", "original", "dequantized", "nf4")
 
 ONTO_HELP = (
     "Add the adapter to the 16-bit weights (original), to the dequantized NF4 weights (dequantized), or to these and "
-    "quantize again (nf4). auto writes each, compares them with base + adapter on held-out text, and keeps the best."
+    "quantize again (nf4). auto writes each, compares them with base + adapter on held-out text, and keeps the best in "
+    "16 bits."
 )
 
 
@@ -56,7 +57,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and write an ordinary Hugging Face model.
 
-    Each way is compared on held-out text, and the best is kept (--onto sets one).
+    Each way is compared on held-out text, and the best in 16 bits is kept (--onto sets one; nf4 only by asking).
 
     [bold]qlora merge runs/quickstart --to models/tickets[/bold]
     """
@@ -66,7 +67,7 @@ def merge(
     with startup.stage(IMPORTS):
         from qlora.merging.merge import merge as run
     show_device(startup, device)
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         merged = run(
             adapter,
             to,
@@ -135,7 +136,7 @@ def _mebibytes(size: int) -> str:
 
 
 @contextmanager
-def _shown_progress() -> Iterator["Progress"]:
+def shown_progress() -> Iterator["Progress"]:
     """Show a progress bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -30,7 +30,7 @@ MEANINGS = {
     "memory.md": "the same as a table",
     "memory.png": "the same as a picture",
     "checkpoints": "checkpoints, for --resume",
-    "best": "the weights with the lowest held-out loss",
+    "best": "the weights with the best evaluation so far",
     "wandb": "the copy for Weights & Biases",
     "tensorboard": "the copy for TensorBoard",
 }
@@ -77,7 +77,7 @@ def train(
         print(outcome.result or _stopped(outcome.run, outcome.steps))
     else:
         print(report(outcome))
-    if outcome.stopped_by:
+    if isinstance(outcome.stopped_by, int):
         sys.exit(128 + outcome.stopped_by)
 
 

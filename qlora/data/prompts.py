@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora.data.chat_template import FIXED_DATE
 from qlora.data.encoding import Document
 from qlora.data.layout import Layout, template_name
+from qlora.data.raw_text import RawText
 from qlora.data.sources import on_hub, read
 from qlora.data.templates import template_text
 from qlora.errors import DataError
@@ -89,6 +90,21 @@ class Prompts:
                 "it; leave the system message out"
             )
         (encoded,) = self._encoder.encode([document])
+        return [int(token) for token in encoded.input_ids]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a plain text to continue, without the template: bos if the tokenizer adds one.
+
+        Control tokens that the text spells are text, unless the recipe's `data.control_tokens` is parse.
+
+        Raises:
+            DataError: The text contains a NUL character or a lone surrogate.
+        """
+        try:
+            check_text([text], "the prompt")
+        except BadRow as error:
+            raise DataError(f"{error}; remove it") from None
+        (encoded,) = self._encoder.encode([RawText(self._encoder).prompt(text)])
         return [int(token) for token in encoded.input_ids]
 
     def describe_system(self, system: str | None = None) -> str:

@@ -5,25 +5,17 @@ The chat prints nothing itself: it passes pieces of answers and notes to a `Scre
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from qlora.adapter.config import CONFIG_FILE, read_fields
-from qlora.adapter.identity import BaseIdentity
-from qlora.adapter.start import find_adapter
 from qlora.adapter.switch import Adapters
-from qlora.adapter.trained_parts import TOKENS
 from qlora.data import Prompts
-from qlora.errors import ModelError, QloraError, UsageError
+from qlora.errors import QloraError, UsageError
 from qlora.inference.generate import answer
-from qlora.inference.load import Trained, find_trained, load_trained, recipe_of
+from qlora.inference.named_adapters import BASE, open_adapters
 from qlora.runtime.signals import StopRequest
-
-BASE = "base"
-"""speaker name of the model without an adapter"""
 
 
 class Screen(Protocol):
@@ -271,44 +263,14 @@ def open_chat(
         DataError: as `Chat`.
         UsageError: a name is taken; or `history` is True, but the rows or the template have single questions only.
     """
-    recipe = recipe_of(find_trained(Path(folder)), trust_remote_code=trust_remote_code)
-    own = {recipe.name: folder} if recipe.adapter.facts.frozen_base else {}
-    if not own and others:
-        raise ModelError(
-            f"{folder}: all weights were trained, so adapters of its base do not fit it. Leave --adapter out"
-        )
-    if BASE in others or own.keys() & others.keys():
-        raise UsageError(f"--adapter: the names {BASE!r} and {recipe.name!r} are taken; choose another name")
-    adapter_folders = {name: find_adapter(Path(path)) for name, path in {**own, **others}.items()}
-    trained = load_trained(
-        folder, device=device, with_adapter=not own, prepared=True, trust_remote_code=trust_remote_code
+    trained, adapters, _ = open_adapters(
+        folder, others, device=device, any_base=any_base, trust_remote_code=trust_remote_code
     )
-    adapters = Adapters(trained.model)
-    for name, path in adapter_folders.items():
-        # The others answer with the tokenizer and template of the first, so only their base is compared
-        identity = trained.identity if name in own else None
-        if identity is None and not any_base:
-            _check_tokens(path, trained)
-        adapters.load(name, path, base=identity, any_base=any_base)
-    if own:
-        adapters.activate(recipe.name)
     prompts = trained.prompts
     if history and not prompts.accepts_history:
         raise UsageError(
-            f"--history: format {recipe.data.format} or its template has single questions only. Leave --history out"
+            f"--history: format {trained.recipe.data.format} or its template has single questions only. Leave "
+            "--history out"
         )
     history = prompts.trained_on_history if history is None else history
     return Chat(trained.model, trained.tokenizer, prompts, adapters, screen, history=history, **settings)
-
-
-def _check_tokens(folder: Path, trained: Trained) -> None:
-    """Raise ModelError if the adapter in `folder` trained tokens of another tokenizer than that of the chat."""
-    recorded = BaseIdentity.read(folder)
-    if recorded is None or recorded.tokenizer in (None, trained.identity.tokenizer):
-        return
-    if read_fields(folder / CONFIG_FILE).get(TOKENS):
-        raise ModelError(
-            f"--adapter: {folder} has rows of tokens that were trained with another tokenizer than the one of this "
-            f"chat, so their ids mean other tokens here. Chat with it on its own: qlora chat {folder}; or accept that "
-            "with --any-base"
-        )

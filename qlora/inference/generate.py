@@ -44,7 +44,7 @@ def answer(
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)  # [1, T]
-    ends: set[int | None] = {*stop_ids, *_ends(model), tokenizer.eos_token_id}
+    ends = end_ids(model, tokenizer, stop_ids)
     with evaluation_mode(model), _failure_named(model):
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -52,7 +52,7 @@ def answer(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             temperature=temperature or None,
-            eos_token_id=sorted(end for end in ends if end is not None) or None,
+            eos_token_id=sorted(ends) or None,
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
@@ -77,10 +77,11 @@ def _failure_named(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _ends(model: nn.Module) -> list[int | None]:
-    """Return the end tokens in the model's own generation config."""
-    ends: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    return ends if isinstance(ends, list) else [ends]
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerFast, stop_ids: Iterable[int] = ()) -> set[int]:
+    """Return the tokens that end an answer: `stop_ids`, and the end tokens of the model and the tokenizer."""
+    own: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = {*stop_ids, *(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    return {int(end) for end in ends if end is not None}
 
 
 class _Streamer(TextStreamer):

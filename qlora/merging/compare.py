@@ -100,11 +100,11 @@ def judge(name: str, model: nn.Module, live: Reference, weight_bytes: int) -> Ju
 
 
 def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
-    """Return the best merge for its size, and the reason in one sentence.
+    """Return the best merge in 16 bits, and the reason in one sentence, which also says what NF4 would cost.
 
-    Among the 16-bit merges, the one with the lowest KL to the live model is best, unless another one has a clearly
-    lower perplexity. NF4 replaces it if its perplexity is not clearly higher, because NF4 takes about a quarter of the
-    bytes. "Clearly" means by more than 1%, with a margin of two standard errors of the difference.
+    The one with the lowest KL to the live model is best, unless another one has a clearly lower perplexity. "Clearly"
+    means by more than 1%, with a margin of two standard errors of the difference. NF4 is returned only if no other
+    merge was judged.
     """
     nf4s = [one for one in judged if one.name == "nf4"]
     dense = sorted((one for one in judged if one.name != "nf4"), key=lambda one: one.kl)
@@ -120,13 +120,10 @@ def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
     for small in nf4s:
         change, error = _loss_change(best, small)
         ratio = small.weight_bytes / best.weight_bytes
-        if change + error < SIGNIFICANT_LOSS:
-            return small, (
-                f"{ratio:.0%} of the bytes of {best.name}, and a perplexity that differs by "
-                f"{_percent(change):+.2f}% (less than 1%, with two standard errors to spare)"
-            )
         why += f"; nf4, in {ratio:.0%} of the bytes, changes the perplexity by {_percent(change):+.2f}%"
-        if change < SIGNIFICANT_LOSS:
+        if change + error < SIGNIFICANT_LOSS:
+            why += " (less than 1%, with two standard errors to spare): --onto nf4 writes it"
+        elif change < SIGNIFICANT_LOSS:
             why += ", but this text is too short to be sure that it is less than 1%"
     return best, why
 

@@ -78,7 +78,8 @@ def merge(
     Args:
         adapter: folder of a run or of an adapter.
         to: folder of the merged model; it must not exist, and appears only when it is complete.
-        onto: weights to add the adapter to, see `qlora.merging.write`; auto judges every choice and keeps the best.
+        onto: weights to add the adapter to, see `qlora.merging.write`; auto judges every choice and keeps
+            the best in 16 bits.
         data: file of held-out rows in the recipe's format; None uses the recipe's held-out rows.
         original: hub id or folder of the 16-bit weights, if the recipe's base is a 4-bit checkpoint.
         max_tokens: maximum number of supervised tokens to judge on; 0 skips the verdict.

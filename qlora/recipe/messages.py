@@ -30,6 +30,7 @@ YES = {"on", "yes", "y"}  # booleans in YAML 1.1
 NO = {"off", "no", "n"}
 IN_WORDS: dict[KeyPath, list[str]] = {
     ("training", "memory"): ["auto", "null", "a size with a unit, such as 12GiB"],
+    ("training", "best_by"): ["lowest loss", "lowest NAME", "highest NAME of a metric"],
     ("training", "device"): ["auto", "cpu", "cuda", "the number of a GPU, such as cuda:1"],
 }
 """allowed values of settings that the schema describes only as text"""

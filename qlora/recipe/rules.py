@@ -62,7 +62,8 @@ IDLE: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     ),
     (("data.split",), "data.source", lambda source: source is not None and is_local(source)),
     (
-        ("training.eval_every", "training.samples", "training.sample_tokens", "training.patience", "training.result"),
+        ("training.eval_every", "training.samples", "training.sample_tokens", "training.patience", "training.result",
+         "training.best_by"),
         "data.held_out",
         lambda rows: rows == 0,
     ),
@@ -118,6 +119,7 @@ def conflicts(settings: Settings, given: Settings) -> list[KeyProblem]:
         *_patterns(settings),
         *_budget(settings),
         *_evaluations(settings),
+        *_best_by(settings, given),
     ]
 
 
@@ -346,3 +348,16 @@ def _evaluations(settings: Settings) -> Iterator[KeyProblem]:
                 key,
                 f"{method} changes its ranks until the last step, so no earlier step has a result; leave it out",
             )
+
+
+def _best_by(settings: Settings, given: Settings) -> Iterator[KeyProblem]:
+    number = given.get("training.best_by")
+    if number == "highest loss":
+        yield "training.best_by", "a higher loss is worse; write lowest loss, or leave it out"
+    unused = settings.get("training.patience") is None and settings.get("training.result") == "last"
+    # A recorded recipe has every default, and an override can set `result: last` for once
+    if number not in (None, "lowest loss") and unused and "training.result" not in given:
+        yield (
+            "training.best_by",
+            "has no effect without training.result: best or training.patience; set one of them",
+        )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from qlora.formats import FORMATS
+from qlora.recipe.following import FollowedNumber, Following
 from qlora.recipe.methods import BROUGHT_KEYS, METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
@@ -240,9 +241,11 @@ class Training(Section):
     eval_every: Count | None = 100
     """Steps between evaluations; null: only before and after training."""
     patience: Count | None = None
-    """Evaluations in a row without a lower held-out loss that end the run early; null: it takes all steps."""
+    """Evaluations in a row without a better `best_by` that end the run early; null: it takes all steps."""
     result: Literal["last", "best"] = "last"
-    """Weights that become the result: those after the last step, or those with the lowest held-out loss."""
+    """Weights that become the result: those after the last step, or those with the best `best_by`."""
+    best_by: FollowedNumber = "lowest loss"
+    """Number that `patience` and `result` follow: lowest loss (held out), or lowest or highest NAME of a metric."""
     save_every: Count | None = 100
     """Steps between checkpoints; null: only at the end, or when the run is interrupted."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -255,6 +258,11 @@ class Training(Section):
     """Seed of the row order, the held-out split, dropout and initialisation."""
     device: Device = "auto"
     """Device to train on: auto (the GPU if there is one, else the CPU), cpu, cuda, or cuda:1 for the second GPU."""
+
+    @property
+    def follows(self) -> Following:
+        """The number that `patience` and `result: best` follow."""
+        return Following.of(self.best_by)
 
     @property
     def accumulates(self) -> bool:

@@ -1,6 +1,7 @@
 """Curves of a run: drawn by matplotlib for the page, and as data for the script that reads out a point."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ class Chart:
             axes.grid(axis="y")
             if len(self.series) > 1:
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(self.series), borderaxespad=0)
-            return pictures.svg_element(figure, self.title.lower().replace(" ", "-"))
+            return pictures.svg_element(figure, re.sub(r"[^a-z0-9]+", "-", self.title.lower()))
 
     @property
     def description(self) -> str:
@@ -114,29 +115,39 @@ class Chart:
 
 
 def charts(history: History) -> list[Chart]:
-    """Return the charts of loss, learning rate, gradient norm and speed; none before the first step."""
-    steps, last = history.steps, history.last_step
-    if not steps:
+    """Return the charts of loss, metrics, learning rate, gradient norm and speed; none before the first step."""
+    last = history.last_step
+    if not history.steps:
         return []
-
-    def curve(key: str) -> list[Point]:
-        return [(step["step"], float(step[key])) for step in steps]
-
-    losses = _with_mean("training loss", curve("loss"))
-    if history.held_out_losses:
-        losses.append(Series("held-out loss", thinned(history.held_out_losses), "dots"))
+    metrics = [
+        Chart(name, "of held-out rows", [Series(name, thinned(points), "dots")], last)
+        for name, points in history.metrics.items()
+    ]
     return [
-        Chart("Loss", "nats a token", losses, last),
-        Chart("Learning rate", "", [Series("learning rate", thinned(curve("lr")))], last, "power"),
-        Chart("Gradient norm", "before clipping", _with_mean("norm", curve("grad_norm")), last),
+        loss_chart(history),
+        *metrics,
+        Chart("Learning rate", "", [Series("learning rate", thinned(_curve(history, "lr")))], last, "power"),
+        Chart("Gradient norm", "before clipping", _with_mean("norm", _curve(history, "grad_norm")), last),
         Chart(
             "Speed",
             "tokens a second",
-            _with_mean("tokens/s", curve("tokens_per_second")),
+            _with_mean("tokens/s", _curve(history, "tokens_per_second")),
             last,
             "count",
         ),
     ]
+
+
+def loss_chart(history: History) -> Chart:
+    """Return the chart of the training loss and the held-out loss; of the held-out loss alone before the first step."""
+    losses = _with_mean("training loss", _curve(history, "loss")) if history.steps else []
+    if history.held_out_losses:
+        losses.append(Series("held-out loss", thinned(history.held_out_losses), "dots"))
+    return Chart("Loss", "nats a token", losses, history.last_step)
+
+
+def _curve(history: History, key: str) -> list[Point]:
+    return [(step["step"], float(step[key])) for step in history.steps]
 
 
 def _with_mean(name: str, points: list[Point]) -> list[Series]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from qlora.tracking.sink import metrics_in
+
 Record = dict[str, Any]
 
 
@@ -38,6 +40,16 @@ class History:
     def held_out_losses(self) -> list[tuple[int, float]]:
         """(step, loss in nats a supervised token) of every evaluation."""
         return [(record["step"], float(record["eval_loss"])) for record in self.evaluations]
+
+    @property
+    def metrics(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) of every evaluation by the name of a metric."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for record in self.evaluations:
+            for name, value in metrics_in(record).items():
+                if _is_number(value):
+                    found.setdefault(name, []).append((record["step"], float(value)))
+        return found
 
 
 def read(path: Path) -> History:

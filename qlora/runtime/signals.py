@@ -6,11 +6,15 @@ at once; earlier checkpoints stay intact, because each is committed by a rename.
 
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+BY_FUNCTION = 256
+"""number of a stop that a function of the caller asked for, above every signal"""
 
 
 def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
@@ -53,6 +57,8 @@ class EvaluationStopped(Exception):
 class StopRequest:
     """Context that stores SIGINT, SIGTERM or SIGHUP in `signal_number`, instead of ending the process.
 
+    Outside the main thread, which alone receives signals, it changes nothing.
+
     Examples:
         with StopRequest() as stop:
             while not stop.signal_number: ...
@@ -62,7 +68,8 @@ class StopRequest:
         self.signal_number: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in not_ignored(SIGNALS)}
+        handled = not_ignored(SIGNALS) if threading.current_thread() is threading.main_thread() else []
+        self._previous = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(
@@ -70,6 +77,15 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """True if a signal came, or a function asked for the end."""
+        return self.signal_number is not None
+
+    def by_function(self) -> None:
+        """Stop because a function of the caller asked for it."""
+        self.signal_number = self.signal_number or BY_FUNCTION
 
     def agreed(self, highest: Callable[[int], int]) -> bool:
         """Return True if a process of the run was signalled; all processes then stop with its signal.
@@ -81,6 +97,6 @@ class StopRequest:
         return bool(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
+        if self.signal_number in SIGNALS and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number

@@ -1,7 +1,7 @@
 """Tracking of a run: the record metrics.jsonl, the terminal, and the trackers enabled in the recipe."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ class Tracker:
         evaluation_due: the evaluation of that step is repeated, and replaces an earlier one in the record.
         loss_before: held-out loss before the first step, of a run that resumes.
         terminal: show progress on standard error; otherwise only notes are shown, in the log `qlora`.
+        display: opens the display of the steps; None: progress on standard error.
         main: False in all processes of a distributed run except the first; these record and show nothing.
 
     As a context manager it also closes the sinks when an exception ends the run.
@@ -49,6 +50,7 @@ class Tracker:
         evaluation_due: bool = False,
         loss_before: float | None = None,
         terminal: bool = True,
+        display: Callable[[], Sink] | None = None,
         main: bool = True,
     ) -> None:
         self._sinks: list[Sink] = []
@@ -57,7 +59,8 @@ class Tracker:
             return
         self._record = Record(run / "metrics.jsonl", resume_step, evaluation_due)
         self._sinks.append(self._record)
-        self._sinks.append(_terminal(total_steps, resume_step, loss_before) if terminal else _Log())
+        shown = display or (lambda: _terminal(total_steps, resume_step, loss_before))
+        self._sinks.append(shown() if terminal else _Log())
         tracked = Run(run, config, resume_step, self.note)
         for name, section in sections.items():
             self._sinks.append(Guarded(BACKENDS[name], section, tracked))
@@ -85,7 +88,7 @@ class Tracker:
             sink.step(record)
 
     def evaluation(self, record: Metrics) -> None:
-        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
+        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens, eval_ with each metric."""
         for sink in self._sinks:
             sink.evaluation(record)
 

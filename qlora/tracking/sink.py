@@ -20,6 +20,21 @@ class Sample:
     """the conversation before the prompt, shortened"""
 
 
+def metrics_in(evaluation: Metrics) -> dict[str, float]:
+    """Return the metrics in the record of an evaluation, by the names that the objective or the caller gave them.
+
+    Examples:
+        >>> metrics_in({"step": 4, "eval_loss": 1.5, "eval_tokens": 90, "eval_exact_match": 0.25})
+        {'exact_match': 0.25}
+    """
+    own = ("eval_loss", "eval_tokens")
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in evaluation.items()
+        if name.startswith("eval_") and name not in own
+    }
+
+
 def memory_totals(content: Metrics) -> dict[str, float]:
     """Return the totals of memory.json in GiB, by the names that trackers show."""
     return {
@@ -36,7 +51,7 @@ class Sink:
         """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
 
     def evaluation(self, record: Metrics) -> None:
-        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens."""
+        """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens, eval_ with each metric."""
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """Record the model's answers to held-out prompts after `step` steps."""

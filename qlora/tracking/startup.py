@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import IO, cast
 
 from qlora.runtime.progress import Progress
 from qlora.runtime.streams import Unbreakable
+from qlora.tracking.sink import Sink
 
 DETAIL_SECONDS = 15.0
 """shortest time between two lines about the progress of one stage, in a log file"""
@@ -82,6 +84,19 @@ class Startup:
             self._print(f"note  {text}")
         else:
             logging.getLogger("qlora").warning(text)
+
+    def display(self, run: Path, total_steps: int, first_step: int, loss_before: float | None) -> Sink:
+        """Open the display of the steps that follow the start.
+
+        Args:
+            run: the run's folder.
+            total_steps: optimizer steps of the whole run.
+            first_step: step that the run resumes from; 0 for a new run.
+            loss_before: held-out loss before step 1, if the run has computed it already.
+        """
+        from qlora.tracking.terminal import open_terminal
+
+        return open_terminal(total_steps, first_step, loss_before)
 
     def _print(self, text: str) -> None:
         self._stream.write(text.rstrip() + "\n")

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora.runtime.streams import Unbreakable
-from qlora.tracking.sink import Metrics, Sample, Sink
+from qlora.tracking.sink import Metrics, Sample, Sink, metrics_in
 
 LINE_SECONDS = 5.0
 """shortest time between two progress lines in a log file"""
@@ -60,13 +60,15 @@ class _Printing(Sink):
         self.console, self.pace, self.loss_before = console, pace, loss_before
 
     def evaluation(self, record: Metrics) -> None:
-        """Print the held-out loss, and the first one for comparison."""
+        """Print the held-out loss, the first one for comparison, and the metrics."""
         step, loss = record["step"], record["eval_loss"]
         text = Text.assemble((f"step {step}", "bold"), f"  held-out loss {loss:.4f}")
         if step == 0:
             self.loss_before = loss
         elif self.loss_before is not None:
             text.append(f"  ({self.loss_before:.4f} at step 0)", "dim")
+        for name, value in metrics_in(record).items():
+            text.append(f"  {name} {value:.4g}")
         self._print(text)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
@@ -114,7 +116,7 @@ class Lines(_Printing):
         if now - self._printed < LINE_SECONDS and step < self.pace.total_steps:
             return
         self._printed = now
-        line = "  ".join(filter(None, [f"step {step}/{self.pace.total_steps}", _numbers(record), left]))
+        line = "  ".join(filter(None, [f"step {step}/{self.pace.total_steps}", step_numbers(record), left]))
         self._print(Text(line))
 
 
@@ -140,7 +142,7 @@ class Bar(_Printing):
     def step(self, record: Metrics) -> None:
         """Advance the bar, which is redrawn at most ten times a second."""
         left = self.pace.time_left(record["step"])
-        self.progress.update(self.task, completed=record["step"], numbers=_numbers(record), left=left)
+        self.progress.update(self.task, completed=record["step"], numbers=step_numbers(record), left=left)
 
     def finish(self, summary: Metrics, *, failed: bool = False) -> None:
         """Stop the bar and leave its last state on the screen."""
@@ -155,7 +157,8 @@ def one_line(text: str) -> Text:
     return Text(line if len(line) <= MAX_TEXT else f"{line[:half]} … {line[-half:]}")
 
 
-def _numbers(record: Metrics) -> str:
+def step_numbers(record: Metrics) -> str:
+    """Return the loss, the learning rate and the speed of a step as text."""
     return f"loss {record['loss']:.4f}  lr {record['lr']:.1e}  {record['tokens_per_second']:,.0f} tok/s"
 
 

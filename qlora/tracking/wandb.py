@@ -38,6 +38,9 @@ FINISH_SECONDS = 10.0
 PATIENCE_SECONDS = 2 * INIT_SECONDS + FINISH_SECONDS + 10.0
 """time limit of the thread at the end of a run, longer than two starts and the uploads together"""
 
+NAME_LIMIT = 128
+"""most characters of the name of a run or a project"""
+
 
 class Section(Protocol):
     """Settings read from a recipe's `tracking.wandb`."""
@@ -147,7 +150,7 @@ def _start(run: Path, config: Mapping[str, Any], section: Section, note: Callabl
         return wandb.init(
             project=section.project,
             entity=section.entity,
-            name=section.name or run.resolve().name,
+            name=run_name(section, run),
             tags=list(section.tags),
             id=run_id(run),
             resume="allow" if mode == "online" else None,
@@ -225,6 +228,11 @@ def _unreachable(url: str) -> str | None:
     except OSError as error:
         return f"{target.hostname}:{port} cannot be reached ({error.strerror or error})"
     return None
+
+
+def run_name(section: Section, run: Path) -> str:
+    """Return the name of the run at W&B: its own, or the beginning of that of its folder."""
+    return section.name or run.resolve().name[:NAME_LIMIT]
 
 
 def run_id(run: Path) -> str:

@@ -1,17 +1,18 @@
-"""The weights with the lowest held-out loss, and the end of a run whose loss no longer falls.
+"""The weights with the best evaluation, and the end of a run that no longer improves, by `training.best_by`.
 
     runs/<name>/best/adapter (or model), manifest.json
 
-The folder is replaced at each evaluation with a lower loss, in one instant. A run that was killed after that evaluates
-again, finds the same loss and writes the same folder.
+The folder is replaced at each evaluation with a better number, in one instant. A run that was killed after that
+evaluates again, finds the same number and writes the same folder.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qlora.errors import ModelError, SaveError
 from qlora.recipe import Training
 from qlora.storage import folders, manifest
 from qlora.tracking import Tracker
+from qlora.training.evaluation import Evaluation
 from qlora.training.run_folder import RunFolder
 from qlora.training.session import Session
 from qlora.training.weights import read_weights, write_weights
@@ -21,28 +22,36 @@ FOLDER = "best"
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest held-out loss of a run so far."""
+    """The best evaluation of a run so far."""
 
     loss: float | None = None
+    """its held-out loss; None before the first evaluation"""
     step: int = 0
     """step after which it was computed"""
     since: int = 0
     """evaluations since then"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """its metrics"""
 
     def exhausted(self, training: Training) -> bool:
-        """Return True if `training.patience` evaluations in a row brought no lower loss."""
+        """Return True if `training.patience` evaluations in a row brought nothing better."""
         return training.patience is not None and self.since >= training.patience
 
 
-def compare(session: Session, run: RunFolder, best: Best, loss: float, step: int, tracker: Tracker) -> Best:
+def compare(
+    session: Session, run: RunFolder, best: Best, found: Evaluation, step: int, tracker: Tracker
+) -> Best:
     """Return the better of `best` and the evaluation after `step`, whose weights are kept if they are to be the result.
 
     If they cannot be kept (a full disk), a note says so, and `best` stays.
     """
-    lower = best.loss is None or loss < best.loss
-    if lower and session.recipe.training.result == "best":
-        lower = session.processes.from_main(lambda: _kept(session, run, step, tracker))
-    return Best(loss, step) if lower else replace(best, since=best.since + 1)
+    follows = session.recipe.training.follows
+    better = best.loss is None or follows.better(
+        follows.value(found.loss, found.metrics), follows.value(best.loss, best.metrics)
+    )
+    if better and session.recipe.training.result == "best":
+        better = session.processes.from_main(lambda: _kept(session, run, step, tracker))
+    return Best(found.loss, step, metrics=found.metrics) if better else replace(best, since=best.since + 1)
 
 
 def _kept(session: Session, run: RunFolder, step: int, tracker: Tracker) -> bool:
@@ -52,7 +61,8 @@ def _kept(session: Session, run: RunFolder, step: int, tracker: Tracker) -> bool
             write_weights(session, folder / session.result_name)
             manifest.write(folder, run_id=run.run_id, step=step)
     except SaveError as error:
-        tracker.note(f"the weights of step {step}, whose held-out loss is the lowest, are not kept: {error}")
+        number = session.recipe.training.follows
+        tracker.note(f"the weights of step {step}, {number.is_best}, are not kept: {error}")
         return False
     return True
 
@@ -66,15 +76,16 @@ def check(session: Session, run: RunFolder, best: Best, tracker: Tracker) -> Bes
         return best
     if (problem := _problem(run, best.step)) is None:
         return best
+    follows = session.recipe.training.follows
     tracker.note(
-        f"{run.path / FOLDER}: the weights of step {best.step}, whose held-out loss is the lowest so far, are not "
-        f"there ({problem}). The lowest loss from here on counts"
+        f"{run.path / FOLDER}: the weights of step {best.step}, {follows.is_best} so far, are not there "
+        f"({problem}). The {follows.best} from here on counts"
     )
     return Best()
 
 
 def load(session: Session, run: RunFolder, best: Best) -> None:
-    """Load the weights with the lowest held-out loss into the model.
+    """Load the weights with the best evaluation into the model.
 
     Raises:
         ModelError: they are missing or damaged.

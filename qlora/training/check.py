@@ -28,6 +28,7 @@ from qlora.report.facts import DataFacts, DeviceFacts, MemoryFacts, Row, StepFac
 from qlora.runtime.device import device_of
 from qlora.storage.safetensors_files import find_checkpoint
 from qlora.tracking.startup import Startup, silent
+from qlora.tracking.wandb_names import check_names
 from qlora.training.advice import Advice, advise
 from qlora.training.facts import data_facts, device_facts, memory_facts, step_facts
 from qlora.training.prepare import check_warmup
@@ -110,11 +111,7 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     startup = startup or silent()
     device = device_of(recipe)
     cuda = device.type == "cuda"
-    found = Checked(device_facts(device))
-    try:
-        check_output(recipe, Path(recipe.output), resume=False, fresh=False)
-    except RecipeError as error:
-        found.notes.append(str(error))
+    found = Checked(device_facts(device), notes=_output_notes(recipe))
     with startup.stage("reading the base's config"):
         recipe = _readable(recipe, found)
         with suppress(ModelError):  # what a base lacks is found below
@@ -153,6 +150,21 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     if memory.precision is not None and recipe.base.quantization == "nf4":
         found.precision = memory.precision.line()
     return found
+
+
+def _output_notes(recipe: Recipe) -> list[str]:
+    """Return notes on the run's folder, its trackers and its functions.
+
+    Raises:
+        RecipeError: W&B would refuse a name.
+    """
+    notes = check_names(recipe.tracking.wandb, Path(recipe.output))
+    try:
+        check_output(recipe, Path(recipe.output), resume=False, fresh=False)
+    except RecipeError as error:
+        notes.append(str(error))
+    follows = recipe.training.follows
+    return notes if follows.always_computed else [*notes, f"training.best_by: {follows.needs}"]
 
 
 def _readable(recipe: Recipe, found: Checked) -> Recipe:

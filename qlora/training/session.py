@@ -1,6 +1,6 @@
 """Everything that a run needs for its first step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qlora.recipe import Recipe
 from qlora.runtime.distributed import DataParallel
 from qlora.tracking import Tracker
 from qlora.tracking.startup import Startup
+from qlora.training.functions import Functions
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Session:
     """messages for the user before the first step"""
     startup: Startup
     """shows the stages of the start, and measures them"""
+    functions: Functions = field(default_factory=Functions)
+    """functions of the caller"""
 
     @property
     def total_steps(self) -> int:
@@ -86,5 +89,6 @@ class Session:
             loss_before=loss_before,
             evaluation_due=evaluation_due,
             terminal=terminal,
+            display=lambda: self.startup.display(run, self.total_steps, first_step, loss_before),
             main=self.processes.is_main,
         )

@@ -39,7 +39,9 @@ class Progress:
     evaluation_due: bool = False
     """a signal ended the evaluation after this step, so that a resumed run begins with it"""
     best: Best = field(default_factory=Best)
-    """the evaluation with the lowest held-out loss"""
+    """the best evaluation, by `training.best_by`"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """metrics of the latest evaluation"""
     failed_saves: int = 0
     """checkpoints in a row that could not be written"""
 
@@ -75,6 +77,7 @@ def save(session: Session, run: RunFolder, progress: Progress, tracker: Tracker)
                     "seconds": progress.seconds,
                     "evaluation_due": progress.evaluation_due,
                     "best": asdict(progress.best),
+                    "metrics": progress.metrics,
                     "data": session.dataset.fingerprint,
                     "metrics_sha256": record,
                     "compute_dtype": _dtype(session),
@@ -142,6 +145,7 @@ def restore(session: Session, run: RunFolder) -> Progress:
         state.get("metrics_sha256"),
         state.get("evaluation_due", False),
         Best(**state.get("best", {})),
+        state.get("metrics", {}),
     )
 
 

@@ -7,7 +7,7 @@ exactly the steps of a run that was not.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -20,18 +20,23 @@ from qlora.errors import DivergedError, listed
 from qlora.formats import Row
 from qlora.memory import measure
 from qlora.memory.oom import out_of_memory_explained
+from qlora.objective import objective_of
 from qlora.objective.step import accumulate
 from qlora.optim import learning_rate
 from qlora.recipe import Recipe
+from qlora.report.live import LossPicture
 from qlora.runtime.distributed import DataParallel
 from qlora.runtime.phases import Phase, announce
-from qlora.runtime.signals import EvaluationStopped, StopRequest
+from qlora.runtime.signals import BY_FUNCTION, EvaluationStopped, StopRequest
 from qlora.storage import folders
 from qlora.tracking import Tracker
+from qlora.tracking.notebook import NotebookStartup, in_notebook
 from qlora.tracking.startup import Startup, silent
+from qlora.tracking.wandb_names import check_names
 from qlora.training import best, disk_space
-from qlora.training.evaluation import held_out_loss
+from qlora.training.evaluation import evaluate_held_out
 from qlora.training.facts import facts_of
+from qlora.training.functions import Functions, Metric, OnStep
 from qlora.training.prepare import prepare
 from qlora.training.result import TrainResult
 from qlora.training.resuming import earlier, is_longer, nothing_to_resume, resume_point
@@ -48,6 +53,8 @@ def train(
     terminal: bool = True,
     startup: Startup | None = None,
     rows: Iterable[Row] | None = None,
+    metrics: Metric | Sequence[Metric] | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainResult:
     """Fine-tune with a recipe, until the last step or a signal, and return the outcome.
 
@@ -55,10 +62,13 @@ def train(
         recipe: the settings, for example `Recipe.load("quickstart")`.
         resume: continue an existing run from its newest checkpoint, or start it if it has none.
         fresh: remove an existing run first.
-        terminal: show progress on standard error.
+        terminal: show progress on standard error, or in a Jupyter notebook in one output that is updated.
         startup: shows the stages before the first step; None: as `terminal` says.
         rows: rows in memory, as dictionaries, in place of those of `data.source`, which is then only their name. A
             resumed run needs the same rows again.
+        metrics: a function or several, which the main process calls at each evaluation of the held-out rows with a
+            `qlora.training.functions.HeldOut`; it returns finite numbers by name, which are recorded beside the loss.
+        on_step: called after each step with its record, read-only; returns True to save a checkpoint and stop.
 
     Raises:
         QloraError: contains a message for the user and the exit code; see `qlora.errors`.
@@ -67,22 +77,23 @@ def train(
         >>> outcome = train(Recipe.load("quickstart", ["training.max_steps=100"]))
         >>> outcome.loss_before, outcome.loss_after
     """
+    functions = Functions(metrics, on_step)
     processes = DataParallel.of(recipe)
-    startup = (startup or Startup(shown=terminal)) if processes.is_main else silent()
+    startup = (startup or _startup(shown=terminal)) if processes.is_main else silent()
     path = Path(recipe.output)
+    notes = check_names(recipe.tracking.wandb, path, resume=resume)
     check_output(recipe, path, resume=resume, fresh=fresh)
     with folders.lock(path) if processes.is_main else nullcontext():
-        reopened = False
-        if resume and (summary := finished(path)) is not None:
-            outcome = TrainResult.from_json(summary, path / "result.json")
-            if not (reopened := is_longer(recipe, outcome, recorded(path / "recipe.yaml"))):
-                startup.warn(
-                    f"{path}: the run is finished ({outcome.steps:,} steps); nothing is left to train"
-                )
-                return outcome
+        outcome = _outcome(path) if resume else None
+        reopened = outcome is not None and is_longer(recipe, outcome, recorded(path / "recipe.yaml"))
+        if outcome is not None and not reopened:
+            startup.warn(f"{path}: the run is finished ({outcome.steps:,} steps); nothing is left to train")
+            return outcome
+        processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
         with out_of_memory_explained(recipe):
             plan, start = earlier(path) if resume else (None, None)
             session = prepare(recipe, processes, plan, startup=startup, rows=rows, start=start)
+            session.functions, session.notes = functions, [*notes, *session.notes]
             point = resume_point(recipe, path, session.total_steps) if resume else None
             if resume and point is None and processes.is_main:
                 startup.warn(nothing_to_resume(path))
@@ -95,6 +106,17 @@ def train(
             if reopened and processes.is_main:
                 run.reopen()
             return fit(session, run, point.total_steps if point else None, terminal=terminal)
+
+
+def _outcome(path: Path) -> TrainResult | None:
+    """Return the outcome of the run in `path` if it is finished, else None."""
+    summary = finished(path)
+    return None if summary is None else TrainResult.from_json(summary, path / "result.json")
+
+
+def _startup(*, shown: bool) -> Startup:
+    """Return the start's display: in a notebook an output of the cell, else lines on standard error."""
+    return NotebookStartup(LossPicture) if shown and in_notebook() else Startup(shown=shown)
 
 
 def fit(
@@ -121,8 +143,15 @@ def fit(
     )  # fmt: skip
     with StopRequest() as stop, tracker:
         tracker.check_record(progress.record_sha256, progress.step)
+        if note := session.functions.without(progress.metrics, session.objective.metrics):
+            tracker.note(note)
         progress.best = best.check(session, run, progress.best, tracker)
         take_steps(session, run, tracker, progress, stop, began)
+        session.functions.raise_failure(session.processes)
+        if _stopped_by(stop) == "on_step" and progress.step < session.total_steps:
+            tracker.note(
+                f"on_step ends the run at step {progress.step} of {session.total_steps}; resume=True goes on"
+            )
         result = finish(session, run, progress, tracker)
         write_memory(session, run, tracker)
         outcome = TrainResult(
@@ -134,10 +163,11 @@ def fit(
             loss_after=progress.loss,
             memory=measure.peak(session.processes.device),
             seconds=time.monotonic() - began,
-            stopped_by=stop.signal_number if result is None else None,  # a finished run was not stopped
+            stopped_by=_stopped_by(stop) if result is None else None,  # a finished run was not stopped
             facts=facts.as_json(),
             result_step=progress.evaluated if result is not None else None,
             adapter=session.course.outcome(),
+            metrics=progress.metrics,
         )
         if result is not None and session.processes.is_main:
             run.write_result(outcome.as_json())
@@ -149,18 +179,18 @@ def fit(
 def take_steps(
     session: Session, run: RunFolder, tracker: Tracker, progress: Progress, stop: StopRequest, began: float
 ) -> None:
-    """Take steps until the last one, a signal, or the end of the patience, and save a checkpoint there.
+    """Take steps until the last one, a signal, the caller's word, or the end of the patience; save a checkpoint there.
 
     began: time of the clock at which the run would have begun without interruptions.
     """
-    training, total, highest = session.recipe.training, session.total_steps, session.processes.highest
+    training, total = session.recipe.training, session.total_steps
     # AdaLoRA's end cuts ranks away, after which no optimizer fits: its last checkpoint is that of the moment before
     changed_at_the_end = session.recipe.adapter.facts.plans_its_length
     if progress.step == total:
         session.course.finish()
     if progress.evaluation_due or (progress.step in (0, total) and progress.evaluated != progress.step):
         evaluate(session, run, tracker, progress, stop)
-    while progress.step < total and not progress.best.exhausted(training) and not stop.agreed(highest):
+    while progress.step < total and not progress.best.exhausted(training) and not ended(session, stop):
         progress.step = take_step(session, progress.step, tracker)
         if last := progress.step == total:
             if changed_at_the_end:
@@ -177,15 +207,27 @@ def take_steps(
         save(session, run, progress, tracker)
 
 
+def ended(session: Session, stop: StopRequest) -> bool:
+    """Return True if a signal, or a function of the caller, ends the run; all processes agree."""
+    if session.functions.end_run:
+        stop.by_function()
+    return stop.agreed(session.processes.highest)
+
+
+def _stopped_by(stop: StopRequest) -> int | str | None:
+    return "on_step" if stop.signal_number == BY_FUNCTION else stop.signal_number
+
+
 def evaluate(
     session: Session, run: RunFolder, tracker: Tracker, progress: Progress, stop: StopRequest
 ) -> None:
-    """Note the held-out loss now in `progress`; if a signal ends the evaluation, it stays due."""
+    """Note the numbers of an evaluation in `progress`; if a signal or a failing metric ends it, it stays due."""
     progress.evaluation_due = True
-    with suppress(EvaluationStopped):
-        progress.loss = held_out_loss(session, tracker, progress.step, stop)
-        if progress.loss is not None:
-            progress.best = best.compare(session, run, progress.best, progress.loss, progress.step, tracker)
+    with suppress(EvaluationStopped), session.functions.failure_kept():
+        found = evaluate_held_out(session, tracker, progress.step, stop)
+        progress.loss, progress.metrics = (None, {}) if found is None else (found.loss, found.metrics)
+        if found is not None:
+            progress.best = best.compare(session, run, progress.best, found, progress.step, tracker)
         progress.evaluation_due, progress.evaluated = False, progress.step
         progress.loss_before = progress.loss_before if progress.step else progress.loss
 
@@ -193,17 +235,19 @@ def evaluate(
 def finish(session: Session, run: RunFolder, progress: Progress, tracker: Tracker) -> Path | None:
     """Write the result if the run has ended: after its last step, or because its loss no longer falls; else None."""
     training, early = session.recipe.training, progress.step < session.total_steps
+    follows = training.follows
     if progress.evaluation_due or (early and not progress.best.exhausted(training)):
         return None
     if early:
         tracker.note(
-            f"no lower held-out loss in {progress.best.since} evaluations, so the run ends at step {progress.step} "
+            f"no {follows.improved} in {progress.best.since} evaluations, so the run ends at step {progress.step} "
             f"(training.patience={training.patience})"
         )
     if training.result == "best" and progress.best.step != progress.step:
         best.load(session, run, progress.best)
-        tracker.note(f"the result is that of step {progress.best.step}, which has the lowest held-out loss")
+        tracker.note(f"the result is that of step {progress.best.step}, which has the {follows.best}")
         progress.loss, progress.evaluated = progress.best.loss, progress.best.step
+        progress.metrics = progress.best.metrics
     return write_result(session, run, progress.evaluated or 0, tracker)
 
 
@@ -221,6 +265,8 @@ def take_step(session: Session, step: int, tracker: Tracker) -> int:
         "tokens": tokens, "supervised_tokens": sum(batch.supervised for batch in batches),
     }  # fmt: skip
     tracker.step(record)
+    if session.processes.is_main:
+        session.functions.after_step(record)
     if step == 0 and (names := without_gradient(session.model)):
         tracker.note(
             f"no gradient reached {listed(names)} in the first step. If the model computes its loss without them, they "

@@ -1,0 +1,1 @@
+"""The way out: files for other programs (GGUF, Ollama) and a folder for the hub."""
