@@ -114,7 +114,7 @@ def refused(*arguments: object) -> Done:
     [
         (["--base", "--with-base"], "--base and --with-base cannot be used together"),
         (["--data", "x", "--tasks", "y"], "--data and --tasks cannot be used together"),
-        (["--format", "text"], "--format, --column, --split and --max-length are for the rows"),
+        (["--format", "text"], "--format, --column, --split, --max-length and --on-bad-row are for"),
         (["--data", "x", "--column", "prompt"], "'prompt' is not FIELD=COLUMN"),
         (["--limit", "3"], "are for --tasks; add it"),
         (["--chat-template"], "are for --tasks; add it"),
@@ -142,6 +142,9 @@ def test_wrong_rows_are_named(recipe: Recipe, tmp_path: Path) -> None:
     done = qlora("eval", run, "--data", tmp_path / "rows.jsonl")
     assert done.returncode == 3
     assert f"{tmp_path}/rows.jsonl:1" in done.stderr
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n' + "".join(tickets(range(2))))
+    found = evaluated(run, "--data", tmp_path / "rows.jsonl", "--on-bad-row", "skip")
+    assert (found["rows"], found["rows_left_out"]) == (2, {"bad": 1})
 
 
 def test_a_missing_harness_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,14 @@ MaxLength = Annotated[
         metavar="TOKENS", rich_help_panel=OF_ROWS, help="Longest row. Default: the recipe's data.max_length."
     ),
 ]
+OnBadRow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="error|skip",
+        rich_help_panel=OF_ROWS,
+        help="Handling of unusable rows. Default: the recipe's data.on_bad_row.",
+    ),
+]
 Tasks = Annotated[
     str | None, typer.Option(metavar="NAME,...", rich_help_panel=OF_TASKS, help="Tasks to evaluate on.")
 ]
@@ -102,6 +110,7 @@ def evaluate(
     column: Columns = None,
     split: Split = None,
     max_length: MaxLength = None,
+    on_bad_row: OnBadRow = None,
     tasks: Tasks = None,
     task_path: TaskPath = None,
     num_fewshot: Shots = None,
@@ -123,23 +132,14 @@ def evaluate(
     [bold]qlora eval runs/quickstart --tasks hellaswag,arc_easy --limit 100[/bold]
     """
     changes = {"format": row_format, "columns": _columns(column), "split": split, "max_length": max_length}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    changes = {
+        key: value for key, value in {**changes, "on_bad_row": on_bad_row}.items() if value is not None
+    }
     asked = (task_path, num_fewshot, limit, chat_template or None, batch_size)
     _check_options(base_only and with_base, data, changes, tasks, any(value is not None for value in asked))
     startup = startup_for(json_output=json_output)
-
-    def load(with_adapter: bool) -> "Trained":
-        from qlora.inference.load import load_trained
-
-        with startup.stage("loading base and adapter" if with_adapter else "loading the base"):
-            return load_trained(
-                adapter,
-                device=device,
-                with_adapter=with_adapter,
-                any_base=any_base,
-                trust_remote_code=trust_remote_code,
-            )
-
+    trust = {"any_base": any_base, "trust_remote_code": trust_remote_code}
+    load = _loader(startup, adapter, device, trust)
     models = {"base" if base_only else "adapter": not base_only, **({"base": False} if with_base else {})}
     if tasks is not None:
         from qlora.inference.harness import Settings
@@ -149,6 +149,18 @@ def evaluate(
         _evaluate_tasks(load, models, settings, startup, device, json_output)
     else:
         _evaluate_rows(load, models, data, changes, startup, device, json_output)
+
+
+def _loader(startup: "Startup", folder: str, device: str, trust: dict[str, bool]) -> Loader:
+    """Return a function that loads the model with its adapter or without."""
+
+    def load(with_adapter: bool) -> "Trained":
+        from qlora.inference.load import load_trained
+
+        with startup.stage("loading base and adapter" if with_adapter else "loading the base"):
+            return load_trained(folder, device=device, with_adapter=with_adapter, **trust)
+
+    return load
 
 
 def _columns(given: list[str] | None) -> dict[str, str] | None:
@@ -172,7 +184,7 @@ def _check_options(
         raise typer.BadParameter("--data and --tasks cannot be used together; run the command twice")
     if changes and data is None:
         raise typer.BadParameter(
-            "--format, --column, --split and --max-length are for the rows of --data; add it"
+            "--format, --column, --split, --max-length and --on-bad-row are for the rows of --data; add it"
         )
     if of_tasks and tasks is None:
         raise typer.BadParameter(
@@ -195,11 +207,11 @@ def _evaluate_rows(
         from qlora.inference.other_rows import read_other_rows
         from qlora.kernels import compiled_for
     show_device(startup, device)
-    rows, losses = None, {}
+    rows, losses, shown = None, {}, "the standard input" if data == "-" else data
     for name, with_adapter in models.items():
         trained = load(with_adapter)
         if data is not None and rows is None:
-            with startup.stage(f"reading {data}"):
+            with startup.stage(f"reading {shown}"):
                 rows = read_other_rows(trained, data, changes)
         compiling = "compiling kernels, " if compiled_for(trained.model.device) else ""
         with startup.stage(
@@ -218,7 +230,7 @@ def _evaluate_rows(
     for note in () if rows is None else _notes(rows):
         startup.warn(note)
     _print_losses(
-        losses, "held-out loss" if about is None else f"loss on the {about['rows']:,} rows of {data}"
+        losses, "held-out loss" if about is None else f"loss on the {about['rows']:,} rows of {shown}"
     )
 
 
