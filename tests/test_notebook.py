@@ -97,6 +97,7 @@ def test_a_run_has_one_output_and_prints_nothing(
     assert "<svg" in last
     assert len(shown.html) < 40, "one update for each event at most"
     html = stopped._repr_html_()
+    assert "at the latest evaluation" in html
     assert "2 of 3; stopped by SIGINT, continue with resume=True" in html
     assert f'href="{os.path.relpath(stopped.run / "report.html")}"' in html
     shown.outputs.clear()
@@ -110,6 +111,7 @@ def test_a_run_has_one_output_and_prints_nothing(
         f"TrainResult(run='{done.run}', result='{done.result}', steps=3, total_steps=3"
     )
     assert "facts" not in repr(done)
+    assert re.match(r"held-out loss  \d\.\d+ before, \d\.\d+ after\n", str(done))
     assert [line.split()[0] for line in str(done).splitlines()] == [
         "held-out", "half", "steps", "time", "memory", "files"
     ]  # fmt: skip

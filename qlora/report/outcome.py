@@ -26,7 +26,8 @@ def rows(values: Mapping[str, Any]) -> list[Row]:
     if before is not None and after is not None:
         step = values["result_step"]
         at = f", at step {step:,}" if step not in (None, steps) else ""
-        found.append(("held-out loss", f"{before:.4f} before, {after:.4f} after{at}"))
+        when = "at the latest evaluation" if values["result"] is None else f"after{at}"
+        found.append(("held-out loss", f"{before:.4f} before, {after:.4f} {when}"))
     found += [(name, f"{value:.4g}") for name, value in (values["metrics"] or {}).items()]
     found.append(("steps", f"{steps:,} of {values['total_steps']:,}{_stopped(values)}"))
     found.append(("time", duration(values["seconds"])))
