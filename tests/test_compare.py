@@ -92,6 +92,18 @@ def test_a_table_has_the_keys_that_differ_and_the_outcomes(tmp_path: Path) -> No
     assert done.stderr == ""
 
 
+def test_a_setting_without_effect_in_a_run_has_no_value(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first")
+    second = write_run(tmp_path / "second", f"adapter.from={first}")
+    settings = {run["name"]: run["settings"] for run in compared(first, second)["runs"]}
+    assert settings == {"first": {"adapter.from": None}, "second": {"adapter.from": str(first)}}
+    third = write_run(tmp_path / "third", "adapter.rank=4")
+    rows = {
+        line.split()[0]: line for line in qlora("compare", first, second, third).stdout.splitlines() if line
+    }
+    assert [" – " in rows[name] for name in ("first", "second", "third")] == [False, True, False]
+
+
 def test_json_has_the_numbers_and_marks_the_best(tmp_path: Path) -> None:
     worse = write_run(tmp_path / "a/run", "adapter.method=bitfit", losses=(7.0, 5.0, math.nan))
     better = write_run(tmp_path / "b/run", losses=(7.0, 2.5, 3.0), loss_after=2.5, result_step=10)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora.errors import listed
-from qlora.recipe.rules import flatten
+from qlora.recipe.rules import flatten, keys_without_effect
 from qlora.report.run_files import RunFiles
 
 NOT_COMPARED = ("output", "tracking", "version")
@@ -33,7 +33,7 @@ class Compared:
     """the shortest end of the path that no other run has"""
     status: str
     settings: dict[str, Any]
-    """the settings that are not the same in all runs, but base and method; empty without a readable recipe"""
+    """the settings that are not the same in all runs, but base and method, without those that have no effect in it"""
     base: str | None
     method: str | None
     steps: int
@@ -107,14 +107,21 @@ def compare(files: Sequence[RunFiles]) -> RunComparison:
 
 
 def _settings(run: RunFiles) -> dict[str, Any]:
+    """Return the settings that have an effect in a run."""
     settings = {} if run.recipe is None else flatten(run.recipe.to_dict())
-    return {key: value for key, value in settings.items() if key.partition(".")[0] not in NOT_COMPARED}
+    left_out = {*keys_without_effect(settings), *NOT_COMPARED} if settings else set()
+    return {
+        key: value for key, value in settings.items() if left_out.isdisjoint((key, key.partition(".")[0]))
+    }
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys that do not have the same value in all, in the order of a recipe."""
-    keys = dict.fromkeys(key for values in settings for key in values)
-    return [key for key in keys if any(values.get(key) != settings[0].get(key) for values in settings)]
+    """Return the keys that do not have the same value in all runs in which they have an effect."""
+    found: dict[str, list[Any]] = {}
+    for values in settings:
+        for key, value in values.items():
+            found.setdefault(key, []).append(value)
+    return [key for key, values in found.items() if any(value != values[0] for value in values)]
 
 
 def _names(paths: Sequence[tuple[str, ...]]) -> list[str]:

@@ -72,7 +72,9 @@ def _columns(comparison: RunComparison) -> Iterator[Column]:
 
 
 def _setting(run: Compared, key: str) -> str:
-    return setting_text(run.settings[key]) if key in run.settings else "?"
+    if key in run.settings:
+        return setting_text(run.settings[key])
+    return "?" if run.method is None else "–"  # an unreadable recipe, or a setting without effect
 
 
 def _steps(run: Compared) -> str:
