@@ -5,6 +5,7 @@ Tiers: `pytest` (seconds to minutes, no GPU), `pytest -m slow`, `pytest -m gpu`.
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ def without_forecast() -> Iterator[None]:
     """Leave out the memory forecast, which takes as long as the steps and has tests of its own."""
     with patch("qlora.memory.run_memory.forecast", side_effect=RuntimeError("not asked for")):
         yield
+
+
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Let signals interrupt, also if the tests run in the background of a script or under nohup, where some do not."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL,
+    }  # fmt: skip
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -104,9 +104,9 @@ def test_a_stopped_run_continues_its_course(
     folder = tmp_path / "run"
     shutil.copytree(folder, tmp_path / "short")
     short = Recipe.load(file, [f"output={tmp_path / 'short'}", "training.max_steps=2"])
-    evaluate, seen = loop.held_out_loss, []
+    evaluate, seen = loop.evaluate_held_out, []
     monkeypatch.setattr(
-        loop, "held_out_loss", lambda s, *rest: seen.append(s.course.steps[:]) or evaluate(s, *rest)
+        loop, "evaluate_held_out", lambda s, *rest: seen.append(s.course.steps[:]) or evaluate(s, *rest)
     )
     assert train(short, resume=True, terminal=False).adapter == {"steps": [0, 1, -1]}
     assert seen == [[0, 1, -1]], "finished before the evaluation"

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -188,14 +188,6 @@ def test_ctrl_c_at_the_very_end_changes_no_exit_code(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("qlora")
-
-
-@pytest.fixture
-def in_the_foreground() -> Iterator[None]:
-    """Let SIGINT interrupt, also if the tests run in the background of a script, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("in_the_foreground")

@@ -384,6 +384,7 @@ def _error(client: openai.OpenAI) -> Exception:
     return error.value
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_serves_until_a_signal(
     folders: dict[str, Path], number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
