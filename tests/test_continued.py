@@ -144,6 +144,7 @@ def test_an_adapter_of_a_16_bit_base_continues_on_nf4(recipe_file: RecipeFile, t
     assert len(lora_layers(model)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "bitfit"])
 def test_other_methods_continue_too(recipe_file: RecipeFile, tmp_path: Path, method: str) -> None:
     file = recipe_file(adapter={"rank": 4} if method == "dora" else None)
@@ -171,6 +172,7 @@ def test_modules_and_tokens_beside_the_adapter_continue(recipe_file: RecipeFile,
         run(file, *given)
 
 
+@pytest.mark.slow
 def test_pissa_continues_on_the_base_that_it_changed(recipe_file: RecipeFile, tmp_path: Path) -> None:
     file = recipe_file(adapter={"rank": 2, "targets": ["q_proj"], "init": "pissa"})
     before = run(file, f"output={tmp_path / 'first'}", "optimizer.lr=0.02")
@@ -186,7 +188,7 @@ def test_the_forecast_is_that_of_a_new_adapter_with_the_same_layers(
     recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     LlamaConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2,
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1,
     ).save_pretrained(tmp_path / "deep")  # fmt: skip
     base = {"model": str(tmp_path / "deep"), "init": "synthetic"}
