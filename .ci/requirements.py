@@ -37,7 +37,7 @@ def main() -> None:
         "oldest": lambda: [oldest(wanted) for wanted in needed()],
         "newest": lambda: [newest(wanted, held) for wanted in needed("test")],
         "beyond": lambda: [found for wanted in needed("test") if (found := beyond(wanted))],
-        "tested": lambda: [*heading(), *sorted(tested(needed("tensorboard", "export")))],
+        "tested": lambda: [*heading(), *sorted(tested(needed("tensorboard", "export", "serve")))],
     }
     for line in lines[arguments.what]():
         print(line)
