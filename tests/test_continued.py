@@ -126,9 +126,13 @@ def test_an_adapter_of_peft_continues_with_its_logits(
     torch.testing.assert_close(
         logits(ours), logits(model), rtol=0, atol=2e-5 if rounded else 0.02 * logits(model).abs().max().item()
     )
-    assert ("rounded to bfloat16, they change by 0." in notes[0]) is not rounded
-    assert "3 layers of lora, rank 3 to 4" in notes[0]
-    assert notes[1:] == ["adapter.dropout is 0; the adapter was trained with 0.05"]
+    assert ("rounded to bfloat16, they change by 0." in notes[1]) is not rounded
+    assert "3 layers of lora, rank 3 to 4" in notes[1]
+    assert notes == [
+        f"the adapter records only the name of its base, {tiny_llama}, so the weights of both bases cannot be compared",
+        f"continues {tmp_path / 'peft'}: {notes[1].partition(': ')[2]}",
+        "adapter.dropout is 0; the adapter was trained with 0.05",
+    ]
 
 
 def test_an_adapter_of_a_16_bit_base_continues_on_nf4(recipe_file: RecipeFile, tmp_path: Path) -> None:
@@ -262,6 +266,8 @@ def test_settings_that_the_adapter_brings_are_refused_beside_it(recipe_file: Rec
 
 
 def test_methods_that_cannot_continue_say_so(recipe_file: RecipeFile) -> None:
+    with pytest.raises(QloraError, match=r"adapter\.from: is empty"):
+        Recipe.load(recipe_file(), ["adapter.from="])
     none = "has no effect with adapter.method: full"
     for method, message in (("vera", "vera cannot"), ("adalora", "adalora cannot"), ("full", none)):
         given = ["adapter.from=runs/first", f"adapter.method={method}", "base.quantization=none"]

@@ -282,7 +282,7 @@ def test_a_dry_run_uploads_nothing_and_refusals_keep_the_folder(hub: Hub, run: P
     assert export(run, "--repo", "not a name!", "-o", "bad").returncode == 2
 
 
-def test_paths_in_texts_become_their_last_names(recipe_file: RecipeFile) -> None:
+def test_paths_in_texts_become_their_last_names(recipe_file: RecipeFile, tmp_path: Path) -> None:
     data = {
         "source": "data/deep/rows.jsonl",
         "held_out": "file:///x/y/z.csv",
@@ -293,6 +293,9 @@ def test_paths_in_texts_become_their_last_names(recipe_file: RecipeFile) -> None
         update={"adapter": recipe.adapter.model_copy(update={"start_from": "./mine/first"})}
     )
     clean = Clean.of(recipe)
+    (tmp_path / "card").mkdir()
+    write_card(None, recipe, tmp_path / "card", CardSettings("first", merged=False))
+    assert "(LoRA continued from first)" in (tmp_path / "card/README.md").read_text()
     for text, expected in {
         "read data/deep/rows.jsonl: 3": "read rows.jsonl: 3",
         "from /home/me/x.jsonl, ~/a/b.txt and ../c/d.csv": "from x.jsonl, b.txt and d.csv",

@@ -19,6 +19,7 @@ from examples_for_tests import ROOT
 from runs_for_tests import killed_and_resumed, stop_after
 
 from qlora.errors import FunctionError, RecipeError, UsageError
+from qlora.inference.load import load_trained
 from qlora.recipe import Recipe
 from qlora.report.page import render
 from qlora.training import check as checking
@@ -219,6 +220,27 @@ def test_a_function_that_fails_is_named_and_the_run_loses_nothing(
     assert [line["step"] for line in lines(done.run) if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in evaluations(done.run)] == [0, 2, 4]
     assert done.metrics == {"score": 0.25}
+
+
+def test_a_function_cannot_end_the_program_or_change_the_tokenizer(file: Path, tmp_path: Path) -> None:
+    def leave(record: Any) -> None:
+        if record["step"] == 2:
+            raise SystemExit(3)
+
+    with pytest.raises(FunctionError, match="failed with SystemExit"):
+        run(file, "training.max_steps=4", on_step=leave)
+    assert checkpoint.newest(Path(Recipe.load(file).output)).name == "step-000002"  # type: ignore[union-attr]
+
+    def pads(held_out: Any) -> dict[str, float]:
+        held_out.tokenizer.add_tokens(["<zzz>"])
+        held_out.tokenizer.padding_side = "left"
+        return {"a": 1}
+
+    done = run(file, f"output={tmp_path / 'pads'}", metrics=pads)
+    assert "<zzz>" not in (done.run / "adapter/tokenizer.json").read_text()
+    assert load_trained(done.run, device="cpu").tokenizer.padding_side == "right"
+    with pytest.raises(UsageError, match="choose one"):
+        run(file, resume=True, fresh=True)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,16 @@ def test_a_result_is_written_also_without_room_for_the_last_checkpoint(
         run(file, "training.max_steps=4", resume=True)
 
 
+def test_another_result_of_a_finished_run_is_said_to_have_no_effect(
+    recipe_file: RecipeFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe_file(training={"eval_every": 2})
+    run(file)
+    for changes, said in (([], False), (["training.result=best"], True)):
+        train(Recipe.load(file, changes), resume=True)
+        assert ("training.result=best has no effect" in capsys.readouterr().err) is said
+
+
 def test_what_cannot_become_longer_says_why(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,18 @@ def test_the_same_seed_gives_the_same_answer(client: openai.OpenAI) -> None:
             "'response_format' other than",
         ),
         ({"extra_body": {"top_k": 5}}, openai.BadRequestError, "'top_k' is not supported here"),
+        ({"temperature": 10**400}, openai.BadRequestError, "temperature must be a number from 0 to 2"),
+        (
+            {"messages": [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}, *HI]},
+            openai.BadRequestError,
+            "begins with several system messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hello " * 100_000}]},
+            openai.BadRequestError,
+            "has 600,000 characters",
+        ),
+        ({"messages": HI * 600}, openai.BadRequestError, "in 600 texts"),
         ({"temperature": 2.5}, openai.BadRequestError, "temperature must be a number from 0 to 2"),
         ({"temperature": True}, openai.BadRequestError, "temperature must be a number"),
         ({"top_p": -0.1}, openai.BadRequestError, "top_p must be a number from 0 to 1"),
@@ -233,6 +245,7 @@ def test_bodies_and_addresses_that_are_no_requests(server: Running, monkeypatch:
                                    "line 1 column 2 (char 1))")  # fmt: skip
         for body in (b"[]", b'"a"', b"\xff", b"[" * 100_000, b'{"temperature": NaN}', b"{}"):
             assert post(body)[0] == 400
+        assert post(b'{"model": "clerk", "prompt": "a", "\\ud800": 1}')[0] == 400
         half = b'{"model": "clerk", "prompt": "\\ud800"}'
         assert post(half) == (
             400,

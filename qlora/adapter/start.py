@@ -109,6 +109,8 @@ class StartAdapter:
         Raises:
             ModelError: the layers or their shapes are not those of the model.
         """
+        if not self.shapes:
+            raise ModelError(f"adapter.from: {self.folder} has no layers. Use another adapter")
         present = {name: module for name, module in model.named_modules() if name in self.shapes}
         absent = sorted(self.shapes.keys() - present.keys())
         if not present or (absent and not part):
@@ -182,6 +184,9 @@ class StartAdapter:
 
 def _differences(recorded: BaseIdentity, own: BaseIdentity) -> Iterator[str]:
     """Say what differs from the training of the adapter: the precision of the base, the tokenizer, the template."""
+    if recorded.weights is None:
+        named = f"only the name of its base, {recorded.name}" if recorded.name else "nothing about its base"
+        yield f"the adapter records {named}, so the weights of both bases cannot be compared"
     if None not in (recorded.quantization, own.quantization) and recorded.quantization != own.quantization:
         yield f"the adapter was trained on a base in another precision: {recorded.quantization}, now {own.quantization}"
     for key in ("tokenizer", "template"):

@@ -19,8 +19,8 @@ def override(document: Document, argument: str) -> None:
         problem = f"{shorten(key)!r} is nested more than {MAX_DEPTH} levels deep; no setting needs that"
         document.problems.append(Problem(Place(COMMAND_LINE), (), problem))
         return
-    if path == ("output",) and not text.strip():
-        # `output=$RUN --fresh` without RUN would replace the run of the default folder
+    if path in (("output",), ("adapter", "from")) and not text.strip():
+        # Without RUN, `output=$RUN --fresh` would replace the default run, and `adapter.from=$RUN` start anew
         problem = "is empty; name the folder of the run, or leave this setting out"
         document.problems.append(Problem(Place(COMMAND_LINE), path, problem))
         return

@@ -165,7 +165,9 @@ def _lead(recipe: Recipe, settings: CardSettings, clean: Clean) -> str:
     link = (
         base if base.startswith("bundled/") or "/" not in base else f"[{base}](https://huggingface.co/{base})"
     )
-    what = "All weights" if recipe.adapter.method == "full" else f"An adapter ({recipe.adapter.summary})"
+    start = recipe.adapter.start_from
+    adapter = recipe.adapter.model_copy(update={"start_from": start and clean(start)})
+    what = "All weights" if recipe.adapter.method == "full" else f"An adapter ({adapter.summary})"
     merged = ", merged into the weights" if settings.merged and recipe.adapter.method != "full" else ""
     return f"{what} of {link}{merged}, trained with qlora on {clean(recipe.data.names)}."
 

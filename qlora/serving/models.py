@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Models:
         Raises:
             ApiError: the text cannot be encoded, or is too long.
         """
+        self._check_length(wanted)
         with self._lock:
             try:
                 ids = _encode(model.prompts, wanted)
@@ -105,12 +107,34 @@ class Models:
             )
         return ids
 
+    def _check_length(self, wanted: Wanted) -> None:
+        """Refuse a prompt that must be too long before the work of encoding it, for which all others would wait."""
+        texts = [message["content"] for message in wanted.messages] or [wanted.prompt]
+        characters = sum(map(len, texts))
+        if len(texts) > self.context or characters > self.context * self._longest_token:
+            raise ApiError(
+                400,
+                f"the prompt has {characters:,} characters in {len(texts):,} texts, and prompt and answer together may "
+                f"have {self.context:,} tokens; shorten the prompt",
+                param="messages" if wanted.messages else "prompt",
+                code="context_length_exceeded",
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Most characters of a token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
 
 def _encode(prompts: Prompts, wanted: Wanted) -> list[int]:
     if not wanted.messages:
         return prompts.encode_text(wanted.prompt)
     *before, question = wanted.messages
     system = before.pop(0)["content"] if before and before[0]["role"] == "system" else None
+    if before and before[0]["role"] == "system":
+        raise UsageError(
+            "the conversation begins with several system messages; send one that has all of their text"
+        )
     if before and not prompts.accepts_history:
         raise UsageError(
             "this model was trained on single questions, and its prompts have no place for earlier messages; send the "

@@ -1,7 +1,6 @@
 """Parameters of a request: read, checked, and refused if they would have no effect here."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +104,7 @@ def _check_without_effect(name: str, value: Any) -> None:
         raise ApiError(
             400,
             f"parameter {shown(name)}{only} is not supported here, and nothing is ignored; leave it out",
-            param=name[:100],
+            param=name[:100].encode(errors="replace").decode(),
             code="unsupported_parameter",
         )
 
@@ -132,7 +131,7 @@ def _number(given: Mapping[str, Any], name: str, most: float) -> float:
     """Return a number from 0 to `most`; 1 if it is not given."""
     value = given.get(name, 1)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and 0 <= value <= most):
+    if not (is_number and 0 <= value <= most):  # not true for NaN
         raise ApiError(400, f"{name} must be a number from 0 to {most:g}", param=name)
     return float(value)
 

@@ -125,6 +125,10 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
     with startup.stage("reading the data"):
         tokens = TrainedTokens.of(recipe)
         found.notes += check_continued(recipe, tokens.tokenizer)
+        if recipe.adapter.start_from is not None and recipe.base.init != "pretrained":
+            found.unchecked.append(
+                "adapter.from: whether the adapter was trained on this base, whose weights are not here"
+            )
         dataset, whole = _rows(recipe, tokens, found)
     if dataset is None:
         with startup.stage("forecasting memory"):

@@ -1,5 +1,6 @@
 """Evaluation during a run: the loss on held-out rows, sample answers to their prompts, and the caller's metrics."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,8 +84,9 @@ def _own_metrics(session: Session, step: int, loss: float, stop: StopRequest) ->
         return Prompts(session.recipe.data, session.tokenizer, session.dataset.shared_system)
 
     held_out = HeldOut(
-        step=step, loss=loss, examples=_examples(session), model=session.model, tokenizer=session.tokenizer,
-        prompts=prompts, stop_ids=session.dataset.stop_ids, stopped=lambda: stop.requested,
+        step=step, loss=loss, examples=_examples(session), model=session.model,
+        tokenizer=copy.deepcopy(session.tokenizer), prompts=prompts, stop_ids=session.dataset.stop_ids,
+        stopped=lambda: stop.requested,
     )  # fmt: skip
     training, known = session.recipe.training, session.objective.metrics
     try:

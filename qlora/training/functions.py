@@ -202,7 +202,7 @@ class Functions:
             return
         try:
             asked: object = self._on_step(MappingProxyType(dict(record)))
-        except Exception as error:  # noqa: BLE001 - whatever it raises, the run must save a checkpoint
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises, the run must save a checkpoint
             self.failure = _failed("on_step", self._on_step, error, record["step"])
             return
         if asked is None or isinstance(asked, bool | np.bool_):
@@ -232,7 +232,7 @@ class Functions:
                     numbers = metric(held_out)
                 except EvaluationStopped:
                     raise
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     raise _failed("metrics", metric, error, held_out.step) from error
             if (problem := _problem(numbers, [*RESERVED, *known, *found])) is not None:
                 raise _wrong("metrics", metric, held_out.step, problem)
@@ -281,7 +281,7 @@ def _problem(numbers: object, taken: Sequence[str]) -> str | None:
     return None
 
 
-def _failed(argument: str, function: object, error: Exception, step: int) -> FunctionError:
+def _failed(argument: str, function: object, error: BaseException, step: int) -> FunctionError:
     """Return the error for a function that raised one."""
     wrong = _wrong(argument, function, step, f"failed with {type(error).__name__}: {first_line(error)}")
     wrong.__cause__ = error

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import ModelError, RecipeError
+from qlora.errors import ModelError, RecipeError, UsageError
 from qlora.recipe import Recipe, Training
 from qlora.recipe.versions import NewerRecipe, translated
 from qlora.storage import atomic, folders, manifest, regular_file
@@ -143,6 +143,8 @@ def check_output(recipe: Recipe, path: Path, *, resume: bool, fresh: bool) -> bo
             or the run to resume has a different recipe.
         ModelError: the run to resume is damaged.
     """
+    if resume and fresh:
+        raise UsageError("resume continues a run, and fresh replaces it; choose one of them")
     for place in (path, *path.parents):
         if place.is_symlink() and not os.path.exists(place):  # noqa: PTH110 - Path.exists raises for some links
             raise RecipeError(

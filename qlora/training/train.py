@@ -39,7 +39,7 @@ from qlora.training.facts import facts_of
 from qlora.training.functions import Functions, Metric, OnStep
 from qlora.training.prepare import prepare
 from qlora.training.result import TrainResult
-from qlora.training.resuming import earlier, is_longer, nothing_to_resume, resume_point
+from qlora.training.resuming import already_finished, earlier, is_longer, nothing_to_resume, resume_point
 from qlora.training.run_folder import RunFolder, check_output, claim, finished, recorded
 from qlora.training.session import Session
 from qlora.training.state import Progress, restore, save, write_memory, write_page, write_result
@@ -87,7 +87,8 @@ def train(
         outcome = _outcome(path) if resume else None
         reopened = outcome is not None and is_longer(recipe, outcome, recorded(path / "recipe.yaml"))
         if outcome is not None and not reopened:
-            startup.warn(f"{path}: the run is finished ({outcome.steps:,} steps); nothing is left to train")
+            for text in already_finished(recipe, path, outcome.steps, recorded(path / "recipe.yaml")):
+                startup.warn(text)
             return outcome
         processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
         with out_of_memory_explained(recipe):
