@@ -67,12 +67,12 @@ def nothing_to_resume(path: Path) -> str:
     return f"nothing to resume: {missing}, so this run starts at step 0; {meant}"
 
 
-def already_finished(recipe: Recipe, path: Path, steps: int, before: Recipe | None) -> list[str]:
-    """Return the warnings for `--resume` of a run that has finished; `before` is the recipe in its folder `path`."""
-    said = [f"{path}: the run is finished ({steps:,} steps); nothing is left to train"]
-    if before is not None and before.training.result != recipe.training.result:
-        said.append(f"training.result={recipe.training.result} has no effect on it")
-    return said
+def already_finished(recipe: Recipe, path: Path, steps: int, before: Recipe | None) -> str:
+    """Return the warning for `--resume` of a run that has finished; `before` is the recipe in its folder `path`."""
+    now = recipe.training.result
+    other = before is not None and before.training.result != now
+    without = f", and training.result={now} has no effect on it" if other else ""
+    return f"{path}: the run is finished ({steps:,} steps); nothing is left to train{without}"
 
 
 def is_longer(recipe: Recipe, outcome: TrainResult, recorded: Recipe | None) -> bool:

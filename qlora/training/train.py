@@ -87,8 +87,7 @@ def train(
         outcome = _outcome(path) if resume else None
         reopened = outcome is not None and is_longer(recipe, outcome, recorded(path / "recipe.yaml"))
         if outcome is not None and not reopened:
-            for text in already_finished(recipe, path, outcome.steps, recorded(path / "recipe.yaml")):
-                startup.warn(text)
+            startup.warn(already_finished(recipe, path, outcome.steps, recorded(path / "recipe.yaml")))
             return outcome
         processes.from_main(lambda: functions.check(recipe, objective_of(recipe).metrics))
         with out_of_memory_explained(recipe):
