@@ -35,9 +35,9 @@ REFUSALS = {2: "recipe or usage", 4: "model"}
 """exit codes that refuse a model"""
 
 NAME = re.compile(
-    r"\b[a-z]+\.[a-z_]\w+|\w+\.(?:json|safetensors|py)\b|\b[A-Z]\w+For[A-Z]\w+|\b[a-z]+_[a-z_]+\b"
+    r"\b[a-z]+\.[a-z_]\w+|\w+\.(?:json|safetensors|py)\b|\b[A-Z]\w+(?:For|Text)[A-Z]\w+|\b[a-z]+_[a-z_]+\b"
 )
-"""a key of the recipe, a file, a layer or the class of a model"""
+"""a key of the recipe, a file, a layer or the class of a model or of its part"""
 
 MERGE_CHANGES = 0.005
 """largest change of the mean loss by a merge, as a part of it, that is no fault: weights are rounded to bfloat16"""
