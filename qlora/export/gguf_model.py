@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.errors import SaveError, UsageError
 from qlora.export.gguf_tensors import TensorLayout, stored_bytes, stored_type, to_numpy
 from qlora.export.source import ModelSource
+from qlora.merging.merge import Progress
 from qlora.storage.draft import check_absent, drafting, publish
 from qlora.storage.folders import free_bytes, save_errors
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 GiB = 2**30
-
-Progress = Callable[[str, int, int], object]
-"""called with the current action, the amount done and the total amount"""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from qlora.errors import ModelError
-from qlora.export.gguf_model import Exported, Progress, draft_model
+from qlora.export.gguf_model import Exported, draft_model
 from qlora.export.go_templates import go_template
 from qlora.export.source import ModelSource
+from qlora.merging.merge import Progress
 from qlora.storage.draft import check_absent, drafting, publish
 from qlora.storage.folders import save_errors
 

@@ -68,7 +68,7 @@ class HeldOut:
     model: nn.Module
     """the model with its adapter, in evaluation mode; its weights must not be changed"""
     tokenizer: Any
-    """the model's tokenizer"""
+    """a copy of the model's tokenizer; changes to it do not reach the run"""
     prompts: Callable[[], Prompts] = field(repr=False)
     """makes the encoder of new questions"""
     stop_ids: frozenset[int] = field(repr=False)
