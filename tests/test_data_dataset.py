@@ -82,6 +82,8 @@ def test_rows_in_memory_are_trained_and_the_held_out_file_is_read(tmp_path: Path
     assert [example.origin for example in dataset.train] == [f"memory:row {row}" for row in range(1, 6)]
     assert [example.origin for example in dataset.held_out] == [f"{second}:{row}" for row in range(1, 8)]
     assert len(dataset.prompts) == 7
+    with pytest.raises(DataError, match=r"^rows: the list is empty"):
+        load_dataset(section, TOKENIZER, 0, rows=[])
 
 
 def test_the_fingerprint_depends_only_on_what_is_trained(hundred: Path, tmp_path: Path) -> None:

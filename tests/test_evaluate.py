@@ -85,8 +85,7 @@ def test_rows_that_are_left_out_are_named(recipe: Recipe, tmp_path: Path) -> Non
     assert 0 < found["rows"] < 12
     assert found["rows_left_out"] == {"dropped": 12 - found["rows"]}
     done = qlora("eval", run, "--data", file, "--max-length", "40")
-    assert f"note  {12 - found['rows']} rows left out: longer than data.max_length=40" in done.stderr
-    assert "--max-length raises data.max_length for this command" in done.stderr
+    assert f"note  {12 - found['rows']} rows left out: longer than --max-length 40" in done.stderr
 
 
 def test_training_rows_among_them_are_counted_if_the_cache_has_them(recipe: Recipe, tmp_path: Path) -> None:
@@ -135,16 +134,26 @@ def test_wrong_rows_are_named(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
     done = qlora("eval", run, "--data", tmp_path / "rows.jsonl", "--format", "alpacca")
     assert done.returncode == 2
-    assert "qlora: --data: data.format: must be alpaca," in done.stderr
+    assert "qlora: --format: must be alpaca," in done.stderr
     done = qlora("eval", run, "--data", tmp_path / "rows.jsonl", "--split", "test")
     assert done.returncode == 2
-    assert "qlora: --data: data.split: " in done.stderr
+    assert "qlora: --split: " in done.stderr
     done = qlora("eval", run, "--data", tmp_path / "rows.jsonl")
     assert done.returncode == 3
     assert f"{tmp_path}/rows.jsonl:1" in done.stderr
+    assert "set --column FIELD=COLUMN" in done.stderr
+    assert "choose another --format." in done.stderr
+    assert "Correct the rows, or skip them with --on-bad-row skip" in done.stderr
     (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n' + "".join(tickets(range(2))))
     found = evaluated(run, "--data", tmp_path / "rows.jsonl", "--on-bad-row", "skip")
     assert (found["rows"], found["rows_left_out"]) == (2, {"bad": 1})
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    done = qlora("eval", run, "--data", tmp_path / "rows.jsonl")
+    assert "looks like --format prompt-completion; set that" in done.stderr
+    (tmp_path / "rows.jsonl").write_text("")
+    done = qlora("eval", run, "--data", tmp_path / "rows.jsonl")
+    assert f"{tmp_path}/rows.jsonl: the source has no rows. Give a source with rows" in done.stderr
+    assert "data." not in done.stderr.replace("data.jsonl", "")
 
 
 def test_a_missing_harness_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

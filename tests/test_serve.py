@@ -397,6 +397,17 @@ def _error(client: openai.OpenAI) -> Exception:
     return error.value
 
 
+@pytest.mark.parametrize("key", ["schlüssel", " key", "two words", "\x7f"])
+def test_a_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("QLORA_API_KEY", key)
+    done = qlora("serve", "no/run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "qlora: QLORA_API_KEY: requests carry the key in a header, so it can have letters, digits and signs of ASCII "
+        "only, without spaces; set another one\n"
+    )
+
+
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_serves_until_a_signal(

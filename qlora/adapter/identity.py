@@ -200,11 +200,17 @@ def quantization_of(model: nn.Module) -> str | None:
     states: list[Any] = [quant_state(module) for module in model.modules() if is_nf4(module)]
     if None in states:
         return None
-    kinds = {
-        f"{state.quant_type} in blocks of {state.blocksize}{', double quantization' * bool(state.nested)}"
-        for state in states
-    }
-    return "; ".join(sorted(kinds)) or "none"
+    kinds = {in_4_bits(state.quant_type, state.blocksize, double=bool(state.nested)) for state in states}
+    return "; ".join(sorted(kinds)) or UNQUANTIZED
+
+
+UNQUANTIZED = "none"
+"""`quantization` of a base without 4-bit linears"""
+
+
+def in_4_bits(kind: str, block_size: int, *, double: bool) -> str:
+    """Describe 4-bit linears: their data type, the size of a block, and whether the absmax is quantized too."""
+    return f"{kind} in blocks of {block_size}{', double quantization' * double}"
 
 
 def _is_unique(name: str | None) -> bool:

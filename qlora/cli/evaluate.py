@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora.cli.arguments import IMPORTS, AnyBase, Device, Json, TrustRemoteCode, show_device, startup_for
+from qlora.cli.keys_as_options import keys_as_options, with_options
 from qlora.cli.tables import show
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def _evaluate_rows(
     for name, with_adapter in models.items():
         trained = load(with_adapter)
         if data is not None and rows is None:
-            with startup.stage(f"reading {shown}"):
+            with startup.stage(f"reading {shown}"), keys_as_options():
                 rows = read_other_rows(trained, data, changes)
         compiling = "compiling kernels, " if compiled_for(trained.model.device) else ""
         with startup.stage(
@@ -239,9 +240,7 @@ def _notes(rows: "OtherRows") -> Iterator[str]:
     from qlora.report.facts import left_out
 
     counts = rows.dataset.counts
-    yield from left_out(asdict(counts), rows.section.max_length)
-    if counts.dropped or counts.truncated:
-        yield "--max-length raises data.max_length for this command"
+    yield from map(with_options, left_out(asdict(counts), rows.section.max_length))
     if rows.seen:
         yield (
             f"{rows.seen:,} of {counts.train:,} rows are training rows of this run, token by token, so the loss is not "

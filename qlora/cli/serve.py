@@ -64,7 +64,7 @@ def serve(
 
     [bold]qlora serve runs/quickstart --adapter poet=runs/poet[/bold]
     """
-    named = folders_by_name(others)
+    named, key = folders_by_name(others), _key()
     startup = startup_for()
     with startup.stage(IMPORTS):
         _need_server_libraries()
@@ -81,7 +81,7 @@ def serve(
         with startup.stage("comparing a batch with single requests"):
             start = choose_runner(models, parallel)
         engine = Engine(start.runner, models.tokenizer, queue)
-        number = _serve(models, engine, opened, host, startup, _facts(models, start, queue))
+        number = _serve(models, engine, opened, host, key, startup, _facts(models, start, queue))
     totals = engine.totals
     _log(
         f"answers: {totals.answers:,}; {totals.tokens:,} tokens in {totals.seconds:.1f} s of work, "
@@ -96,6 +96,7 @@ def _serve(
     engine: "Engine",
     opened: socket.socket,
     host: str,
+    key: str | None,
     startup: "Startup",
     facts: list[tuple[str, str]],
 ) -> int | None:
@@ -106,7 +107,6 @@ def _serve(
 
     address, port = opened.getsockname()[:2]
     local = address in LOCAL
-    key = os.environ.get(KEY_VARIABLE) or None
     asked = f"; requests need the key in {KEY_VARIABLE}" if key else ""
     startup.table([*facts, ("address", f"http://{f'[{host}]' if ':' in host else host}:{port}/v1{asked}")])
     if not local and key is None:
@@ -115,6 +115,19 @@ def _serve(
     engine.start()
     connections = engine.runner.parallel + engine.queue + SPARE_CONNECTIONS
     return Server(app, engine, [opened], connections).serve_until_stopped()
+
+
+def _key() -> str | None:
+    """Return the key that requests must have; None for none. Raises UsageError for one that no header can carry."""
+    from qlora.errors import UsageError
+
+    key = os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not all("!" <= character <= "~" for character in key):
+        raise UsageError(
+            f"{KEY_VARIABLE}: requests carry the key in a header, so it can have letters, digits and signs of ASCII "
+            "only, without spaces; set another one"
+        )
+    return key
 
 
 def _need_server_libraries() -> None:

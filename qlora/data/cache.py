@@ -51,6 +51,8 @@ def load_dataset(
     given = None if rows is None else list(rows)
     if given is not None and section.sources:
         raise DataError("data.sources: rows from memory replace one data.source; leave data.sources out")
+    if given is not None and not given:
+        raise DataError("rows: the list is empty. Give at least one row, or leave it out to read data.source")
     return cache.cached(
         "data",
         lambda: None if given is not None else _key(section, tokenizer, seed),

@@ -325,7 +325,7 @@ def _nothing_left(reading: Reading, section: Data) -> str:
         "without a trained token": reading.unsupervised,
     }
     if not reading.read:
-        return f"{reading.source}: the source has no rows. Set data.source or data.held_out to a source with rows"
+        return f"{reading.source}: the source has no rows. Give a source with rows"
     counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count)
     lines = [f"{reading.source}: none of {reading.read} rows can be used: {counts}"]
     if reading.bad:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
-from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.identity import UNQUANTIZED, BaseIdentity, in_4_bits
 from qlora.adapter.initial import InitialValues, prepared_base
 from qlora.adapter.methods import METHODS
 from qlora.adapter.peft_drops import peft_drops
@@ -28,10 +28,10 @@ from qlora.errors import QloraError, UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.head import decoder_of
-from qlora.model.load import load_base, meta_base
+from qlora.model.load import MetaBase, load_base, meta_base
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
-from qlora.recipe import Adapter, Checkpointing, Recipe
+from qlora.recipe import Adapter, Base, Checkpointing, Recipe
 from qlora.runtime.device import on_cuda
 
 
@@ -123,17 +123,34 @@ def continue_adapter(model: nn.Module, recipe: Recipe, tokenizer: Any) -> list[s
 
 
 def check_continued(recipe: Recipe, tokenizer: Any) -> list[str]:
-    """Check that the adapter that the recipe continues was trained on its base, whose weights are not loaded.
+    """Load the adapter that the recipe continues over its base without weights, and return remarks on it.
 
     Raises:
-        ModelError: it was trained on another base.
+        ModelError: the adapter was trained on another base, or a tensor does not fit.
     """
     if recipe.adapter.start_from is None or recipe.base.init != "pretrained":
         return []
-    model = meta_base(recipe.base).model
-    continued = StartAdapter.read(Path(recipe.adapter.start_from), model, recipe.adapter.method)
-    base = replace(BaseIdentity.of(model), **prompt_digests(recipe.data, tokenizer))
-    return continued.check_base(prepared_base(base, InitialValues.stored(continued.folder)))
+    meta = meta_base(recipe.base)
+    apply_adapter(meta.model, recipe)
+    continued = StartAdapter.read(Path(recipe.adapter.start_from), meta.model, recipe.adapter.method)
+    base = replace(
+        BaseIdentity.of(meta.model),
+        quantization=_storage(recipe.base, meta),
+        **prompt_digests(recipe.data, tokenizer),
+    )
+    remarks = continued.check_base(prepared_base(base, InitialValues.stored(continued.folder)))
+    return [*remarks, *continued.load(meta.model)]
+
+
+def _storage(base: Base, meta: MetaBase) -> str | None:
+    """Return the quantization that the base will have; None if only its checkpoint knows."""
+    if meta.prequantized:
+        return None
+    return (
+        UNQUANTIZED
+        if base.quantization == "none"
+        else in_4_bits("nf4", base.block_size, double=base.double_quant)
+    )
 
 
 @contextmanager
