@@ -54,7 +54,9 @@ def file(recipe_file: RecipeFile) -> Path:
     )
 
 
-@pytest.mark.parametrize("stop", [None, 3, 7])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(None, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_the_result_is_that_of_the_lowest_loss_also_after_a_stop(
     file: Path, tmp_path: Path, losses: dict[int, float], monkeypatch: pytest.MonkeyPatch, stop: int | None
 ) -> None:

@@ -38,6 +38,7 @@ def test_what_is_trained_is_what_generation_must_write_in_200_conversations(name
     check_all(name, 100)
 
 
+@pytest.mark.slow
 def test_templates_that_refuse_a_system_message_are_few() -> None:
     refusing = []
     for name in SOURCES:

@@ -296,6 +296,7 @@ def test_published_sizes(name: str, low: float, high: float) -> None:
     assert low * 1e9 < found.memory["forecast"]["total_bytes"] < high * 1e9
 
 
+@pytest.mark.slow
 def test_one_forecaster_gives_the_results_of_separate_forecasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,6 +234,7 @@ def test_if_nothing_fits_inputs_are_offloaded_to_the_host(tmp_path: Path) -> Non
         planned_within(less - 1)
 
 
+@pytest.mark.slow
 def test_a_recipe_changed_by_a_plan_can_be_written_and_read(made: Recipe, tmp_path: Path) -> None:
     file = tmp_path / "planned.yaml"
     made = with_training(made, global_batch_size=2)
@@ -258,6 +259,7 @@ def test_a_planned_run_trains_as_an_unplanned_one(recipe_file: RecipeFile, tmp_p
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan(recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     import qlora.memory.run_memory as record
 
@@ -354,7 +356,11 @@ def test_estimate_and_run_forecast_the_same_batch(recipe_file: RecipeFile, tmp_p
 
 
 @pytest.mark.parametrize(
-    "words", [(40, 60), (90, 4)], ids=["the loss takes the most", "the longest row does"]
+    "words",
+    [
+        pytest.param((40, 60), id="the loss takes the most"),
+        pytest.param((90, 4), id="the longest row does", marks=pytest.mark.slow),
+    ],
 )
 def test_the_most_expensive_row_is_forecast_by_length_and_trained_tokens(
     recipe_file: RecipeFile, tmp_path: Path, words: tuple[int, int]
