@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.targets import features, is_conv1d, is_linear
+from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import QuantState, quant_state
 
 
@@ -44,8 +45,12 @@ class AdaptedLinear(AdaptedLayer):
 
 
 def other_layers(model: nn.Module) -> list[str]:
-    """Return the names of the adapted layers of `model` that are no linears, such as convolutions and embeddings."""
-    return [name for name, layer in AdaptedLayer.of(model).items() if not isinstance(layer, AdaptedLinear)]
+    """Return the names of the adapted layers of `model` that are neither linears nor experts, such as convolutions."""
+    return [
+        name
+        for name, layer in AdaptedLayer.of(model).items()
+        if not isinstance(layer, AdaptedLinear) and not isinstance(layer.base, ExpertStack)
+    ]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +16,14 @@ from torch import nn
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import MAX_ALPHA, SCALINGS, LoraSpec
 from qlora.adapter.patterns import exactly, pattern_value
+from qlora.adapter.peft_experts import FIELD, shortest
+from qlora.adapter.peft_experts import targets_of as experts_in
+from qlora.adapter.peft_tensors import CONFIG_FILE as CONFIG_FILE
 from qlora.adapter.targets import is_linear, layer_names, list_layers
 from qlora.adapter.trained_parts import without_parts
 from qlora.errors import ModelError
+from qlora.quantization.expert_stack import expert_stacks
 
-CONFIG_FILE = "adapter_config.json"
 INITIAL_FILE = "adapter_initial.safetensors"
 """A and B before the first step, see initial.py"""
 
@@ -53,6 +56,7 @@ _NAMES = Kind("a string or a list of strings", (str, list), str)
 HONOURED = {
     "peft_type": Kind("a string", (str,)),
     "target_modules": _NAMES,
+    "target_parameters": Kind("a list of strings", (list,), str),
     "exclude_modules": _NAMES,
     "layers_to_transform": Kind("a whole number or a list of them", (int, list), int),
     "layers_pattern": _NAMES,
@@ -86,7 +90,6 @@ REFUSED = {
     "bias": "biases of the base were trained",
     "init_lora_weights": "this initialisation changes the base; save the adapter as plain LoRA with PEFT",
     "lora_bias": "B has a bias",
-    "target_parameters": "parameters outside linear layers were adapted",
     "layer_replication": "layers of the base are repeated",
     "use_dora": "true only with peft_type LORA: DoRA",
     "use_qalora": "QALoRA",
@@ -126,6 +129,9 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
             f"the layers have different dropout ({examples}), and PEFT's config holds only one. Train all layers with "
             "one adapter.dropout"
         )
+    projections = _projections(model)
+    experts = [name for name in projections if name in layers]
+    modules = layers.keys() - experts
     return {
         "alpha_pattern": {
             exactly(name): _plain(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha
@@ -142,13 +148,14 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
         "lora_bias": False,
-        "lora_dropout": next(iter(layers.values())).dropout,
+        "lora_dropout": 0.0 if experts else next(iter(layers.values())).dropout,  # PEFT has none for experts
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         "revision": base.revision,
-        "target_modules": targets_of(model, layers),
+        "target_modules": targets_of(model, modules) if modules else [],
+        **({FIELD: shortest(experts, projections)} if experts else {}),
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "use_dora": False,
         "use_rslora": is_rslora(layers),
@@ -213,7 +220,8 @@ def targets_in(
     Raises:
         ModelError: no layer matches.
     """
-    layers = layer_names(model, can_adapt)
+    known, experts = layer_names(model, can_adapt), expert_stacks(model)
+    layers = [name for name in known if name not in experts]
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
     if targets is None:
@@ -229,6 +237,9 @@ def targets_in(
     if indices is not None and indices != []:
         chosen = {indices} if isinstance(indices, int) else set(indices)
         names = [name for name in names if _layer_index(name, patterns) in chosen]
+    if parameters := experts_in(config):
+        chosen_experts = set(filter(_matcher(parameters), experts))
+        names = [name for name in known if name in chosen_experts or name in names]
     if not names:
         raise ModelError(
             f"{path}: the adapter does not fit this model: its target_modules, {json.dumps(targets)}, match no "
@@ -278,14 +289,20 @@ def is_rslora(layers: Mapping[str, LoraLayer]) -> bool:
     )
 
 
-def targets_of(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
+def targets_of(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """Return target_modules that match exactly these layers in PEFT: last parts of names, names, or an expression."""
+    experts = _projections(model)  # parameters in PEFT's model, which target_modules never match
     inside = tuple(f"{name}." for name in layers)
-    names = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    names = [name for name, _ in model.named_modules() if not name.startswith(inside) and name not in experts]
     for entries in ({name.rpartition(".")[2] for name in layers}, set(layers)):
-        if set(filter(_matcher(list(entries)), names)) == layers.keys():
+        if set(filter(_matcher(list(entries)), names)) == set(layers):
             return sorted(entries)
     return "|".join(re.escape(name) for name in layers)
+
+
+def _projections(model: nn.Module) -> list[str]:
+    """Return the names of all projections of experts, adapted or not."""
+    return [name.removesuffix(".base") for name in expert_stacks(model)]
 
 
 def _matcher(entries: str | list[str]) -> Callable[[str], bool]:

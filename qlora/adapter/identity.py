@@ -21,6 +21,7 @@ from qlora.adapter.architecture import architecture_of
 from qlora.adapter.base_digest import memory_digest
 from qlora.adapter.digest import digest, sampled
 from qlora.errors import ModelError
+from qlora.quantization.expert_stack import expert_stacks
 from qlora.quantization.nf4 import is_nf4, quant_state
 from qlora.storage import regular_file
 from qlora.storage.safetensors_files import StoredTensor, checkpoint_files, find_checkpoint, stored_tensors
@@ -201,6 +202,8 @@ def quantization_of(model: nn.Module) -> str | None:
     if None in states:
         return None
     kinds = {in_4_bits(state.quant_type, state.blocksize, double=bool(state.nested)) for state in states}
+    packed = [stack.storage for stack in expert_stacks(model).values() if stack.packed]
+    kinds |= {in_4_bits("nf4", stack.block_size, double=stack.scales is not None) for stack in packed}
     return "; ".join(sorted(kinds)) or UNQUANTIZED
 
 

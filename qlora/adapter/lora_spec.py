@@ -48,6 +48,10 @@ class LoraSpec:
     rank is above `in`) or "zero" (before an adapter is loaded). B is zero, so training starts at the base. (PEFT's
     "orthogonal" is another scheme: A and B are both nonzero, and their product is zero up to rounding.) Or "pissa" or
     "loftq": A and B from the base's weights, see `qlora.adapter.initial`; "pissa" changes the base"""
+    expert_rank: int | None = None
+    """rank of each expert of a mixture; None means the rank divided by the number of experts that a token passes
+    through, but at least 1, so that a token meets about as many trained numbers as in a dense layer (Schulman and
+    Thinking Machines Lab, "LoRA Without Regret", 2025)"""
     targets: str | Sequence[str] = "all-linear"
     """layers to adapt: "all-linear", "attention" or a list, see `qlora.adapter.select`"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -61,6 +65,8 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"rank must be at least 1, not {self.rank}")
+        if self.expert_rank is not None and self.expert_rank < 1:
+            raise UsageError(f"expert_rank must be at least 1, not {self.expert_rank}")
         if not 0 < self.resolved_alpha <= MAX_ALPHA:
             raise UsageError(f"alpha must be above 0 and at most {MAX_ALPHA:g}, not {self.alpha}")
         if not 0 <= self.dropout < 1:

@@ -7,8 +7,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora.adapter.peft_experts import layer_name, stems, targets_beside
 from qlora.errors import ModelError
 
+CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CONVERSION = (
@@ -22,17 +24,25 @@ PAIRS = [(SUFFIX_A, SUFFIX_B), (EMBEDDING_A, EMBEDDING_B)]
 """names of A and B in linear layers and convolutions, and in embeddings"""
 
 
-def named_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def named_tensors(
+    layers: Mapping[str, Mapping[str, Tensor]], experts: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Return the tensors of all layers by their names in the file, on the CPU.
 
     Args:
         layers: for each layer name, its tensors by suffix, such as ".lora_A.weight".
+        experts: names of the layers that are projections of experts.
 
     Raises:
         ModelError: a number is not finite.
     """
+    places = stems(experts)
     return finite(
-        {PREFIX + name + suffix: tensor for name, parts in layers.items() for suffix, tensor in parts.items()}
+        {
+            PREFIX + places.get(name, name) + suffix: tensor
+            for name, parts in layers.items()
+            for suffix, tensor in parts.items()
+        }
     )
 
 
@@ -82,6 +92,7 @@ def read_layers(
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged, or not a safetensors file: {error}. Restore the file") from error
     layers: dict[str, dict[str, Tensor]] = {}
+    experts = targets_beside(folder / CONFIG_FILE)
     suffixes = list(dict.fromkeys(suffix for kind in kinds for suffix in kind))
     for key, tensor in tensors.items():
         counts = key in others and not tensor.is_floating_point()  # such as the batches that a norm has seen
@@ -100,7 +111,8 @@ def read_layers(
                 f"{path}: unexpected tensor {key}: tensors of this method end in {' or '.join(suffixes)}. "
                 "Restore the file, or save the adapter without this tensor"
             )
-        layers.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor
+        name = layer_name(key[len(PREFIX) : -len(suffix)], experts)
+        layers.setdefault(name, {})[suffix] = tensor
     for name, parts in layers.items():
         kind = max(kinds, key=lambda kind: len(parts.keys() & set(kind)))
         for suffix in {*kind} ^ parts.keys():

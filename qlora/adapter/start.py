@@ -16,6 +16,7 @@ from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.config import CONFIG_FILE
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.methods import METHODS, AdapterMethod
+from qlora.adapter.peft_experts import layer_name, targets_of
 from qlora.adapter.peft_tensors import PREFIX, TENSORS_FILE
 from qlora.adapter.store import add_layers, check_shapes, config_and_method, load_adapter
 from qlora.adapter.trained_parts import MODULES, TOKENS
@@ -71,10 +72,11 @@ class StartAdapter:
             )
         suffixes = [suffix for kind in own.layers for suffix in kind.SAVED]
         shapes: dict[str, dict[str, Any]] = {}
+        experts = targets_of(config)
         for tensor in stored_tensors(folder / TENSORS_FILE):
             suffix = next((suffix for suffix in suffixes if tensor.name.endswith(suffix)), None)
             if suffix is not None:
-                name = tensor.name.removesuffix(suffix).removeprefix(PREFIX)
+                name = layer_name(tensor.name.removesuffix(suffix).removeprefix(PREFIX), experts)
                 shapes.setdefault(name, {})[suffix] = tensor
         return cls(folder, config, own, shapes)
 

@@ -28,6 +28,7 @@ from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.base_digest import changed
 from qlora.adapter.config import CONFIG_FILE, read_fields
 from qlora.adapter.diffusers_file import DIFFUSERS_FILE, check_diffusers, write_diffusers
+from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.expressions import check_expressions
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity, require_same_base
 from qlora.adapter.initial import (
@@ -38,7 +39,9 @@ from qlora.adapter.initial import (
     require_own_base,
     write_initial,
 )
+from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
+from qlora.adapter.peft_experts import targets_of
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
 from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
@@ -91,7 +94,7 @@ def save_adapter(
     base = replace(base, name=base_model or base.name, revision=revision or base.revision)
     fields = {**method.config(model, layers, base), **part_fields(model)}
     tensors = {
-        **named_tensors({name: layer.saved() for name, layer in layers.items()}),
+        **named_tensors({name: layer.saved() for name, layer in layers.items()}, LoRAExperts.of(model)),
         **finite({**method.shared(model), **parts}),
     }
     if diffusers is not None:
@@ -151,6 +154,8 @@ def load_adapter(
     folder = Path(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config, method = config_and_method(folder, model)
+    if targets_of(config):
+        use_expert_stacks(model)
     values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:

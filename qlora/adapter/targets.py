@@ -8,6 +8,7 @@ from typing import TypeGuard
 from torch import nn
 
 from qlora.errors import ModelError, UsageError, listed
+from qlora.quantization.expert_stack import expert_stacks
 from qlora.quantization.nf4 import is_nf4
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
@@ -26,7 +27,7 @@ INSIDE_ATTENTION = frozenset([
 ])
 # fmt: on
 
-WORDS = ("attention", "all-linear")
+WORDS = ("attention", "experts", "all-linear")
 """targets that are a word, not a list"""
 
 SAME_PRODUCT = frozenset(["FalconLinear"])
@@ -45,12 +46,13 @@ def select(
 
     Args:
         model: any module with layers to adapt.
-        targets: "attention" for the query, key, value and output projections; "all-linear" for every linear layer
-            except the output head, the routers of a mixture of experts, and layers whose weight the model reads (see
-            `read_layers`); or a list. Each entry of a list is a layer's name, the last parts of a name
-            (`mlp.up_proj`), or a regular expression that matches a whole name. Any other string is a list of one entry.
+        targets: "attention" for the query, key, value and output projections; "experts" for the projections of a
+            mixture's experts; "all-linear" for every linear layer and the experts, except the output head, the routers
+            of a mixture, and layers whose weight the model reads (see `read_layers`); or a list. Each entry of a list
+            is a layer's name, the last parts of a name (`mlp.up_proj`), or a regular expression that matches a whole
+            name. Any other string is a list of one entry.
         can_adapt: function that returns True for the layers that a list can name; None means linear layers. The words
-            "attention" and "all-linear" always mean linear layers.
+            mean linear layers, and experts if it returns True for them.
 
     Raises:
         UsageError: nothing matches, or an entry of the list matches nothing. The message lists the layers.
@@ -61,13 +63,16 @@ def select(
     """
     names = layer_names(model, can_adapt or is_linear)
     linears = names if can_adapt is None else linear_names(model)
+    experts = [name for name in names if name in expert_stacks(model)]
     if isinstance(targets, str) and targets not in WORDS:
         targets = [targets]
     read = read_layers(model)
     if targets == "attention":
         chosen = {name for name in linears if _is_attention(name)} - read
+    elif targets == "experts":
+        chosen = set(experts)
     elif targets == "all-linear":
-        chosen = set(linears) - heads(model) - routers(model) - read
+        chosen = {*linears, *experts} - heads(model) - routers(model) - read
     else:
         if not targets:
             raise UsageError("targets: the list is empty; name a layer, or write all-linear")

@@ -29,7 +29,7 @@ from qlora.model.prepare import apply_adapter
 from qlora.model.varlen_attention import read_documents, reads_documents
 from qlora.objective.causal_lm import hidden_states
 from qlora.ops.cross_entropy import tokens_at_once
-from qlora.quantization.transformers_loader import as_stored, nf4_layers
+from qlora.quantization.transformers_loader import as_stored, nf4_experts, nf4_layers
 from qlora.recipe import Base, Checkpointing, Recipe
 
 
@@ -103,7 +103,8 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
         reason = not_causal(error) or first_line(error)
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
     in_nf4 = recipe.base.quantization == "nf4"
-    quantized = frozenset(nf4_layers(model, getattr(config, "quantization_config", None)) if in_nf4 else ())
+    stored = getattr(config, "quantization_config", None)
+    quantized = frozenset((*nf4_layers(model, stored), *nf4_experts(model, stored)) if in_nf4 else ())
     check_head_unquantized(model, quantized)
     precision = precision_of(model, quantized)
     check_precision(recipe.base, precision)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from qlora.adapter.methods import Course
 from qlora.optim import Optimizer
 from qlora.optim.paged import is_paged
+from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import is_nf4, quant_state, statistics
 
 _KINDS = {
@@ -24,6 +25,9 @@ def of_model(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
             if quant_state(module) is not None:
                 yield module.weight, "base_nf4"
             yield from ((tensor, "quantization_statistics") for tensor in statistics(module))
+        elif isinstance(module, ExpertStack) and module.packed:
+            yield module.weight, "base_nf4"
+            yield from ((tensor, "quantization_statistics") for tensor in module.statistics())
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.requires_grad:
             yield tensor, "base_unquantized"

@@ -19,6 +19,7 @@ from qlora.model.head import Head, head_of
 from qlora.objective.causal_lm import supervised_states
 from qlora.objective.step import evaluation_mode
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import expert_stacks
 
 SIGNIFICANT_LOSS = 0.01
 """smallest difference of held-out loss (nats) that counts: 1% of perplexity"""
@@ -131,6 +132,7 @@ def choose(judged: Sequence[Judgement]) -> tuple[Judgement, str]:
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of the model's weights in files: NF4 with its statistics, all other tensors in 16 bits."""
     packed = {module.weight: nf4.weight_bytes(module) for module in model.modules() if nf4.is_nf4(module)}
+    packed |= {stack.weight: stack.storage_bytes() for stack in expert_stacks(model).values() if stack.packed}
     return sum(packed.get(parameter, 2 * parameter.numel()) for parameter in model.parameters())
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import is_nf4, statistics
 
 
@@ -14,8 +15,11 @@ def not_finite(model: nn.Module) -> str | None:
     """
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            packed = own == "weight" and is_nf4(module)
-            tensors = statistics(module) if packed else [parameter]
+            tensors = [parameter]
+            if own == "weight" and is_nf4(module):
+                tensors = statistics(module)
+            elif own == "weight" and isinstance(module, ExpertStack) and module.packed:
+                tensors = module.statistics()
             if any(_has_one(tensor) for tensor in tensors):
                 # an adapted layer holds the frozen one as `base`
                 return f"{name.removesuffix('.base')}.{own}"

@@ -1,8 +1,8 @@
 """Share of a base's linear weights that is in NF4, and what the other weights are.
 
-transformers quantizes only `nn.Linear` itself. The layers of other classes and the experts of most mixtures (one
-three-dimensional parameter for all experts of a layer) keep 16 bits, so such a base takes far more memory than its
-number of parameters suggests. The input embedding and the output head are never quantized and not counted.
+Loading quantizes `nn.Linear` itself and the experts with transformers' interface. The layers of other classes keep 16
+bits, so such a base takes far more memory than its number of parameters suggests. The input embedding and the output
+head are never quantized and not counted.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qlora.adapter.targets import features, heads, is_conv1d
 from qlora.errors import ModelError
+from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import is_nf4
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
@@ -23,7 +24,7 @@ from qlora.recipe.sizes import parameters_text
 ENOUGH = 0.5
 """smallest share of the linear weights in NF4 with which a run starts unasked"""
 
-EXPERTS = "experts that are not linear layers"
+EXPERTS = "experts without the interface of transformers' experts"
 OTHERS = "weights that are in no linear layer"
 SKIPPED = "layers that the model or its checkpoint excludes"
 ROUTERS = "routers of experts"
@@ -70,8 +71,8 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
 
     Args:
         model: the model, with an adapter or without; real, fake or on the meta device.
-        quantized: names of the linear layers that loading will quantize, for a model that is not quantized yet; None
-            for a model as it is.
+        quantized: names of the linear layers and of the experts' parameters that loading will quantize, for a model
+            that is not quantized yet; None for a model as it is.
 
     Examples:
         >>> precision_of(model).line()
@@ -88,11 +89,15 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
             in_nf4 = is_nf4(module) if quantized is None else name in quantized
             inputs, outputs = features(module)
             numbers[None if in_nf4 else _kind(name, module, routing, read)] += inputs * outputs
+        elif isinstance(module, ExpertStack):
+            numbers[None if module.packed else EXPERTS] += module.numel()
         elif name not in routing and not isinstance(module, _ConvNd):
             experts = _among_experts(name) or "experts" in type(module).__name__.lower()
             dimensions = 2 if _among_experts(name) else 3
-            for weight in module.parameters(recurse=False):
-                if weight.ndim >= dimensions and min(weight.shape[-2:]) > 1:
+            for own, weight in module.named_parameters(recurse=False):
+                if f"{name}.{own}" in (quantized or ()):
+                    numbers[None] += weight.numel()
+                elif weight.ndim >= dimensions and min(weight.shape[-2:]) > 1:
                     numbers[EXPERTS if experts else OTHERS] += weight.numel()
     in_nf4_count = numbers.pop(None, 0)
     return Precision(in_nf4_count, dict(numbers.most_common()))  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora.adapter.targets import is_conv1d, is_linear
 from qlora.quantization import nf4
-from qlora.quantization.transformers_loader import OnWeight, nf4_layers
+from qlora.quantization.expert_stack import PackedStack, as_parameter, quantize, synthetic_stack
+from qlora.quantization.transformers_loader import OnWeight, nf4_experts, nf4_layers
 from qlora.recipe import Base
 from qlora.runtime.patches import parameters_on_meta
 
@@ -31,6 +32,7 @@ def random(
         )
     if base.quantization == "nf4":
         _replace_linears(model, quantized)
+        _replace_experts(model, lambda weight: quantize(weight, **settings))
     return model
 
 
@@ -60,6 +62,17 @@ def synthetic(
             ),
             device=device,
         )
+        _replace_experts(
+            model,
+            lambda weight: synthetic_stack(
+                weight.shape,
+                block_size=base.block_size,
+                double_quant=base.double_quant,
+                device=device,
+                generator=generator,
+                std=std,
+            ),
+        )
     _materialise(model, device, dtype, generator, std)
     model.tie_weights()
     for (
@@ -84,6 +97,15 @@ def _replace_linears(
         if bias is not None and bias.is_meta:
             bias = torch.zeros(bias.shape, dtype=bias.dtype, device=device)
         model.set_submodule(name, nf4.NF4Linear(quantized(name, weight), bias))
+
+
+def _replace_experts(model: PreTrainedModel, quantized: Callable[[Tensor], PackedStack]) -> None:
+    """Give the experts' projections that loading quantizes their codes, one projection at a time."""
+    for name in nf4_experts(model, getattr(model.config, "quantization_config", None)):
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        packed = quantized(module.get_parameter(own))
+        setattr(module, own, as_parameter(packed))
 
 
 def _materialise(

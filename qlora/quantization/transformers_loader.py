@@ -16,6 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import PROJECTIONS, as_parameter, expert_parameters, is_experts, quantize
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
 from qlora.recipe import Base
@@ -57,6 +58,14 @@ def nf4_layers(model: PreTrainedModel, config: Any = None) -> list[str]:
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, patterns)
     ]
+
+
+def nf4_experts(model: PreTrainedModel, config: Any = None) -> list[str]:
+    """Return the names of the experts' projections that loading quantizes to NF4; arguments as in `nf4_layers`.
+
+    transformers quantizes none, so an NF4 checkpoint has them in 16 bits.
+    """
+    return [] if config is not None else [name for name, _ in expert_parameters(model)]
 
 
 def skipped_modules(model: PreTrainedModel) -> list[str] | None:
@@ -170,6 +179,11 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
 
     on_weight: OnWeight | None = None
 
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return super().param_needs_quantization(model, param_name, **kwargs) or (
+            not self.pre_quantized and _is_projection(model, param_name)
+        )
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if (
             not self.pre_quantized
@@ -182,10 +196,33 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
                 module.weight.blocksize = block_size
 
     def get_quantize_ops(self) -> Bnb4bitQuantize:
-        return Bnb4bitQuantize(self) if self.on_weight is None else _ReadingQuantize(self)
+        return _ReadingQuantize(self) if self.on_weight is not None else _Quantize(self)
 
 
-class _ReadingQuantize(Bnb4bitQuantize):
+def _is_projection(model: nn.Module, parameter: str) -> bool:
+    """Return True if this is the name of a projection in one of transformers' expert modules."""
+    owner, _, name = parameter.rpartition(".")
+    return name in PROJECTIONS and is_experts(model.get_submodule(owner))
+
+
+class _Quantize(Bnb4bitQuantize):
+    """transformers' quantization of one weight, and that of the experts of a layer."""
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        config = self.hf_quantizer.quantization_config
+        linears, result = {}, {}
+        for key, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if not _is_projection(model, key):
+                linears[key] = weight
+                continue
+            result[key] = as_parameter(quantize(weight, config.block_size, config.bnb_4bit_use_double_quant))
+        return result | super().convert(linears, full_layer_name=full_layer_name, model=model, **kwargs)
+
+
+class _ReadingQuantize(_Quantize):
     """transformers' quantization of one weight, which calls `on_weight` first."""
 
     def convert(
@@ -199,7 +236,9 @@ class _ReadingQuantize(Bnb4bitQuantize):
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = key.removesuffix(".weight")
-            if issubclass(model.get_submodule(name).source_cls, Conv1D):  # stored as [in, out]
+            if _is_projection(model, key):
+                kept[key] = weight
+            elif issubclass(model.get_submodule(name).source_cls, Conv1D):  # stored as [in, out]
                 kept[key] = on_weight(name, weight.T, stored).T
             else:
                 kept[key] = on_weight(name, weight, stored)

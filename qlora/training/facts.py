@@ -12,6 +12,7 @@ from qlora.memory.run_memory import RunMemory
 from qlora.model.head import embedding_of
 from qlora.model.load import compute_dtype
 from qlora.model.precision import precision_of
+from qlora.quantization.expert_stack import expert_stacks
 from qlora.quantization.transformers_loader import as_stored
 from qlora.recipe import Base, Recipe
 from qlora.report.facts import (
@@ -114,6 +115,8 @@ def _base(recipe: Recipe, model: nn.Module, device: torch.device) -> BaseFacts:
     base, adapter = recipe.base, recipe.adapter
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(map(_numbers, model.parameters())) + _embedding_on_host(model)
+    packed = [stack for stack in expert_stacks(model).values() if stack.packed]
+    everything += sum(stack.numel() - stack.weight.numel() for stack in packed)
     return BaseFacts(
         name=base.model,
         revision=base.revision,

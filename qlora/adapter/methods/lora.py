@@ -18,10 +18,12 @@ from qlora.adapter import trained_parts
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
+from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues, start_values
 from qlora.adapter.lora_conv import LoRAConv
 from qlora.adapter.lora_embedding import LoRAEmbedding
+from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.lora_spec import FROM_WEIGHTS, LoraSpec
 from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
 from qlora.adapter.methods.course import Course
@@ -34,6 +36,7 @@ from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
+from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.recipe import Adapter
 
@@ -112,8 +115,8 @@ class LoRALinear(LowRankLayer, AdaptedLinear):
         return torch.addmm(weight, b, a, alpha=self.scaling)
 
 
-LAYERS: tuple[type[LowRankLayer], ...] = (LoRALinear, LoRAConv, LoRAEmbedding)
-"""classes of LoRA's layers: for linears, convolutions and embeddings"""
+LAYERS: tuple[type[LowRankLayer], ...] = (LoRALinear, LoRAExperts, LoRAConv, LoRAEmbedding)
+"""classes of LoRA's layers: for linears, experts, convolutions and embeddings"""
 
 
 class Lora(AdapterMethod):
@@ -236,6 +239,9 @@ def adapt(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
 
+    if LoRAExperts in layers:
+        use_expert_stacks(model)
+
     def can_adapt(module: nn.Module) -> bool:
         return any(kind.adapts(module) for kind in layers)
 
@@ -249,12 +255,20 @@ def adapt(
     modules = {name: model.get_submodule(name) for name in names}
     drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
     adapted = {
-        name: layer_class(layers, module)(module, drawn.for_layer(name), layer_generator(seed, name))
+        name: layer_class(layers, module)(module, _spec_for(drawn, name, module), layer_generator(seed, name))
         for name, module in modules.items()
     }
     if values is not None:
         values.fill(adapted)
     return trained_parts.train_modules(wrap(model, adapted), train_modules)
+
+
+def _spec_for(spec: LoraSpec, name: str, module: nn.Module) -> LoraSpec:
+    """Return the settings of the layer `name`; experts have a rank of their own."""
+    if isinstance(module, ExpertStack):
+        rank = spec.expert_rank or max(1, spec.rank // max(1, module.active))
+        spec = replace(spec, rank=rank, alpha=spec.resolved_alpha)
+    return spec.for_layer(name)
 
 
 def _check_patterns(spec: LoraSpec, names: list[str]) -> None:

@@ -1,0 +1,146 @@
+"""The experts of a mixture with our forward and backward pass, in place of transformers' modules.
+
+transformers keeps the experts of a layer in a module with two parameters of three dimensions. `use_expert_stacks`
+replaces each such module; its projections become modules under the same names, which can be in NF4 and have an adapter.
+A module without the interface that `is_experts` knows keeps transformers' own code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapter.lora_experts import LoRAExperts
+from qlora.kernels import GELU_TANH, SILU, Activation
+from qlora.ops.experts import Experts, Projection, StackedUpdate, mixture
+from qlora.quantization.expert_stack import ExpertStack, is_experts
+
+ACTIVATIONS: dict[str, Activation] = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": GELU_TANH}
+"""our activations by the name of torch's or transformers' class"""
+
+ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "top_k")
+"""names in a config of the number of experts that a token passes through"""
+
+
+class ExpertsModule(nn.Module):
+    """The experts of a layer; its projections have the names of transformers' parameters.
+
+    Args:
+        original: transformers' module; its activation stays in use.
+        active: number of experts that a token passes through.
+    """
+
+    original: Any
+    down_proj: ExpertStack | LoRAExperts
+
+    def __init__(self, original: nn.Module, active: int) -> None:
+        super().__init__()
+        # not a submodule: its parameters would be listed twice
+        object.__setattr__(self, "original", original)
+        self.gate = gate_of(original)
+        self.wide_name = "gate_up_proj" if original.has_gate else "up_proj"
+        for name in (self.wide_name, "down_proj"):
+            bias = getattr(original, f"{name}_bias") if original.has_bias else None
+            weight = getattr(original, name)
+            weight = getattr(weight, "packed", weight)
+            stack = ExpertStack(weight, bias, transposed=bool(original.is_transposed), active=active)
+            self.add_module(name, stack)
+        self.train(original.training)
+
+    @property
+    def wide(self) -> Any:
+        """The projection of the input: gate and up in one, or up alone."""
+        return getattr(self, self.wide_name)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map tokens [N, H] to [N, H] through the experts `top_k_index` [N, K], weighted by `top_k_weights` [N, K]."""
+        if any(_is_trained(projection) for projection in (self.wide, self.down_proj)):
+            # as a whole, without low-rank updates: it has the same parameters
+            trained: Tensor = self.original(hidden_states, top_k_index, top_k_weights)
+            return trained
+        (wide, wide_update), (down, down_update) = product(self.wide), product(self.down_proj)
+        experts = Experts(_stack(self.down_proj).experts, wide, down, self.gate)
+        return mixture(hidden_states, top_k_index, top_k_weights, experts, (wide_update, down_update))
+
+
+def product(projection: Any) -> tuple[Projection, StackedUpdate]:
+    """Return the arguments of `qlora.ops.experts` for a projection, adapted or not."""
+    if isinstance(projection, LoRAExperts):
+        return projection.product()
+    return Projection(projection.matrix, projection.out_features, projection.bias), StackedUpdate(None, None)
+
+
+def _is_trained(projection: Any) -> bool:
+    return isinstance(projection, ExpertStack) and projection.weight.requires_grad
+
+
+def _stack(projection: Any) -> ExpertStack:
+    return projection.base if isinstance(projection, LoRAExperts) else projection
+
+
+class ConcatenatedGate:
+    """act(gate) * up of W_wide's output [gate, up], with our kernels."""
+
+    def __init__(self, act_fn: nn.Module) -> None:
+        self._activation = ACTIVATIONS[type(act_fn).__name__]
+
+    def product(self, wide: Tensor) -> Tensor:
+        """Map [S, 2 I] to [S, I]."""
+        gate, up = (half.contiguous() for half in wide.chunk(2, dim=-1))
+        return self._activation.product(gate, up)
+
+    def gradient(self, wide: Tensor, d_product: Tensor) -> Tensor:
+        """Return the gradient [S, 2 I] of `wide`; overwrites `d_product` [S, I]."""
+        gate, up = (half.contiguous() for half in wide.chunk(2, dim=-1))
+        d_up = torch.empty_like(up)
+        self._activation.gradients(gate, up, d_product, d_up)
+        return torch.cat([d_product, d_up], dim=-1)
+
+
+class OwnGate:
+    """The model's own function of W_wide's output; torch differentiates it."""
+
+    def __init__(self, original: Any) -> None:
+        self._apply = original._apply_gate if original.has_gate else original.act_fn
+
+    def product(self, wide: Tensor) -> Tensor:
+        """Map [S, wide] to [S, I]."""
+        result: Tensor = self._apply(wide)
+        return result
+
+    def gradient(self, wide: Tensor, d_product: Tensor) -> Tensor:
+        """Return the gradient [S, wide] of `wide`."""
+        with torch.enable_grad():
+            wide = wide.detach().requires_grad_()
+            return torch.autograd.grad(self._apply(wide), wide, d_product)[0]
+
+
+def gate_of(original: Any) -> ConcatenatedGate | OwnGate:
+    """Return the function between the two products of transformers' experts."""
+    default = original.has_gate and type(original)._apply_gate.__module__ == "transformers.integrations.moe"
+    if default and original.is_concatenated and type(original.act_fn).__name__ in ACTIVATIONS:
+        return ConcatenatedGate(original.act_fn)
+    return OwnGate(original)
+
+
+def use_expert_stacks(model: nn.Module) -> nn.Module:
+    """Replace transformers' expert modules of `model` by an ExpertsModule each, in place, and return the model.
+
+    Modules that are trained as a whole stay.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_experts(child):
+                setattr(parent, name, ExpertsModule(child, active_of(child.config)))
+    return model
+
+
+def active_of(config: Any) -> int:
+    """Return the number of experts that a token passes through; 0 if the config does not say it."""
+    numbers = (getattr(config, name, None) for name in ACTIVE)
+    for number in numbers:
+        if isinstance(number, list | tuple) and number:
+            number = number[0]
+        if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+            return number
+    return 0
