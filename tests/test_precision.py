@@ -21,8 +21,9 @@ from qlora.model.load import load_base, load_config, meta_base
 from qlora.model.precision import EXPERTS, ROUTERS, SKIPPED, Precision, precision_of
 from qlora.model.prepare import unreached_notes
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import expert_stacks
 from qlora.quantization.routers import routers
-from qlora.quantization.transformers_loader import nf4_layers, overruled_settings
+from qlora.quantization.transformers_loader import nf4_experts, nf4_layers, overruled_settings
 from qlora.recipe import Base
 from qlora.runtime import fake
 
@@ -46,8 +47,9 @@ def meta(name: str) -> Any:
     [
         ("llama", set()),
         ("falcon", {"layers of the class FalconLinear"}),
-        ("mixtral", {EXPERTS}),
-        ("hunyuan_v1_moe", {EXPERTS, ROUTERS}),
+        ("mixtral", set()),
+        ("jetmoe", {EXPERTS, ROUTERS}),
+        ("hunyuan_v1_moe", {ROUTERS}),
     ],
 )
 def test_config_and_loaded_base_agree_about_what_is_quantized(
@@ -57,9 +59,10 @@ def test_config_and_loaded_base_agree_about_what_is_quantized(
     model = load_base(base)
     found = precision_of(model)
     unquantized = meta(name)
-    assert found == precision_of(unquantized, nf4_layers(unquantized))
+    assert found == precision_of(unquantized, [*nf4_layers(unquantized), *nf4_experts(unquantized)])
     assert found.kept.keys() == kinds
     in_nf4 = sum(module.quant_state.shape.numel() for module in model.modules() if nf4.is_nf4(module))
+    in_nf4 += sum(stack.numel() for stack in expert_stacks(model).values())
     assert found.quantized == in_nf4
     head = model.get_output_embeddings()
     matrices = {p for p in model.parameters() if p.ndim >= 2} - {
@@ -102,7 +105,7 @@ def test_the_names_equal_those_that_transformers_quantizes(tmp_path: Path, name:
 
 
 def test_a_base_with_little_in_nf4_is_refused_unless_allowed(tmp_path: Path) -> None:
-    allowed = small.recipe(tmp_path, "mixtral")
+    allowed = small.recipe(tmp_path, "jetmoe")
     refused = allowed.model_copy(
         update={"base": allowed.base.model_copy(update={"allow_unquantized": False})}
     )

@@ -215,7 +215,7 @@ CASES = {
     "training: {max_steps: 1e3}": "must be an integer of at least 1 or null (you wrote 1e3); write 1000",
     "adapter: {targets: q_proj}": "each item text (you wrote q_proj); write [q_proj]",
     "adapter: {targets: all_linear}": "(you wrote all_linear); did you mean all-linear?",
-    "adapter: {targets: []}": "must be attention, all-linear or a list of one or more, each item text",
+    "adapter: {targets: []}": "must be attention, experts, all-linear or a list of one or more, each item text",
     "base: {model: m, revision: 1234567}": "must be text or null (you wrote 1234567); put it in quotes",
     "training: {memory: 12}": "3:12: training.memory: must be auto, null or a size with a unit, such as 12GiB",
     "training: {memory: '12'}": "training.memory: '12' is not a memory size; write it with a unit, such as 12GiB",

@@ -5,15 +5,18 @@ replaces each such module; its projections become modules under the same names, 
 A module without the interface that `is_experts` knows keeps transformers' own code.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.kernels import GELU_TANH, SILU, Activation
 from qlora.ops.experts import Experts, Projection, StackedUpdate, mixture
-from qlora.quantization.expert_stack import ExpertStack, is_experts
+from qlora.quantization.expert_stack import ExpertStack, expert_stacks, is_experts
+from qlora.recipe.sizes import parameters_text
 
 ACTIVATIONS: dict[str, Activation] = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": GELU_TANH}
 """our activations by the name of torch's or transformers' class"""
@@ -133,6 +136,37 @@ def use_expert_stacks(model: nn.Module) -> nn.Module:
             if is_experts(child):
                 setattr(parent, name, ExpertsModule(child, active_of(child.config)))
     return model
+
+
+def expert_notes(model: nn.Module) -> list[str]:
+    """Return a remark on the adapter of the experts, or on its absence; none for a model without such experts."""
+    layers, stacks = AdaptedLayer.of(model), expert_stacks(model)
+    adapted = LoRAExperts.of(model)
+    if not layers or not stacks:
+        return []
+    if not adapted:
+        weights = sum(stack.numel() for stack in stacks.values())
+        return [
+            f"the adapter leaves out the experts, which have {parameters_text(weights)} weights; LoRA on targets "
+            "all-linear or experts reaches them"
+        ]
+    ranks = sorted({layer.rank for layer in adapted.values()})
+    own = sum(_trained(layer) for layer in adapted.values())
+    share = own / sum(_trained(layer) for layer in layers.values())
+    return [
+        f"LoRA on the experts: {len(adapted)} projections of {_counts(adapted)} experts, rank "
+        f"{' and '.join(map(str, ranks))} each; {share:.0%} of the adapter's {parameters_text(round(own / share))} "
+        "parameters"
+    ]
+
+
+def _counts(layers: Mapping[str, LoRAExperts]) -> str:
+    counts = sorted({layer.base.experts for layer in layers.values()})
+    return " or ".join(f"{count:,}" for count in counts)
+
+
+def _trained(layer: AdaptedLayer) -> int:
+    return sum(parameter.numel() for parameter in layer.saved().values())
 
 
 def active_of(config: Any) -> int:

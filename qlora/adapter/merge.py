@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.base_digest import memory_digest
 from qlora.adapter.identity import BaseIdentity, quantization_of
+from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.trained_parts import merge_parts
 from qlora.adapter.wrap import replace_modules
 from qlora.errors import ModelError
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import ExpertStack, stacked
 
 TOLERANCE = 0.01
 """share of the adapter's effect that rounding may change without a warning"""
@@ -77,6 +79,8 @@ class _Merged:
 
 def _merged(layer: AdaptedLayer, quantize: bool) -> _Merged:
     base: Any = layer.base
+    if isinstance(layer, LoRAExperts):
+        return _merged_experts(layer, quantize)
     state: Any = nf4.quant_state(base) if nf4.is_nf4(base) else None
     bias = base._parameters.get("bias")
     if layer.changes_bias:
@@ -99,6 +103,32 @@ def _merged(layer: AdaptedLayer, quantize: bool) -> _Merged:
         module = _dense(_frozen(exact, state.dtype), bias)
         stored = module.weight.to(exact.dtype)
     return _Merged(module.train(base.training), _square(stored - exact), _square(exact - before))
+
+
+def _merged_experts(layer: LoRAExperts, quantize: bool) -> _Merged:
+    """Merge the projection of all experts, one expert at a time."""
+    base, wide = layer.base, torch.float64 if layer.lora_a.dtype == torch.float64 else torch.float32
+    dtype, settings = base.weight.dtype, None
+    if base.packed:
+        dtype, settings = base.storage.dtype, (base.storage.block_size, base.storage.scales is not None)
+    stored: list[Any] = []
+    error = effect = 0.0
+    for expert in range(base.experts):
+        before = base.matrix(expert, wide)
+        exact = layer.merged_matrix(expert, before)
+        one = exact.T if base.transposed else exact
+        if settings is not None and quantize:
+            weight = nf4.quantize(one, *settings)
+            weight.quant_state.dtype = dtype
+            stored.append(weight)
+            kept = nf4.dequantize(weight, weight.quant_state, exact.dtype)
+        else:
+            stored.append(one.to(dtype))
+            kept = stored[-1].to(exact.dtype)
+        error, effect = error + _square(kept - one), effect + _square(exact - before)
+    made = stacked(stored) if settings is not None and quantize else torch.stack(stored)
+    module = ExpertStack(made, base.bias, transposed=base.transposed, active=base.active)
+    return _Merged(module.train(base.training), error, effect)
 
 
 def _like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -8,6 +8,7 @@ parameters, also those of dense layers and of shared experts, and drops them wit
 from torch import nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
+from qlora.adapter.lora_experts import LoRAExperts
 from qlora.errors import listed
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
@@ -25,7 +26,12 @@ def peft_drops(model: nn.Module) -> list[str]:
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in MODEL_TYPES:
         return []
-    names = [name for name in AdaptedLayer.of(model) if name.rpartition(".")[2] in LAYERS]
+    layers = AdaptedLayer.of(model).items()
+    names = [
+        name
+        for name, layer in layers
+        if name.rpartition(".")[2] in LAYERS and not isinstance(layer, LoRAExperts)
+    ]
     if not names:
         return []
     return [

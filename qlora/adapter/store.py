@@ -132,7 +132,8 @@ def load_adapter(
 
     A model without an adapter is frozen and adapted as the config describes, with the dtype of the stored tensors.
     A model with an adapter keeps its layers and takes the stored tensors and settings; method, layers and shapes must
-    be the same. If the model is on the meta device, only the adapter's tensors become real, on the CPU.
+    be the same. It keeps its dropout if the adapter has experts, for which PEFT's config has none. If the model is on
+    the meta device, only the adapter's tensors become real, on the CPU.
 
     Args:
         model: a base, or a model with an adapter of the same method.
@@ -154,8 +155,6 @@ def load_adapter(
     folder = Path(folder)
     file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config, method = config_and_method(folder, model)
-    if targets_of(config):
-        use_expert_stacks(model)
     values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:
@@ -184,20 +183,25 @@ def load_adapter(
         dtype = _dtype(model, method, stored, common)
         specs = {name: replace(spec, dtype=dtype) for name, spec in specs.items()}
         add_layers(model, method, specs)
-    _load_layers(model, specs, stored)
+    _load_layers(model, specs, stored, own_dropout=bool(layers and targets_of(config)))
     method.load_shared(model, common, tensors_file)
     parts.load(model, others, in_place=bool(layers))
     return model
 
 
 def config_and_method(folder: Path, model: nn.Module) -> tuple[dict[str, Any], AdapterMethod]:
-    """Return the checked config of an adapter for `model` and its method. Raises ModelError as `load_adapter` does."""
+    """Return the checked config of an adapter for `model` and its method. Raises ModelError as `load_adapter` does.
+
+    The experts of `model` become modules of ours if the adapter has some for them.
+    """
     check_unchanged(folder)
     file = folder / CONFIG_FILE
     config = read_fields(file)
     check_expressions(config, (name for name, _ in model.named_modules()), file)
     method = method_for(config, file)
     method.check(without_parts(config, file), file)
+    if targets_of(config):
+        use_expert_stacks(model)
     return config, method
 
 
@@ -260,12 +264,17 @@ def method_of(layers: Mapping[str, AdaptedLayer]) -> AdapterMethod:
 
 
 def _load_layers(
-    model: nn.Module, specs: Mapping[str, Any], stored: Mapping[str, Mapping[str, Tensor]]
+    model: nn.Module,
+    specs: Mapping[str, Any],
+    stored: Mapping[str, Mapping[str, Tensor]],
+    *,
+    own_dropout: bool,
 ) -> None:
     """Give each adapted layer its settings and its tensors by suffix; a parameter on the meta device becomes real."""
     with torch.no_grad():
         for name, layer in AdaptedLayer.of(model).items():
-            layer.spec = specs[name]
+            dropout = layer.spec.dropout if own_dropout else None
+            layer.spec = specs[name] if dropout is None else replace(specs[name], dropout=dropout)
             for suffix, parameter in layer.saved().items():
                 if parameter.is_meta:
                     setattr(layer, layer.SAVED[suffix], nn.Parameter(stored[name][suffix]))

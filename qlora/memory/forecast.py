@@ -37,6 +37,7 @@ from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
 from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
+from qlora.quantization.expert_stack import is_experts
 from qlora.recipe import Checkpointing, Recipe
 from qlora.runtime.fake import FakeTensors
 from qlora.runtime.phases import Phase, announce
@@ -270,8 +271,7 @@ def _trace(
 ) -> Trace:
     """Trace `run` on a fake of the batch, without the memory that is live before."""
     known = inventory.inventory(model, optimizer)
-    experts = any("experts" in name for name, _ in model.named_modules())
-    kernels = MetaKernels() if experts else nullcontext()
+    kernels = MetaKernels() if any(map(is_experts, model.modules())) else nullcontext()
     with LiveBytes(known) as live, layers_marked(model, live), kernels, as_packed(batch):
         run(faked(batch, fake))
     return live.trace().from_first_phase().without(_row(known))

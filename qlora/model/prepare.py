@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
+from qlora.adapter.experts import expert_notes
 from qlora.adapter.identity import UNQUANTIZED, BaseIdentity, in_4_bits
 from qlora.adapter.initial import InitialValues, prepared_base
 from qlora.adapter.methods import METHODS
@@ -169,6 +170,7 @@ def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
     """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it, PEFT."""
     return [
         *(left_out_notes(model, recipe.adapter.targets) if recipe.adapter.start_from is None else ()),
+        *expert_notes(model),
         *unreached_notes(model),
         *part_notes(model, tokenizer),
         *peft_drops(model),

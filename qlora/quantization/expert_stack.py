@@ -157,6 +157,16 @@ class ExpertStack(nn.Module):
         packed = quantize(self.weight, block_size, double_quant)
         return type(self)(packed, self.bias, transposed=self.transposed, active=self.active)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Store dense matrices under the names of transformers' parameters, which have no `weight` at the end."""
+        if self.packed:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        name = prefix.removesuffix(".")
+        destination[name] = self.weight if keep_vars else self.weight.detach()
+        if self.bias is not None:
+            destination[f"{name}_bias"] = self.bias if keep_vars else self.bias.detach()
+
     def extra_repr(self) -> str:
         """Return the sizes for print(model)."""
         return (

@@ -6,12 +6,14 @@ from typing import Any
 
 from qlora.recipe.rank_budget import RankBudget
 
-LOW_RANK_KEYS = ("rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern")
+LOW_RANK_KEYS = (
+    "rank", "alpha", "dropout", "scaling", "init", "lr_ratio", "expert_rank", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 
 BUDGET_KEYS = tuple(f"budget.{key}" for key in RankBudget.model_fields)
 
 BROUGHT_KEYS = (
-    "rank", "alpha", "scaling", "init", "targets", "rank_pattern", "alpha_pattern", *BUDGET_KEYS,
+    "rank", "alpha", "scaling", "init", "expert_rank", "targets", "rank_pattern", "alpha_pattern", *BUDGET_KEYS,
 )  # fmt: skip
 """keys whose values an adapter brings along that a run continues"""
 
@@ -53,19 +55,28 @@ METHODS = {
     "dora": MethodFacts(
         "DoRA of rank {rank} on {targets}",
         "DoRA continued from {folder}",
-        unused=BUDGET_KEYS,
+        unused=("expert_rank", *BUDGET_KEYS),
         rate_is_loras=True,
         grows_with_rank=True,
     ),
     "adalora": MethodFacts(
         "AdaLoRA of rank {rank} on average on {targets}",
-        unused=("scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern"),
+        unused=("scaling", "init", "lr_ratio", "expert_rank", "rank_pattern", "alpha_pattern"),
         grows_with_rank=True,
         plans_its_length=True,
     ),
     "vera": MethodFacts(
         "VeRA of rank {rank} on {targets}",
-        unused=("alpha", "scaling", "init", "lr_ratio", "rank_pattern", "alpha_pattern", *BUDGET_KEYS),
+        unused=(
+            "alpha",
+            "scaling",
+            "init",
+            "lr_ratio",
+            "expert_rank",
+            "rank_pattern",
+            "alpha_pattern",
+            *BUDGET_KEYS,
+        ),
     ),
     "full": MethodFacts(
         "all weights trained",

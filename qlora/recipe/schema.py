@@ -18,7 +18,18 @@ from qlora.recipe.following import FollowedNumber, Following
 from qlora.recipe.methods import BROUGHT_KEYS, METHODS, MethodFacts, summary_of
 from qlora.recipe.rank_budget import RankBudget
 from qlora.recipe.rules import conflicts, flatten, keys_without_effect
-from qlora.recipe.section import Count, CountOrZero, Decay, Device, Factor, FactorOrZero, Norm, Section, Text
+from qlora.recipe.section import (
+    Count,
+    CountOrZero,
+    Decay,
+    Device,
+    Factor,
+    FactorOrZero,
+    Norm,
+    Section,
+    Targets,
+    Text,
+)
 from qlora.recipe.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -73,8 +84,10 @@ class Adapter(Section):
     """Random A and zero B; or A and B from the weights: pissa (arXiv:2404.02948), loftq (NF4; arXiv:2310.08659)."""
     lr_ratio: Factor = 1.0
     """Learning rate of B over that of A, `optimizer.lr` (LoRA+, arXiv:2402.12354, section 5: about 16)."""
-    targets: Literal["attention", "all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
-    """Adapted layers: all-linear (QLoRA, section 4), attention (q, k, v, o), or suffixes and regular expressions."""
+    expert_rank: Count | None = None
+    """Rank of each expert of a mixture; null: `rank` over the experts that a token passes through, at least 1."""
+    targets: Targets = "all-linear"
+    """Layers: all-linear (QLoRA, section 4), attention (q, k, v, o), experts, or suffixes and regular expressions."""
     rank_pattern: dict[Text, Count] = {}
     """Rank of the modules whose name matches the suffix or regular expression; the first match applies."""
     alpha_pattern: dict[Text, Factor] = {}

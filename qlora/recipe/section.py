@@ -1,6 +1,6 @@
 """Base class of the sections of a recipe, and the types of their keys."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,8 @@ FactorOrZero = Annotated[float, Field(ge=0, le=1e6)]
 Norm = Annotated[float, Field(ge=1e-9, le=1e30)]
 """norm of a gradient, which would vanish beside `optimizer.eps` if it were smaller"""
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+Targets = Literal["attention", "experts", "all-linear"] | Annotated[list[Text], Field(min_length=1)]
 
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"
 Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]

@@ -194,6 +194,7 @@ def spec_of(settings: Adapter) -> LoraSpec:
         dropout=settings.dropout,
         scaling=settings.scaling,
         init=settings.init,
+        expert_rank=settings.expert_rank,
         targets=settings.targets,
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,

@@ -1,0 +1,246 @@
+"""Mixtures of experts in NF4 with LoRA on the experts: loading, PEFT's files, merging in memory, and runs."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures_for_tests import config
+from peft import LoraConfig, PeftModel, get_peft_model
+from runs_for_tests import killed_and_resumed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qlora import bundled
+from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
+from qlora.adapter.experts import use_expert_stacks
+from qlora.adapter.lora_experts import LoRAExperts
+from qlora.adapter.merge import merge_adapter
+from qlora.errors import ModelError, UsageError
+from qlora.model.load import load_base
+from qlora.model.precision import precision_of
+from qlora.quantization import nf4
+from qlora.quantization.expert_stack import expert_stacks, quantize, stacked
+from qlora.recipe import Base, Recipe
+from qlora.training.train import train
+
+IDS = torch.arange(24).view(2, 12) * 7
+TENSORS = "adapter_model.safetensors"
+MIXTURES = ["qwen3_moe", "gpt_oss", "mixtral"]
+"""one in the older layout with gate and up apart, one with biases and transposed matrices, one with old names"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that writes a checkpoint of a small mixture, in the layout of its published ones."""
+    made: dict[str, Path] = {}
+
+    def write(architecture: str) -> Path:
+        if architecture in made:
+            return made[architecture]
+        folder = made[architecture] = tmp_path_factory.mktemp(architecture)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            config(architecture, num_hidden_layers=2, vocab_size=2048), dtype=torch.float32
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.2)
+        model.save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(bundled.path("bundled/base") / file, folder)
+        return folder
+
+    return write
+
+
+def plain(folder: Path) -> Any:
+    """Return transformers' model in fp32 with its own loop over experts."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+
+
+def base(folder: Path, **settings: Any) -> Any:
+    return load_base(Base(model=str(folder), compute_dtype="float32", **settings)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model.eval()(input_ids=IDS).logits.float()
+    return result
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Give A and B of all layers random numbers that bf16 holds."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for parameter in (layer.lora_a, layer.lora_b):
+                numbers = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.copy_(numbers.bfloat16())
+    return model
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_are_quantized_one_by_one_as_the_checkpoint_is_read(
+    checkpoint: Callable[[str], Path], architecture: str
+) -> None:
+    folder = checkpoint(architecture)
+    model, reference = base(folder), plain(folder)
+    assert precision_of(model).share > 0.9
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if nf4.is_nf4(module):
+                weight = nf4.dequantize(module.weight, module.quant_state, torch.float32)
+                reference.get_submodule(name).weight.copy_(weight)
+        for name, stack in expert_stacks(model).items():
+            parameter = reference.get_parameter(name)
+            for number, matrix in enumerate(parameter):
+                parameter[number] = nf4.rounded(matrix)
+                values = stack.matrix(number, torch.float32)
+                assert torch.equal(parameter[number], values.T if stack.transposed else values)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_stack_has_the_bytes_of_its_matrices(double_quant: bool) -> None:
+    matrices = torch.randn(3, 10, 52, generator=torch.Generator().manual_seed(0))  # no whole number of blocks
+    packed = quantize(matrices, 64, double_quant)
+    for number, matrix in enumerate(matrices):
+        alone = nf4.quantize(matrix, 64, double_quant)
+        assert torch.equal(packed.codes[number], alone.data.view(-1))
+        assert torch.equal(packed.absmax[number], alone.quant_state.absmax)
+    again = stacked([nf4.quantize(matrix, 64, double_quant) for matrix in matrices])
+    assert torch.equal(again.codes, packed.codes)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"]])
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_an_adapter_of_peft_comes_with_its_logits_and_goes_back(
+    checkpoint: Callable[[str], Path], tmp_path: Path, architecture: str, parameters: list[str]
+) -> None:
+    folder = checkpoint(architecture)
+    settings = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", use_rslora=True,
+        target_parameters=[f"mlp.experts.{name}" for name in parameters],
+        rank_pattern=dict.fromkeys(parameters, 2),
+    )  # fmt: skip
+    theirs = get_peft_model(plain(folder), settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.1).bfloat16())
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = load_adapter(plain(folder), tmp_path / "peft", any_base=True)
+    effect = (logits(theirs) - logits(plain(folder))).abs().max()
+    assert effect > 0.05
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-4 * effect
+    assert {layer.rank for layer in LoRAExperts.of(ours).values()} == {2}
+    save_adapter(ours, tmp_path / "ours")
+    stored, back = load_file(tmp_path / "peft" / TENSORS), load_file(tmp_path / "ours" / TENSORS)
+    assert stored.keys() == back.keys()
+    assert all(torch.equal(stored[name], back[name]) for name in stored)
+    again = PeftModel.from_pretrained(plain(folder), tmp_path / "ours")
+    assert (logits(again) - logits(theirs)).abs().max() < 1e-4 * effect
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_an_adapter_on_all_layers_is_saved_loaded_and_merged(
+    checkpoint: Callable[[str], Path], tmp_path: Path, quantization: str
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    model = spread(adapt(base(folder, quantization=quantization), LoraSpec(rank=8, alpha=8)))
+    experts = LoRAExperts.of(model)
+    assert len(experts) == 4
+    assert {layer.rank for layer in experts.values()} == {4}, "two of four experts are active"
+    save_adapter(model, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours/adapter_config.json").read_text())
+    assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    live, before = logits(model), logits(base(folder, quantization=quantization))
+    loaded = load_adapter(base(folder, quantization=quantization), tmp_path / "ours")
+    assert torch.equal(logits(loaded), live)
+    merged = merge_adapter(copy.deepcopy(loaded))
+    assert not lora_layers(merged)
+    assert (logits(merged) - live).abs().max() < 0.01 * (live - before).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("targets", "linears", "experts"),
+    [("all-linear", 8, 4), ("experts", 0, 4), ("attention", 8, 0), (["experts.down_proj"], 0, 2)],
+)
+def test_words_choose_experts(
+    checkpoint: Callable[[str], Path], targets: str | list[str], linears: int, experts: int
+) -> None:
+    model = adapt(plain(checkpoint("qwen3_moe")), LoraSpec(rank=4, targets=targets, expert_rank=3))
+    found = LoRAExperts.of(model)
+    assert (len(lora_layers(model)) - len(found), len(found)) == (linears, experts)
+    assert {layer.rank for layer in found.values()} <= {3}
+
+
+def test_experts_need_a_mixture_and_a_whole_rank(tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match='targets: "experts" matches no layer of LlamaForCausalLM'):
+        adapt(plain(tiny_llama), LoraSpec(targets="experts"))
+    with pytest.raises(UsageError, match="expert_rank must be at least 1"):
+        LoraSpec(expert_rank=0)
+
+
+def test_experts_that_are_trained_as_a_whole_keep_transformers_code(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    model = use_expert_stacks(plain(checkpoint("qwen3_moe")))
+    model(input_ids=IDS).logits.square().mean().backward()
+    weight = next(iter(expert_stacks(model).values())).weight
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 0
+
+
+def test_a_damaged_adapter_of_experts_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = checkpoint("qwen3_moe")
+    save_adapter(spread(adapt(plain(folder), LoraSpec(rank=8, targets="experts"))), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    name = next(name for name in tensors if "base_layer" in name)
+    save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "a" / TENSORS)
+    with pytest.raises(ModelError, match=r"experts\.gate_up_proj\.lora_.\.weight is missing"):
+        load_adapter(plain(folder), tmp_path / "a", any_base=True)
+
+
+@pytest.fixture
+def mixture_recipe(recipe_file: Callable[..., Path], checkpoint: Callable[[str], Path]) -> Recipe:
+    file = recipe_file(
+        base={"model": str(checkpoint("qwen3_moe"))},
+        adapter={"rank": 8, "dropout": 0.1},
+        training={"save_every": 2, "max_steps": 6},
+        optimizer={"lr": 0.01, "schedule": "constant"},
+    )
+    return Recipe.load(file)
+
+
+def test_a_mixture_learns_and_its_forecast_is_right(mixture_recipe: Recipe) -> None:
+    result = train(mixture_recipe, terminal=False)
+    assert result.loss_before is not None
+    assert result.loss_after is not None
+    assert result.loss_after < result.loss_before - 0.5
+    memory = json.loads((result.run / "memory.json").read_text())
+    assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
+    facts = json.loads((result.run / "facts.json").read_text())
+    assert "are in NF4" in facts["base"]["kept"]
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_a_killed_run_of_a_mixture_ends_with_the_same_adapter(
+    mixture_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(mixture_recipe, terminal=False).run / "adapter" / TENSORS
+    other = mixture_recipe.model_copy(update={"output": str(tmp_path / "killed")})
+    resumed = killed_and_resumed(other, 3, monkeypatch) / "adapter" / TENSORS
+    assert whole.read_bytes() == resumed.read_bytes()
