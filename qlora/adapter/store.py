@@ -153,9 +153,8 @@ def load_adapter(
         >>> model = load_adapter(load_base(recipe.base), "runs/mine/adapter")
     """
     folder = Path(folder)
-    file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
+    file, tensors_file, values = folder / CONFIG_FILE, folder / TENSORS_FILE, InitialValues.stored(folder)
     config, method = config_and_method(folder, model)
-    values = InitialValues.stored(folder)
     require_16_bit(model, values, folder)
     if not any_base:
         recorded = BaseIdentity.read(folder) or BaseIdentity(config.get("base_model_name_or_path"))

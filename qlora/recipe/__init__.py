@@ -1,7 +1,7 @@
 """The recipe: all settings of a training run, checked before anything else happens. Does not import torch."""
 
+from qlora.recipe.adapter import Adapter
 from qlora.recipe.schema import (
-    Adapter,
     Base,
     Checkpointing,
     Data,
