@@ -27,9 +27,11 @@ CHAT_UP_TO_13B = [
 CHAT_ABOVE_13B = [
     "gemma-3-27b-it", "llama-3.3-70b-instruct", "mistral-small-24b-instruct", "phi-4", "qwen3-14b", "qwen3-32b",
 ]  # fmt: skip
+MIXTURES = ["deepseek-v2-lite-chat", "glm-4.7-flash", "mixtral-8x7b-instruct", "qwen3-30b-a3b"]
 UP_TO_13B = ON_ALPACA_UP_TO_13B + CHAT_UP_TO_13B
 ABOVE_13B = ON_ALPACA_ABOVE_13B + CHAT_ABOVE_13B
-EXPECTED = sorted(["bundled-base", "quickstart", *UP_TO_13B, *ABOVE_13B])
+ON_THE_HUB = [*UP_TO_13B, *ABOVE_13B, *MIXTURES]
+EXPECTED = sorted(["bundled-base", "quickstart", *ON_THE_HUB])
 
 # Parameters as their publishers count them, from the model cards and the index files of the checkpoints
 PARAMETERS = {
@@ -52,6 +54,10 @@ PARAMETERS = {
     "qwen3-4b-instruct": 4_022_468_096,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "deepseek-v2-lite-chat": 15_706_484_224,
+    "glm-4.7-flash": 29_943_390_976,  # without the layer that predicts a second token, which transformers leaves out
+    "mixtral-8x7b-instruct": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 SECTIONS = list(Recipe.model_fields)
 
@@ -104,7 +110,15 @@ def test_models_from_the_hub_are_tuned_as_in_the_qlora_paper(name: str) -> None:
     assert (recipe.base.quantization, recipe.base.double_quant, recipe.base.block_size) == ("nf4", True, 64)
 
 
-@pytest.mark.parametrize("name", [*CHAT_UP_TO_13B, *CHAT_ABOVE_13B])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_tuned_alike_without_dropout(name: str) -> None:
+    recipe = Recipe.load(name)
+    adapter, optimizer = recipe.adapter, recipe.optimizer
+    assert (adapter.method, adapter.targets, adapter.rank, adapter.alpha) == ("lora", "all-linear", 64, 16)
+    assert (adapter.expert_rank, adapter.dropout, optimizer.lr) == (None, 0, 1e-4)
+
+
+@pytest.mark.parametrize("name", [*CHAT_UP_TO_13B, *CHAT_ABOVE_13B, *MIXTURES])
 def test_a_chat_recipe_reads_conversations_and_needs_no_network_to_be_forecast(name: str) -> None:
     recipe = Recipe.load(name, ["data.source=my.jsonl"])
     assert (recipe.data.format, recipe.data.max_length, recipe.data.template) == ("messages", 2048, None)
@@ -115,7 +129,7 @@ def test_a_chat_recipe_reads_conversations_and_needs_no_network_to_be_forecast(n
 
 
 def test_the_list_shows_the_forecast_of_every_recipe_with_a_base_from_the_hub() -> None:
-    assert shipped.memory().keys() == {*UP_TO_13B, *ABOVE_13B}
+    assert shipped.memory().keys() == set(ON_THE_HUB)
     lines = qlora("recipes", "list").stdout.splitlines()
     shown = {line.split()[0]: line for line in lines if line.split()[0] in EXPECTED}
     assert sorted(shown) == EXPECTED
@@ -135,7 +149,7 @@ def test_the_list_shows_the_forecast_of_every_recipe_with_a_base_from_the_hub() 
         "qwen3-0.6b",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in [*UP_TO_13B, *ABOVE_13B]
+            for name in ON_THE_HUB
             if name != "qwen3-0.6b"
         ),
     ],

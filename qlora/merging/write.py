@@ -29,14 +29,17 @@ from transformers.utils.quantization_config import QuantizationMethod
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers
 from qlora.adapter.initial import Initial, InitialValues
+from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.store import load_adapter
 from qlora.adapter.trained_parts import state_of, whole_modules
 from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import ModelError, listed
+from qlora.merging.expert_files import ExpertFiles
 from qlora.model import load as bases
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import rounded
 from qlora.quantization.transformers_loader import nf4_config
 from qlora.recipe import Base
 from qlora.storage.folders import save_errors
@@ -103,6 +106,11 @@ class MergeSource:
         self.replaced = None if self.prequantized else _replaced_in_4_bits(meta_base.model)
         """class of modules for which transformers has another one in 4-bit models; None if there is none"""
         self.matrices = self._locate(meta_base)
+        self._experts = LoRAExperts.of(meta_base.model)
+        self._quantized_experts = meta_base.experts if base.quantization == "nf4" else frozenset()
+        projections = self._experts.keys() | self._quantized_experts
+        self._expert_files = ExpertFiles(meta_base.model, projections, self.reader)
+        self._projections = {key: name for name in projections for key in self._expert_files.keys(name)}
         self.biases = self._locate_biases(meta_base.model)
         self.parts = self._locate_parts(meta_base.model)
         self.vocabulary = max((rows.size for rows in TrainedRows.of(meta_base.model).values()), default=None)
@@ -143,7 +151,12 @@ class MergeSource:
         """Yield the stored tensors for each of `keys`: one tensor, or a 4-bit weight and its statistics."""
         for key in self.keys:
             matrix = self.matrices.get(key)
-            if matrix is not None and (matrix.adapted is not None or matrix.quantized):
+            if (
+                name := self._projections.get(key)
+            ) is not None:  # all tensors of a projection with its first one
+                first = key == self._expert_files.keys(name)[0]
+                yield self._expert_tensors(name, onto) if first else {}
+            elif matrix is not None and (matrix.adapted is not None or matrix.quantized):
                 yield self._matrix(key, matrix, onto)
             else:
                 tensor = self._dense(key)
@@ -151,6 +164,17 @@ class MergeSource:
                     tensor = self.biases[key].merged_bias(tensor)
                 main = self.reader.stored[key].dtype == self._main_dtype
                 yield {key: tensor.bfloat16() if main else tensor}
+
+    def _expert_tensors(self, name: str, onto: Onto) -> dict[str, Tensor]:
+        """Return the tensors of a projection of experts, in 16 bits: transformers has no experts in NF4."""
+        matrices, adapted = self._expert_files.read(name).to(self.device), self._experts.get(name)
+        if onto != "original" and name in self._quantized_experts:
+            # In the dtype in which transformers hands it to the quantizer when it loads the base
+            matrices = matrices.to(bases.compute_dtype(self.base, self.device))
+            matrices = rounded(matrices, self.base.block_size, self.base.double_quant)
+        if adapted is not None:
+            matrices = adapted.merged_weight(matrices)
+        return self._expert_files.stored(name, matrices.bfloat16())
 
     def _dense(self, key: str) -> Tensor:
         """Read a tensor that is not packed, as it was trained beside the adapter if it was."""
@@ -208,7 +232,8 @@ class MergeSource:
             transposed = name in meta_base.transposed
             matrices[key] = _Matrix(name, adapted, initial.get(name), name in quantized, transposed)
         located = {matrix.name for matrix in matrices.values()}
-        wanted = quantized | AdaptedLayer.of(meta_base.model).keys()
+        layers = AdaptedLayer.of(meta_base.model).keys() - LoRAExperts.of(meta_base.model).keys()
+        wanted = quantized | layers
         if missing := sorted(wanted - located):
             raise ModelError(
                 f"{self.folder}: {len(missing)} of the model's layers ({listed(missing)}) have no weight of their own "

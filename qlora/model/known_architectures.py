@@ -28,4 +28,8 @@ KNOWN_ARCHITECTURES = {
     "microsoft/Phi-3.5-mini-instruct": "phi-3.5-mini",
     "microsoft/Phi-4-mini-instruct": "phi-4-mini",
     "microsoft/phi-4": "phi-4",
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": "qwen3-30b-a3b",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
+    "zai-org/GLM-4.7-Flash": "glm-4.7-flash",
 }

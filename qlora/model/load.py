@@ -41,6 +41,7 @@ from qlora.quantization.transformers_loader import (
     block_size_applied,
     cast_dense,
     nf4_config,
+    nf4_experts,
     require_nf4,
 )
 from qlora.recipe import Base
@@ -294,6 +295,8 @@ class MetaBase:
     """names of the linears that transformers quantizes to NF4 when it loads the base"""
     transposed: frozenset[str]
     """names of the linears that the original stores as [in, out] (Conv1D, as in GPT-2)"""
+    experts: frozenset[str]
+    """names of the projections of experts that loading quantizes to NF4"""
     prequantized: bool
     """True if the checkpoint itself is in NF4"""
     excluded: tuple[str, ...] | None
@@ -323,10 +326,11 @@ def meta_base(base: Base) -> MetaBase:
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         model.set_submodule(name, linear)
     model.base_identity = replace(_identity(base, model, seed=0), quantization=None)
+    experts = frozenset(nf4_experts(model, stored))
     transposed = {name for name, module in replaced.items() if module.source_cls.__name__ == "Conv1D"}
     transposed |= {name for name, module in model.named_modules() if is_conv1d(module)}
     return MetaBase(
-        model, frozenset(replaced), frozenset(transposed), stored is not None,
+        model, frozenset(replaced), frozenset(transposed), experts, stored is not None,
         None if excluded is None else tuple(excluded),
     )  # fmt: skip
 

@@ -191,6 +191,11 @@ def quantize(matrices: Tensor, block_size: int = 64, double_quant: bool = True) 
     return stacked([nf4.quantize(matrix, block_size, double_quant) for matrix in matrices.detach()])
 
 
+def rounded(matrices: Tensor, block_size: int = 64, double_quant: bool = True) -> Tensor:
+    """Return the values of matrices [E, rows, columns] after quantization to NF4, in fp32."""
+    return torch.stack([nf4.rounded(matrix, block_size, double_quant) for matrix in matrices.detach()])
+
+
 def stacked(weights: Sequence[nf4.Params4bit]) -> PackedStack:
     """Return equally large matrices in NF4 as one stack, without a change of their bytes."""
     states = [weight.quant_state for weight in weights]

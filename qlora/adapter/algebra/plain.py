@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.tensors import Adapter, dtype_name
 from qlora.adapter.config import CONFIG_FILE, commonest
+from qlora.adapter.peft_experts import targets_of as experts_in
 from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import has_parts
 from qlora.errors import ModelError
@@ -43,6 +44,8 @@ def note(config: Mapping[str, Any], folder: object) -> str | None:
             "the adapter belongs to a base without its principal part (PiSSA), which qlora makes again; other programs "
             f"would add it to the unchanged base. For them: {export}"
         )
+    if experts_in(config):
+        return f"the adapter has matrices for experts, which PEFT and qlora read. For other programs, {merge}"
     if has_parts(config):
         beside = (
             "tokens or modules were trained beside the adapter: "
