@@ -27,7 +27,9 @@ CHAT_UP_TO_13B = [
 CHAT_ABOVE_13B = [
     "gemma-3-27b-it", "llama-3.3-70b-instruct", "mistral-small-24b-instruct", "phi-4", "qwen3-14b", "qwen3-32b",
 ]  # fmt: skip
-MIXTURES = ["deepseek-v2-lite-chat", "glm-4.7-flash", "mixtral-8x7b-instruct", "qwen3-30b-a3b"]
+MIXTURES = [
+    "deepseek-v2-lite-chat", "glm-4.7-flash", "gpt-oss-20b", "mixtral-8x7b-instruct", "qwen3-30b-a3b",
+]  # fmt: skip
 UP_TO_13B = ON_ALPACA_UP_TO_13B + CHAT_UP_TO_13B
 ABOVE_13B = ON_ALPACA_ABOVE_13B + CHAT_ABOVE_13B
 ON_THE_HUB = [*UP_TO_13B, *ABOVE_13B, *MIXTURES]
@@ -56,6 +58,7 @@ PARAMETERS = {
     "qwen3-32b": 32_762_123_264,
     "deepseek-v2-lite-chat": 15_706_484_224,
     "glm-4.7-flash": 29_943_390_976,  # without the layer that predicts a second token, which transformers leaves out
+    "gpt-oss-20b": 20_914_757_184,
     "mixtral-8x7b-instruct": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
 }
@@ -147,11 +150,7 @@ def test_the_list_shows_the_forecast_of_every_recipe_with_a_base_from_the_hub() 
     "name",
     [
         "qwen3-0.6b",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ON_THE_HUB
-            if name != "qwen3-0.6b"
-        ),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ON_THE_HUB if name != "qwen3-0.6b"),
     ],
 )
 def test_the_stored_forecast_is_todays(name: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from qlora.quantization.mxfp4 import is_mxfp4
 from qlora.recipe import Recipe
 
 BALANCES = ("router_aux_loss_coef", "aux_loss_coef")
@@ -12,7 +13,17 @@ BALANCES = ("router_aux_loss_coef", "aux_loss_coef")
 def config_notes(recipe: Recipe, config: Any) -> list[str]:
     """Return the remarks on a recipe and its base's transformers configuration."""
     text = config.get_text_config()
-    return [*_balance(recipe, text), *_positions(recipe, text)]
+    return [*_mxfp4(recipe, config), *_balance(recipe, text), *_positions(recipe, text)]
+
+
+def _mxfp4(recipe: Recipe, config: Any) -> Iterator[str]:
+    """Say that experts in MXFP4 are held in another precision."""
+    if is_mxfp4(config):
+        precision = "NF4" if recipe.base.quantization == "nf4" else "16 bits"
+        yield (
+            "the checkpoint's experts are in MXFP4; a run dequantizes them as it reads them, and holds them in "
+            f"{precision}"
+        )
 
 
 def _balance(recipe: Recipe, text: Any) -> Iterator[str]:

@@ -32,4 +32,5 @@ KNOWN_ARCHITECTURES = {
     "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
     "zai-org/GLM-4.7-Flash": "glm-4.7-flash",
+    "openai/gpt-oss-20b": "gpt-oss-20b",
 }

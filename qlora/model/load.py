@@ -10,6 +10,7 @@
 Everything except the quantized linears (embeddings, norms, the output head) is in the compute dtype.
 """
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -36,6 +37,7 @@ from qlora.model.load_problems import code_wanted, damage_named, load_problem
 from qlora.model.locate import locate
 from qlora.model.offload import HostEmbedding
 from qlora.quantization import nf4
+from qlora.quantization.mxfp4 import is_mxfp4, read_as_16_bits
 from qlora.quantization.transformers_loader import (
     OnWeight,
     block_size_applied,
@@ -79,7 +81,7 @@ def load_config(base: Base) -> Any:
             f"base.model: {base.model!r} is an encoder and a decoder ({config.model_type}; is_encoder_decoder is true "
             "in its config.json), and qlora trains causal language models only. Use one"
         )
-    return config
+    return read_as_16_bits(config)
 
 
 def load_architecture(base: Base) -> nn.Module:
@@ -240,7 +242,7 @@ def _pretrained(
     # in NF4
     mixture = active_of(config.get_text_config()) > 0
     if not quantize or base.trust_remote_code or on_weight is not None or mixture:
-        model = _read(base, device, dtype, quantize=quantize, on_weight=on_weight)
+        model = _read(base, config, device, dtype, quantize=quantize, on_weight=on_weight)
         return model if prequantized is None else cast_dense(model, dtype)
     return nf4_cache.quantized(
         locate(base),
@@ -249,12 +251,13 @@ def _pretrained(
         double_quant=base.double_quant,
         dtype=dtype,
         device=device,
-        make=lambda: _read(base, device, dtype, quantize=True),
+        make=lambda: _read(base, config, device, dtype, quantize=True),
     )
 
 
 def _read(
     base: Base,
+    config: Any,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -263,9 +266,13 @@ def _read(
 ) -> PreTrainedModel:
     """Load the checkpoint with transformers; if `quantize`, its linears are quantized on the way."""
     kwargs: dict[str, Any] = {"quantization_config": nf4_config(base, dtype)} if quantize else {}
+    if is_mxfp4(config):
+        kwargs = {"quantization_config": Mxfp4Config(dequantize=True), **kwargs}
+        if quantize:
+            kwargs["config"] = copy.deepcopy(config)  # without the checkpoint's own quantization
     with (
         damage_named(base, damaged_weights, "config.json or generation_config.json"),
-        block_size_applied(on_weight),
+        block_size_applied(on_weight, mxfp4=is_mxfp4(config)),
     ):
         model, report = AutoModelForCausalLM.from_pretrained(
             locate(base),

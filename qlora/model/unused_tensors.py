@@ -13,6 +13,7 @@ import torch
 from qlora.errors import listed
 from qlora.model.load import meta_model, quiet
 from qlora.model.locate import locate
+from qlora.quantization.mxfp4 import is_mxfp4, is_packed
 from qlora.recipe import Base
 from qlora.storage.safetensors_files import checkpoint_files, find_checkpoint, stored_tensors
 
@@ -65,7 +66,7 @@ def unused_tensors(base: Base, config: Any) -> list[str]:
         empty = {
             name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
             for name, shape in stored.items()
-            if not NF4_STATISTICS.search(name)
+            if not NF4_STATISTICS.search(name) and not (is_mxfp4(config) and is_packed(name))
         }
         model = meta_model(base, config, torch.bfloat16)
         with quiet():

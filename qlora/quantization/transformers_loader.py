@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -17,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import PROJECTIONS, as_parameter, expert_parameters, is_experts, quantize
+from qlora.quantization.mxfp4 import conversions
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
 from qlora.recipe import Base
@@ -118,12 +120,15 @@ def _yaml(value: object) -> str:
     return str(value).lower()
 
 
-def block_size_applied(on_weight: OnWeight | None = None) -> AbstractContextManager[None]:
+def block_size_applied(
+    on_weight: OnWeight | None = None, *, mxfp4: bool = False
+) -> AbstractContextManager[None]:
     """Return a context in which `from_pretrained` quantizes with the block size of an `nf4_config`.
 
     on_weight: called for each weight before it is quantized; None changes nothing.
+    mxfp4: True if the checkpoint's experts are in MXFP4.
     """
-    reads = {"on_weight": staticmethod(on_weight) if on_weight else None}
+    reads = {"on_weight": staticmethod(on_weight) if on_weight else None, "mxfp4": mxfp4}
     return quantizer_replaced("bitsandbytes_4bit", type("NF4Quantizer", (_BlockSizedNF4Quantizer,), reads))
 
 
@@ -178,6 +183,11 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
     """transformers' 4-bit loader that leaves out routers and sets the block size of each weight before quantization."""
 
     on_weight: OnWeight | None = None
+    mxfp4: bool = False
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        own: list[WeightConverter] = super().get_weight_conversions()
+        return [*own, *conversions(self)] if self.mxfp4 else own
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return super().param_needs_quantization(model, param_name, **kwargs) or (
