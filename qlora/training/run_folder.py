@@ -24,7 +24,7 @@ from qlora.storage import atomic, folders, manifest, regular_file
 from qlora.storage.json_files import with_checksum, without_checksum
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
-from qlora.training.recipe_changes import RESUMABLE_KEYS, ROUNDING_KEYS, differences
+from qlora.training.recipe_changes import RESUMABLE_KEYS, ROUNDING_KEYS, differences, keys_since
 
 # Everything that a run writes, and the only names that --fresh removes.
 CONTENTS = (
@@ -349,7 +349,7 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
     """
     file = path / "recipe.yaml"
     if (recipe := recorded(file)) is not None:
-        return recipe.to_dict(), RESUMABLE_KEYS
+        return recipe.to_dict(), RESUMABLE_KEYS | keys_since(file)
     folder = checkpoint.newest(path, run_id=earlier.run_id, checksums=False)
     if folder is None:
         return None, RESUMABLE_KEYS
@@ -359,7 +359,7 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
             f"{file}: missing or damaged, and {folder} has no copy of it. Restore it, or start again with --fresh"
         )
     planned = {"training.memory", *(f"training.{key}" for key in earlier.plan or {})}
-    return Recipe.recorded(copy).to_dict(), RESUMABLE_KEYS | planned
+    return Recipe.recorded(copy).to_dict(), RESUMABLE_KEYS | planned | keys_since(copy)
 
 
 def recorded(file: Path) -> Recipe | None:
