@@ -34,12 +34,9 @@ COEFFICIENT = 0.5
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    asked = {
-        "output_router_logits": True,
-        "router_aux_loss_coef": COEFFICIENT,
-        "num_hidden_layers": 2,
-        **changes,
-    }
+    asked = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT, **changes}
+    if kind in small.ARCHITECTURES:
+        asked["num_hidden_layers"] = 2  # as the others have
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small.config(kind, **asked), dtype=dtype).train()
     if dtype == torch.float64:
