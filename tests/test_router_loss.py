@@ -9,6 +9,7 @@ from typing import Any
 import architectures_for_tests as small
 import pytest
 import torch
+from processes_for_tests import two_ranks
 from runs_for_tests import stop_after
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,10 +20,11 @@ from qlora.data import Batch, Example
 from qlora.data.batches import collate
 from qlora.errors import ModelError, RecipeError
 from qlora.model.checkpointing import checkpoint_layers
+from qlora.model.load import load_tokenizer
 from qlora.model.router_loss import RouterLoss, add_router_loss, is_computed, router_loss_of
 from qlora.objective.apart import read_documents_if_apart
 from qlora.objective.causal_lm import CausalLM, hidden_states
-from qlora.objective.checks import check_router_loss
+from qlora.objective.checks import check_model, check_router_loss
 from qlora.objective.step import accumulate, evaluate
 from qlora.recipe import Recipe
 from qlora.training.run_folder import check_output, claim
@@ -164,6 +166,8 @@ def test_held_out_losses_are_the_cross_entropy_alone_and_change_nothing() -> Non
     entropy, balance = reference(model, batch)
     found, weight = evaluate(model, [batch])
     assert found.aux is None
+    assert CausalLM().loss(model.eval(), batch).aux is None
+    model.train()
     assert found.sum.item() / weight == pytest.approx(entropy.item(), rel=1e-6)
     assert step(model, batch)[0] == pytest.approx((entropy + COEFFICIENT * balance).item(), rel=1e-6)
     assert model.config.output_router_logits is True
@@ -206,21 +210,22 @@ def test_routers_are_frozen_unless_they_are_targets_or_trained_as_a_whole() -> N
     assert all(layer.lora_b.grad.abs().max() > 0 for layer in lora_layers(dbrx).values())
 
 
-def test_a_model_without_the_loss_or_with_another_one_is_refused() -> None:
+def test_a_model_without_the_loss_or_with_another_one_is_refused(recipe_file: Callable[..., Path]) -> None:
     with pytest.raises(
         RecipeError, match=r"^training\.router_loss: transformers computes no .* for llama\. Leave"
     ):
         add_router_loss(mixture("llama"), 0.1)
     with pytest.raises(RecipeError, match=r"the code of doge has no load-balancing loss .*router_loss=off$"):
         mixture("doge")
-    model = mixture("mixtral")
-    check_router_loss(model)
+    made = Recipe.load(recipe_file())
+    model, tokenizer = mixture("mixtral", vocab_size=2048), load_tokenizer(made.base)
+    check_model(model, tokenizer, made)
     router_loss_of(model).chosen = 1  # type: ignore[union-attr]
     with pytest.raises(
         ModelError,
         match=r"MixtralForCausalLM computes its load-balancing loss in a way .* \(1\.0.* pass 2\.0",
     ):
-        check_router_loss(model)
+        check_model(model, tokenizer, made)
 
 
 @pytest.mark.slow
@@ -283,6 +288,22 @@ def test_a_run_records_the_loss_and_resumes_bit_for_bit(
     assert whole.facts is not None
     assert any("plus 0.5 times the load-balancing loss" in note for note in whole.facts["notes"])
     assert "Auxiliary loss" in (whole.run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_record_the_loss_of_one(
+    recipe_file: Callable[..., Path], mixture_base: Path, tmp_path: Path
+) -> None:
+    file = recipe_file(
+        base={"model": str(mixture_base), "quantization": "none"},
+        adapter={"targets": "attention"},
+        training={"global_batch_size": 6, "max_steps": 2},
+    )
+    alone = train(Recipe.load(file, [f"output={tmp_path / 'alone'}"]), terminal=False)
+    assert [process.wait() for process in two_ranks(file, tmp_path)] == [0, 0]
+    for left, right in zip(records(alone.run), records(tmp_path / "run"), strict=True):
+        assert left == pytest.approx(right, rel=2e-3)  # bf16 gradients are summed in another order
+        assert ("aux_loss" in left) is ("loss" in left)
 
 
 def test_a_run_of_an_earlier_version_can_resume_without_the_loss(recipe_file: Callable[..., Path]) -> None:
