@@ -27,6 +27,7 @@ from qlora.objective.causal_lm import CausalLM, hidden_states
 from qlora.objective.checks import check_model, check_router_loss
 from qlora.objective.step import accumulate, evaluate
 from qlora.recipe import Recipe
+from qlora.training.recipe_changes import effect_of
 from qlora.training.run_folder import check_output, claim
 from qlora.training.train import train
 
@@ -288,6 +289,14 @@ def test_a_run_records_the_loss_and_resumes_bit_for_bit(
     assert whole.facts is not None
     assert any("plus 0.5 times the load-balancing loss" in note for note in whole.facts["notes"])
     assert "Auxiliary loss" in (whole.run / "report.html").read_text()
+
+
+def test_another_micro_batch_size_is_said_to_change_the_loss(tmp_path: Path) -> None:
+    record, key = tmp_path / "metrics.jsonl", "training.micro_batch_size"
+    assert "rounds differently" in effect_of(key, record)
+    record.write_text('{"step": 1, "loss": 2.5, "aux_loss": 2.0}\n')
+    assert "trains with another one" in effect_of(key, record)
+    assert "rounds differently" in effect_of("training.loss_chunk", record)
 
 
 @pytest.mark.slow

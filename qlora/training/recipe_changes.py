@@ -25,6 +25,19 @@ def keys_since(recorded: Path) -> set[str]:
     return {key for key in NEW_KEYS if f"{key.rpartition('.')[2]}:" not in text}
 
 
+def effect_of(key: str, record: Path) -> str:
+    """Return sentences about the effect of a change of one of `ROUNDING_KEYS` on the run with this metrics.jsonl."""
+    if key == "training.micro_batch_size" and record.is_file() and b'"aux_loss"' in record.read_bytes():
+        return (
+            "The load-balancing loss of a mixture is a function of the micro-batch, so from here on the run trains "
+            "with another one"
+        )
+    return (
+        "The run computes the same, but rounds differently from here on, so it will not end bit for bit as with the "
+        "old value"
+    )
+
+
 def differences(
     old: dict[str, Any], new: dict[str, Any], may_change: set[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
