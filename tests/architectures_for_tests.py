@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_inner": 128, "n_positions": 256},  # Conv1D layers; trained in full
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "granite": {},
     "gpt_neox": {},

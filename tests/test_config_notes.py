@@ -7,7 +7,7 @@ import architectures_for_tests as small
 import pytest
 from transformers import BartConfig
 
-from qlora.errors import ModelError
+from qlora.errors import ModelError, RecipeError
 from qlora.model.config_notes import config_notes
 from qlora.model.load import load_config
 from qlora.recipe import Base, Recipe
@@ -27,17 +27,48 @@ def rope(kind: str, **settings: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **settings}
 
 
+def router_notes(kind: str, setting: str | float = "auto", **changes: Any) -> list[str]:
+    made = recipe()
+    training = made.training.model_copy(update={"router_loss": setting})
+    return config_notes(made.model_copy(update={"training": training}), small.config(kind, **changes))
+
+
+def test_the_coefficient_of_the_load_balancing_loss_is_said_with_its_source() -> None:
+    (note,) = router_notes("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    assert note == (
+        "the loss is the cross-entropy plus 0.5 times the load-balancing loss of the routers (aux_loss): "
+        "training.router_loss=auto follows output_router_logits=true and router_aux_loss_coef=0.5 in config.json. "
+        "Held-out losses are without it"
+    )
+    (note,) = router_notes("jetmoe", output_router_logits=True)
+    assert "plus 0.01 times" in note
+    assert "aux_loss_coef=0.01 in config.json" in note
+    (note,) = router_notes("dbrx", 0.25)
+    assert note.endswith("(aux_loss): training.router_loss=0.25. Held-out losses are without it")
+    assert "plus 0.25 times" in note
+
+
 def test_a_load_balancing_loss_that_is_left_out_is_named() -> None:
-    config = small.config("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
-    (note,) = config_notes(recipe(), config)
-    assert "output_router_logits=true" in note
-    assert "router_aux_loss_coef=0.5" in note
-    assert note.endswith("the routers are frozen")
-    (note,) = config_notes(recipe(train_modules=["gate"]), config)
-    assert "frozen" not in note
-    for changes in ({"output_router_logits": False}, {"router_aux_loss_coef": 0.0}):
-        asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
-        assert config_notes(recipe(), small.config("mixtral", **(asked | changes))) == []
+    (note,) = router_notes("dbrx", ffn_config={"moe_loss_weight": 0.5})
+    assert note == (
+        "the loss is the cross-entropy alone: config.json has ffn_config.moe_loss_weight=0.5 but does not set "
+        "output_router_logits, so it asks for no load-balancing loss. training.router_loss=0.5 adds it"
+    )
+    (note,) = router_notes("mixtral", "off", output_router_logits=True, router_aux_loss_coef=0.5)
+    assert "router_aux_loss_coef=0.5 in config.json ask for, as training.router_loss=off says" in note
+    (note,) = router_notes("doge")
+    assert note.endswith("so it asks for no load-balancing loss"), "qlora does not compute that of Doge"
+    for kind in ("llama4_text", "deepseek_v3"):
+        (note,) = router_notes(kind, output_router_logits=True)
+        assert note.endswith(f"transformers computes no load-balancing loss for {kind}")
+        assert router_notes(kind) == []
+    assert router_notes("olmoe", "off") == router_notes("olmoe", router_aux_loss_coef=0.0) == []
+    assert router_notes("olmoe", router_aux_loss_coef=0.0, output_router_logits=True) == []
+
+
+def test_a_coefficient_for_a_model_without_the_loss_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^training\.router_loss: transformers computes no .* for llama\."):
+        router_notes("llama", 0.5)
 
 
 def test_positions_that_depend_on_other_rows_are_named_with_the_length_from_which_on() -> None:

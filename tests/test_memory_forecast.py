@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures_for_tests import ARCHITECTURES, recipe
+from architectures_for_tests import ARCHITECTURES, config, recipe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -325,3 +325,29 @@ def test_one_forecaster_gives_the_results_of_separate_forecasts(
         peaks = [trace.parts[start + trace.totals[start:].argmax()] for trace in (found.trace, alone.trace)]
         assert (peaks[0] == peaks[1]).all()
         assert found.host_bytes == alone.host_bytes
+
+
+@pytest.mark.slow  # by default, mixtral has this loss in the test above
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recomputed", [0, 2, 7])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_forecast_and_measurement_agree_with_a_load_balancing_loss(
+    tmp_path: Path, architecture: str, recomputed: int, dtype: str
+) -> None:
+    made = recipe(
+        tmp_path,
+        architecture,
+        layers=7,
+        base={"compute_dtype": dtype},
+        adapter={"targets": ["q_proj"]},
+        data={"packing": True, "max_length": 256},
+        training={"activation_checkpointing": {"full": recomputed, "mlp": 0}},
+    )
+    # so many experts, and so small, that the routers count
+    experts = {"num_local_experts": 96, "num_experts": 96, "moe_intermediate_size": 8, "intermediate_size": 8}
+    config(architecture, num_hidden_layers=7, output_router_logits=True, **experts).save_pretrained(tmp_path)
+    workload = assumed(made)
+    forecast = foreseen(made, workload)
+    assert_right(forecast, measured(made, workload))
+    off = foreseen(changed(made, router_loss="off"), workload)
+    assert forecast.total_bytes > 1.02 * off.total_bytes or recomputed > 2

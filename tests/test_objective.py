@@ -28,7 +28,7 @@ class WithAccuracy(CausalLM):
         with torch.no_grad():
             hidden, targets = supervised_states(model, batch)
             right = (head_of(model).logits(hidden).argmax(-1) == targets).sum()
-        return Loss(super().loss(model, batch).sum, {"accuracy": right.float()})
+        return super().loss(model, batch)._replace(metrics={"accuracy": right.float()})
 
 
 def test_metrics_are_means_over_the_step_and_recorded(

@@ -112,6 +112,7 @@ NOT = {
     "number": ["x", "'1e-4'", "true", "-1", ".nan", ".inf", "1e400", "1_0.0", "[1]", "no", "{a: 1}", "1e-4x"],
     "boolean": ["on", "yes", "off", "1", "'true'", "null", "[true]", "tRUE"],
     "word or mapping": ["nonsense", "true", "3", "[full]", "null", "''", "2.5"],
+    "word or number": ["nonsense", "true", "0", "-1", "'1e-4'", "[auto]", "null", "''", ".inf", "on"],
     "enum": ["nonsense", "true", "3", "[nf4]", "null", "''", "{a: 1}"],
     "string": ["3", "true", "1e5", "[x]", "{b: c}", "''"],
     "list": ["3", "x", "{a: 1}", "null", "[[1]]"],
@@ -124,6 +125,8 @@ def kind(key: str) -> str:
     node = at(tuple(key.split(".")), SCHEMA)
     if {option.get("type") for option in options(node, SCHEMA)} == {"string", "object"}:
         return "word or mapping"
+    if {option.get("type") for option in options(node, SCHEMA)} == {"string", "number"}:
+        return "word or number"
     node = next((option for option in node.get("anyOf", []) if option.get("type") != "null"), node)
     return "enum" if "enum" in node else str(node.get("type"))
 

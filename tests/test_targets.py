@@ -123,6 +123,31 @@ def test_all_linear_omits_routers_but_not_other_gates() -> None:
         assert not [name for name in select(model, "all-linear") if name.endswith(("gate", "router"))]
 
 
+def test_a_list_can_name_routers_that_are_linear_layers_and_no_others() -> None:
+    attention, experts = {"kv_n_heads": 2, "rope_theta": 1e4}, {"hidden_size": 64, "ffn_hidden_size": 32}
+    dbrx = causal("dbrx", d_model=64, n_heads=4, n_layers=2, attn_config=attention, ffn_config=experts)
+    assert leaves(select(dbrx, ["router.layer"])) == {"layer": 2}
+    with pytest.raises(UsageError, match=r'"router" matches 2 DbrxRouter, but no layer .*layer \(2\)'):
+        select(dbrx, ["router"])
+    for kind, router, gate in (
+        ("mixtral", "MixtralTopKRouter", "gate"),
+        ("phimoe", "PhimoeTopKRouter", "router"),
+    ):
+        with pytest.raises(UsageError) as error:
+            select(causal(kind, **LLAMA, **EXPERTS), ["q_proj", gate])
+        assert str(error.value) == (
+            f'targets: "{gate}": the code of {router} reads its own weight, so model.layers.0.mlp.{gate}, '
+            f"model.layers.1.mlp.{gate} cannot get an adapter. Leave this entry out; train_modules=[{gate}] trains "
+            "these routers as a whole"
+        )
+
+
+def test_routers_beside_no_module_of_experts_are_left_out_of_all_linear() -> None:
+    doge = causal("doge", **LLAMA, is_moe=True, num_experts=16, num_experts_per_tok=2)
+    assert "router_gate" not in leaves(select(doge, "all-linear"))
+    assert leaves(select(doge, ["router_gate"])) == {"router_gate": 2}
+
+
 def test_a_list_holds_names_their_last_parts_and_regular_expressions() -> None:
     llama = causal("llama", **LLAMA)
     assert leaves(select(llama, ["q_proj", "v_proj"])) == {"q_proj": 2, "v_proj": 2}

@@ -182,6 +182,8 @@ def test_a_log_gets_a_line_from_time_to_time_and_the_last_one() -> None:
     assert printed[0] == "step 1/100  loss 2.5000  lr 2.0e-04  12,346 tok/s"
     assert printed[1] == "step 11/100  loss 0.2273  lr 2.0e-04  12,346 tok/s  0:44 left"
     assert printed[-1].startswith("step 100/100  loss 0.0250")
+    sink.step(step(100, aux_loss=2.03125))
+    assert "step 100/100  loss 0.0250  aux_loss 2.0312  lr" in file.getvalue()
     assert "\x1b" not in file.getvalue()
 
 

@@ -161,11 +161,23 @@ def _match(model: nn.Module, names: Sequence[str], entry: str) -> set[str]:
         raise UsageError(f'targets: "{entry}" is not a valid regular expression ({error})') from error
     matches = {name for name in names if _fits(name, entry)}
     if not matches:
+        _refuse_routers(model, sorted(name for name in routers(model) if _fits(name, entry)), entry)
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and _fits(name, entry))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no layer that the method adapts" if others else "matches nothing"
         raise UsageError(f'targets: "{entry}" {why} in {type(model).__name__}. {list_layers(model, names)}')
     return matches
+
+
+def _refuse_routers(model: nn.Module, names: list[str], entry: str) -> None:
+    """Raise UsageError if routers that an entry names, none of them a plain linear layer, have weights of their own."""
+    own = [name for name in names if model.get_submodule(name)._parameters]
+    if own:
+        kind = type(model.get_submodule(own[0])).__name__
+        raise UsageError(
+            f'targets: "{entry}": the code of {kind} reads its own weight, so {listed(own)} cannot get an adapter. '
+            f"Leave this entry out; train_modules=[{entry}] trains these routers as a whole"
+        )
 
 
 def _fits(name: str, entry: str) -> bool:

@@ -187,7 +187,8 @@ class Forecaster:
         A model of which no layers are known, such as CTRL, is returned as a whole.
         """
         parts = recipe.base, recipe.adapter, recipe.optimizer
-        key = layers, recipe.training.accumulates, *(part.model_dump_json() for part in parts)
+        training = recipe.training
+        key = layers, training.accumulates, training.router_loss, *(part.model_dump_json() for part in parts)
         if key not in self._models:
             dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
             stored = self.arch.stored(recipe.base)

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora.errors import RecipeError
 from qlora.model.decoder_layer import FusedLayer, Recompute, why_unfused
 from qlora.model.offload import ActivationOffloader
+from qlora.model.router_loss import keep_routing
 from qlora.ops.dropout import keep_row_positions
 
 
@@ -52,7 +53,7 @@ def checkpoint_layers(
     plain = ActivationOffloader().checkpoint if offload else partial(checkpoint, use_reentrant=False)
 
     def checkpointed(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return plain(keep_row_positions(layer), *args, **kwargs)
+        return plain(keep_routing(keep_row_positions(layer)), *args, **kwargs)
 
     for index, layer in enumerate(decoder):
         mlp_only = count <= index < count + mlps

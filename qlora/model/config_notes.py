@@ -3,17 +3,19 @@
 from collections.abc import Iterator
 from typing import Any
 
+from qlora.model.router_loss import Request, asks, coefficient_of, is_computed, is_supported
 from qlora.quantization.mxfp4 import is_mxfp4
 from qlora.recipe import Recipe
 
-BALANCES = ("router_aux_loss_coef", "aux_loss_coef")
-"""keys with the weight of the load-balancing loss of a mixture of experts: Mixtral and others, JetMoE"""
-
 
 def config_notes(recipe: Recipe, config: Any) -> list[str]:
-    """Return the remarks on a recipe and its base's transformers configuration."""
+    """Return the remarks on a recipe and its base's transformers configuration.
+
+    Raises:
+        RecipeError: the recipe asks for a load-balancing loss that the base does not have.
+    """
     text = config.get_text_config()
-    return [*_mxfp4(recipe, config), *_balance(recipe, text), *_positions(recipe, text)]
+    return [*_mxfp4(recipe, config), *_router_loss(recipe, config), *_positions(recipe, text)]
 
 
 def _mxfp4(recipe: Recipe, config: Any) -> Iterator[str]:
@@ -26,20 +28,36 @@ def _mxfp4(recipe: Recipe, config: Any) -> Iterator[str]:
         )
 
 
-def _balance(recipe: Recipe, text: Any) -> Iterator[str]:
-    """Say that the loss is without the load-balancing loss of experts, if the configuration asks for it."""
-    key = next((key for key in BALANCES if getattr(text, key, None)), None)
-    if key is None or not getattr(text, "output_router_logits", False):
-        return
-    adapter = recipe.adapter
-    frozen = adapter.facts.frozen_base and not adapter.train_modules
-    rest = (
-        "; the routers are frozen" if frozen else ". Watch how the experts are used, or train with an adapter"
-    )
-    yield (
-        "the loss is the cross-entropy alone, without the load-balancing loss that output_router_logits=true and "
-        f"{key}={getattr(text, key):g} in config.json ask for{rest}"
-    )
+def _router_loss(recipe: Recipe, config: Any) -> Iterator[str]:
+    """Say whether the loss includes the load-balancing loss of a mixture's routers, and why."""
+    setting = recipe.training.router_loss
+    request, coefficient = Request.of(config), coefficient_of(config, setting)
+    asked = request is not None and request.asked
+    in_config = f"{request.key}={request.coefficient:g}" if request else ""
+    if coefficient:
+        source = f"auto follows output_router_logits=true and {in_config} in config.json"
+        yield (
+            f"the loss is the cross-entropy plus {coefficient:g} times the load-balancing loss of the routers "
+            f"(aux_loss): training.router_loss={source if setting == 'auto' else f'{coefficient:g}'}. Held-out losses "
+            "are without it"
+        )
+    elif not is_computed(config):
+        if asks(config):
+            yield (
+                "output_router_logits=true in config.json adds nothing to the loss: transformers computes no "
+                f"load-balancing loss for {config.get_text_config().model_type}"
+            )
+    elif setting == "off" and asked:
+        yield (
+            "the loss is the cross-entropy alone, without the load-balancing loss that output_router_logits=true and "
+            f"{in_config} in config.json ask for, as training.router_loss=off says"
+        )
+    elif setting == "auto" and request is not None:
+        yield (
+            f"the loss is the cross-entropy alone: config.json has {in_config} but does not set output_router_logits, "
+            "so it asks for no load-balancing loss"
+            + (f". training.router_loss={request.coefficient:g} adds it" if is_supported(config) else "")
+        )
 
 
 def _positions(recipe: Recipe, text: Any) -> Iterator[str]:

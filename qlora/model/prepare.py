@@ -30,6 +30,7 @@ from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import unfused_layers, use_fused_layers
 from qlora.model.head import decoder_of
 from qlora.model.load import MetaBase, load_base, meta_base
+from qlora.model.router_loss import add_router_loss
 from qlora.model.tokens import TrainedTokens
 from qlora.optim import Optimizer
 from qlora.recipe import Adapter, Base, Checkpointing, Recipe
@@ -51,7 +52,7 @@ def build(
         The model, and the optimizer over its trainable parameters.
 
     Raises:
-        QloraError: as `load_base` and `adapt`.
+        QloraError: as `load_base`, `adapt` and `add_router_loss`.
 
     Examples:
         >>> model, optimizer = build(Recipe.load("quickstart"), "cpu")
@@ -65,6 +66,7 @@ def build(
     model = load_base(recipe.base, device, seed=seed, config=config, initial=initial)
     apply_adapter(model, recipe, part=part)
     apply_checkpointing(model, recipe)
+    add_router_loss(model, recipe.training.router_loss)
     return model, build_optimizer(model, recipe)
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.model import document_bounds, varlen_attention
 from qlora.model.head import decoder_of, embedding_of, head_of
+from qlora.model.router_loss import logits_not_captured, router_loss_of, set_padding
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import linear_cross_entropy
 from qlora.ops.dropout import set_row_positions
@@ -19,18 +20,33 @@ from qlora.runtime.phases import Phase, announce
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
-    """Next-token prediction; the mean loss is in nats per supervised token."""
+    """Next-token prediction; the mean loss is in nats per supervised token.
+
+    The auxiliary loss is the load-balancing loss of a mixture's routers (`model.router_loss`). Training adds it; an
+    evaluation does not, so held-out losses are the cross-entropy alone.
+    """
 
     loss_chunk: int | None = None
     """supervised tokens that pass through the head at a time; None means as many as `tokens_at_once` returns"""
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the summed loss of the batch, see `loss_sum`."""
-        return Loss(loss_sum(model, batch, loss_chunk=self.loss_chunk))
+        """Return the summed loss of the batch, see `loss_sum`, and in training the loss of its routers."""
+        balance = router_loss_of(model) if model.training else None
+        if balance is None:
+            return Loss(loss_sum(model, batch, loss_chunk=self.loss_chunk))
+        with balance.collected() as routed:
+            total = loss_sum(model, batch, loss_chunk=self.loss_chunk)
+        with announce(Phase.LOSS):
+            return Loss(total, aux=routed.loss())
 
     def weight(self, batch: Batch) -> int:
         """Return the number of supervised tokens in the batch."""
         return batch.supervised
+
+    def aux_coefficient(self, model: nn.Module) -> float:
+        """Return the coefficient of the load-balancing loss."""
+        balance = router_loss_of(model)
+        return 0.0 if balance is None else balance.coefficient
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -63,8 +79,10 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     elif batch.position_ids is not None:
         more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
     set_row_positions(starts, lengths, batch.input_ids.numel())
+    set_padding(starts, lengths, batch.input_ids.numel(), device)
     ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
-    hidden = decoder_of(model)(input_ids=ids, use_cache=False, **more).last_hidden_state
+    with logits_not_captured(model):
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False, **more).last_hidden_state
     labels = batch.labels.to(device, non_blocking=True)
     return hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 

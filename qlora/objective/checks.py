@@ -16,6 +16,7 @@ from qlora.errors import ModelError, RecipeError, first_line
 from qlora.model.finite import not_finite
 from qlora.model.head import embedding_of, head_of
 from qlora.model.offload import HostEmbedding
+from qlora.model.router_loss import router_loss_of, set_padding
 from qlora.objective.apart import check_packing, read_documents_if_apart
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.causality import check_causal
@@ -26,17 +27,20 @@ ENLARGED = 128
 """factor of the output head in its check; an untrained model then has logits of about 20"""
 HEAD_TOLERANCE, HEAD_TOLERANCE_16_BITS = 3e-3, 1e-2
 """largest relative difference of the losses; GPUs can multiply float32 with ten bits of mantissa"""
+ROUTER_TOLERANCE = 1e-4
+"""largest relative difference of two sums in fp32 over the same logits of the routers"""
 
 
 def check_model(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
     """Check that the recipe can train the model, and switch to attention over documents if the model supports it.
 
     Raises:
-        ModelError: the tokenizer or the output head does not fit, or the model is not causal.
+        ModelError: the tokenizer, the output head or the load-balancing loss does not fit, or the model is not causal.
         RecipeError: the model does not support packing or the embedding on the host.
     """
     check_vocabulary(model, tokenizer, recipe.base.model)
     check_head(model)
+    check_router_loss(model)
     check_causal(model, recipe.base.model)
     read_documents(model, recipe)
 
@@ -90,6 +94,37 @@ def check_head(model: nn.Module) -> None:
             f"{type(model).__name__} changes its logits in a way that qlora does not support (with the output head "
             f"times {ENLARGED}: loss {ours:.4f}, with the model's own forward pass {theirs:.4f}). Please report the "
             "architecture"
+        )
+
+
+@torch.no_grad()
+def check_router_loss(model: nn.Module) -> None:
+    """Check on two rows, one of them padded, that our load-balancing loss of the routers equals the model's own.
+
+    Both are computed in one pass, so that a router that is undecided between two experts cannot part them.
+
+    Raises:
+        ModelError: the losses differ.
+    """
+    balance = router_loss_of(model)
+    if balance is None:
+        return
+    device = next(model.parameters()).device
+    lengths = (8, 5)
+    ids = torch.arange(16).view(2, 8) * 7 % head_of(model).vocabulary
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]  # [2, 8]
+    with evaluation_mode(model), balance.collected() as routed:
+        set_padding((0, 8), lengths, 16, device)
+        output = model(
+            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False,
+            output_router_logits=True,
+        )  # fmt: skip
+        ours, theirs = float(routed.loss()), float(output.aux_loss)
+    if not abs(ours - theirs) <= ROUTER_TOLERANCE * abs(theirs):
+        raise ModelError(
+            f"{type(model).__name__} computes its load-balancing loss in a way that qlora does not support "
+            f"({ours:.4f}, with the model's own forward pass {theirs:.4f}). Please report the architecture; "
+            "training.router_loss=off trains without this loss"
         )
 
 

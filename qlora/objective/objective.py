@@ -20,6 +20,9 @@ class Loss(NamedTuple):
     """fp32 scalar on the device; the step divides it by the `weight` of all its batches"""
     metrics: Mapping[str, Tensor] = {}
     """sums of the objective's `metrics` (fp32 scalars without gradient)"""
+    aux: Tensor | None = None
+    """auxiliary loss of the batch, a mean over its tokens (fp32 scalar), without its coefficient; None if there is
+    none. The step weights it by the tokens of the batch"""
 
 
 class Objective(ABC):
@@ -35,3 +38,7 @@ class Objective(ABC):
     @abstractmethod
     def weight(self, batch: Batch) -> int:
         """Return the weight of the batch in the mean, such as its supervised tokens, without waiting for a GPU."""
+
+    def aux_coefficient(self, model: nn.Module) -> float:
+        """Return the coefficient of the auxiliary loss in the training of this model; 0 if it has none."""
+        return 0.0

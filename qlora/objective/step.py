@@ -7,6 +7,13 @@ The loss of an optimizer step is the sum of the token losses over all its micro-
 tokens of the whole step. So K micro-batches equal one batch, whatever their lengths. (Averaging the means of the
 micro-batches instead gives tokens of short answers more weight: huggingface/transformers#34191.)
 
+An auxiliary loss, such as the load-balancing loss of a mixture's routers, is a function of means over the tokens of a
+micro-batch: two micro-batches do not add up to one, in transformers neither. So that it depends on the micro-batches in
+nothing else, each one's auxiliary loss counts by its share of the step's tokens, without padding: the number of
+processes, the order and the padding change nothing, and equal micro-batches count equally. The coefficient weights a
+mean over the step, however many micro-batches it has. (transformers' Trainer adds the auxiliary loss of every
+micro-batch in full, so its weight grows with their number.)
+
 The step announces the phases forward, loss, backward and evaluation (`qlora.runtime.phases`). A profiler shows them,
 and `qlora.memory.live` assigns live bytes to them.
 """
@@ -56,17 +63,22 @@ def accumulate(
 
     Returns:
         This process's share of the mean loss and metrics, without the penalty; for causal language modelling, per
-        supervised token.
+        supervised token. The loss includes the auxiliary loss times its coefficient, and `aux` is its mean without it.
     """
     weight = sum(map(objective.weight, batches))
     assert weight > 0, "a step has no supervised token; qlora.data must not produce such a step"
+    coefficient, tokens = objective.aux_coefficient(model), sum(batch.tokens for batch in batches)
     total = _nothing(objective, next(model.parameters()).device)
+    if coefficient:
+        total = total._replace(aux=torch.zeros_like(total.sum))
     first_rows = itertools.accumulate((len(batch.input_ids) for batch in batches), initial=0)
     for batch, first in list(zip(batches, first_rows, strict=False))[rank::processes]:
         torch.manual_seed(fold_seed(seed, step, first))  # for dropout of the model itself
         with masks_by_row(fold_seed(seed, step), first):
             with announce(Phase.FORWARD):
                 loss = _divided(objective.loss(model, batch), weight)
+                if coefficient:
+                    loss = _with_aux(loss, batch.tokens / tokens, coefficient)
             _add_gradients(loss.sum)
         total = _added(total, loss)
     if penalty is not None and (added := penalty()) is not None:
@@ -119,12 +131,23 @@ def _nothing(objective: Objective, device: torch.device) -> Loss:
 
 
 def _divided(loss: Loss, weight: int) -> Loss:
-    return Loss(loss.sum / weight, {name: metric / weight for name, metric in loss.metrics.items()})
+    return loss._replace(
+        sum=loss.sum / weight, metrics={name: metric / weight for name, metric in loss.metrics.items()}
+    )
+
+
+def _with_aux(loss: Loss, share: float, coefficient: float) -> Loss:
+    """Add a micro-batch's share of the auxiliary loss to its share of the loss."""
+    assert loss.aux is not None, (
+        "the objective has a coefficient for an auxiliary loss that it does not return"
+    )
+    return loss._replace(sum=loss.sum + coefficient * share * loss.aux, aux=share * loss.aux)
 
 
 def _added(total: Loss, loss: Loss) -> Loss:
     metrics = {name: metric + loss.metrics[name] for name, metric in total.metrics.items()}
-    return Loss(total.sum + loss.sum.detach(), metrics)
+    aux = total.aux if total.aux is None or loss.aux is None else total.aux + loss.aux.detach()
+    return Loss(total.sum + loss.sum.detach(), metrics, aux)
 
 
 @contextmanager

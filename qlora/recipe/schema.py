@@ -179,6 +179,8 @@ class Training(Section):
     """Keep the inputs of fully recomputed layers in host memory until the backward pass."""
     loss_chunk: Count | None = None
     """Trained tokens whose logits are in memory at once; null: up to 1024, with at most 256 MiB of logits."""
+    router_loss: Literal["auto", "off"] | Factor = "auto"
+    """Coefficient of a mixture's load-balancing loss (arXiv:2101.03961): auto as config.json asks, off, or a number."""
     max_grad_norm: Norm = 0.3
     """Maximum L2 norm of the gradient, which is scaled down to it (QLoRA, appendix B.2: 0.3)."""
     eval_every: Count | None = 100

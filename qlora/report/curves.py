@@ -115,16 +115,21 @@ class Chart:
 
 
 def charts(history: History) -> list[Chart]:
-    """Return the charts of loss, metrics, learning rate, gradient norm and speed; none before the first step."""
+    """Return the charts of losses, metrics, learning rate, gradient norm and speed; none before the first step."""
     last = history.last_step
     if not history.steps:
         return []
+    aux = [(step["step"], float(step["aux_loss"])) for step in history.steps if "aux_loss" in step]
+    balance = (
+        [Chart("Auxiliary loss", "without its coefficient", _with_mean("aux_loss", aux), last)] if aux else []
+    )
     metrics = [
         Chart(name, "of held-out rows", [Series(name, thinned(points), "dots")], last)
         for name, points in history.metrics.items()
     ]
     return [
         loss_chart(history),
+        *balance,
         *metrics,
         Chart("Learning rate", "", [Series("learning rate", thinned(_curve(history, "lr")))], last, "power"),
         Chart("Gradient norm", "before clipping", _with_mean("norm", _curve(history, "grad_norm")), last),

@@ -83,7 +83,10 @@ class Tracker:
             self.note(damage)
 
     def step(self, record: Metrics) -> None:
-        """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
+        """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens.
+
+        `aux_loss` is the auxiliary loss, without its coefficient; only in runs that have one.
+        """
         for sink in self._sinks:
             sink.step(record)
 

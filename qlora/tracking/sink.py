@@ -48,7 +48,10 @@ class Sink:
     """Sink that ignores everything; subclasses override the methods they need."""
 
     def step(self, record: Metrics) -> None:
-        """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens."""
+        """Record an optimizer step: step, loss, lr, grad_norm, tokens_per_second, tokens, supervised_tokens.
+
+        `aux_loss` is the auxiliary loss, without its coefficient; only in runs that have one.
+        """
 
     def evaluation(self, record: Metrics) -> None:
         """Record an evaluation: step, eval_loss (nats per supervised token), eval_tokens, eval_ with each metric."""

@@ -158,8 +158,9 @@ def one_line(text: str) -> Text:
 
 
 def step_numbers(record: Metrics) -> str:
-    """Return the loss, the learning rate and the speed of a step as text."""
-    return f"loss {record['loss']:.4f}  lr {record['lr']:.1e}  {record['tokens_per_second']:,.0f} tok/s"
+    """Return the loss, the auxiliary loss if there is one, the learning rate and the speed of a step as text."""
+    aux = f"  aux_loss {record['aux_loss']:.4f}" if "aux_loss" in record else ""
+    return f"loss {record['loss']:.4f}{aux}  lr {record['lr']:.1e}  {record['tokens_per_second']:,.0f} tok/s"
 
 
 def _duration(seconds: float) -> str:

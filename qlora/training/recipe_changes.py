@@ -1,6 +1,7 @@
 """Differences between the recipe that began a run and the one that resumes it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 RESUMABLE_KEYS = {
@@ -13,6 +14,28 @@ RESUMABLE_KEYS = {
 
 ROUNDING_KEYS = {"training.micro_batch_size", "training.activation_checkpointing", "training.loss_chunk"}
 """keys that can change too, but with a note: the same sums are rounded in another order, or computed again"""
+
+NEW_KEYS = {"training.router_loss"}
+"""keys that a run of an earlier version has not: whatever they say now, the run did not compute it"""
+
+
+def keys_since(recorded: Path) -> set[str]:
+    """Return the keys that the recipe recorded in a run of an earlier version does not have."""
+    text = recorded.read_text()
+    return {key for key in NEW_KEYS if f"{key.rpartition('.')[2]}:" not in text}
+
+
+def effect_of(key: str, record: Path) -> str:
+    """Return sentences about the effect of a change of one of `ROUNDING_KEYS` on the run with this metrics.jsonl."""
+    if key == "training.micro_batch_size" and record.is_file() and b'"aux_loss"' in record.read_bytes():
+        return (
+            "The load-balancing loss of a mixture is a function of the micro-batch, so from here on the run trains "
+            "with another one"
+        )
+    return (
+        "The run computes the same, but rounds differently from here on, so it will not end bit for bit as with the "
+        "old value"
+    )
 
 
 def differences(

@@ -24,7 +24,7 @@ from qlora.storage import atomic, folders, manifest, regular_file
 from qlora.storage.json_files import with_checksum, without_checksum
 from qlora.tracking import BACKENDS
 from qlora.training import checkpoint
-from qlora.training.recipe_changes import RESUMABLE_KEYS, ROUNDING_KEYS, differences
+from qlora.training.recipe_changes import RESUMABLE_KEYS, ROUNDING_KEYS, differences, effect_of, keys_since
 
 # Everything that a run writes, and the only names that --fresh removes.
 CONTENTS = (
@@ -235,10 +235,7 @@ def _continue(run: RunFolder, recipe: Recipe, source: Path) -> None:
         )
     for key, old, new in differences(before.to_dict(), recipe.to_dict(), set()) if before else ():
         if any(f"{key}.".startswith(f"{changing}.") for changing in ROUNDING_KEYS):
-            _warn(
-                f"{key}: {old} then, {new} now. The run computes the same, but rounds differently from here on, so it "
-                "will not end bit for bit as with the old value"
-            )
+            _warn(f"{key}: {old} then, {new} now. {effect_of(key, run.path / 'metrics.jsonl')}")
     _replace(run.path / "run.json", _json({"run_id": run.run_id, "plan": run.plan}))
     _replace(run.path / "recipe.yaml", recipe.to_yaml().encode())
 
@@ -349,7 +346,7 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
     """
     file = path / "recipe.yaml"
     if (recipe := recorded(file)) is not None:
-        return recipe.to_dict(), RESUMABLE_KEYS
+        return recipe.to_dict(), RESUMABLE_KEYS | keys_since(file)
     folder = checkpoint.newest(path, run_id=earlier.run_id, checksums=False)
     if folder is None:
         return None, RESUMABLE_KEYS
@@ -359,7 +356,7 @@ def _recipe_before(path: Path, earlier: _Earlier) -> tuple[dict[str, Any] | None
             f"{file}: missing or damaged, and {folder} has no copy of it. Restore it, or start again with --fresh"
         )
     planned = {"training.memory", *(f"training.{key}" for key in earlier.plan or {})}
-    return Recipe.recorded(copy).to_dict(), RESUMABLE_KEYS | planned
+    return Recipe.recorded(copy).to_dict(), RESUMABLE_KEYS | planned | keys_since(copy)
 
 
 def recorded(file: Path) -> Recipe | None:

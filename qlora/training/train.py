@@ -287,10 +287,11 @@ def update(session: Session, batches: list[Batch], step: int, lr: float) -> dict
         session.model, batches, session.objective, seed=training.seed, step=step, rank=processes.rank,
         processes=processes.count, penalty=session.course.penalty,
     )  # fmt: skip
-    processes.reduce([*optimizer.gradients(), sums.sum, *sums.metrics.values()])
+    more = dict(sums.metrics) if sums.aux is None else {"aux_loss": sums.aux, **sums.metrics}
+    processes.reduce([*optimizer.gradients(), sums.sum, *more.values()])
     with announce(Phase.UPDATE):
         norm = optimizer.clip(training.max_grad_norm)
-    scalars = {"loss": sums.sum, "grad_norm": norm, **sums.metrics}
+    scalars = {"loss": sums.sum, "grad_norm": norm, **more}
     # one transfer for all of them, so that a step waits for the device only once
     values = torch.stack([number.to(sums.sum) for number in scalars.values()]).tolist()
     metrics = dict(zip(scalars, values, strict=True))
