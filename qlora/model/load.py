@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.architecture import architecture_of
-from qlora.adapter.experts import active_of, use_expert_stacks
+from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.targets import is_conv1d
@@ -238,10 +238,8 @@ def _pretrained(
 ) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
     quantize = prequantized is None and base.quantization == "nf4"
-    # A cache key cannot cover foreign code, and the cache has no 16-bit weights to read. transformers writes no experts
-    # in NF4
-    mixture = active_of(config.get_text_config()) > 0
-    if not quantize or base.trust_remote_code or on_weight is not None or mixture:
+    # a cache key cannot cover foreign code, and the cache has no 16-bit weights to read
+    if not quantize or base.trust_remote_code or on_weight is not None:
         model = _read(base, config, device, dtype, quantize=quantize, on_weight=on_weight)
         return model if prequantized is None else cast_dense(model, dtype)
     return nf4_cache.quantized(
