@@ -21,6 +21,7 @@ from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapt
 from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.merge import merge_adapter
+from qlora.adapter.switch import Adapters
 from qlora.errors import ModelError, UsageError
 from qlora.model.load import load_base
 from qlora.model.precision import precision_of
@@ -174,6 +175,28 @@ def test_an_adapter_on_all_layers_is_saved_loaded_and_merged(
     assert (logits(merged) - live).abs().max() < 0.01 * (live - before).abs().max()
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_two_adapters_of_experts_take_turns(
+    checkpoint: Callable[[str], Path], tmp_path: Path, quantization: str
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    expected = {}
+    for name, rank, targets in (("first", 4, "experts"), ("second", 2, "all-linear")):
+        model = spread(adapt(base(folder, quantization=quantization), LoraSpec(rank=rank, targets=targets)))
+        save_adapter(model, tmp_path / name)
+        expected[name] = logits(model)
+    model = base(folder, quantization=quantization)
+    before = logits(model)
+    adapters = Adapters(model)
+    for name in expected:
+        adapters.load(name, tmp_path / name)
+    for name in ("second", "first", "second"):
+        adapters.activate(name)
+        assert torch.equal(logits(model), expected[name])
+    adapters.deactivate()
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize(
     ("targets", "linears", "experts"),
     [("all-linear", 8, 4), ("experts", 0, 4), ("attention", 8, 0), (["experts.down_proj"], 0, 2)],
@@ -234,6 +257,16 @@ def test_a_mixture_learns_and_its_forecast_is_right(mixture_recipe: Recipe) -> N
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
     facts = json.loads((result.run / "facts.json").read_text())
     assert "are in NF4" in facts["base"]["kept"]
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_dropout_does_not_depend_on_the_micro_batch(mixture_recipe: Recipe, tmp_path: Path) -> None:
+    losses = []
+    for size in (1, 2):
+        training = mixture_recipe.training.model_copy(update={"micro_batch_size": size, "max_steps": 2})
+        update = {"training": training, "output": str(tmp_path / f"of {size}")}
+        losses.append(train(mixture_recipe.model_copy(update=update), terminal=False).loss_after)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.usefixtures("without_forecast")
