@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora import bundled
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
-from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.merge import merge_adapter
 from qlora.adapter.switch import Adapters
@@ -204,7 +203,8 @@ def test_two_adapters_of_experts_take_turns(
 def test_words_choose_experts(
     checkpoint: Callable[[str], Path], targets: str | list[str], linears: int, experts: int
 ) -> None:
-    model = adapt(plain(checkpoint("qwen3_moe")), LoraSpec(rank=4, targets=targets, expert_rank=3))
+    own = LoraSpec(rank=4, targets=targets, expert_rank=3 if experts else None)
+    model = adapt(plain(checkpoint("qwen3_moe")), own)
     found = LoRAExperts.of(model)
     assert (len(lora_layers(model)) - len(found), len(found)) == (linears, experts)
     assert {layer.rank for layer in found.values()} <= {3}
@@ -215,14 +215,17 @@ def test_experts_need_a_mixture_and_a_whole_rank(tiny_llama: Path) -> None:
         adapt(plain(tiny_llama), LoraSpec(targets="experts"))
     with pytest.raises(UsageError, match="expert_rank must be at least 1"):
         LoraSpec(expert_rank=0)
+    with pytest.raises(UsageError, match="expert_rank: none of the targets is a projection of experts"):
+        adapt(plain(tiny_llama), LoraSpec(expert_rank=2))
 
 
-def test_experts_that_are_trained_as_a_whole_keep_transformers_code(
+def test_experts_without_an_adapter_keep_transformers_code_and_can_be_trained_as_a_whole(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    model = use_expert_stacks(plain(checkpoint("qwen3_moe")))
+    model = adapt(plain(checkpoint("qwen3_moe")), LoraSpec(targets="attention"), train_modules=["experts"])
+    assert not expert_stacks(model)
     model(input_ids=IDS).logits.square().mean().backward()
-    weight = next(iter(expert_stacks(model).values())).weight
+    weight = model.get_parameter("model.layers.0.mlp.experts.down_proj")
     assert weight.grad is not None
     assert weight.grad.abs().max() > 0
 

@@ -18,7 +18,7 @@ from qlora.adapter import trained_parts
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
-from qlora.adapter.experts import use_expert_stacks
+from qlora.adapter.experts import restore_experts, use_expert_stacks
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues, start_values
 from qlora.adapter.lora_conv import LoRAConv
@@ -37,7 +37,7 @@ from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
-from qlora.quantization.expert_stack import ExpertStack
+from qlora.quantization.expert_stack import ExpertStack, expert_stacks
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.recipe import Adapter
 
@@ -254,7 +254,12 @@ def adapt(
 
     targets = trained_parts.targets_beside(model, spec.targets, train_modules, can_adapt)
     spec, names = replace(spec, targets=targets), select(model, targets, can_adapt)
+    restore_experts(model, names)
     _check_patterns(spec, names)
+    if spec.expert_rank is not None and not set(names) & expert_stacks(model).keys():
+        raise UsageError(
+            "expert_rank: none of the targets is a projection of experts; leave it out, or target experts"
+        )
     for name in names:
         _check_target(name, model.get_submodule(name), spec, layers)
     values = start_values(model, spec, seed)
@@ -294,7 +299,10 @@ def _check_target(name: str, module: nn.Module, spec: LoraSpec, layers: Sequence
     if (reason := kind.why_unsuitable(module)) is not None:
         raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
     if spec.init in FROM_WEIGHTS and kind is not LoRALinear:
-        raise UsageError(f"init {spec.init} is defined for LoRA's linear layers, and {name} is another layer")
+        raise UsageError(
+            f"init {spec.init} is defined for LoRA's linear layers, and {name} is another layer; leave it out of the "
+            "targets, or use another init"
+        )
     if spec.init == "orthogonal" and kind is LoRAEmbedding:
         raise UsageError(
             f"init orthogonal draws A, and {name} is an embedding, where B is drawn; use gaussian"
