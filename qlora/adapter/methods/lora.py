@@ -246,6 +246,27 @@ def adapt(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
 
+    spec, names = _with_targets(model, spec, train_modules, layers)
+    values = start_values(model, spec, seed)
+    use_nf4_linears(model.requires_grad_(False))
+    modules = {name: model.get_submodule(name) for name in names}
+    drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
+    adapted = {
+        name: layer_class(layers, module)(module, _spec_for(drawn, name, module), layer_generator(seed, name))
+        for name, module in modules.items()
+    }
+    if values is not None:
+        values.fill(adapted)
+    return trained_parts.train_modules(wrap(model, adapted), train_modules)
+
+
+def _with_targets(
+    model: nn.Module, spec: LoraSpec, train_modules: Sequence[str], layers: Sequence[type[LowRankLayer]]
+) -> tuple[LoraSpec, list[str]]:
+    """Return the settings with targets beside `train_modules`, and the names of the target layers, all checked.
+
+    The experts among the targets become modules of ours.
+    """
     if LoRAExperts in layers:
         use_expert_stacks(model)
 
@@ -262,17 +283,7 @@ def adapt(
         )
     for name in names:
         _check_target(name, model.get_submodule(name), spec, layers)
-    values = start_values(model, spec, seed)
-    use_nf4_linears(model.requires_grad_(False))
-    modules = {name: model.get_submodule(name) for name in names}
-    drawn = replace(spec, init="kaiming") if spec.init in FROM_WEIGHTS else spec
-    adapted = {
-        name: layer_class(layers, module)(module, _spec_for(drawn, name, module), layer_generator(seed, name))
-        for name, module in modules.items()
-    }
-    if values is not None:
-        values.fill(adapted)
-    return trained_parts.train_modules(wrap(model, adapted), train_modules)
+    return spec, names
 
 
 def _spec_for(spec: LoraSpec, name: str, module: nn.Module) -> LoraSpec:
