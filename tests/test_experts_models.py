@@ -35,6 +35,10 @@ MIXTURES = ["qwen3_moe", "gpt_oss", "mixtral"]
 """one in the older layout with gate and up apart, one with biases and transposed matrices, one with old names"""
 
 
+SIZES = {"qwen3_moe large": {"hidden_size": 128, "num_experts": 16, "moe_intermediate_size": 192}}
+"""a mixture of three million weights"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that writes a checkpoint of a small mixture, in the layout of its published ones."""
@@ -43,10 +47,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def write(architecture: str) -> Path:
         if architecture in made:
             return made[architecture]
-        folder = made[architecture] = tmp_path_factory.mktemp(architecture)
+        folder = made[architecture] = tmp_path_factory.mktemp(architecture.split()[0])
         torch.manual_seed(0)
+        settings = {"num_hidden_layers": 2, "vocab_size": 2048, **SIZES.get(architecture, {})}
         model = AutoModelForCausalLM.from_config(
-            config(architecture, num_hidden_layers=2, vocab_size=2048), dtype=torch.float32
+            config(architecture.split()[0], **settings), dtype=torch.float32
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -251,14 +256,18 @@ def mixture_recipe(recipe_file: Callable[..., Path], checkpoint: Callable[[str],
     return Recipe.load(file)
 
 
-def test_a_mixture_learns_and_its_forecast_is_right(mixture_recipe: Recipe) -> None:
-    result = train(mixture_recipe, terminal=False)
+def test_a_mixture_of_millions_learns_and_its_forecast_is_right(
+    mixture_recipe: Recipe, checkpoint: Callable[[str], Path]
+) -> None:
+    base = mixture_recipe.base.model_copy(update={"model": str(checkpoint("qwen3_moe large"))})
+    result = train(mixture_recipe.model_copy(update={"base": base}), terminal=False)
     assert result.loss_before is not None
     assert result.loss_after is not None
     assert result.loss_after < result.loss_before - 0.5
     memory = json.loads((result.run / "memory.json").read_text())
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
     facts = json.loads((result.run / "facts.json").read_text())
+    assert facts["base"]["parameters"] > 2.9e6
     assert "are in NF4" in facts["base"]["kept"]
 
 
