@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -37,10 +39,12 @@ from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.data import Batch
+from qlora.errors import RecipeError
 from qlora.memory.live import LiveBytes
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.layer_specs import LAYER_SPECS
+from qlora.model.prepare import layer_notes
 from qlora.model.varlen_attention import read_documents, use_capped_attention
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate
@@ -86,10 +90,16 @@ CONFIGS = {
     ),
     "phi3": Phi3Config(**SIZES | PADDING, sliding_window=7, partial_rotary_factor=0.5),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.4, attention_multiplier=0.2),
-    "smollm3": SmolLM3Config(**SIZES | PADDING, no_rope_layers=[1, 0, 1]),
+    "smollm3": SmolLM3Config(**SIZES | PADDING, no_rope_layers=[1, 0, 1], use_sliding_window=True, **WINDOWS),
     "olmo3": Olmo3Config(**SIZES, **WINDOWS, initializer_range=0.2),
     "qwen3_moe": Qwen3MoeConfig(
-        **SIZES, **EXPERTS, mlp_only_layers=[1], initializer_range=0.05, tie_word_embeddings=False
+        **SIZES,
+        **EXPERTS,
+        mlp_only_layers=[1],
+        initializer_range=0.05,
+        use_sliding_window=True,
+        sliding_window=7,
+        tie_word_embeddings=False,
     ),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
     "glm": GlmConfig(**SIZES | PADDING, attention_bias=True),
@@ -434,6 +444,89 @@ def test_layers_with_another_computation_are_not_replaced() -> None:
         assert [isinstance(layer, FusedLayer) for layer in layers] == [True, False, True]
     trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     assert not any(isinstance(layer, FusedLayer) for layer in decoder_layers(use_fused_layers(trained)))
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        (LlamaConfig(**SIZES), None),
+        (CONFIGS["mixtral"], None),
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "the layers of .*: their activation is GELUActivation"),
+        (
+            Phi3Config(**SIZES | PADDING, resid_pdrop=0.1),
+            "the layers of .*: their config.json asks for dropout",
+        ),
+        (
+            GPTNeoXConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=90),
+            "no fused layers",
+        ),
+    ],
+    ids=["llama", "mixtral", "activation", "dropout", "gpt_neox"],
+)
+def test_layers_that_no_spec_describes_are_named_at_the_start_of_a_run(
+    config: PretrainedConfig, note: str | None
+) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    adapt(model, LoraSpec(targets="all-linear"))
+    notes = layer_notes(use_fused_layers(model))
+    assert [
+        bool(re.search(f"the decoder layers run transformers' own code.*{note}", one)) for one in notes
+    ] == ([] if note is None else [True])
+
+
+def test_layers_of_which_some_are_described_are_counted() -> None:
+    model = model_of(CONFIGS["llama"])
+    decoder_layers(model)[1].self_attn.is_causal = False
+    (note,) = layer_notes(use_fused_layers(model))
+    assert note.startswith("1 of 3 decoder layers run")
+    assert note.endswith("their attention is not causal")
+
+
+def test_experts_keep_their_own_code_and_can_be_trained_in_any_way() -> None:
+    model = model_of(CONFIGS["qwen3_moe"], targets=["q_proj"])
+    layers = decoder_layers(model)
+    layers[0].mlp.gate.weight.requires_grad_()
+    layers[1].mlp.up_proj.weight.requires_grad_()  # of the gated MLP, which our passes compute
+    use_fused_layers(model)
+    experts, gated, _ = decoder_layers(model)
+    assert isinstance(experts, FusedLayer)
+    assert not isinstance(gated, FusedLayer)
+    with pytest.raises(
+        RecipeError, match=r"the experts of Qwen3MoeForCausalLM keep their own code, so its MLPs"
+    ):
+        checkpoint_layers(model, 0, 1)
+
+
+def test_experts_may_return_the_logits_of_their_router_too() -> None:
+    model = use_fused_layers(model_of(CONFIGS["mixtral"]))
+    loss, _ = pass_over(model, batch_of())
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_hook(lambda module, arguments, output: (output, torch.zeros(1)))
+    assert torch.equal(pass_over(model, batch_of())[0], loss)
+
+
+@pytest.mark.parametrize("config", families((), others=0))
+def test_less_is_saved_than_in_the_layers_of_transformers(config: PretrainedConfig) -> None:
+    """Experts save the same in both, so a mixture of experts gains less."""
+    model = model_of(config, torch.bfloat16)
+    parameters = {p.data_ptr() for p in model.parameters()}
+
+    def kept() -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_sum(model, batch_of(rows=2, length=64))
+        assert loss.requires_grad  # the graph keeps the tensors, so that no two have the same address
+        return sum(storages.values())
+
+    theirs = kept()
+    use_fused_layers(model)
+    assert theirs > (1.05 if hasattr(config, "num_experts_per_tok") else 1.5) * kept()
 
 
 @pytest.mark.parametrize(
