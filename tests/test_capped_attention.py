@@ -34,9 +34,9 @@ def eager(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["", "bool", "added"])
 def test_outputs_and_gradients_are_those_of_transformers(
-    window: int | None, masked: bool, monkeypatch: pytest.MonkeyPatch
+    window: int | None, masked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capped_module, "CHUNK", 4)  # of eleven queries
     seen = visible(11, window, torch.device("cpu")).expand(2, 1, 11, 11).clone()
@@ -44,7 +44,12 @@ def test_outputs_and_gradients_are_those_of_transformers(
         seen[1, :, :, :3] = False  # padding on the left, whose queries see nothing
     tensors = inputs(11)
     expected = eager(*tensors, seen)
-    more = {"mask": seen} if masked else {"window": window}
+    mask = (
+        seen
+        if masked == "bool"
+        else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    )
+    more = {"mask": mask} if masked else {"window": window}
     y = capped_attention(*tensors, CAP, scaling=SCALING, **more)  # type: ignore[arg-type]
     tokens = slice(3, None) if masked else slice(None)
     torch.testing.assert_close(

@@ -265,7 +265,7 @@ def _attend_alone(
 ) -> Tensor:
     """Attend in rows that are a single document each: three [B, heads, T, d] -> [B, T, heads, d].
 
-    mask: the tokens that a token sees, bool [B, 1, T, T], instead of the window; for capped scores only.
+    mask: [B, 1, T, T], bool or added to the scores, instead of the window; for capped scores only.
     """
     if softcap is not None:
         return capped_attention(

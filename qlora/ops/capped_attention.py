@@ -35,7 +35,8 @@ def capped_attention(
         softcap: bound of the scores.
         scaling: factor of the scores before the cap; None means 1/sqrt(d).
         window: number of tokens that a token attends to, including itself; None means all. Not used with a mask.
-        mask: bool [B or 1, 1, T, S], True where a query sees a key; None means that it sees all earlier tokens.
+        mask: [B or 1, 1, T, S], bool, True where a query sees a key, or a float that is added to the scores; None means
+            that a query sees all earlier tokens.
         dropout: dropout of the attention weights.
     """
     attend = partial(
@@ -83,7 +84,16 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     rows = query.unflatten(1, (-1, groups)).flatten(2, 3)  # queries of the heads that share a key
     scores = (rows @ key.transpose(2, 3)).mul_(scaling / softcap).tanh_() * softcap
-    scores = scores.unflatten(2, (groups, -1)).masked_fill(~seen[:, :, None], torch.finfo(scores.dtype).min)
+    scores = _masked(scores.unflatten(2, (groups, -1)), seen[:, :, None])
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     attended = F.dropout(weights, dropout).flatten(2, 3) @ value
     return attended.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Apply a mask, bool or added, that broadcasts to the scores."""
+    return (
+        scores + mask
+        if mask.is_floating_point()
+        else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    )
