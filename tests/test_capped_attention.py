@@ -38,7 +38,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
 def test_outputs_and_gradients_are_those_of_transformers(
     window: int | None, masked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capped_module, "CHUNK", 4)  # of eleven queries
+    monkeypatch.setattr(capped_module, "SCORES", 44)  # four of eleven queries at a time
     seen = visible(11, window, torch.device("cpu")).expand(2, 1, 11, 11).clone()
     if masked:
         seen[1, :, :, :3] = False  # padding on the left, whose queries see nothing
@@ -69,7 +69,7 @@ def test_the_last_queries_see_all_earlier_keys() -> None:
 
 
 def test_scores_of_one_chunk_at_a_time_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capped_module, "CHUNK", 16)
+    monkeypatch.setattr(capped_module, "SCORES", 16 * 256)
     tensors = inputs(256, torch.float32, rows=1)
     scores = HEADS * 256 * 256 * 4
     with LiveBytes() as live:

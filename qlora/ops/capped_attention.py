@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256
-"""queries at a time"""
+SCORES = 2**20
+"""scores of a head at a time: 512 queries with 2,048 keys"""
 
 
 def capped_attention(
@@ -46,12 +46,13 @@ def capped_attention(
         dropout=dropout,
     )
     parts = []
-    for start in range(0, query.shape[2], CHUNK):
-        queries = query[:, :, start : start + CHUNK]
+    chunk = max(1, SCORES // key.shape[2])
+    for start in range(0, query.shape[2], chunk):
+        queries = query[:, :, start : start + chunk]
         if mask is None:
             first, seen = _seen(start, queries.shape[2], query.shape[2], key.shape[2], window, query.device)
         else:
-            first, seen = 0, mask[:, :, start : start + CHUNK]
+            first, seen = 0, mask[:, :, start : start + chunk]
         columns = slice(first, first + seen.shape[-1])
         arguments = queries, key[:, :, columns], value[:, :, columns], seen
         parts.append(
