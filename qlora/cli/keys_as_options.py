@@ -1,4 +1,4 @@
-"""Names the options of a command in messages about the keys of a recipe's `data` section that they stand for."""
+"""Names the options of a command in messages about the keys of a recipe's `data` section that they set."""
 
 import re
 from collections.abc import Iterator
