@@ -17,12 +17,14 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     Glm4Config,
     GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -88,6 +90,8 @@ CONFIGS = {
         query_pre_attn_scalar=16,
         attn_logit_softcapping=0.1,  # so low that it matters
     ),
+    "gemma": GemmaConfig(**SIZES, tie_word_embeddings=False),
+    "ministral": MinistralConfig(**SIZES, **WINDOWS),
     "phi3": Phi3Config(**SIZES | PADDING, sliding_window=7, partial_rotary_factor=0.5),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.4, attention_multiplier=0.2),
     "smollm3": SmolLM3Config(**SIZES | PADDING, no_rope_layers=[1, 0, 1], use_sliding_window=True, **WINDOWS),
@@ -505,7 +509,8 @@ def test_experts_may_return_the_logits_of_their_router_too() -> None:
     assert torch.equal(pass_over(model, batch_of())[0], loss)
 
 
-@pytest.mark.parametrize("config", families((), others=0))
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_less_is_saved_than_in_the_layers_of_transformers(config: PretrainedConfig) -> None:
     """Experts save the same in both, so a mixture of experts gains less."""
     model = model_of(config, torch.bfloat16)
