@@ -14,7 +14,7 @@ import copy
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_we
 from qlora.model.load_problems import code_wanted, damage_named, load_problem
 from qlora.model.locate import locate
 from qlora.model.offload import HostEmbedding
+from qlora.model.varlen_attention import use_capped_attention
 from qlora.quantization import nf4
 from qlora.quantization.mxfp4 import is_mxfp4, read_as_16_bits
 from qlora.quantization.transformers_loader import (
@@ -167,6 +168,7 @@ def load_base(
     ]
     with quiet():
         model = build(base, config, device, compute_dtype(base, device), initial)
+    use_capped_attention(model)
     if initial is not None:
         initial.read(model)
         model.initial_values = initial
@@ -215,9 +217,11 @@ def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
 def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Build the unquantized model on the meta device, in training mode, for names, shapes and counts."""
     with quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
-        ).train()
+        )
+    use_capped_attention(model)
+    return cast(PreTrainedModel, model.train())
 
 
 def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
