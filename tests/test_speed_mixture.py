@@ -128,3 +128,11 @@ def test_the_report_names_the_experts(
     assert "with the experts, which bitsandbytes leaves in float32 for the peers" in text
     assert "every linear layer but routers, r=8 on each expert" in text
     assert "| peft_tuned |" in text
+
+    def taking(name: str, seconds: float) -> Answer:
+        return dataclasses.replace(answers[name][0], processor_seconds=[9.0, seconds, seconds])
+
+    comparison.answers = {"qlora": [taking("qlora", 2.0)], "peft_tuned": [taking("peft_tuned", 5.0)]}
+    text = report.markdown(comparison, machine | {"versions": {}}, "python -m benchmarks.speed")
+    _, after = text.split("Processor time of the peer's step divided by that of qlora")
+    assert "| peft_tuned | 2.50 (2.50–2.50) |" in after

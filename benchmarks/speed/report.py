@@ -165,6 +165,7 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
         "supervised/s",
         "positions/s",
         "seconds per step",
+        "processor seconds",
         f"peak MiB, {kind}",
         "peak of process",
         "share of product rate",
@@ -177,6 +178,7 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
             f"{score.supervised:,.0f}",
             f"{score.positions:,.0f}",
             spread(score.seconds),
+            spread(Spread.of(score.processor)) if score.processor else "–",
             spread(Spread.of([count / 2**20 for count in score.memory]), 0),
             mebibytes(score.highest_memory),
             f"{score.needed_share:.0%}",
@@ -190,7 +192,8 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
         table(header, rows),
         "",
         "`+ckpt` recomputes the layers' activations in the backward pass, `+mlp` those of the MLPs; the others keep "
-        "them. Each cell is the median (minimum–maximum) over the rounds; seconds are over all timed steps. Tokens "
+        "them. Each cell is the median (minimum–maximum) over the rounds; seconds are over all timed steps. Processor "
+        "seconds of a step, on a CPU, do not grow with the load of other processes. Tokens "
         "are those of the data; positions include padding. Peak memory is that of the timed steps; the peak of the "
         "process includes loading and compiling. The shares divide the operations that a step needs (with recompute: "
         "performs) per second by the measured rate of matrix products alone.",
@@ -223,6 +226,14 @@ def _ratios(results: Sequence[Score]) -> str:
         "",
     ]
     lines.append(table(["peer", *ours], [[p, *(spread(by_pair[o, p].speed) for o in ours)] for p in peers]))
+    if all(ratio.processor for ratio in pairs):
+        lines += [
+            "",
+            "Processor time of the peer's step divided by that of qlora (above 1: qlora takes less):",
+            "",
+        ]
+        rows = [[p, *(spread(r.processor) for o in ours if (r := by_pair[o, p]).processor)] for p in peers]
+        lines.append(table(["peer", *ours], rows))
     lines += ["", "Peak memory of qlora divided by the peer's (below 1: qlora takes less):", ""]
     lines.append(table(["peer", *ours], [[p, *(spread(by_pair[o, p].memory) for o in ours)] for p in peers]))
     return "\n".join(lines)
