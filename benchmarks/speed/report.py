@@ -193,7 +193,7 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
         "",
         "`+ckpt` recomputes the layers' activations in the backward pass, `+mlp` those of the MLPs; the others keep "
         "them. Each cell is the median (minimum–maximum) over the rounds; seconds are over all timed steps. Processor "
-        "seconds of a step, on a CPU, do not grow with the load of other processes. Tokens "
+        "seconds of a step, on a CPU, hardly grow with the load of other processes. Tokens "
         "are those of the data; positions include padding. Peak memory is that of the timed steps; the peak of the "
         "process includes loading and compiling. The shares divide the operations that a step needs (with recompute: "
         "performs) per second by the measured rate of matrix products alone.",
