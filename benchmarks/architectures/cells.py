@@ -43,6 +43,8 @@ FORECAST = 0.01
 """largest relative difference of the forecast and the measured peak"""
 MERGED = 0.005
 """largest relative change of the held-out loss by a merge, which rounds the weights to 16 bits"""
+OFF = 0.05
+"""largest difference of a merged model's logits, as a part of the adapter's effect on them"""
 
 
 @dataclass
@@ -137,7 +139,10 @@ def train(case: Case) -> str:
 
 def forecast(case: Case) -> str:
     """Compare the run's forecast and measured peak."""
-    memory = json.loads((case.trained / "memory.json").read_text())
+    file = case.trained / "memory.json"
+    if not file.exists():
+        estimate(case.recipe())  # says why there is no forecast
+    memory = json.loads(file.read_text())
     expected, found = (memory[name]["total_bytes"] for name in ("forecast", "measured"))
     off = expected / found - 1
     assert abs(off) <= FORECAST, f"forecast {expected:,} bytes, measured {found:,}: {off:+.1%}"
@@ -232,9 +237,10 @@ def merged(case: Case) -> str:
     assert not problems, f"transformers reports {problems}"
     trained = load_trained(case.trained, device="cpu")
     live_logits = _logits(trained.model)
-    effect = _apart(_logits(load_base(case.recipe().base, "cpu")), live_logits)
-    off = _apart(_logits(model), live_logits) / effect
-    assert off <= 0.1, f"the merged model's logits are off by {off:.2f} of the adapter's effect"
+    effect = (_logits(load_base(case.recipe().base, "cpu")) - live_logits).norm(dim=1)  # [40]
+    # the median: rounded to 16 bits, a router that is undecided can send a token to another expert
+    off = float(((_logits(model) - live_logits).norm(dim=1) / effect).median())
+    assert off <= OFF, f"the merged model's logits are off by {off:.2f} of the adapter's effect"
     return f"{off:.0e} of the adapter's effect"
 
 
