@@ -27,6 +27,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     import benchmarks.architectures.cells  # noqa: F401
 
+    record.where()  # the commit is that of the code that was imported
+
 
 def run(model_type: str, seconds: float = SECONDS) -> dict[str, Any]:
     """Run all cells of a model in a forked process; return its line of the record."""
