@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="model types; default: all that the record lacks")
     parser.add_argument("--record", type=Path, default=record.FILE, help="JSON lines, one a model")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of a model")
-    parser.add_argument("--page", action="store_true", help="run nothing")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page")
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - set(model_types.causal()):
         parser.error(f"no causal language model of text: {', '.join(sorted(unknown))}")
