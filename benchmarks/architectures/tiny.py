@@ -81,7 +81,8 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "hrm_text": {"num_layers_per_stack": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
     "inkling2_loop_text": {
@@ -89,6 +90,7 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
         "n_layers_per_attn_res_block": 1, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {**_LATENT, "num_hidden_layers": 4},
     "mamba2": {"num_heads": 8, "time_step_rank": 8},
@@ -110,8 +112,8 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
 """model type -> what its configuration needs besides"""
 
 
-def config(model_type: str) -> Any:
-    """Return transformers' configuration of a tiny model."""
+def config(model_type: str, **changes: Any) -> Any:
+    """Return transformers' configuration of a tiny model, with changes of single attributes."""
     default = AutoConfig.for_model(model_type)
     known = {**default.to_dict(), **{name: getattr(default, name) for name in default.attribute_map}}
     sizes = {name: size for name, size in SIZES.items() if known.get(name) is not None}
@@ -124,4 +126,6 @@ def config(model_type: str) -> Any:
     sizes |= {name: layers for name in ("num_hidden_layers", "num_layers", "n_layer") if name in sizes}
     listed = {name: [kinds[name][min(i, len(kinds[name]) - 1)] for i in range(layers)] for name in kinds}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return AutoConfig.for_model(model_type, **{**tokens, **sizes, **listed, **HINTS.get(model_type, {})})
+    return AutoConfig.for_model(
+        model_type, **{**tokens, **sizes, **listed, **HINTS.get(model_type, {}), **changes}
+    )
