@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from torch import nn
 
 from qlora.runtime.device import on_cuda

@@ -11,7 +11,10 @@ FILE = Path(__file__).parents[2] / "docs/reference/architectures.md"
 MOST_REFUSED = 10
 """models that may be refused"""
 
-REASONS: Mapping[str, str] = {}
+REASONS: Mapping[str, str] = {
+    "is not causal": "a token sees later ones, so its loss would not be that of a prediction",
+    "changes its logits in a way": "it has layers between the decoder and the output head, which the loss does not know",
+}
 """written list of reasons to refuse a model: a pattern of the message -> the reason"""
 
 COLUMNS: Mapping[str, str] = {
