@@ -35,9 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
             record.add(given.record, line)
             print(page.progress(line), flush=True)
     done = record.read(given.record)
-    page.FILE.write_text(page.text(done))
+    if given.record == record.FILE:
+        page.FILE.write_text(page.text(done))
     faults = page.faults(done)
-    print("\n".join(faults) or f"{page.FILE}: {len(done)} models, no fault")
+    print("\n".join(faults) or f"{len(done)} models, no fault")
     return int(bool(faults))
 
 

@@ -13,11 +13,12 @@ MOST_REFUSED = 10
 
 REASONS: Mapping[str, str] = {
     "is not causal": "a token sees later ones, so its loss would not be that of a prediction",
-    "changes its logits in a way": "it has layers between the decoder and the output head, which the loss does not know",
+    "changes its logits in a way": "layers between the decoder and the output head, which the loss does not compute",
 }
 """written list of reasons to refuse a model: a pattern of the message -> the reason"""
 
 COLUMNS: Mapping[str, str] = {
+    "estimate": "estimate",
     "train": "trains",
     "forecast": "forecast off by",
     "packed": "packing",
@@ -38,7 +39,8 @@ LoRA on all linear layers over NF4, and each column of the table was checked:
 
 - *NF4*: share of the linear weights that is quantized, the experts of a mixture included.
 - *passes*: fused, or transformers' code around our linear layers.
-- *trains*: three steps, with a finite held-out loss, and an estimate before them.
+- *estimate*: the memory is known from config.json alone.
+- *trains*: three steps, with a finite held-out loss.
 - *forecast off by*: forecast memory next to the measured peak of live tensor bytes.
 - *packing*: the loss of packed rows is that of the same rows, each for itself.
 - *checkpointing*: `activation_checkpointing: full` changes no gradient.
@@ -151,7 +153,8 @@ def _refusals(record: Record) -> Iterator[str]:
         by_message: dict[str, list[str]] = defaultdict(list)
         for name, line in record.items():
             one = line["cells"].get(cell, {"kind": "unreached"})
-            if one["kind"] == "refused" and name not in refused:
+            again = cell == "forecast" and line["cells"]["estimate"]["kind"] == "refused"
+            if one["kind"] == "refused" and name not in refused and not again:
                 by_message[_general(one["said"], line["class"])].append(name)
         for message, names in by_message.items():
             yield f"- *{COLUMNS[cell]}*, {', '.join(names)}: {message}"
@@ -165,8 +168,9 @@ def _refusals(record: Record) -> Iterator[str]:
 
 
 def _general(said: str, class_name: str) -> str:
-    """Return a message without the class and the numbers of one model, so that models share it."""
-    said = re.sub(r" \(a hidden state changes by [^)]*\)", "", said)
+    """Return a message without the class, the numbers and the layers of one model, so that models share it."""
+    said = re.sub(r" \((?:a hidden state changes by|\w+ in \w+\.py:\d+|[\w.]+\.layers\.)[^)]*\)", "", said)
+    said = re.sub(r"^FOLDER/base: \d+ of the model's layers", "FOLDER: some of the model's layers", said)
     return _plain(said.replace(class_name, "the model"))
 
 
