@@ -34,6 +34,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {},
     "gpt_neox": {},
     "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "cohere2": {"head_dim": 16, "sliding_window": 8, "logit_scale": 0.5},
 }
 
 # fmt: off
@@ -121,11 +126,11 @@ APART: dict[str, dict[str, Any]] = {
     },
     "gptj": {"n_embd": 64, "n_head": 4, "n_inner": 128, "n_positions": 256, "n_layer": 2, "rotary_dim": 8},
     "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_inner": 128, "n_positions": 256, "n_layer": 2},
-    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True}, "olmo": {}, "olmo3": _WINDOW,
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True}, "olmo": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "granitemoe": {**_EXPERTS, "logits_scaling": 4.0},
     "granitemoeshared": {**_EXPERTS, "shared_intermediate_size": 64}, "cohere": {"logit_scale": 0.5},
-    "cohere2": {**_WINDOW, "logit_scale": 0.5}, "stablelm": {}, "starcoder2": {"sliding_window": 8}, "glm": _HEAD,
-    "glm4": _HEAD, "glm4_moe": {**_HEAD, **_ROUTED}, "deepseek_v2": {**_LATENT, **_ROUTED, "head_dim": 8},
+    "stablelm": {}, "starcoder2": {"sliding_window": 8}, "glm4_moe": {**_HEAD, **_ROUTED},
+    "deepseek_v2": {**_LATENT, **_ROUTED, "head_dim": 8},
     "deepseek_v3": {**_LATENT, **_ROUTED, "head_dim": 8},
     "deepseek_v32": {**_LATENT, **_ROUTED, **_INDEXED}, "glm_moe_dsa": {
         **_LATENT, **_ROUTED, **_INDEXED, "indexer_types": ["full"] * 2, "mlp_layer_types": ["dense", "sparse"],
@@ -135,7 +140,7 @@ APART: dict[str, dict[str, Any]] = {
         "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2, "num_hidden_layers": 4,
     },
     "minicpm3": {**_LATENT, "scale_emb": 2, "scale_depth": 1.4, "dim_model_base": 32},
-    "smollm3": {"no_rope_layers": [1, 0]}, "exaone4": {**_HEAD, **_WINDOW},
+    "exaone4": {**_HEAD, **_WINDOW},
     "minimax_m2": {**_HEAD, **_EXPERTS, "rotary_dim": 8}, "ernie4_5": _HEAD,
     "hunyuan_v1_dense": _HEAD, "hunyuan_v1_moe": {
         **_HEAD, "num_experts": 4, "moe_topk": 2, "num_shared_expert": 1, "moe_intermediate_size": 32,

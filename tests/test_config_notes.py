@@ -8,8 +8,10 @@ import pytest
 from transformers import BartConfig
 
 from qlora.errors import ModelError, RecipeError
+from qlora.memory.estimate import estimate
 from qlora.model.config_notes import config_notes
 from qlora.model.load import load_config
+from qlora.model.prepare import build, model_notes
 from qlora.recipe import Base, Recipe
 
 
@@ -106,3 +108,14 @@ def test_an_encoder_and_decoder_is_refused_from_its_configuration(tmp_path: Path
     BartConfig(d_model=64).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"base\.model: .*bart; is_encoder_decoder is true in its config"):
         load_config(Base(model=str(tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "count"), [("gpt_neox", 1), ("phi3", 0)])
+def test_an_estimate_and_a_run_name_layers_without_our_passes_once(
+    tmp_path: Path, architecture: str, count: int
+) -> None:
+    made = small.recipe(tmp_path, architecture, layers=2, base={"compute_dtype": "float32"})
+    model, _ = build(made, "cpu")
+    for lines in (estimate(made).lines(), model_notes(model, None, made)):
+        assert sum("run transformers' own code" in line for line in lines) == count

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,26 +13,41 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     DynamicCache,
+    Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from qlora.adapter.adapted_linear import trainable_parameters
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import adapt, lora_layers
 from qlora.data import Batch
+from qlora.errors import RecipeError
 from qlora.memory.live import LiveBytes
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.layer_specs import LAYER_SPECS
-from qlora.model.varlen_attention import read_documents
+from qlora.model.prepare import layer_notes
+from qlora.model.varlen_attention import read_documents, use_capped_attention
 from qlora.objective.causal_lm import loss_sum
 from qlora.objective.step import accumulate
 from qlora.ops import dropout as dropout_module
@@ -48,6 +64,13 @@ SIZES = {
     "head_dim": HIDDEN // HEADS,
     "vocab_size": 90,
 }
+PADDING = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+"""special tokens within the vocabulary, where the default ones are not"""
+WINDOWS = {
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**SIZES, sliding_window=7),
@@ -60,15 +83,63 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "olmo2": Olmo2Config(**SIZES, initializer_range=0.1),
+    "gemma2": Gemma2Config(
+        **SIZES,
+        tie_word_embeddings=False,
+        sliding_window=7,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=0.1,  # so low that it matters
+    ),
+    "gemma": GemmaConfig(**SIZES, tie_word_embeddings=False),
+    "ministral": MinistralConfig(**SIZES, **WINDOWS),
+    "phi3": Phi3Config(**SIZES | PADDING, sliding_window=7, partial_rotary_factor=0.5),
+    "granite": GraniteConfig(**SIZES, residual_multiplier=0.4, attention_multiplier=0.2),
+    "smollm3": SmolLM3Config(**SIZES | PADDING, no_rope_layers=[1, 0, 1], use_sliding_window=True, **WINDOWS),
+    "olmo3": Olmo3Config(**SIZES, **WINDOWS, initializer_range=0.2),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES,
+        **EXPERTS,
+        mlp_only_layers=[1],
+        initializer_range=0.05,
+        use_sliding_window=True,
+        sliding_window=7,
+        tie_word_embeddings=False,
+    ),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+    "glm": GlmConfig(**SIZES | PADDING, attention_bias=True),
+    "glm4": Glm4Config(**SIZES | PADDING),
+    "cohere2": Cohere2Config(**SIZES | PADDING, **WINDOWS, tie_word_embeddings=False),
 }
+FIRST = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "olmo2")
+"""families that the default tests try in every variant; others take part in the first variants of some tests"""
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """transformers' argument for the keys and values of earlier tokens, renamed in 5.24"""
+
+
+def families(*variants: tuple[Any, ...], others: int = 1) -> list[Any]:
+    """Return the cases of a test: every family with every variant of the other arguments.
+
+    `others` is the number of variants that the default tests try with a family that is not one of the first.
+    """
+    return [
+        pytest.param(
+            config,
+            *variant,
+            id="-".join((name, *map(str, variant))),
+            marks=() if name in FIRST or number < others else pytest.mark.slow,
+        )
+        for name, config in CONFIGS.items()
+        for number, variant in enumerate(variants)
+    ]
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     """Return an adapted model whose norms, biases and B differ from their initial values."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)
+    use_capped_attention(model)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # transformers' grouped products know no float64
     adapt(model, LoraSpec(**{"rank": RANK, "targets": "all-linear", "dtype": dtype} | settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,29 +160,36 @@ def pass_over(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
 
 
 def test_every_architecture_with_our_layers_is_tested_here() -> None:
-    layers = {type(model_of(config).model.layers[0]).__name__ for config in CONFIGS.values()}
+    with torch.device("meta"):
+        models = [AutoModelForCausalLM.from_config(copy.deepcopy(config)) for config in CONFIGS.values()]
+    layers = {type(model.model.layers[0]).__name__ for model in models}
     assert layers == set(LAYER_SPECS)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(
-    ("targets", "documents"),
-    [
-        ("all-linear", None),
+    ("config", "targets", "documents"),
+    families(
         ("all-linear", ((7, 5), (9, 3))),
+        ("all-linear", None),
         (["q_proj", "v_proj"], None),
         (["down_proj"], None),
-    ],
-    ids=str,
+    ),
 )
 def test_losses_and_gradients_are_those_of_transformers(
     config: PretrainedConfig, targets: Any, documents: tuple[tuple[int, ...], ...] | None
 ) -> None:
+    if isinstance(targets, list):
+        found = {name.rpartition(".")[2] for name, _ in model_of(config).named_modules()}
+        targets = [name for name in targets if name in found] or [
+            "qkv_proj" if "qkv_proj" in found else "o_proj"
+        ]
     model, batch = model_of(config, targets=targets), replace(batch_of(), documents=documents)
     read_documents(model)
     loss, grads = pass_over(model, batch)
     ours = use_fused_layers(copy.deepcopy(model))
-    assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(ours))
+    for layer in decoder_layers(ours):
+        assert isinstance(layer, FusedLayer)
+        layer.original.forward = None  # a call to it fails
     our_loss, our_grads = pass_over(ours, batch)
     # transformers normalises in fp32
     torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
@@ -121,8 +199,7 @@ def test_losses_and_gradients_are_those_of_transformers(
         assert (our_grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("config", "dtype"), families((torch.bfloat16,), (torch.float32,), others=0))
 def test_in_low_precision_it_is_as_close_to_fp64_as_transformers(
     config: PretrainedConfig, dtype: torch.dtype
 ) -> None:
@@ -142,20 +219,23 @@ def test_norms_are_those_of_transformers_to_the_bit(config: PretrainedConfig) ->
     """Epsilon, offset and rounding are right, which a loss would hardly show."""
     layer = use_fused_layers(model_of(config, torch.bfloat16)).model.layers[0]
     norms = [module for name, module in layer.named_modules() if name.endswith("norm")]
-    assert len(norms) >= 2
+    assert norms
     for norm in norms:
         x = torch.randn(40, len(norm.weight), dtype=torch.bfloat16) / 256
         assert torch.equal(rms_norm(x, layer.spec.norm(norm)), norm(x))
 
 
-@pytest.mark.parametrize(("layers", "mlps"), [(3, 0), (0, 3), (1, 1)])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "dropout", "layers", "mlps"),
+    families((0.3, 1, 1), (0.3, 3, 0), (0.3, 0, 3), (0.0, 1, 1), (0.0, 3, 0), (0.0, 0, 3)),
+)
 def test_recomputed_layers_give_the_same_bits(
     config: PretrainedConfig, dropout: float, layers: int, mlps: int
 ) -> None:
     model = use_fused_layers(model_of(config, torch.float32, dropout=dropout))
     loss, grads = pass_over(model, batch_of())
+    if not all(layer.mlp_alone for layer in decoder_layers(model)[layers:]):  # experts
+        layers, mlps = layers + mlps, 0
     checkpoint_layers(model, layers, mlps)
     for _ in range(2):
         again, recomputed = pass_over(model, batch_of())
@@ -302,7 +382,7 @@ def continuation(model: nn.Module, **settings: Any) -> list[int]:
     return model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, **settings)[0].tolist()
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", families((), others=0))
 def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) -> None:
     """The cache works under any name that transformers gives it: a renamed cache argument was once lost."""
     model = talkative(config)
@@ -315,7 +395,7 @@ def test_tokens_are_generated_as_without_our_layers(config: PretrainedConfig) ->
     assert continuation(model, use_cache=False) == expected
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", families((), others=0))
 def test_a_cache_sees_every_token_in_every_layer(config: PretrainedConfig) -> None:
     model = use_fused_layers(talkative(config))
     cache = DynamicCache(config=model.config)
@@ -325,8 +405,7 @@ def test_a_cache_sees_every_token_in_every_layer(config: PretrainedConfig) -> No
     assert [layer.keys.shape[2] for layer in cache.layers] == [6, 6, 6]
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("documents", [None, ((7, 5), (9, 3))], ids=["plain", "documents"])
+@pytest.mark.parametrize(("config", "documents"), families((((7, 5), (9, 3)),), (None,), others=0))
 def test_a_training_step_calls_the_layers_with_nothing_they_do_not_know(
     config: PretrainedConfig, documents: tuple[tuple[int, ...], ...] | None
 ) -> None:
@@ -369,6 +448,90 @@ def test_layers_with_another_computation_are_not_replaced() -> None:
         assert [isinstance(layer, FusedLayer) for layer in layers] == [True, False, True]
     trained = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     assert not any(isinstance(layer, FusedLayer) for layer in decoder_layers(use_fused_layers(trained)))
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        (LlamaConfig(**SIZES), None),
+        (CONFIGS["mixtral"], None),
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "the layers of .*: their activation is GELUActivation"),
+        (
+            Phi3Config(**SIZES | PADDING, resid_pdrop=0.1),
+            "the layers of .*: their config.json asks for dropout",
+        ),
+        (
+            GPTNeoXConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=90),
+            "no fused layers",
+        ),
+    ],
+    ids=["llama", "mixtral", "activation", "dropout", "gpt_neox"],
+)
+def test_layers_that_no_spec_describes_are_named_at_the_start_of_a_run(
+    config: PretrainedConfig, note: str | None
+) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    adapt(model, LoraSpec(targets="all-linear"))
+    notes = layer_notes(use_fused_layers(model))
+    assert [
+        bool(re.search(f"the decoder layers run transformers' own code.*{note}", one)) for one in notes
+    ] == ([] if note is None else [True])
+
+
+def test_layers_of_which_some_are_described_are_counted() -> None:
+    model = model_of(CONFIGS["llama"])
+    decoder_layers(model)[1].self_attn.is_causal = False
+    (note,) = layer_notes(use_fused_layers(model))
+    assert note.startswith("1 of 3 decoder layers run")
+    assert note.endswith("their attention is not causal")
+
+
+def test_experts_keep_their_own_code_and_can_be_trained_in_any_way() -> None:
+    model = model_of(CONFIGS["qwen3_moe"], targets=["q_proj"])
+    layers = decoder_layers(model)
+    layers[0].mlp.gate.weight.requires_grad_()
+    layers[1].mlp.up_proj.weight.requires_grad_()  # of the gated MLP, which our passes compute
+    use_fused_layers(model)
+    experts, gated, _ = decoder_layers(model)
+    assert isinstance(experts, FusedLayer)
+    assert not isinstance(gated, FusedLayer)
+    with pytest.raises(
+        RecipeError, match=r"the experts of Qwen3MoeForCausalLM keep their own code, so its MLPs"
+    ):
+        checkpoint_layers(model, 0, 1)
+
+
+def test_experts_may_return_the_logits_of_their_router_too() -> None:
+    model = use_fused_layers(model_of(CONFIGS["mixtral"]))
+    loss, _ = pass_over(model, batch_of())
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_hook(lambda module, arguments, output: (output, torch.zeros(1)))
+    assert torch.equal(pass_over(model, batch_of())[0], loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_less_is_saved_than_in_the_layers_of_transformers(config: PretrainedConfig) -> None:
+    """Experts save the same in both, so a mixture of experts gains less."""
+    model = model_of(config, torch.bfloat16)
+    parameters = {p.data_ptr() for p in model.parameters()}
+
+    def kept() -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_sum(model, batch_of(rows=2, length=64))
+        assert loss.requires_grad  # the graph keeps the tensors, so that no two have the same address
+        return sum(storages.values())
+
+    theirs = kept()
+    use_fused_layers(model)
+    assert theirs > (1.05 if hasattr(config, "num_experts_per_tok") else 1.5) * kept()
 
 
 @pytest.mark.parametrize(

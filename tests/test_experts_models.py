@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora import bundled
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
-from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.merge import merge_adapter
+from qlora.adapter.switch import Adapters
 from qlora.errors import ModelError, UsageError
 from qlora.model.load import load_base
 from qlora.model.precision import precision_of
@@ -35,6 +35,10 @@ MIXTURES = ["qwen3_moe", "gpt_oss", "mixtral"]
 """one in the older layout with gate and up apart, one with biases and transposed matrices, one with old names"""
 
 
+SIZES = {"qwen3_moe large": {"hidden_size": 128, "num_experts": 16, "moe_intermediate_size": 192}}
+"""a mixture of three million weights"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that writes a checkpoint of a small mixture, in the layout of its published ones."""
@@ -43,10 +47,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def write(architecture: str) -> Path:
         if architecture in made:
             return made[architecture]
-        folder = made[architecture] = tmp_path_factory.mktemp(architecture)
+        folder = made[architecture] = tmp_path_factory.mktemp(architecture.split()[0])
         torch.manual_seed(0)
+        settings = {"num_hidden_layers": 2, "vocab_size": 2048, **SIZES.get(architecture, {})}
         model = AutoModelForCausalLM.from_config(
-            config(architecture, num_hidden_layers=2, vocab_size=2048), dtype=torch.float32
+            config(architecture.split()[0], **settings), dtype=torch.float32
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -174,6 +179,28 @@ def test_an_adapter_on_all_layers_is_saved_loaded_and_merged(
     assert (logits(merged) - live).abs().max() < 0.01 * (live - before).abs().max()
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_two_adapters_of_experts_take_turns(
+    checkpoint: Callable[[str], Path], tmp_path: Path, quantization: str
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    expected = {}
+    for name, rank, targets in (("first", 4, "experts"), ("second", 2, "all-linear")):
+        model = spread(adapt(base(folder, quantization=quantization), LoraSpec(rank=rank, targets=targets)))
+        save_adapter(model, tmp_path / name)
+        expected[name] = logits(model)
+    model = base(folder, quantization=quantization)
+    before = logits(model)
+    adapters = Adapters(model)
+    for name in expected:
+        adapters.load(name, tmp_path / name)
+    for name in ("second", "first", "second"):
+        adapters.activate(name)
+        assert torch.equal(logits(model), expected[name])
+    adapters.deactivate()
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize(
     ("targets", "linears", "experts"),
     [("all-linear", 8, 4), ("experts", 0, 4), ("attention", 8, 0), (["experts.down_proj"], 0, 2)],
@@ -181,7 +208,8 @@ def test_an_adapter_on_all_layers_is_saved_loaded_and_merged(
 def test_words_choose_experts(
     checkpoint: Callable[[str], Path], targets: str | list[str], linears: int, experts: int
 ) -> None:
-    model = adapt(plain(checkpoint("qwen3_moe")), LoraSpec(rank=4, targets=targets, expert_rank=3))
+    own = LoraSpec(rank=4, targets=targets, expert_rank=3 if experts else None)
+    model = adapt(plain(checkpoint("qwen3_moe")), own)
     found = LoRAExperts.of(model)
     assert (len(lora_layers(model)) - len(found), len(found)) == (linears, experts)
     assert {layer.rank for layer in found.values()} <= {3}
@@ -192,14 +220,17 @@ def test_experts_need_a_mixture_and_a_whole_rank(tiny_llama: Path) -> None:
         adapt(plain(tiny_llama), LoraSpec(targets="experts"))
     with pytest.raises(UsageError, match="expert_rank must be at least 1"):
         LoraSpec(expert_rank=0)
+    with pytest.raises(UsageError, match="expert_rank: none of the targets is a projection of experts"):
+        adapt(plain(tiny_llama), LoraSpec(expert_rank=2))
 
 
-def test_experts_that_are_trained_as_a_whole_keep_transformers_code(
+def test_experts_without_an_adapter_keep_transformers_code_and_can_be_trained_as_a_whole(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    model = use_expert_stacks(plain(checkpoint("qwen3_moe")))
+    model = adapt(plain(checkpoint("qwen3_moe")), LoraSpec(targets="attention"), train_modules=["experts"])
+    assert not expert_stacks(model)
     model(input_ids=IDS).logits.square().mean().backward()
-    weight = next(iter(expert_stacks(model).values())).weight
+    weight = model.get_parameter("model.layers.0.mlp.experts.down_proj")
     assert weight.grad is not None
     assert weight.grad.abs().max() > 0
 
@@ -225,15 +256,29 @@ def mixture_recipe(recipe_file: Callable[..., Path], checkpoint: Callable[[str],
     return Recipe.load(file)
 
 
-def test_a_mixture_learns_and_its_forecast_is_right(mixture_recipe: Recipe) -> None:
-    result = train(mixture_recipe, terminal=False)
+def test_a_mixture_of_millions_learns_and_its_forecast_is_right(
+    mixture_recipe: Recipe, checkpoint: Callable[[str], Path]
+) -> None:
+    base = mixture_recipe.base.model_copy(update={"model": str(checkpoint("qwen3_moe large"))})
+    result = train(mixture_recipe.model_copy(update={"base": base}), terminal=False)
     assert result.loss_before is not None
     assert result.loss_after is not None
     assert result.loss_after < result.loss_before - 0.5
     memory = json.loads((result.run / "memory.json").read_text())
     assert memory["forecast"]["total_bytes"] == pytest.approx(memory["measured"]["total_bytes"], rel=0.01)
     facts = json.loads((result.run / "facts.json").read_text())
+    assert facts["base"]["parameters"] > 2.9e6
     assert "are in NF4" in facts["base"]["kept"]
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_dropout_does_not_depend_on_the_micro_batch(mixture_recipe: Recipe, tmp_path: Path) -> None:
+    losses = []
+    for size in (1, 2):
+        training = mixture_recipe.training.model_copy(update={"micro_batch_size": size, "max_steps": 2})
+        update = {"training": training, "output": str(tmp_path / f"of {size}")}
+        losses.append(train(mixture_recipe.model_copy(update=update), terminal=False).loss_after)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.usefixtures("without_forecast")

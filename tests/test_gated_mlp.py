@@ -40,7 +40,7 @@ def reference(hidden: Tensor, block: GatedMLP, updates: list[Update]) -> Tensor:
     """Compute the block by its definition."""
 
     def linear(number: int, x: Tensor) -> Tensor:
-        weight, _, bias, scaling, drop = block.linears[number]
+        weight, _, bias, scaling, drop, _ = block.linears[number]
         dropped = x if drop is None else x * drop.mask(x) / (1 - drop.rate)
         return F.linear(x, weight, bias) + scaling * F.linear(
             F.linear(dropped, updates[number].a), updates[number].b
@@ -121,3 +121,26 @@ def test_the_last_product_is_recomputed_only_for_a_norm_after_it() -> None:
     product = 2 * 10 * HIDDEN * INTERMEDIATE + 2 * RANK * HIDDEN * INTERMEDIATE  # and B A, added to W
     assert again("before") == 2 * product + ranks
     assert again("before and after") == 3 * product + ranks
+
+
+@pytest.mark.parametrize("mode", [Forward.SAVE, Forward.RECOMPUTE_WIDE])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_gate_and_up_can_be_one_linear_and_the_output_can_have_a_factor(rate: float, mode: Forward) -> None:
+    """The linear has one A for both, and so one mask."""
+    hidden, block, updates = case("before and after", rate=rate)
+    gate, up, down = block.linears
+    assert gate.bias is not None
+    assert up.bias is not None
+    stacked = gate._replace(
+        weight=torch.cat([gate.weight, up.weight]),
+        bias=torch.cat([gate.bias, up.bias]),
+        sizes=(INTERMEDIATE, INTERMEDIATE),
+    )
+    a, b = updates[0].a, numbers(2 * INTERMEDIATE, RANK).requires_grad_()
+    ours = [Update(a, b), updates[2]]
+    parts = [Update(a, b[:INTERMEDIATE]), Update(a, b[INTERMEDIATE:]), updates[2]]
+    apart = block._replace(linears=[gate, up._replace(dropout=gate.dropout), down])
+    expected = hidden + 0.3 * (reference(hidden, apart, parts) - hidden)
+    y = gated_mlp(hidden, block._replace(linears=[stacked, down], scale=0.3), ours, mode)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, hidden, ours), gradients(expected, hidden, ours))

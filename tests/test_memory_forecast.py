@@ -85,8 +85,15 @@ SETTINGS = list(
 )
 
 
+LONG = ("olmo3", "smollm3", "glm", "glm4", "cohere2")
+"""architectures that only the slow tests try"""
+
 SAMPLED = [
-    pytest.param(name, number, marks=[] if number == 0 or name == "llama" else pytest.mark.slow)
+    pytest.param(
+        name,
+        number,
+        marks=[] if (number == 0 or name == "llama") and name not in LONG else pytest.mark.slow,
+    )
     for name in ARCHITECTURES
     for number in range(SAMPLES)
 ]

@@ -208,7 +208,6 @@ def test_no_argument_of_a_models_attention_is_ignored() -> None:
     query = torch.randn(1, 4, 8, 8)
     for asked in (
         {"s_aux": torch.ones(4)},
-        {"softcap": 30.0},
         {"is_causal": False},
         {"position_bias": query},
     ):

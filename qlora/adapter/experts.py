@@ -5,7 +5,7 @@ replaces each such module; its projections become modules under the same names, 
 A module without the interface that `is_experts` knows keeps transformers' own code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -57,10 +57,6 @@ class ExpertsModule(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens [N, H] to [N, H] through the experts `top_k_index` [N, K], weighted by `top_k_weights` [N, K]."""
-        if any(_is_trained(projection) for projection in (self.wide, self.down_proj)):
-            # as a whole, without low-rank updates: it has the same parameters
-            trained: Tensor = self.original(hidden_states, top_k_index, top_k_weights)
-            return trained
         (wide, wide_update), (down, down_update) = product(self.wide), product(self.down_proj)
         experts = Experts(_stack(self.down_proj).experts, wide, down, self.gate)
         return mixture(hidden_states, top_k_index, top_k_weights, experts, (wide_update, down_update))
@@ -71,10 +67,6 @@ def product(projection: Any) -> tuple[Projection, StackedUpdate]:
     if isinstance(projection, LoRAExperts):
         return projection.product()
     return Projection(projection.matrix, projection.out_features, projection.bias), StackedUpdate(None, None)
-
-
-def _is_trained(projection: Any) -> bool:
-    return isinstance(projection, ExpertStack) and projection.weight.requires_grad
 
 
 def _stack(projection: Any) -> ExpertStack:
@@ -127,15 +119,20 @@ def gate_of(original: Any) -> ConcatenatedGate | OwnGate:
 
 
 def use_expert_stacks(model: nn.Module) -> nn.Module:
-    """Replace transformers' expert modules of `model` by an ExpertsModule each, in place, and return the model.
-
-    Modules that are trained as a whole stay.
-    """
+    """Replace transformers' expert modules of `model` by an ExpertsModule each, in place, and return the model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if is_experts(child):
                 setattr(parent, name, ExpertsModule(child, active_of(child.config)))
     return model
+
+
+def restore_experts(model: nn.Module, kept: Collection[str]) -> None:
+    """Put transformers' modules back in place of those that are dense and have none of the projections `kept`."""
+    own = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsModule)}
+    for name, module in own.items():
+        if not module.wide.packed and not any(layer.startswith(f"{name}.") for layer in kept):
+            model.set_submodule(name, module.original)
 
 
 def expert_notes(model: nn.Module) -> list[str]:

@@ -1,4 +1,8 @@
-"""Rotary position embedding (Su et al. 2021) in Llama's half-split form: features i and i + d/2 form a pair."""
+"""Rotary position embedding (Su et al. 2021) of the first r of d features.
+
+In Llama's form features i and i + r/2 are a pair, in GLM's and Cohere's 2i and 2i + 1. The kernel rotates all features
+in Llama's form; everything else is plain torch on every device.
+"""
 
 from typing import Any
 
@@ -8,24 +12,33 @@ from torch import Tensor
 from qlora.kernels.dispatch import FusedOp, numbers
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """Return x * cos + direction * rotate_half(x) * sin as a contiguous tensor; `direction` -1 rotates back.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, *, in_pairs: bool = False) -> Tensor:
+    """Rotate the first r features of x as a contiguous tensor; `direction` -1 rotates back.
 
     Args:
         x: [B, T, heads, d], of any layout.
-        cos, sin: [B or 1, T, d]; the two halves of d must be equal.
+        cos, sin: [B or 1, T, r]; both features of a pair must have the same angle.
         direction: 1 or -1.
+        in_pairs: True if features 2i and 2i + 1 form a pair, False if i and i + r/2 do.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    ROTATE(x, cos.contiguous(), sin.contiguous(), direction, y)
+    width = cos.shape[-1]
+    if width == x.shape[-1] and not in_pairs:
+        ROTATE(x, cos.contiguous(), sin.contiguous(), direction, y)
+        return y
+    y[..., width:] = x[..., width:]
+    _rotate(x[..., :width], cos, sin, direction, y[..., :width], in_pairs=in_pairs)
     return y
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor) -> None:
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor, *, in_pairs: bool = False
+) -> None:
     cos, sin, half = cos.unsqueeze(-2), sin.unsqueeze(-2), x.shape[-1] // 2
+    first, second = (slice(0, None, 2), slice(1, None, 2)) if in_pairs else (slice(half), slice(half, None))
     torch.mul(x, cos, out=y)
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    y[..., first].addcmul_(x[..., second], sin[..., first], value=-direction)
+    y[..., second].addcmul_(x[..., first], sin[..., second], value=direction)
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

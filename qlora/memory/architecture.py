@@ -71,10 +71,11 @@ class Architecture:
 
         The second is None if the MLP cannot be recomputed alone.
         """
-        layer = next(iter(decoder_layers(self.model)), None)
-        if not isinstance(layer, FusedLayer):
+        layers = decoder_layers(self.model)
+        if not layers or not isinstance(layers[0], FusedLayer):
             return 1.0, None
-        return layer.repeated(Recompute.ALL), layer.repeated(Recompute.MLP)
+        alone = all(isinstance(layer, FusedLayer) and layer.mlp_alone for layer in layers)
+        return layers[0].repeated(Recompute.ALL), layers[0].repeated(Recompute.MLP) if alone else None
 
 
 def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architecture:

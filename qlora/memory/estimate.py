@@ -20,6 +20,7 @@ from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
 from qlora.model.precision import ENOUGH, Precision
+from qlora.model.prepare import layer_notes
 from qlora.model.tokens import tokenizer_of
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
@@ -51,7 +52,8 @@ class Estimate:
     held_bytes: int = 0
     """memory of this machine's GPU that other programs hold; not part of `capacity_bytes`"""
     notes: list[str] = field(default_factory=list)
-    """remarks on the base's configuration and on this machine's GPU, see `qlora.model.config_notes` and `gpu_notes`"""
+    """remarks on the base's configuration, this machine's GPU and the layers, see `config_notes`, `gpu_notes` and
+    `layer_notes` in `qlora.model`"""
 
     @property
     def fits(self) -> bool | None:
@@ -185,7 +187,8 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     return Estimate(
         memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
         overruled_settings(recipe.base, arch.config), [] if dataset is None else remarks(dataset.counts),
-        held_bytes, [*config_notes(recipe, arch.config), *gpu_notes(recipe, arch.config, here)],
+        held_bytes,
+        [*config_notes(recipe, arch.config), *gpu_notes(recipe, arch.config, here), *layer_notes(arch.model)],
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 Most published mixtures keep a matrix for each expert, with gate and up apart; others keep the model's parameters with
 three dimensions. transformers knows the layouts of its models (`conversion_mapping`) and converts both ways here.
+Experts in MXFP4 are written in 16 bits, under the names of the parameters.
 """
 
 from collections.abc import Collection
@@ -19,6 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora.errors import ModelError, listed
+from qlora.quantization.mxfp4 import dequantize, is_packed, parameter_of
 from qlora.storage.safetensors_files import ShardReader
 
 
@@ -45,7 +47,8 @@ class ExpertFiles:
         self._keys: dict[str, list[tuple[str, str | None]]] = {}
         known = dict.fromkeys(projections)
         for key in sorted(reader, key=dot_natural_key) if known else ():
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            own = parameter_of(key) if is_packed(key) else key
+            name, pattern = rename_source_key(own, renamings, converters, model.base_model_prefix, known)
             if name in known:
                 self._keys.setdefault(name, []).append((key, pattern))
         if missing := sorted(known.keys() - self._keys.keys()):
@@ -62,6 +65,9 @@ class ExpertFiles:
         """Return the matrices [E, ...] of a projection as the model stores them."""
         places = self._keys[projection]
         pattern = places[0][1]
+        if is_packed(places[0][0]):
+            blocks, scales = sorted(key for key, _ in places)
+            return dequantize(self._reader[blocks], self._reader[scales])
         if pattern is None:
             return self._reader[places[0][0]]
         converter = deepcopy(self._converters[pattern])
@@ -76,7 +82,7 @@ class ExpertFiles:
         """Return matrices [E, ...] of a projection as the tensors of the files, by their names."""
         keys = self.keys(projection)
         if self._keys[projection][0][1] is None:
-            return {keys[0]: matrices}
+            return {parameter_of(keys[0]): matrices}
         found = revert_weight_conversion(self._model, {projection: matrices})
         # the files can have the decoder's prefix, or lack it
         prefix = f"{self._model.base_model_prefix}."

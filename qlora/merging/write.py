@@ -40,6 +40,7 @@ from qlora.merging.expert_files import ExpertFiles
 from qlora.model import load as bases
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import rounded
+from qlora.quantization.mxfp4 import BLOCKS, is_packed
 from qlora.quantization.transformers_loader import nf4_config
 from qlora.recipe import Base
 from qlora.storage.folders import save_errors
@@ -140,7 +141,9 @@ class MergeSource:
         total = 0.0
         for key in self.keys:
             elements = self.reader.stored[key].elements
-            if key in self.matrices and self.matrices[key].quantized:
+            if is_packed(key):  # two codes a byte, and no exponents in 16 bits
+                total += elements * 4 if key.endswith(BLOCKS) else 0
+            elif key in self.matrices and self.matrices[key].quantized:
                 elements *= 2 if self.prequantized else 1  # two codes a byte
                 total += elements * (NF4_BYTES if onto == "nf4" else 2)
             else:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.errors import RecipeError
-from qlora.model.decoder_layer import FusedLayer, Recompute, why_unfused
+from qlora.model.decoder_layer import FusedLayer, Recompute, why_mlp_not_alone
 from qlora.model.offload import ActivationOffloader
 from qlora.model.router_loss import keep_routing
 from qlora.ops.dropout import keep_row_positions
@@ -57,16 +57,16 @@ def checkpoint_layers(
 
     for index, layer in enumerate(decoder):
         mlp_only = count <= index < count + mlps
+        if mlp_only and not (isinstance(layer, FusedLayer) and layer.mlp_alone):
+            raise RecipeError(
+                f"{why_mlp_not_alone(model, layer)}, so its MLPs cannot be recomputed alone: "
+                "set training.activation_checkpointing=full, or none"
+            )
         if isinstance(layer, FusedLayer):
             layer.recompute = (
                 Recompute.ALL if index < count else Recompute.MLP if mlp_only else Recompute.NOTHING
             )
             layer.checkpoint = checkpointed
             continue
-        if mlp_only:
-            raise RecipeError(
-                f"{why_unfused(model, layer)}, so its MLPs cannot be recomputed alone: "
-                "set training.activation_checkpointing=full, or none"
-            )
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = checkpointed

@@ -10,7 +10,7 @@ follows it: its output is the next layer's input, and the backward pass does not
 the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain, repeat
@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.methods.lora import LoRALinear
 from qlora.errors import listed
-from qlora.model.layer_spec import LayerSpec
+from qlora.model.layer_spec import LayerSpec, Rotary
 from qlora.model.layer_specs import LAYER_SPECS
 from qlora.model.varlen_attention import nondefault_keywords
 from qlora.ops.lora_linear import lora_linears
@@ -96,11 +96,18 @@ class FusedLayer(nn.Module):
             Tensor, self.checkpoint(lambda hidden: self._run(hidden, next(modes), **known), hidden_states)
         )
 
+    @property
+    def mlp_alone(self) -> bool:
+        """True if the MLP can be recomputed alone; experts keep their own code."""
+        return self.spec.is_gated(self.mlp)
+
     def repeated(self, part: Recompute) -> float:
         """Return the matrix products that recomputing this part repeats, as a share of a forward pass."""
         attention, mlp = self.self_attn, self.mlp
-        others = sum(map(_weights, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)))
-        wide, down = _weights(mlp.gate_proj) + _weights(mlp.up_proj), _weights(mlp.down_proj)
+        if not self.mlp_alone:
+            return 1.0
+        others = sum(map(_weights, (*_named(attention, self.spec.qkv), attention.o_proj)))
+        wide, down = sum(map(_weights, _named(mlp, self.spec.gate_up))), _weights(mlp.down_proj)
         of_mlp = wide if self.spec.after_mlp is None else wide + down
         again = {Recompute.NOTHING: 0, Recompute.MLP: of_mlp, Recompute.ALL: others + of_mlp}[part]
         return again / (others + wide + down)
@@ -115,22 +122,47 @@ class FusedLayer(nn.Module):
         **documents: Any,
     ) -> Tensor:
         """Compute the layer; `mode` is the mode of its MLP."""
-        spec, attention, mlp = self.spec, self.self_attn, self.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        query, key, value = lora_linears(hidden, *_linears(projections), self._norm(spec.before_attention))
+        spec, attention = self.spec, self.self_attn
+        query, key, value = self._project(hidden)
         if spec.qk_norm:
             query, key = _each(query, spec.norm(attention.q_norm)), _each(key, spec.norm(attention.k_norm))
         query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key, value))
-        cos, sin = position_embeddings  # [B or 1, T, head_dim]
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if spec.rotates(attention):
+            cos, sin = map(spec.angles, position_embeddings)  # [B or 1, T, rotated features]
+            in_pairs = spec.rotary is not Rotary.HALVES
+            query, key = (rotate(x, cos, sin, in_pairs=in_pairs) for x in (query, key))
         attended = self._attend(query, key, value, attention_mask, documents)
         (change,) = lora_linears(attended, *_linears([attention.o_proj]))
         if norm := self._norm(spec.after_attention):
             change = rms_norm(change, norm)
-        hidden = hidden + change
-        linears, updates = _linears([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
-        norms = self._norm(spec.before_mlp), self._norm(spec.after_mlp)
-        return gated_mlp(hidden, GatedMLP(linears, *norms, spec.activation), updates, mode)
+        if spec.parallel:
+            return self._after_mlp(hidden, mode) + change
+        hidden = torch.add(hidden, change, alpha=spec.scale_of(self.original))
+        return self._after_mlp(hidden, mode)
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values [B, T, features] of the layer's input."""
+        spec, attention = self.spec, self.self_attn
+        projections = _named(attention, spec.qkv)
+        queries = attention.o_proj.in_features
+        keys = (projections[0].out_features - queries) // 2
+        linears, updates = _linears(projections, (queries, keys, keys))
+        return lora_linears(hidden, linears, updates, self._norm(spec.before_attention))
+
+    def _after_mlp(self, hidden: Tensor, mode: Forward) -> Tensor:
+        """Apply the MLP to the residual stream [B, T, H]; return the residual stream after it."""
+        spec, mlp = self.spec, self.mlp
+        norm, post_norm = self._norm(spec.before_mlp), self._norm(spec.after_mlp)
+        if not spec.is_gated(mlp):
+            change = mlp(hidden if norm is None else rms_norm(hidden, norm))
+            change = change[0] if isinstance(change, tuple) else change  # some add the router's logits
+            change = change if post_norm is None else rms_norm(change, post_norm)
+            return torch.add(hidden, change, alpha=spec.scale_of(self.original))
+        half = mlp.down_proj.in_features
+        wide, wide_updates = _linears(_named(mlp, spec.gate_up), (half, half))
+        down, down_update = _linears([mlp.down_proj])
+        block = GatedMLP([*wide, *down], norm, post_norm, spec.activation, spec.scale_of(self.original))
+        return gated_mlp(hidden, block, [*wide_updates, *down_update], mode)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, documents: dict[str, Any]
@@ -145,9 +177,15 @@ class FusedLayer(nn.Module):
             dropout=attention.attention_dropout if self.training else 0.0,
             scaling=attention.scaling,
             sliding_window=self.spec.window_of(attention),
+            **self._cap(),
             **documents,
         )
         return attended.flatten(2)
+
+    def _cap(self) -> dict[str, float]:
+        """Return the keyword for the bound of the attention scores, if there is one."""
+        softcap = self.spec.softcap_of(self.self_attn)
+        return {} if softcap is None else {"softcap": softcap}
 
     def _norm(self, name: str | None) -> Norm | None:
         return None if name is None else self.spec.norm(self.get_submodule(name))
@@ -175,9 +213,11 @@ def unfused_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def why_unfused(model: nn.Module, layer: nn.Module) -> str:
-    """Say why `layer`, a decoder layer of `model`, is not a FusedLayer."""
+def why_mlp_not_alone(model: nn.Module, layer: nn.Module) -> str:
+    """Say why the MLP of `layer`, a decoder layer of `model`, cannot be recomputed alone."""
     name = type(model).__name__
+    if isinstance(layer, FusedLayer):
+        return f"the experts of {name} keep their own code"
     if type(layer).__name__ in LAYER_SPECS:
         if not _has_only_lora(layer):
             return (
@@ -185,7 +225,16 @@ def why_unfused(model: nn.Module, layer: nn.Module) -> str:
             )
         if trained := _trained_itself(layer):
             return f"adapter.train_modules: the layers of {name} are not fused, because {listed(trained)} is trained"
-    return f"{name} has no fused layers"
+    return why_undescribed(model, layer) or f"{name} has no fused layers"
+
+
+def why_undescribed(model: nn.Module, layer: nn.Module) -> str | None:
+    """Say why no spec describes `layer`, a decoder layer of `model`; None if one does."""
+    spec = LAYER_SPECS.get(type(layer).__name__)
+    if spec is None:
+        return f"{type(model).__name__} has no fused layers"
+    obstacle = spec.obstacle(layer)
+    return None if obstacle is None else f"the layers of {type(model).__name__} are not fused: {obstacle}"
 
 
 def _computes(call: dict[str, Any]) -> bool:
@@ -196,7 +245,7 @@ def _computes(call: dict[str, Any]) -> bool:
 def _spec_of(layer: Any) -> LayerSpec | None:
     """Return the spec of a layer that a FusedLayer can replace; None for any other layer."""
     spec = LAYER_SPECS.get(type(layer).__name__)
-    if spec is None or not spec.fits(layer):
+    if spec is None or spec.obstacle(layer) is not None:
         return None
     if (
         layer.self_attn.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS
@@ -206,17 +255,31 @@ def _spec_of(layer: Any) -> LayerSpec | None:
 
 
 def _has_only_lora(layer: nn.Module) -> bool:
-    return all(type(adapted) is LoRALinear for adapted in AdaptedLinear.of(layer).values())
+    adapted = {name: module for name, module in AdaptedLinear.of(layer).items() if _is_ours(layer, name)}
+    return all(type(module) is LoRALinear for module in adapted.values())
 
 
 def _trained_itself(layer: nn.Module) -> list[str]:
-    """Return the names of the trained parameters that are not LoRA's."""
+    """Return the names of the trained parameters that are not LoRA's; experts can be trained in any way."""
     trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
-    return [name for name in trained if name.rpartition(".")[2] not in ("lora_a", "lora_b")]
+    ours = [name for name in trained if _is_ours(layer, name)]
+    return [name for name in ours if name.rpartition(".")[2] not in ("lora_a", "lora_b")]
 
 
-def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
-    """Return the arguments of `qlora.ops` for these modules, adapted or not."""
+def _is_ours(layer: Any, name: str) -> bool:
+    """Return True if our passes compute with the module or parameter `name` of a layer, not the code of experts."""
+    return LAYER_SPECS[type(layer).__name__].is_gated(layer.mlp) or not name.startswith("mlp.")
+
+
+def _named(parent: Any, names: Sequence[str]) -> list[Any]:
+    return [getattr(parent, name) for name in names]
+
+
+def _linears(modules: list[Any], sizes: tuple[int, ...] = ()) -> tuple[list[Linear], list[Update]]:
+    """Return the arguments of `qlora.ops` for these modules, adapted or not.
+
+    sizes: the widths of the outputs; a single module is a linear with all of them.
+    """
     linears, updates = [], []
     for module in modules:
         if isinstance(module, LoRALinear):
@@ -224,7 +287,7 @@ def _linears(modules: list[Any]) -> tuple[list[Linear], list[Update]]:
         else:
             linear = Linear(module.weight, quant_state(module), module.bias)
             update = Update(None, None)
-        linears.append(linear)
+        linears.append(linear._replace(sizes=sizes) if len(modules) == 1 else linear)
         updates.append(update)
     return linears, updates
 

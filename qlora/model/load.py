@@ -14,7 +14,7 @@ import copy
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.architecture import architecture_of
-from qlora.adapter.experts import active_of, use_expert_stacks
+from qlora.adapter.experts import use_expert_stacks
 from qlora.adapter.identity import BaseIdentity, quantization_of
 from qlora.adapter.initial import InitialValues
 from qlora.adapter.targets import is_conv1d
@@ -36,6 +36,7 @@ from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_we
 from qlora.model.load_problems import code_wanted, damage_named, load_problem
 from qlora.model.locate import locate
 from qlora.model.offload import HostEmbedding
+from qlora.model.varlen_attention import use_capped_attention
 from qlora.quantization import nf4
 from qlora.quantization.mxfp4 import is_mxfp4, read_as_16_bits
 from qlora.quantization.transformers_loader import (
@@ -167,6 +168,7 @@ def load_base(
     ]
     with quiet():
         model = build(base, config, device, compute_dtype(base, device), initial)
+    use_capped_attention(model)
     if initial is not None:
         initial.read(model)
         model.initial_values = initial
@@ -215,9 +217,11 @@ def _embedding_to_host(model: PreTrainedModel, device: torch.device) -> None:
 def meta_model(base: Base, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Build the unquantized model on the meta device, in training mode, for names, shapes and counts."""
     with quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=base.trust_remote_code
-        ).train()
+        )
+    use_capped_attention(model)
+    return cast(PreTrainedModel, model.train())
 
 
 def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
@@ -238,10 +242,8 @@ def _pretrained(
 ) -> PreTrainedModel:
     prequantized = getattr(config, "quantization_config", None)
     quantize = prequantized is None and base.quantization == "nf4"
-    # A cache key cannot cover foreign code, and the cache has no 16-bit weights to read. transformers writes no experts
-    # in NF4
-    mixture = active_of(config.get_text_config()) > 0
-    if not quantize or base.trust_remote_code or on_weight is not None or mixture:
+    # a cache key cannot cover foreign code, and the cache has no 16-bit weights to read
+    if not quantize or base.trust_remote_code or on_weight is not None:
         model = _read(base, config, device, dtype, quantize=quantize, on_weight=on_weight)
         return model if prequantized is None else cast_dense(model, dtype)
     return nf4_cache.quantized(

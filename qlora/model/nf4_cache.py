@@ -1,7 +1,8 @@
 """Cache of quantized bases: the next start reads 4 bits per weight instead of quantizing 16 bits again.
 
 A cache entry is a checkpoint that transformers and bitsandbytes write and read: the packed weights and statistics, bit
-for bit, and the rest in the compute dtype. It does not contain the tokenizer.
+for bit, and the rest in the compute dtype; with a file of ours for the experts of a mixture. It does not contain the
+tokenizer.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from qlora.quantization import experts_file
 from qlora.storage import cache, tensor_file
 
 WORTH_BYTES = 100 * 2**20
@@ -75,7 +77,8 @@ def quantized(
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    model.save_pretrained(folder, max_shard_size=_SHARD)
+    with experts_file.saved(model, folder):
+        model.save_pretrained(folder, max_shard_size=_SHARD)
     tensor_file.give_usual_permissions(folder)
 
 
@@ -114,9 +117,11 @@ def _bytes(model: PreTrainedModel) -> int:
 
 
 def _load(folder: Path, location: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
-    )
+    with experts_file.loading(folder, device) as add_experts:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
+        )
+        add_experts(model)
     differences = {problem: sorted(names) for problem, names in report.items() if names}
     if differences:
         raise ValueError(f"the cached checkpoint does not fit the model: {differences}")

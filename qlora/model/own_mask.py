@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora.model.head import decoder_of, embedding_of
-from qlora.model.varlen_attention import visible
+from qlora.model.varlen_attention import attend, visible
 
 NAME = "qlora_compares_masks"
 
@@ -42,9 +41,7 @@ def is_ours(model: PreTrainedModel) -> bool:
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         equal.append(_equal(query.shape[2], attention_mask, causal, sliding_window))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, *args, is_causal=causal, **others
-        )
+        return attend(module, query, key, value, attention_mask, *args, is_causal=causal, **others)
 
     before, training = model.config._attn_implementation, model.training
     AttentionInterface.register(NAME, compare)

@@ -27,7 +27,7 @@ from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import prompt_digests
 from qlora.errors import QloraError, UsageError, listed
 from qlora.model.checkpointing import checkpoint_layers, decoder_layers
-from qlora.model.decoder_layer import unfused_layers, use_fused_layers
+from qlora.model.decoder_layer import FusedLayer, unfused_layers, use_fused_layers, why_undescribed
 from qlora.model.head import decoder_of
 from qlora.model.load import MetaBase, load_base, meta_base
 from qlora.model.router_loss import add_router_loss
@@ -175,7 +175,25 @@ def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
         *expert_notes(model),
         *unreached_notes(model),
         *part_notes(model, tokenizer),
+        *layer_notes(model),
         *peft_drops(model),
+    ]
+
+
+def layer_notes(model: nn.Module) -> list[str]:
+    """Return a remark on the decoder layers that no spec describes, so that they keep transformers' own code."""
+    inside = set(decoder_of(model).modules())
+    layers = [layer for layer in decoder_layers(model) if layer in inside]
+    found = [
+        reason
+        for layer in layers
+        if not isinstance(layer, FusedLayer) and (reason := why_undescribed(model, layer))
+    ]
+    if not found:
+        return []
+    which = "the" if len(found) == len(layers) else f"{len(found)} of {len(layers)}"
+    return [
+        f"{which} decoder layers run transformers' own code, which keeps more activations than qlora's: {found[0]}"
     ]
 
 

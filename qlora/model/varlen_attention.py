@@ -5,6 +5,10 @@ with `document_lengths`, each document then attends only to itself: on a GPU in 
 attention supports it (`flash_obstacle`), elsewhere in one call per document. If every row is a single document, the
 lengths are empty, (), and the rows attend directly.
 A forward pass without `document_lengths`, such as in generation, uses transformers' SDPA.
+
+Capped scores, as in Gemma 2, are computed by `capped_attention` in every case, because neither SDPA nor torch's flash
+attention knows a cap. `use_capped_attention` gives it to such a model in place of transformers' "eager" attention,
+which keeps all scores of a row.
 """
 
 from collections.abc import Mapping
@@ -21,11 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora.errors import ModelError
+from qlora.ops.capped_attention import capped_attention
 from qlora.runtime import gpu
 from qlora.runtime.device import on_cuda
 from qlora.runtime.fake import represented_device
 
 NAME = "qlora_documents"
+
+CAPPED = "qlora_capped"
+"""the same attention without documents, for models whose scores are capped"""
 
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """flag for fewer heads in keys and values: torch 2.11 supports them without it, later versions require it"""
@@ -71,7 +79,7 @@ def reads_documents(model: Any, longest: int | None = None) -> bool:
     if kinds & OTHER_KINDS or chunk_below(model.config, longest) is not None:
         return False
     attention = model.config._attn_implementation
-    if attention != "sdpa":
+    if attention not in ("sdpa", CAPPED):
         return bool(attention == NAME)
     return bool(model._supports_attention_backend) and not getattr(model, "_is_stateful", False)
 
@@ -80,6 +88,16 @@ def read_documents(model: Any, longest: int | None = None) -> None:
     """Switch the model to our attention over documents of up to `longest` tokens, in place, if it supports it."""
     if reads_documents(model, longest):
         model.set_attn_implementation(NAME)
+
+
+def use_capped_attention(model: Any) -> None:
+    """Switch a model whose scores are capped from transformers' "eager" attention to ours, in place."""
+    capped = any(
+        getattr(module, "attn_logit_softcapping", None) is not None and getattr(module, "is_causal", True)
+        for module in model.modules()
+    )
+    if capped and model.config._attn_implementation == "eager" and model._supports_attention_backend:
+        model.set_attn_implementation(CAPPED)
 
 
 def _no_mask(device: torch.device) -> Tensor:
@@ -120,6 +138,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     document_lengths: tuple[int, ...] | None = None,
     document_ends: Tensor | None = None,
     **others: Any,
@@ -135,6 +154,7 @@ def attend(
         dropout: dropout of the attention weights.
         scaling: factor of the scores; None means 1/sqrt(d).
         sliding_window: number of tokens that a token attends to, including itself; None means all.
+        softcap: bound of the scores; None means no bound.
         document_lengths: tokens of each document, T in total, with B = 1; or () if every row is a single document. None
             means transformers' own SDPA.
         document_ends: 0 and the end of each document, int32 on the device.
@@ -146,27 +166,22 @@ def attend(
     Raises:
         ModelError: attention over documents does not support one of `others`.
     """
+    settings = dropout, scaling, sliding_window, softcap
+    if document_lengths is None and softcap is not None:
+        return _attend_alone(query, key, value, *settings, mask=attention_mask), None
     if document_lengths is None:
         return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            sliding_window=sliding_window,
-            **others,
-        )
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **others
+        )  # fmt: skip
     _check_supported(module, others)
     if not document_lengths:
-        return _attend_alone(query, key, value, dropout, scaling, sliding_window), None
-    if on_cuda(query) and not dropout and _flash_runs(query, value):
+        return _attend_alone(query, key, value, *settings), None
+    if on_cuda(query) and softcap is None and not dropout and _flash_runs(query, value):
         return _attend_all(
             query, key, value, document_ends, max(document_lengths), scaling, sliding_window
         ), None
     parts = (x.split(document_lengths, dim=2) for x in (query, key, value))
-    alone = [_attend_alone(q, k, v, dropout, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
+    alone = [_attend_alone(q, k, v, *settings) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(alone, dim=1), None
 
 
@@ -239,10 +254,24 @@ def visible(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _attend_alone(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend in rows that are a single document each: three [B, heads, T, d] -> [B, T, heads, d]."""
-    length, mask = query.shape[2], None
+    """Attend in rows that are a single document each: three [B, heads, T, d] -> [B, T, heads, d].
+
+    mask: [B, 1, T, T], bool or added to the scores, instead of the window; for capped scores only.
+    """
+    if softcap is not None:
+        return capped_attention(
+            query, key, value, softcap, scaling=scaling, window=window, mask=mask, dropout=dropout
+        )
+    length = query.shape[2]
     if window is not None and length > window:
         mask = visible(length, window, query.device)
     heads = query.shape[1]
@@ -257,5 +286,6 @@ def _attend_alone(
     ).transpose(1, 2)  # fmt: skip
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for name in (NAME, CAPPED):
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)

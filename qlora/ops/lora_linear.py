@@ -33,7 +33,11 @@ def lora_linear(x: Tensor, linear: Linear, update: Update) -> Tensor:
 def lora_linears(
     x: Tensor, linears: Sequence[Linear], updates: Sequence[Update], norm: Norm | None = None
 ) -> tuple[Tensor, ...]:
-    """Apply each linear with its update to x [..., in], normalised first if `norm` is given; [..., out] each."""
+    """Apply each linear with its update to x [..., in], normalised first if `norm` is given.
+
+    Returns:
+        The outputs of all linears, [..., out] each; a linear with `sizes` has several.
+    """
     for linear in linears:
         linear.assert_frozen()
     grad = torch.is_grad_enabled()  # read here: always False inside the function

@@ -1,4 +1,4 @@
-"""The gated feed-forward block as one autograd function: h + post(W_down (act(W_gate n) * W_up n)), n = norm(h).
+"""The gated feed-forward block as one autograd function: h + s post(W_down (act(W_gate n) * W_up n)), n = norm(h).
 
 See Shazeer 2020, "GLU Variants Improve Transformer". Either norm can be missing. Autograd would keep seven tensors of
 the block's width. This function keeps only gate and up, and recomputes the normalised input, act(gate) and the product
@@ -26,12 +26,14 @@ class GatedMLP(NamedTuple):
     """Constants of a gated feed-forward block."""
 
     linears: Sequence[Linear]
-    """gate, up and down"""
+    """gate, up and down; gate and up can be one linear with two outputs"""
     norm: Norm | None = None
     """norm of the input"""
     post_norm: Norm | None = None
     """norm of the output, before the residual is added"""
     activation: Activation = SILU
+    scale: float = 1.0
+    """factor of the output, before the residual is added"""
 
 
 class Forward(Enum):
@@ -130,6 +132,8 @@ def _block(
         if kept:
             kept.append(y)
         y = normalized(y, block.post_norm)
+    if block.scale != 1:
+        y.mul_(block.scale)
     return y.add_(rows), kept
 
 
@@ -146,7 +150,7 @@ def _gradients(
 
     Empties `kept` to free its tensors early; if `kept` is empty already, recomputes them.
     """
-    linears, d_y = block.linears, grad_rows
+    linears, d_y = block.linears, grad_rows if block.scale == 1 else grad_rows * block.scale
     if kept:
         gate, up, *lows = kept
         kept.clear()
@@ -156,9 +160,9 @@ def _gradients(
         if block.post_norm is not None:
             lows.append(_narrow(product, block, updates, lows))
     if block.post_norm is not None:
-        d_y = grad_rows.clone(memory_format=torch.contiguous_format)
+        d_y = d_y.clone(memory_format=torch.contiguous_format)
         input_gradient(d_y, lows.pop(), block.post_norm)
-    d_product, d_down = gradients(product, [d_y], linears[2:], updates[2:], lows[2:])
+    d_product, d_down = gradients(product, [d_y], linears[-1:], updates[-1:], lows[-1:])
     del d_y
     assert d_product is not None
     d_gate, d_up = d_product, product  # reuse their memory
@@ -167,9 +171,9 @@ def _gradients(
     d_rows, d_wide = gradients(
         normalized(rows, block.norm),
         [d_gate, d_up],
-        linears[:2],
-        updates[:2],
-        lows[:2],
+        linears[:-1],
+        updates[:-1],
+        lows[:-1],
         wants_input=wants_input,
     )
     del d_gate, d_up
@@ -186,11 +190,11 @@ def _widen(
     fold: allow adding an update to the dequantized weight, as in `products.project`.
     """
     linears, normal = block.linears, normalized(rows, block.norm)
-    lows = to_ranks(normal, linears[:2], updates[:2])
-    gate, up = project(normal, linears[:2], updates[:2], lows, fold=fold)
+    lows = to_ranks(normal, linears[:-1], updates[:-1])
+    gate, up = project(normal, linears[:-1], updates[:-1], lows, fold=fold)
     del normal
     product = block.activation.product(gate, up)
-    return gate, up, product, lows + to_ranks(product, linears[2:], updates[2:])
+    return gate, up, product, lows + to_ranks(product, linears[-1:], updates[-1:])
 
 
 def _narrow(
@@ -202,4 +206,4 @@ def _narrow(
     fold: bool = True,
 ) -> Tensor:
     """Apply W_down with its update to the product of gate and up [N, I]; return [N, H]."""
-    return project(product, block.linears[2:], updates[2:], lows[2:], fold=fold)[0]
+    return project(product, block.linears[-1:], updates[-1:], lows[-1:], fold=fold)[0]

@@ -7,10 +7,12 @@ W is dequantized once per pass and not kept. In float32 the update is added to t
 over the weight. In 16 bits the update would be lost to rounding there, so it is added to the output instead.
 
 For linears that read the same rows, the products of all A with the rows are one product, and so are the gradients of
-all A. These are plain functions on rows [tokens, features], which autograd does not see.
+all A. A linear whose weight stacks several matrices, such as gate and up, has one A and one B, and an output for each
+matrix. These are plain functions on rows [tokens, features], which autograd does not see.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,14 @@ class Linear(NamedTuple):
     scaling: float = 1.0
     dropout: Dropout | None = None
     """mask of the input of A"""
+    sizes: tuple[int, ...] = ()
+    """rows of W for each output of a linear with several outputs; () for one output"""
+
+    @property
+    def parts(self) -> list[slice]:
+        """Rows of W, of the bias and of B for each output."""
+        ends = accumulate(self.sizes)
+        return [slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True)] or [slice(None)]
 
     @property
     def factor(self) -> float:
@@ -85,7 +95,7 @@ def project(
     *,
     fold: bool = True,
 ) -> list[Tensor]:
-    """Apply each linear with its update to rows [N, in]; return [N, out] each.
+    """Apply each linear with its update to rows [N, in]; return all outputs [N, out].
 
     Args:
         rows: input of all linears.
@@ -99,11 +109,12 @@ def project(
         weight = dense(linear.weight, linear.state, rows.dtype)
         bias = None if linear.bias is None else linear.bias.to(rows.dtype)
         if a is None or b is None or low is None:
-            outputs.append(F.linear(rows, weight, bias))
+            outputs += _outputs(rows, weight, bias, linear)
         elif fold and _foldable(linear, rows, weight):
-            outputs.append(F.linear(rows, _folded(weight, linear, a, b), bias))
+            outputs += _outputs(rows, _folded(weight, linear, a, b), bias, linear)
         else:
-            outputs.append(F.linear(rows, weight, bias).addmm_(low, b.to(rows.dtype).T, alpha=linear.factor))
+            for y, part in zip(_outputs(rows, weight, bias, linear), linear.parts, strict=True):
+                outputs.append(y.addmm_(low, b[part].to(rows.dtype).T, alpha=linear.factor))
     return outputs
 
 
@@ -116,23 +127,44 @@ def gradients(
     *,
     wants_input: bool = True,
 ) -> tuple[Tensor | None, list[Update]]:
-    """Return dL/dx [N, in] of the shared rows and the gradients of each A and B, from dL/dy [N, out] in `grads`."""
+    """Return dL/dx [N, in] of the shared rows and the gradients of each A and B, from dL/dy [N, out] of each output."""
+    remaining = iter(grads)
+    by_linear = [[next(remaining) for _ in linear.parts] for linear in linears]
     low_grads = [
-        None if b is None else (grad @ b.to(grad.dtype)).mul_(linear.factor)  # [N, rank]
-        for grad, linear, (_, b) in zip(grads, linears, updates, strict=True)
+        None if b is None else _low_gradient(own, linear, b)
+        for own, linear, (_, b) in zip(by_linear, linears, updates, strict=True)
     ]
     masks = [_mask(rows, linear) for linear in linears]
     d_as = _a_gradients(rows, low_grads, updates, masks)
     d_bs = [
-        None if b is None or low is None else (grad.T @ low).mul_(linear.factor).to(b.dtype)
-        for grad, linear, (_, b), low in zip(grads, linears, updates, lows, strict=True)
+        None if b is None or low is None else _b_gradient(own, low).mul_(linear.factor).to(b.dtype)
+        for own, linear, (_, b), low in zip(by_linear, linears, updates, lows, strict=True)
     ]
     dx = None
     for number in range(len(linears) if wants_input else 0):
         dx = _input_gradient(
-            grads[number], linears[number], updates[number], low_grads[number], masks[number], dx
+            by_linear[number], linears[number], updates[number], low_grads[number], masks[number], dx
         )
     return dx, [Update(a, b) for a, b in zip(d_as, d_bs, strict=True)]
+
+
+def _outputs(rows: Tensor, weight: Tensor, bias: Tensor | None, linear: Linear) -> list[Tensor]:
+    """Multiply rows [N, in] by the dense weight; return each output of the linear, contiguous."""
+    return [F.linear(rows, weight[part], None if bias is None else bias[part]) for part in linear.parts]
+
+
+def _low_gradient(grads: Sequence[Tensor], linear: Linear, b: Tensor) -> Tensor:
+    """Return s dL/dy B [N, rank], summed over the outputs."""
+    total, *others = (grad @ b[part].to(grad.dtype) for grad, part in zip(grads, linear.parts, strict=True))
+    for other in others:
+        total.add_(other)
+    return total.mul_(linear.factor)
+
+
+def _b_gradient(grads: Sequence[Tensor], low: Tensor) -> Tensor:
+    """Return dL/dy^T (x A^T) [out, rank], with the rows of all outputs."""
+    products = [grad.T @ low for grad in grads]
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def _a_gradients(
@@ -153,27 +185,32 @@ def _a_gradients(
 
 
 def _input_gradient(
-    grad: Tensor,
+    grads: Sequence[Tensor],
     linear: Linear,
     update: Update,
     low_grad: Tensor | None,
     mask: Tensor | None,
     into: Tensor | None,
 ) -> Tensor:
-    """Return dL/dx [N, in] for `grad`, dL/dy [N, out]; added to `into` in place if given."""
-    weight, (a, b) = dense(linear.weight, linear.state, grad.dtype), update
+    """Return dL/dx [N, in] for the gradients dL/dy [N, out] of one linear; added to `into` in place if given."""
+    dtype = grads[0].dtype
+    weight, (a, b) = dense(linear.weight, linear.state, dtype), update
     if a is None or b is None or low_grad is None:
-        return _product(grad, weight, into)
-    if _foldable(linear, grad, weight):
-        return _product(grad, _folded(weight, linear, a, b), into)
-    dx = _product(grad, weight, into)
+        return _product(grads, weight, linear, into)
+    if _foldable(linear, grads[0], weight):
+        return _product(grads, _folded(weight, linear, a, b), linear, into)
+    dx = _product(grads, weight, linear, into)
     if mask is None:
-        return dx.addmm_(low_grad, a.to(grad.dtype))
-    return dx.add_((low_grad @ a.to(grad.dtype)).mul_(mask))
+        return dx.addmm_(low_grad, a.to(dtype))
+    return dx.add_((low_grad @ a.to(dtype)).mul_(mask))
 
 
-def _product(grad: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
-    return grad @ weight if into is None else into.addmm_(grad, weight)
+def _product(grads: Sequence[Tensor], weight: Tensor, linear: Linear, into: Tensor | None) -> Tensor:
+    """Return dL/dy W [N, in], summed over the outputs and added to `into` in place if given."""
+    for grad, part in zip(grads, linear.parts, strict=True):
+        into = grad @ weight[part] if into is None else into.addmm_(grad, weight[part])
+    assert into is not None
+    return into
 
 
 def _mask(rows: Tensor, linear: Linear) -> Tensor | None:

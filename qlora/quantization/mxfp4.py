@@ -6,8 +6,10 @@ a projection of a layer when it reads it, and quantizes it to NF4 before it read
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.core_model_loading import WeightConverter
-from transformers.integrations.mxfp4 import Mxfp4Dequantize
+from transformers.integrations.mxfp4 import Mxfp4Dequantize, convert_moe_packed_tensors
 
 from qlora.quantization.expert_stack import PROJECTIONS
 
@@ -37,6 +39,21 @@ def is_mxfp4(config: Any) -> bool:
 def is_packed(name: str) -> bool:
     """Return True if this is the name of a projection's 4-bit numbers or exponents in a checkpoint's files."""
     return name.endswith(tuple(own + part for own in PROJECTIONS for part in (BLOCKS, SCALES)))
+
+
+def parameter_of(name: str) -> str:
+    """Return the name of the parameter that a tensor in MXFP4 is part of, for a name that `is_packed`."""
+    return name.removesuffix(BLOCKS).removesuffix(SCALES)
+
+
+def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return matrices [E, in, out] in bfloat16, which holds every number of MXFP4.
+
+    Args:
+        blocks: two 4-bit numbers a byte [E, out, in / 32, 16].
+        scales: exponents plus 127 [E, out, in / 32].
+    """
+    return convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).contiguous()
 
 
 def conversions(quantizer: Any = None) -> list[WeightConverter]:

@@ -209,6 +209,23 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
         return _ReadingQuantize(self) if self.on_weight is not None else _Quantize(self)
 
 
+def without_experts() -> AbstractContextManager[None]:
+    """Return a context in which `from_pretrained` builds an NF4 model without the parameters of its experts."""
+    return quantizer_replaced("bitsandbytes_4bit", _QuantizerWithoutExperts)
+
+
+class _QuantizerWithoutExperts(Bnb4BitHfQuantizer):
+    """transformers' 4-bit loader for a checkpoint whose experts are in another file."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        for name, _ in list(expert_parameters(model)):
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            del module._parameters[own]
+            module._is_hf_initialized = True  # nothing is left that a model initialises
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+
 def _is_projection(model: nn.Module, parameter: str) -> bool:
     """Return True if this is the name of a projection in one of transformers' expert modules."""
     owner, _, name = parameter.rpartition(".")

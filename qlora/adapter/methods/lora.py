@@ -18,7 +18,7 @@ from qlora.adapter import trained_parts
 from qlora.adapter.adapted_layer import AdaptedLayer, layer_class
 from qlora.adapter.adapted_linear import AdaptedLinear
 from qlora.adapter.config import CONFIG_FILE, check_config, config_of, read_config, spec_of_layer, targets_in
-from qlora.adapter.experts import use_expert_stacks
+from qlora.adapter.experts import restore_experts, use_expert_stacks
 from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.initial import InitialValues, start_values
 from qlora.adapter.lora_conv import LoRAConv
@@ -37,7 +37,7 @@ from qlora.errors import ModelError, UsageError, listed
 from qlora.ops.dropout import draw
 from qlora.ops.lora_linear import lora_linear
 from qlora.ops.products import Linear, Update
-from qlora.quantization.expert_stack import ExpertStack
+from qlora.quantization.expert_stack import ExpertStack, expert_stacks
 from qlora.quantization.nf4 import use_nf4_linears
 from qlora.recipe import Adapter
 
@@ -246,17 +246,7 @@ def adapt(
             "the model has an adapter already: adapt a base without one, or load an adapter with load_adapter"
         )
 
-    if LoRAExperts in layers:
-        use_expert_stacks(model)
-
-    def can_adapt(module: nn.Module) -> bool:
-        return any(kind.adapts(module) for kind in layers)
-
-    targets = trained_parts.targets_beside(model, spec.targets, train_modules, can_adapt)
-    spec, names = replace(spec, targets=targets), select(model, targets, can_adapt)
-    _check_patterns(spec, names)
-    for name in names:
-        _check_target(name, model.get_submodule(name), spec, layers)
+    spec, names = _with_targets(model, spec, train_modules, layers)
     values = start_values(model, spec, seed)
     use_nf4_linears(model.requires_grad_(False))
     modules = {name: model.get_submodule(name) for name in names}
@@ -268,6 +258,32 @@ def adapt(
     if values is not None:
         values.fill(adapted)
     return trained_parts.train_modules(wrap(model, adapted), train_modules)
+
+
+def _with_targets(
+    model: nn.Module, spec: LoraSpec, train_modules: Sequence[str], layers: Sequence[type[LowRankLayer]]
+) -> tuple[LoraSpec, list[str]]:
+    """Return the settings with targets beside `train_modules`, and the names of the target layers, all checked.
+
+    The experts among the targets become modules of ours.
+    """
+    if LoRAExperts in layers:
+        use_expert_stacks(model)
+
+    def can_adapt(module: nn.Module) -> bool:
+        return any(kind.adapts(module) for kind in layers)
+
+    targets = trained_parts.targets_beside(model, spec.targets, train_modules, can_adapt)
+    spec, names = replace(spec, targets=targets), select(model, targets, can_adapt)
+    restore_experts(model, names)
+    _check_patterns(spec, names)
+    if spec.expert_rank is not None and not set(names) & expert_stacks(model).keys():
+        raise UsageError(
+            "expert_rank: none of the targets is a projection of experts; leave it out, or target experts"
+        )
+    for name in names:
+        _check_target(name, model.get_submodule(name), spec, layers)
+    return spec, names
 
 
 def _spec_for(spec: LoraSpec, name: str, module: nn.Module) -> LoraSpec:
@@ -294,7 +310,10 @@ def _check_target(name: str, module: nn.Module, spec: LoraSpec, layers: Sequence
     if (reason := kind.why_unsuitable(module)) is not None:
         raise UsageError(f"targets: LoRA is not defined on {name}: {reason}")
     if spec.init in FROM_WEIGHTS and kind is not LoRALinear:
-        raise UsageError(f"init {spec.init} is defined for LoRA's linear layers, and {name} is another layer")
+        raise UsageError(
+            f"init {spec.init} is defined for LoRA's linear layers, and {name} is another layer; leave it out of the "
+            "targets, or use another init"
+        )
     if spec.init == "orthogonal" and kind is LoRAEmbedding:
         raise UsageError(
             f"init orthogonal draws A, and {name} is an embedding, where B is drawn; use gaussian"

@@ -1,5 +1,15 @@
-"""Mistral (Jiang et al. 2023): Llama with a sliding window in every layer."""
+"""Mistral (Jiang et al. 2023): Llama with a sliding window; Mixtral's experts keep their own code.
+
+Ministral has the window only in some layers.
+"""
+
+from dataclasses import replace
 
 from qlora.model.layer_spec import LayerSpec
 
-SPECS = [LayerSpec("MistralDecoderLayer", window="config.sliding_window")]
+MISTRAL = LayerSpec("MistralDecoderLayer", window="config.sliding_window")
+SPECS = [
+    MISTRAL,
+    replace(MISTRAL, layer="MinistralDecoderLayer", window="sliding_window"),
+    replace(MISTRAL, layer="MixtralDecoderLayer", experts=True),
+]
