@@ -7,7 +7,7 @@ from transformers.models.auto import modeling_auto as auto
 
 ENCODER = "an encoder, which also is a masked language model"
 SEQ_TO_SEQ = "the decoder of an encoder-decoder model"
-MULTIMODAL = "reads images or audio besides text"
+MULTIMODAL = "reads images or audio in addition to text"
 DRAFTER = "a drafter, which reads the hidden states of another model"
 
 BY_MAPPING: Mapping[str, str] = {

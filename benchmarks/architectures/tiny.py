@@ -109,7 +109,7 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-"""model type -> what its configuration needs besides"""
+"""model type -> what its configuration needs in addition"""
 
 
 def config(model_type: str, **changes: Any) -> Any:

@@ -87,20 +87,21 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def fake_parameters_converted() -> Iterator[None]:
+def fake_parameters_converted(is_fake: Callable[[Any], bool]) -> Iterator[None]:
     """Let `module.to(dtype)` convert fake parameters, as the models do that keep a norm or a router in float32.
+
+    Args:
+        is_fake: returns True for a fake tensor.
 
     Changes: `torch.nn.Module._apply`, which swaps the contents of fake tensors; here the parameters are replaced.
     Needed by: torch 2.13. A fake tensor has a weak reference, and torch refuses to swap it.
     Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py
     Unnecessary once: torch converts the parameters of a module that is built under FakeTensorMode.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
-
     apply = nn.Module._apply
 
     def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if not any(isinstance(parameter, FakeTensor) for parameter in module._parameters.values()):
+        if not any(is_fake(parameter) for parameter in module._parameters.values()):
             return apply(module, change, recurse)
         for child in module.children() if recurse else ():
             child._apply(change)
