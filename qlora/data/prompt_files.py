@@ -101,7 +101,8 @@ def _takes_several_ends(config: dict[str, Any]) -> bool:
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    known = model_type in CONFIG_MAPPING
+    kind = CONFIG_MAPPING[model_type] if known else None  # its `get` knows no class that is not loaded yet
     own = fields(kind) if is_dataclass(kind) else ()
     return all("list" in str(one.type) for one in own if one.name == "eos_token_id")
 
