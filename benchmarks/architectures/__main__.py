@@ -30,10 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     names = given.names or [name for name in model_types.causal() if name not in done]
     if names and not given.page:
         prepare()
-        for name in names:
-            line = run(name, given.seconds)
-            record.add(given.record, line)
-            print(page.progress(line), flush=True)
+        try:
+            for name in names:
+                line = run(name, given.seconds)
+                record.add(given.record, line)
+                print(page.progress(line), flush=True)
+        except KeyboardInterrupt:
+            print("stopped; the same command continues with the models that the record lacks")
+            return 130
     done = record.read(given.record)
     if given.record == record.FILE:
         page.FILE.write_text(page.text(done))
