@@ -217,7 +217,7 @@ def why_mlp_not_alone(model: nn.Module, layer: nn.Module) -> str:
     """Say why the MLP of `layer`, a decoder layer of `model`, cannot be recomputed alone."""
     name = type(model).__name__
     if isinstance(layer, FusedLayer):
-        return f"the experts of {name} keep their own code"
+        return f"the experts of {name} are recomputed with their layer only"
     if type(layer).__name__ in LAYER_SPECS:
         if not _has_only_lora(layer):
             return (
