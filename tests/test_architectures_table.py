@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from benchmarks.architectures import model_types, page, record, sweep, tiny
 from benchmarks.faults.child import HANG, Ended
 from qlora.errors import RecipeError
 
 RECORD = record.read()
+OTHER = transformers.__version__ not in {line["versions"]["transformers"] for line in RECORD.values()}
+"""True for a version of transformers that is not that of the record"""
 
 
 def line(name: str = "llama", **cells: tuple[str, str]) -> dict[str, Any]:
@@ -30,13 +33,15 @@ def line(name: str = "llama", **cells: tuple[str, str]) -> dict[str, Any]:
 
 
 def test_the_record_has_every_causal_language_model_of_the_installed_transformers() -> None:
-    assert set(RECORD) == set(model_types.causal()), "run python -m benchmarks.architectures"
+    missing = set(model_types.causal()) - set(RECORD)
+    assert not missing, f"{sorted(missing)}: run python -m benchmarks.architectures"
 
 
 def test_the_record_has_no_fault() -> None:
     assert page.faults(RECORD) == []
 
 
+@pytest.mark.skipif(OTHER, reason="the page lists the model types of the recorded transformers")
 def test_the_page_is_made_from_the_record() -> None:
     assert page.FILE.read_text() == page.text(RECORD), "run python -m benchmarks.architectures --page"
 
@@ -45,6 +50,8 @@ def test_the_page_is_made_from_the_record() -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", RECORD)
 def test_the_cells_of_a_model_end_as_the_record_says(name: str) -> None:
+    if name not in model_types.causal():
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     now = sweep.run(name)["cells"]
     recorded = {cell: one["kind"] for cell, one in RECORD[name]["cells"].items()}
     assert {cell: one["kind"] for cell, one in now.items()} == recorded, now
@@ -58,7 +65,9 @@ def test_the_cells_of_a_model_end_as_the_record_says(name: str) -> None:
         ("pegasus", model_types.SEQ_TO_SEQ),
         ("whisper", model_types.SEQ_TO_SEQ),
         ("gemma3", model_types.MULTIMODAL),
-        ("gemma4_assistant", model_types.DRAFTER),
+        pytest.param(
+            "gemma4_assistant", model_types.DRAFTER, marks=pytest.mark.skipif(OTHER, reason="newer")
+        ),
     ],
 )
 def test_a_model_type_that_is_no_causal_model_of_text_is_left_out_by_a_rule(name: str, why: str) -> None:

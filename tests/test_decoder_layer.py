@@ -496,7 +496,8 @@ def test_experts_keep_their_own_code_and_can_be_trained_in_any_way() -> None:
     assert isinstance(experts, FusedLayer)
     assert not isinstance(gated, FusedLayer)
     with pytest.raises(
-        RecipeError, match=r"the experts of Qwen3MoeForCausalLM are recomputed with their layer only, so its MLPs"
+        RecipeError,
+        match=r"the experts of Qwen3MoeForCausalLM are recomputed with their layer only, so its MLPs",
     ):
         checkpoint_layers(model, 0, 1)
 

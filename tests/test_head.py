@@ -57,6 +57,7 @@ def test_scales_and_caps_of_the_logits_are_known(architecture: str) -> None:
 
 @pytest.mark.parametrize("divisor", [4.0, 1.0])
 def test_the_divisor_of_inkling_is_known(divisor: float) -> None:
+    pytest.importorskip("transformers.models.inkling")
     torch.manual_seed(0)
     config = tiny.config("inkling_text", logits_mup_width_multiplier=divisor)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -247,6 +247,7 @@ def test_attention_with_extra_arguments_is_forecast_as_it_runs(
 
 
 def test_a_few_layers_do_not_represent_layers_that_run_in_a_loop(tmp_path: Path) -> None:
+    pytest.importorskip("transformers.models.hrm_text")
     made = recipe(tmp_path, "llama")
     assert architecture(made, cuda=False).layers_equal
     tiny.config("hrm_text").save_pretrained(tmp_path)

@@ -85,6 +85,7 @@ def test_files_that_agree_already_keep_their_bytes(tmp_path: Path) -> None:
     ("model_type", "several"), [("llama", True), ("inkling_text", False), ("bananas", True)]
 )
 def test_a_config_that_takes_one_end_token_keeps_it(tmp_path: Path, model_type: str, several: bool) -> None:
+    pytest.importorskip("transformers.models.inkling")
     tokenizer = byte_level(bos=True, chatml=True, chat_template=WITH_EOS)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "eos_token_id": 2}))

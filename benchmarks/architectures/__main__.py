@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
                 record.add(given.record, line)
                 print(page.progress(line), flush=True)
         except KeyboardInterrupt:
-            print("stopped; the same command continues with the models that the record lacks")
+            print("stopped; without names, the command continues with the models that the record lacks")
             return 130
     done = record.read(given.record)
     if given.record == record.FILE:

@@ -52,5 +52,5 @@ def _all() -> list[str]:
 
 
 def _why_not(name: str) -> str | None:
-    mapped = (why for mapping, why in BY_MAPPING.items() if name in getattr(auto, mapping))
+    mapped = (why for mapping, why in BY_MAPPING.items() if name in getattr(auto, mapping, ()))
     return BY_NAME.get(name) or next(mapped, None)
