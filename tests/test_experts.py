@@ -115,3 +115,27 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(kind: str, dropout: flo
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     for layer, gradient in zip(layers, found[2::2], strict=True):
         assert not gradient.view(EXPERTS, layer.rank, -1)[EMPTY].any()
+
+
+def test_a_pair_without_an_expert_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some routers send a token to the number after the last expert, and memory without numbers must not show."""
+    empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *arguments, **more: empty(*arguments, **more).fill_(torch.nan)
+    )
+    (wide, up), (down, back) = (product(adapted(stack, 0.0)) for stack in stacks("dense"))
+    experts = Experts(EXPERTS, wide, down, ConcatenatedGate(nn.SiLU()))
+    choices, weights = routing()
+    none = torch.zeros(TOKENS, CHOICES, dtype=torch.bool)
+    none[::3, 1] = none[4] = True
+
+    def passed(choices: Tensor, weights: Tensor) -> list[Tensor]:
+        inputs = [numbers(TOKENS, WIDTH, seed=3).requires_grad_(), weights.requires_grad_()]
+        y = mixture(inputs[0], choices, weights, experts, (up, back))
+        return [y, *torch.autograd.grad((y * numbers(TOKENS, WIDTH, seed=4)).sum(), inputs)]
+
+    found = passed(choices.masked_fill(none, EXPERTS), weights.detach().clone())
+    wanted = passed(choices, weights.detach().masked_fill(none, 0.0))
+    torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-12, atol=1e-12)
+    assert not found[2][none].any()
+    torch.testing.assert_close(found[2][~none], wanted[2][~none], rtol=1e-12, atol=1e-12)

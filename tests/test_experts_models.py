@@ -114,6 +114,15 @@ def test_experts_are_quantized_one_by_one_as_the_checkpoint_is_read(
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="Linux lists the files that a process has mapped"
+)
+def test_the_16_bit_checkpoint_does_not_stay_mapped(checkpoint: Callable[[str], Path]) -> None:
+    model = base(checkpoint("qwen3_moe"))
+    assert str(checkpoint("qwen3_moe")) not in Path("/proc/self/maps").read_text()
+    assert torch.isfinite(logits(model)).all()
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_stack_has_the_bytes_of_its_matrices(double_quant: bool) -> None:
     matrices = torch.randn(3, 10, 52, generator=torch.Generator().manual_seed(0))  # no whole number of blocks

@@ -297,9 +297,10 @@ def test_a_process_answers_fails_or_is_terminated(
 
 
 @pytest.mark.slow
-def test_the_command_compares_in_fresh_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["tiny", "tiny-mixture"])
+def test_the_command_compares_in_fresh_processes(tmp_path: Path, preset: str) -> None:
     command = (
-        "-m benchmarks.speed --preset tiny --rounds 1 --warmup 1 --steps 2 --contenders qlora,peft_tuned"
+        f"-m benchmarks.speed --preset {preset} --rounds 1 --warmup 1 --steps 2 --contenders qlora,peft_tuned"
     )
     root = Path(__file__).parent.parent
     out = subprocess.run(

@@ -15,7 +15,7 @@ from benchmarks.speed import growth, machine, report
 from benchmarks.speed.contenders import chosen
 from benchmarks.speed.fairness import problems
 from benchmarks.speed.prepare import Setting
-from benchmarks.speed.presets import PRESETS, preset
+from benchmarks.speed.presets import PRESETS, Shape, preset
 from benchmarks.speed.rounds import Runner
 
 GROWING = "qlora,peft_tuned"
@@ -56,7 +56,9 @@ def main() -> int:
     )
     comparison = runner.compare(
         setting,
-        chosen(arguments.contenders, device, arguments.gsm8k is not None),
+        chosen(
+            arguments.contenders, device, arguments.gsm8k is not None, Shape.of(shaped.config).experts > 0
+        ),
         rounds=arguments.rounds,
         warmup=arguments.warmup,
     )

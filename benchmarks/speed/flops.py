@@ -9,7 +9,7 @@ of the matrix-product rate in the reports.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.speed.presets import Shape
+from benchmarks.speed.presets import Linear, Shape
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class StepFlops:
 
 REPEATED = {
     "nothing": slice(0),
-    "layers": slice(7),
-    "layers without down_proj": slice(6),
+    "layers": slice(None),
+    "layers without down_proj": slice(-1),
     "gate and up": slice(4, 6),
 }
-"""Recomputed part -> slice of a layer's linear layers q, k, v, o, gate, up, down; q, k, v include attention."""
+"""Recomputed part -> slice of a layer's linear layers q, k, v, o, gate, up, down; q, k, v include attention. A mixture
+has its router and its experts' gate and up in place of gate and up."""
 
 
 def step_flops(
@@ -53,7 +54,7 @@ def step_flops(
 
     Args:
         shape: The architecture.
-        rank: Rank of the adapter, which is on every linear layer.
+        rank: Rank of the adapter, which is on every linear layer but routers.
         lengths: Tokens of each document of the step.
         supervised: Number of tokens with a label.
         recompute: A key of REPEATED.
@@ -63,13 +64,15 @@ def step_flops(
     """
     tokens = sum(lengths)
     linears = shape.linears()
-    weights = shape.layers * sum(i * o for i, o in linears)
-    first_qkv = sum(i * o for i, o in linears[:3])
-    lora = shape.layers * rank * sum(i + o for i, o in linears)
-    first_a = rank * sum(i for i, _ in linears[:3])
+    weights = shape.layers * sum(_weights(linear) for linear in linears)
+    first_qkv = sum(_weights(linear) for linear in linears[:3])
+    lora = shape.layers * sum(_low_rank(linear, rank) for linear in linears)
+    first_a = rank * sum(linear.inputs for linear in linears[:3])
     squares = sum(length**2 for length in lengths) * shape.heads * shape.head_dim * shape.layers
     repeated = REPEATED[recompute]
-    again = sum(2 * tokens * (i * o + rank * (i + o)) for i, o in linears[repeated]) * shape.layers
+    again = (
+        sum(2 * tokens * (_weights(one) + _low_rank(one, rank)) for one in linears[repeated]) * shape.layers
+    )
     if linears[repeated][:3] == linears[:3]:
         again += 2 * squares
     return StepFlops(
@@ -79,3 +82,13 @@ def step_flops(
         head=4 * shape.hidden * shape.vocabulary * supervised,
         recompute=again,
     )
+
+
+def _weights(linear: Linear) -> int:
+    """Return the weights that a token is multiplied with."""
+    return linear.inputs * linear.outputs * linear.active
+
+
+def _low_rank(linear: Linear, rank: int) -> int:
+    """Return the weights of A and B that a token is multiplied with."""
+    return linear.rank(rank) * (linear.inputs + linear.outputs) * linear.active

@@ -69,6 +69,8 @@ class Answer:
     load_seconds: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
     """bytes by phase; see `meter.py`"""
+    processor_seconds: list[float] = field(default_factory=list)
+    """processor time of the process in each step, of all its threads"""
     settings: dict[str, Any] = field(default_factory=dict)
     """settings of the contender for the report"""
     error: str | None = None

@@ -3,8 +3,8 @@
     python -m benchmarks.speed.matmul JOB.json
 
 Times the forward pass (x W^T) and the input gradient (g W) of every linear layer of a decoder layer, over all tokens of
-a micro-batch, in the job's dtype, with dense weights. Takes the best of several repeats. Prints one JSON object:
-operations per second.
+a micro-batch, in the job's dtype, with dense weights. One expert of a projection, with its share of the tokens, is
+timed for all. Takes the best of several repeats. Prints one JSON object: operations per second.
 """
 
 import json
@@ -28,16 +28,18 @@ def rate(job: Job, repeats: int = 5) -> dict[str, float]:
     dtype, device = getattr(torch, job.dtype), torch.device(job.device)
     operations = {"forward": 0.0, "input_gradient": 0.0}
     seconds = dict(operations)
-    for inputs, outputs in shape.linears():
+    for linear in shape.linears():
+        inputs, outputs, count = linear.inputs, linear.outputs, linear.experts
+        rows = max(1, tokens * linear.active // count)
         weight = torch.randn(outputs, inputs, device=device).to(dtype)
-        x = torch.randn(tokens, inputs, device=device).to(dtype)
-        gradient = torch.randn(tokens, outputs, device=device).to(dtype)
+        x = torch.randn(rows, inputs, device=device).to(dtype)
+        gradient = torch.randn(rows, outputs, device=device).to(dtype)
         for kind, product in {
             "forward": lambda x=x, weight=weight: x @ weight.T,
             "input_gradient": lambda gradient=gradient, weight=weight: gradient @ weight,
         }.items():
-            operations[kind] += 2.0 * tokens * inputs * outputs
-            seconds[kind] += fastest(product, device, repeats)
+            operations[kind] += 2.0 * rows * inputs * outputs * count
+            seconds[kind] += fastest(product, device, repeats) * count
     both = sum(operations.values()) / sum(seconds.values())
     return {"both": both} | {kind: operations[kind] / seconds[kind] for kind in operations}
 

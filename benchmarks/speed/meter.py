@@ -43,10 +43,11 @@ class Meter:
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._seconds: list[float] = []
+        self._processor_seconds: list[float] = []
         self._positions = 0
         self._memory = {"imports": resident_bytes()["now"]}
         self._load_seconds = 0.0
-        self._last = time.perf_counter()
+        self._last, self._last_processor = time.perf_counter(), time.process_time()
         self._start_phase()
 
     def loaded(self) -> None:
@@ -57,6 +58,7 @@ class Meter:
     def begin(self) -> None:
         """Start the clock of the first step."""
         self._lap()
+        self._last_processor = time.process_time()
 
     def step(self, loss: float, grad_norm: float, positions: int = 0) -> None:
         """Record the end of a step. `loss` and `grad_norm` are numbers, so the device has finished the step."""
@@ -64,6 +66,9 @@ class Meter:
         self._grad_norms.append(grad_norm)
         self._positions += positions
         self._seconds.append(self._lap())
+        now = time.process_time()
+        self._processor_seconds.append(now - self._last_processor)
+        self._last_processor = now
         if len(self._seconds) == self.job.warmup:
             self._end_phase("warmup")
 
@@ -81,6 +86,7 @@ class Meter:
             losses=self._losses,
             grad_norms=self._grad_norms,
             seconds=self._seconds,
+            processor_seconds=self._processor_seconds,
             positions=self._positions,
             adapter_change=self._change(adapter),
             import_seconds=self.import_seconds,

@@ -4,8 +4,10 @@
 
 Runs in a separate process. The checkpoint is made once and kept in the cache. It has random weights from a seed, in
 the layout in which transformers saves a model quantized with bitsandbytes, so every trainer loads it as its
-documentation describes. B of the adapter is not zero, so that no gradient is zero at the first step. Prints one JSON
-object: the paths, and the values chosen for `auto`.
+documentation describes. A mixture is not quantized in that file, because transformers writes no experts in NF4: every
+trainer quantizes what it can as it reads it. The experts have values that NF4 holds, so that whether a trainer
+quantizes them or not changes no loss. B of the adapter is not zero, so that no gradient is zero at the first step.
+Prints one JSON object: the paths, and the values chosen for `auto`.
 """
 
 import dataclasses
@@ -18,14 +20,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.speed import workload
 from benchmarks.speed.job import Job
 from benchmarks.speed.presets import Preset, Shape
+from benchmarks.speed.quantization import quantization
 from qlora import bundled
 from qlora.model.load import compute_dtype, load_base
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import expert_parameters, rounded
 from qlora.recipe import Base
 from qlora.storage.folders import replacing
 
@@ -131,6 +135,9 @@ def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) 
         return cache / name
     with replacing(cache, name) as folder:
         (folder / "config.json").write_text(json.dumps(config))
+        if Shape.of(config).experts:
+            _save_mixture(folder, setting.seed, dtype)
+            return cache / name
         name_of_dtype: Any = str(dtype).removeprefix("torch.")
         base = Base(model=str(folder), init="synthetic", compute_dtype=name_of_dtype)
         model = load_base(base, device, seed=setting.seed)
@@ -143,32 +150,43 @@ def _checkpoint(setting: Setting, cache: Path, device: str, dtype: torch.dtype) 
         if config.get("tie_word_embeddings"):
             del state["lm_head.weight"]
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        changes = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
+        changes = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization_config": quantization(dtype).to_dict(),
+        }
         (folder / "config.json").write_text(json.dumps(config | changes, indent=1, default=str))
         for file in bundled.path("bundled/base").glob("tokenizer*"):  # Unsloth loads one with the model
             shutil.copy(file, folder)
     return cache / name
 
 
+def _save_mixture(folder: Path, seed: int, dtype: torch.dtype) -> None:
+    """Save the mixture of the config in `folder` with random weights; the experts have values of NF4."""
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    with torch.no_grad():
+        for _, weight in expert_parameters(model):
+            weight.copy_(rounded(weight))
+    model.to(dtype).save_pretrained(folder)
+
+
 def _adapter(setting: Setting, cache: Path, base: Path) -> Path:
-    """Save A and B of every linear layer, in bfloat16 so that every contender starts from the same values."""
+    """Save A and B of every linear layer, in bfloat16 so that every contender starts from the same values.
+
+    Those of experts are in PEFT's layout: the A of one expert after another, and column r of all B side by side.
+    """
     file = cache / f"adapter-{_key(base.name, setting.rank)}.safetensors"
     shape = Shape.of(setting.preset.config)
-    projections = ("q", "k", "v", "o", "gate", "up", "down")
     generator = torch.Generator().manual_seed(setting.seed + 1)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(shape.layers):
-        for projection, (inputs, outputs) in zip(projections, shape.linears(), strict=True):
-            block = "mlp" if projection in ("gate", "up", "down") else "self_attn"
-            name = f"model.layers.{layer}.{block}.{projection}_proj"
-            a = torch.empty(setting.rank, inputs).uniform_(-1, 1, generator=generator) / inputs**0.5
-            b = torch.empty(outputs, setting.rank).normal_(0, 0.02, generator=generator)
+        for linear in shape.linears():
+            rank = linear.rank(setting.rank) * linear.experts
+            if rank == 0:
+                continue
+            name = f"model.layers.{layer}.{linear.block}.{linear.projection}"
+            a = torch.empty(rank, linear.inputs).uniform_(-1, 1, generator=generator) / linear.inputs**0.5
+            b = torch.empty(linear.outputs, rank).normal_(0, 0.02, generator=generator)
             tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a.bfloat16(), b.bfloat16()
     save_file(tensors, file)
     return file

@@ -46,6 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset].change(sequences=arguments.sequences)
     cache = str(Path(arguments.cache).expanduser())
+    shape = Shape.of(preset.config)
     setting = Setting(preset, steps=STEPS + 1, dtype=arguments.dtype, cache=cache)
     prepared = prepare(setting)
     flags = tuple(flag for flag in ("ckpt", "mlp") if getattr(arguments, flag))
@@ -61,16 +62,16 @@ def main() -> None:
     groups = grouped(
         recorded.key_averages(group_by_input_shape=True),
         job.rank,
-        Shape.of(preset.config).vocabulary,
+        shape.vocabulary,
         cuda=job.device == "cuda",
     )
 
     needed = step_flops(
-        Shape.of(preset.config),
+        shape,
         job.rank,
         prepared.lengths[STEPS - 1],
         prepared.supervised[STEPS - 1],
-        Contender(OURS, flags).recomputed,
+        Contender(OURS, flags).recomputed(shape.experts > 0),
     )
     product_rate = rate(job)["both"]
     total = sum(groups.values())

@@ -39,6 +39,8 @@ class Score:
     """tokens computed by the model, padding included"""
     seconds: Spread
     """seconds of a step, over all timed steps of all rounds"""
+    processor: list[float]
+    """processor seconds of a step, one per round: the median over its timed steps; empty if they were not measured"""
     memory: list[int]
     """peak bytes of the timed steps, one per round: on a CPU resident above imports, on CUDA allocated"""
     highest_memory: int
@@ -60,6 +62,8 @@ class Ratio:
     peer: str
     speed: Spread
     memory: Spread
+    processor: Spread | None
+    """the peer's processor time divided by that of qlora; None if it was not measured"""
 
 
 def good_answers(comparison: Comparison) -> dict[str, list[Answer]]:
@@ -84,6 +88,9 @@ def ratios(results: Sequence[Score]) -> list[Ratio]:
             peer=peer.contender.name,
             speed=Spread.of([a / b for a, b in zip(mine.rates, peer.rates, strict=True)]),
             memory=Spread.of([a / b for a, b in zip(mine.memory, peer.memory, strict=True)]),
+            processor=Spread.of([b / a for a, b in zip(mine.processor, peer.processor, strict=True)])
+            if mine.processor and peer.processor
+            else None,
         )
         for peer in peers
         for mine in ours
@@ -118,7 +125,7 @@ def _score(comparison: Comparison, contender: Contender, answers: list[Answer]) 
     tokens = sum(prepared.tokens)
     shape = Shape.of(setting.preset.config)
     flops = [
-        step_flops(shape, setting.rank, lengths, supervised, contender.recomputed)
+        step_flops(shape, setting.rank, lengths, supervised, contender.recomputed(shape.experts > 0))
         for lengths, supervised in zip(prepared.lengths, prepared.supervised, strict=True)
     ]
     # Each round is divided by the machine's rate in the same round, which cancels slow phases of the machine
@@ -133,6 +140,11 @@ def _score(comparison: Comparison, contender: Contender, answers: list[Answer]) 
         supervised=middle * sum(prepared.supervised) / tokens,
         positions=middle * answers[0].positions / tokens,
         seconds=Spread.of([seconds for answer in answers for seconds in answer.seconds[warmup:]]),
+        processor=[
+            median(answer.processor_seconds[warmup:])
+            for answer in answers
+            if len(answer.processor_seconds) > warmup and prepared.device == "cpu"
+        ],
         memory=[training_memory(answer, prepared.device) for answer in answers],
         highest_memory=max(highest_memory(answer, prepared.device) for answer in answers),
         needed_share=median(shares) * sum(step.needed for step in flops),

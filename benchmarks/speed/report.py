@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.speed.contenders import OURS
 from benchmarks.speed.fairness import TOLERANCES, problems, reference
 from benchmarks.speed.growth import Point
+from benchmarks.speed.prepare import Prepared
+from benchmarks.speed.presets import Shape
 from benchmarks.speed.ratios import Score, Spread, ratios, scores
 from benchmarks.speed.rounds import Comparison
 
@@ -94,7 +96,7 @@ def mebibytes(count: float) -> str:
 
 def _heading(comparison: Comparison, machine: dict[str, Any], command: str) -> str:
     setting, prepared, preset = comparison.setting, comparison.prepared, comparison.setting.preset
-    config = preset.config
+    shape = Shape.of(preset.config)
     tokens, supervised = sum(prepared.tokens), sum(prepared.supervised)
     data = (
         f"dense random tokens, {preset.sequences} x {preset.length} per step, all supervised"
@@ -115,11 +117,11 @@ def _heading(comparison: Comparison, machine: dict[str, Any], command: str) -> s
         f"{machine['threads']} threads, {machine['memory_gib']} GiB; load average before: {machine['load_average']}"
         + (f"; {machine['gpu_memory_gib']} GiB on the GPU" if "gpu_memory_gib" in machine else ""),
         f"- Versions: Python {machine['python']}, {versions}",
-        f"- Model: {preset.name}: hidden {config['hidden_size']}, {config['num_hidden_layers']} layers, "
-        f"intermediate {config['intermediate_size']}, vocabulary {config['vocab_size']:,}; NF4, double quantization",
+        f"- Model: {preset.name}: {_model(shape)}; NF4, double quantization{_experts_of_peers(prepared, shape)}",
         f"- Work: {data}; {supervised / tokens:.0%} of {tokens / len(prepared.tokens):,.0f} tokens per step "
         "supervised; "
-        f"LoRA r={setting.rank}, alpha {setting.alpha:g}, every linear layer, no dropout, lr 2e-4, clip 1.0",
+        f"LoRA r={setting.rank}, alpha {setting.alpha:g}, every linear layer{_expert_rank(shape, setting.rank)}, "
+        "no dropout, lr 2e-4, clip 1.0",
         f"- Matrix products in **{prepared.dtype}** for all contenders"
         + _why_float32(prepared.dtype, setting.dtype),
         f"- Rounds: {rounds}, each with a fresh process per contender; warm-up steps: {comparison.warmup}; "
@@ -127,6 +129,25 @@ def _heading(comparison: Comparison, machine: dict[str, Any], command: str) -> s
         f"- Matrix products of these shapes alone: {spread(rates, 0)} GFLOP/s, measured once per round",
     ]
     return "\n".join(lines)
+
+
+def _model(shape: Shape) -> str:
+    inner = f"intermediate {shape.intermediate}"
+    if shape.experts:
+        inner = f"{shape.experts} experts of intermediate {shape.intermediate} a layer, {shape.active} active"
+    return f"hidden {shape.hidden}, {shape.layers} layers, {inner}, vocabulary {shape.vocabulary:,}"
+
+
+def _experts_of_peers(prepared: Prepared, shape: Shape) -> str:
+    """Say that the peers hold the experts of a mixture unquantized."""
+    if not shape.experts:
+        return ""
+    return f"; of qlora with the experts, which bitsandbytes leaves in {prepared.dtype} for the peers"
+
+
+def _expert_rank(shape: Shape, rank: int) -> str:
+    ranks = {linear.rank(rank) for linear in shape.linears() if linear.experts > 1}
+    return f" but routers, r={ranks.pop()} on each expert" if ranks else ""
 
 
 def _why_float32(dtype: str, asked: str) -> str:
@@ -144,6 +165,7 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
         "supervised/s",
         "positions/s",
         "seconds per step",
+        "processor seconds",
         f"peak MiB, {kind}",
         "peak of process",
         "share of product rate",
@@ -156,6 +178,7 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
             f"{score.supervised:,.0f}",
             f"{score.positions:,.0f}",
             spread(score.seconds),
+            spread(Spread.of(score.processor)) if score.processor else "–",
             spread(Spread.of([count / 2**20 for count in score.memory]), 0),
             mebibytes(score.highest_memory),
             f"{score.needed_share:.0%}",
@@ -169,7 +192,8 @@ def _speed(comparison: Comparison, results: Sequence[Score]) -> str:
         table(header, rows),
         "",
         "`+ckpt` recomputes the layers' activations in the backward pass, `+mlp` those of the MLPs; the others keep "
-        "them. Each cell is the median (minimum–maximum) over the rounds; seconds are over all timed steps. Tokens "
+        "them. Each cell is the median (minimum–maximum) over the rounds; seconds are over all timed steps. Processor "
+        "seconds of a step, on a CPU, hardly grow with the load of other processes. Tokens "
         "are those of the data; positions include padding. Peak memory is that of the timed steps; the peak of the "
         "process includes loading and compiling. The shares divide the operations that a step needs (with recompute: "
         "performs) per second by the measured rate of matrix products alone.",
@@ -202,6 +226,14 @@ def _ratios(results: Sequence[Score]) -> str:
         "",
     ]
     lines.append(table(["peer", *ours], [[p, *(spread(by_pair[o, p].speed) for o in ours)] for p in peers]))
+    if all(ratio.processor for ratio in pairs):
+        lines += [
+            "",
+            "Processor time of the peer's step divided by that of qlora (above 1: qlora takes less):",
+            "",
+        ]
+        rows = [[p, *(spread(r.processor) for o in ours if (r := by_pair[o, p]).processor)] for p in peers]
+        lines.append(table(["peer", *ours], rows))
     lines += ["", "Peak memory of qlora divided by the peer's (below 1: qlora takes less):", ""]
     lines.append(table(["peer", *ours], [[p, *(spread(by_pair[o, p].memory) for o in ours)] for p in peers]))
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from qlora.kernels import GELU_TANH, SILU, Activation
 from qlora.ops.experts import Experts, Projection, StackedUpdate, mixture
 from qlora.quantization.expert_stack import ExpertStack, expert_stacks, is_experts
 from qlora.recipe.sizes import parameters_text
+from qlora.runtime.device import on_cuda
 
 ACTIVATIONS: dict[str, Activation] = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": GELU_TANH}
 """our activations by the name of torch's or transformers' class"""
@@ -81,15 +82,26 @@ class ConcatenatedGate:
 
     def product(self, wide: Tensor) -> Tensor:
         """Map [S, 2 I] to [S, I]."""
-        gate, up = (half.contiguous() for half in wide.chunk(2, dim=-1))
-        return self._activation.product(gate, up)
+        return self._activation.product(*_halves(wide))
 
     def gradient(self, wide: Tensor, d_product: Tensor) -> Tensor:
         """Return the gradient [S, 2 I] of `wide`; overwrites `d_product` [S, I]."""
-        gate, up = (half.contiguous() for half in wide.chunk(2, dim=-1))
-        d_up = torch.empty_like(up)
+        gate, up = _halves(wide)
+        if on_cuda(wide):
+            d_up = torch.empty_like(up)
+            self._activation.gradients(gate, up, d_product, d_up)
+            return torch.cat([d_product, d_up], dim=-1)
+        d_wide = torch.empty_like(wide)
+        d_gate, d_up = d_wide.chunk(2, dim=-1)
         self._activation.gradients(gate, up, d_product, d_up)
-        return torch.cat([d_product, d_up], dim=-1)
+        d_gate.copy_(d_product)
+        return d_wide
+
+
+def _halves(wide: Tensor) -> list[Tensor]:
+    """Return gate and up [S, I] of [S, 2 I]; copies on CUDA, whose kernels take no views."""
+    halves = wide.chunk(2, dim=-1)
+    return [half.contiguous() for half in halves] if on_cuda(wide) else list(halves)
 
 
 class OwnGate:

@@ -7,30 +7,33 @@ import torch
 from torch import Tensor
 
 from qlora.kernels.dispatch import FusedOp, numbers
+from qlora.runtime.device import on_cuda
 
 
 class Activation(NamedTuple):
     """The two operations of a gated MLP that depend on its activation."""
 
     product: Callable[[Tensor, Tensor], Tensor]
-    """called with (gate, up): returns act(gate) * up; all [N, I] and contiguous"""
+    """called with (gate, up): returns act(gate) * up; all [N, I], on CUDA contiguous"""
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     """called with (gate, up, grad, d_up): reads the product's gradient from `grad`, overwrites `grad` with the
     gradient of gate, and writes the gradient of up to `d_up`"""
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up; all [N, I] and contiguous."""
-    assert gate.is_contiguous()
-    assert up.is_contiguous()
+    """Return silu(gate) * up; all [N, I], on CUDA contiguous."""
+    assert _readable(gate, up)
     product = torch.empty_like(gate)
     SILU_PRODUCT(gate, up, product)
     return product
 
 
 def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
-    """Overwrite `grad`, the product's gradient, with that of gate, and `d_up` with that of up; all [N, I]."""
-    assert all(tensor.is_contiguous() for tensor in (gate, up, grad, d_up))
+    """Overwrite `grad`, the product's gradient, with that of gate, and `d_up` with that of up.
+
+    All are [N, I], on CUDA contiguous.
+    """
+    assert _readable(gate, up, grad, d_up)
     SILU_GRADIENTS(gate, up, grad, d_up)
 
 
@@ -43,6 +46,11 @@ def gelu_tanh_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) ->
     """Like `silu_gradients`, for GELU's tanh approximation. Plain torch on every device."""
     torch.ops.aten.gelu.out(gate, approximate="tanh", out=d_up).mul_(grad)
     torch.ops.aten.gelu_backward.grad_input(grad.mul_(up), gate, approximate="tanh", grad_input=grad)
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Return True if the kernel can read and write these tensors: it takes them for contiguous."""
+    return all(tensor.is_contiguous() or not on_cuda(tensor) for tensor in tensors)
 
 
 def _silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:

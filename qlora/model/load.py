@@ -49,6 +49,7 @@ from qlora.quantization.transformers_loader import (
 )
 from qlora.recipe import Base
 from qlora.runtime import gpu
+from qlora.runtime.allocators import return_freed_memory
 from qlora.runtime.device import multiplies_bfloat16, on_cuda
 from qlora.storage.safetensors_files import find_checkpoint
 
@@ -291,7 +292,21 @@ def _read(
             f"base.model: {base.model!r} has no weights for {listed(missing)}, which its config.json asks for: "
             "config.json or model.safetensors is damaged, or they do not belong together. Restore the folder"
         )
+    if quantize and device.type == "cpu":
+        _let_go_of_the_files(model)
     return model
+
+
+def _let_go_of_the_files(model: PreTrainedModel) -> None:
+    """Copy the weights that were not quantized, in place, and return freed memory to the system.
+
+    On a CPU transformers gives them as views of the mapped checkpoint. One of them would keep all pages of its file
+    resident, most of which hold weights that are in NF4 now.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+    return_freed_memory()
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ class _Mixture(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> Tensor:
         pairs = _Pairs(choices, experts.number)
-        updates = _unpack(flat)
-        wide = _widen(hidden, pairs, experts.wide, updates[0])
-        y = _narrow(experts.gate.product(wide), weights, pairs, experts.down, updates[1], hidden)
+        up, down = _unpack(flat, hidden.dtype)
+        wide = _widen(hidden, pairs, experts.wide, up)
+        y = _narrow(experts.gate.product(wide), weights, pairs, experts.down, down, hidden)
         ctx.experts = experts
         if keep:
             ctx.save_for_backward(hidden, choices, weights, wide, *flat)
@@ -122,18 +122,16 @@ class _Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, choices, weights, wide, *flat = ctx.saved_tensors
-        experts, updates = ctx.experts, _unpack(flat)
+        experts, (up, down) = ctx.experts, _unpack(flat, hidden.dtype)
+        d_up, d_down = (_zeros_like(update) for update in _unpack(flat))
         pairs = _Pairs(choices, experts.number)
         product = experts.gate.product(wide)
-        d_product, d_weights, d_down = _narrow_gradients(
-            grad, product, weights, pairs, experts.down, updates[1]
-        )
+        d_product, d_weights = _narrow_gradients(grad, product, weights, pairs, experts.down, down, d_down)
         del product
         d_wide = experts.gate.gradient(wide, d_product)
         del d_product, wide
-        d_hidden, d_up = _widen_gradients(
-            d_wide, hidden, pairs, experts.wide, updates[0], wants_input=ctx.needs_input_grad[0]
-        )
+        wants_input = ctx.needs_input_grad[0]
+        d_hidden = _widen_gradients(d_wide, hidden, pairs, experts.wide, up, d_up, wants_input=wants_input)
         return d_hidden, None, d_weights, None, None, *d_up, *d_down
 
 
@@ -152,14 +150,22 @@ class _Pairs:
         self.tokens = self.order // self.choices_a_token
         if is_fake(choices):  # no numbers: one expert with all tokens shows all that is allocated
             self._slices = [(0, 0, choices.shape[0])]
+            self._chosen = self.count
             return
         ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).tolist()
         starts = [0, *ends[:-1]]
+        self._chosen = ends[-1]
         self._slices = [
             (expert, start, end)
             for expert, (start, end) in enumerate(zip(starts, ends, strict=True))
             if start < end
         ]
+
+    def rows(self, width: int, like: Tensor) -> Tensor:
+        """Make a tensor [S, width] to write the rows of all experts to; zero for a pair without an expert."""
+        made = like.new_empty(self.count, width)
+        made[self._chosen :].zero_()  # such a pair has the highest number, so it is sorted to the end
+        return made
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
         """Yield each expert that has tokens, with its part of the sorted pairs."""
@@ -201,13 +207,18 @@ class _Masks:
         return None if self._mask is None else self._mask[self._rows[part]]
 
 
-def _unpack(flat: Sequence[Tensor | None]) -> tuple[StackedUpdate, StackedUpdate]:
+def _unpack(
+    flat: Sequence[Tensor | None], dtype: torch.dtype | None = None
+) -> tuple[StackedUpdate, StackedUpdate]:
+    """Return the updates of W_wide and of W_down, in `dtype` if given."""
+    if dtype is not None:  # once for all experts
+        flat = [None if tensor is None else tensor.to(dtype) for tensor in flat]
     return StackedUpdate(*flat[:2]), StackedUpdate(*flat[2:])
 
 
 def _widen(hidden: Tensor, pairs: _Pairs, wide: Projection, update: StackedUpdate) -> Tensor:
     """Return W_wide's output [S, wide] of the sorted pairs; zero for a pair without an expert."""
-    output = hidden.new_zeros(pairs.count, wide.out_features)
+    output = pairs.rows(wide.out_features, hidden)
     room = torch.empty_like(hidden)
     masks = _Masks(wide.dropout, len(hidden), pairs, hidden, by_pair=False)
     for expert, part in pairs:
@@ -241,15 +252,15 @@ def _narrow_gradients(
     pairs: _Pairs,
     down: Projection,
     update: StackedUpdate,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Return dL/dproduct [S, I], dL/dweights [N, K], and dL/dA, dL/dB; `grad` is dL/dy [N, H].
+    d_update: StackedUpdate,
+) -> tuple[Tensor, Tensor]:
+    """Return dL/dproduct [S, I] and dL/dweights [N, K]; `grad` is dL/dy [N, H].
 
-    Overwrites `product`.
+    Overwrites `product`, and writes dL/dA and dL/dB to `d_update`.
     """
-    d_product, room = torch.zeros_like(product), torch.empty_like(grad)
+    d_product, room = pairs.rows(product.shape[1], product), torch.empty_like(grad)
     factors = weights.reshape(-1, 1)[pairs.order].to(product.dtype)
     d_factors = torch.zeros(pairs.count, dtype=_sum_dtype(product.dtype), device=product.device)
-    d_a, d_b = _zeros_like(update)
     masks = _Masks(down.dropout, len(grad), pairs, product, by_pair=True)
     for expert, part in pairs:
         mask, rows, d_rows = masks.of(part), product[part], d_product[part]
@@ -262,10 +273,10 @@ def _narrow_gradients(
             d_factors[part] = d_y @ down.bias[expert].to(d_y.dtype)
         if low is not None:
             weighted = low.mul_(factors[part]), d_y.mul_(factors[part])
-            _update_gradients(d_a, d_b, *weighted, rows, expert, down, update, mask)
+            _update_gradients(d_update, *weighted, rows, expert, down, update, mask)
     d_factors += product.mul_(d_product).sum(-1, dtype=d_factors.dtype)
     d_weights = torch.empty_like(d_factors).index_copy_(0, pairs.order, d_factors)
-    return d_product.mul_(factors), d_weights.view(weights.shape).to(weights.dtype), (d_a, d_b)
+    return d_product.mul_(factors), d_weights.view(weights.shape).to(weights.dtype)
 
 
 def _widen_gradients(
@@ -274,27 +285,27 @@ def _widen_gradients(
     pairs: _Pairs,
     wide: Projection,
     update: StackedUpdate,
+    d_update: StackedUpdate,
     *,
     wants_input: bool,
-) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
-    """Return dL/dhidden [N, H], and dL/dA, dL/dB; `d_wide` is dL/dwide [S, wide]."""
+) -> Tensor | None:
+    """Return dL/dhidden [N, H]; `d_wide` is dL/dwide [S, wide]. Writes dL/dA and dL/dB to `d_update`."""
     total = torch.zeros_like(hidden, dtype=_sum_dtype(hidden.dtype)) if wants_input else None
     room, gathered = _Room(hidden, _sum_dtype(hidden.dtype)), torch.empty_like(hidden)
-    d_a, d_b = _zeros_like(update)
     masks = _Masks(wide.dropout, len(hidden), pairs, hidden, by_pair=False)
     for expert, part in pairs:
         tokens, mask, d_y = pairs.tokens[part], masks.of(part), d_wide[part]
         low = _low_gradient(d_y, expert, wide, update)
         if low is not None:
             rows = _gathered(hidden, tokens, gathered)
-            _update_gradients(d_a, d_b, low, d_y, rows, expert, wide, update, mask)
+            _update_gradients(d_update, low, d_y, rows, expert, wide, update, mask)
         if total is not None:
             d_rows = room.rows(part)
             torch.mm(d_y, wide.matrix(expert, hidden.dtype), out=d_rows)
             if low is not None:
                 _add_input_gradient(d_rows, low, expert, update, mask)
             total.index_add_(0, tokens, room.widened(part))
-    return None if total is None else total.to(hidden.dtype), (d_a, d_b)
+    return None if total is None else total.to(hidden.dtype)
 
 
 def _add_update(
@@ -309,15 +320,15 @@ def _add_update(
     if projection.bias is not None:
         output.add_(projection.bias[expert].to(output.dtype))
     if update.a is not None and update.b is not None:
-        low = _dropped(rows, mask) @ update.a[expert].to(rows.dtype).T
-        output.addmm_(low, update.b[expert].to(rows.dtype).T, alpha=projection.factor)
+        low = _dropped(rows, mask) @ update.a[expert].T
+        output.addmm_(low, update.b[expert].T, alpha=projection.factor)
 
 
 def _low_gradient(d_y: Tensor, expert: int, projection: Projection, update: StackedUpdate) -> Tensor | None:
     """Return dL/d(A x) [n, rank] = factor * dL/dy B; None without an update."""
     if update.b is None:
         return None
-    return (d_y @ update.b[expert].to(d_y.dtype)).mul_(projection.factor)
+    return (d_y @ update.b[expert]).mul_(projection.factor)
 
 
 def _add_input_gradient(
@@ -325,16 +336,14 @@ def _add_input_gradient(
 ) -> None:
     """Add the part of dL/drows [n, in] that goes through A, in place."""
     assert update.a is not None
-    a = update.a[expert].to(low.dtype)
     if mask is None:
-        d_rows.addmm_(low, a)
+        d_rows.addmm_(low, update.a[expert])
     else:
-        d_rows.add_((low @ a).mul_(mask))
+        d_rows.add_((low @ update.a[expert]).mul_(mask))
 
 
 def _update_gradients(
-    d_a: Tensor | None,
-    d_b: Tensor | None,
+    d_update: StackedUpdate,
     low_gradient: Tensor,
     d_y: Tensor,
     rows: Tensor,
@@ -343,14 +352,15 @@ def _update_gradients(
     update: StackedUpdate,
     mask: Tensor | None,
 ) -> None:
-    """Write dL/dA and dL/dB of an expert."""
-    assert d_a is not None
-    assert d_b is not None
+    """Write dL/dA and dL/dB of an expert to `d_update`."""
+    assert d_update.a is not None
+    assert d_update.b is not None
     assert update.a is not None
     dropped = _dropped(rows, mask)
-    d_a[expert] = low_gradient.T @ dropped
-    low = dropped @ update.a[expert].to(rows.dtype).T
-    d_b[expert] = (d_y.T @ low).mul_(projection.factor)
+    d_update.a[expert] = low_gradient.T @ dropped
+    low = dropped @ update.a[expert].T
+    # dL/dB transposed: on a CPU the product with few rows is several times faster than that with few columns
+    d_update.b[expert] = (low.T @ d_y).mul_(projection.factor).T
 
 
 def _gathered(source: Tensor, tokens: Tensor, room: Tensor) -> Tensor:
@@ -358,9 +368,8 @@ def _gathered(source: Tensor, tokens: Tensor, room: Tensor) -> Tensor:
     return torch.index_select(source, 0, tokens, out=room[: len(tokens)])
 
 
-def _zeros_like(update: StackedUpdate) -> tuple[Tensor | None, Tensor | None]:
-    a, b = (None if tensor is None else torch.zeros_like(tensor) for tensor in update)
-    return a, b
+def _zeros_like(update: StackedUpdate) -> StackedUpdate:
+    return StackedUpdate(*(None if tensor is None else torch.zeros_like(tensor) for tensor in update))
 
 
 def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:

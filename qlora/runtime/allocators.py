@@ -31,6 +31,15 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, LARGEST) for option in (MMAP_THRESHOLD, TRIM_THRESHOLD))
 
 
+def return_freed_memory() -> bool:
+    """Give the pages that glibc keeps back to the system once; return False if the C library cannot do it."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return False
+    return bool(trim(0))
+
+
 def grow_by_pages() -> None:
     """Make torch's CUDA allocator use expandable segments, unless the user has set its options, or under WSL.
 

@@ -28,14 +28,16 @@ class Contender:
         """Name in reports, such as `trl +ckpt +packing`."""
         return " +".join((self.program.rsplit("/")[-1].removesuffix(".py"), *self.flags))
 
-    @property
-    def recomputed(self) -> str:
-        """Part that is computed twice, a key of `flops.REPEATED`."""
+    def recomputed(self, mixture: bool = False) -> str:
+        """Return the part that is computed twice, a key of `flops.REPEATED`.
+
+        mixture: True for a mixture of experts, whose last product is in one operation with those before it.
+        """
         if "mlp" in self.flags:
             return "gate and up"
         if "ckpt" not in self.flags:
             return "nothing"
-        return "layers without down_proj" if self.program == OURS else "layers"
+        return "layers without down_proj" if self.program == OURS and not mixture else "layers"
 
     @property
     def command(self) -> list[str]:
@@ -49,10 +51,11 @@ def _of(program: str, *flags: str) -> list[Contender]:
     return [Contender(program, tuple(group.split())) for group in flags]
 
 
-def field(device: str, real: bool) -> list[Contender]:
+def field(device: str, real: bool, mixture: bool = False) -> list[Contender]:
     """Return all contenders for `device`, with real data or dense tokens.
 
-    PEFT's documentation turns checkpointing on, so `peft_documented` has no other form.
+    PEFT's documentation turns checkpointing on, so `peft_documented` has no other form. Of a mixture of experts qlora
+    has no form that recomputes MLPs alone, and the file for Unsloth names linear layers only.
     """
     contenders = _of("qlora", "ckpt", "mlp", "")
     contenders += _of("peft_documented", "ckpt")
@@ -68,11 +71,13 @@ def field(device: str, real: bool) -> list[Contender]:
         contenders += _of("trainer", "ckpt liger", "liger")
         contenders += _of("trl", "ckpt liger", "liger", "ckpt selective")
         contenders += _of("unsloth", "ckpt offload", "ckpt", "")
+    if mixture:
+        contenders = [c for c in contenders if "mlp" not in c.flags and c.program != "unsloth"]
     order = [OURS, "peft_documented", "peft_tuned", "peft_compiled", "trainer", "trl", "unsloth"]
     return sorted(contenders, key=lambda contender: order.index(contender.program))
 
 
-def chosen(names: str | None, device: str, real: bool) -> list[Contender]:
+def chosen(names: str | None, device: str, real: bool, mixture: bool = False) -> list[Contender]:
     """Return the contenders of a comma-separated list.
 
     Args:
@@ -80,11 +85,12 @@ def chosen(names: str | None, device: str, real: bool) -> list[Contender]:
             contenders.
         device: `cpu` or `cuda`.
         real: True for real data, which adds packing.
+        mixture: True for a mixture of experts, which leaves some out.
 
     Raises:
         SystemExit: No contender has the name.
     """
-    all_contenders = field(device, real)
+    all_contenders = field(device, real, mixture)
     if names is None:
         return all_contenders
     contenders: list[Contender] = []

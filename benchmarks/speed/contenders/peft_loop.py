@@ -1,41 +1,59 @@
 """Shared by the PEFT contenders: model loading, the common initial adapter, and a plain training loop."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.speed.job import Job
 from benchmarks.speed.meter import Meter
+from benchmarks.speed.presets import Shape
+from benchmarks.speed.quantization import quantization
 from benchmarks.speed.workload import IGNORE_INDEX, Document, Workload, micro_batches, padded
 
 PREFIX = "base_model.model."
 
 
 def load(job: Job) -> nn.Module:
-    """Load the NF4 checkpoint with transformers."""
+    """Load the NF4 checkpoint with transformers; of a mixture, quantize the linear layers, which leaves the experts."""
+    dtype = getattr(torch, job.dtype)
+    stored: Any = AutoConfig.from_pretrained(job.base)
+    settings = {} if hasattr(stored, "quantization_config") else {"quantization_config": quantization(dtype)}
     model = AutoModelForCausalLM.from_pretrained(
-        job.base, dtype=getattr(torch, job.dtype), device_map={"": job.device}
+        job.base, dtype=dtype, device_map={"": job.device}, **settings
     )
     model.config.use_cache = False
     return model
 
 
 def lora_config(job: Job) -> LoraConfig:
-    """Return the settings for LoRA on every linear layer, without dropout."""
+    """Return the settings for LoRA on every linear layer and on all experts, without dropout."""
+    linears = shape_of(job).linears()
+    experts = [linear for linear in linears if linear.experts > 1]
+    attention = [linear.projection for linear in linears if linear.block == "self_attn"]
     return LoraConfig(
         r=job.rank,
         lora_alpha=job.alpha,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=attention if experts else "all-linear",
+        target_parameters=[f"{linear.block}.{linear.projection}" for linear in experts] or None,
+        rank_pattern={linear.projection: linear.rank(job.rank) for linear in experts},
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def shape_of(job: Job) -> Shape:
+    """Return the dimensions of the base."""
+    return Shape.of(json.loads((Path(job.base) / "config.json").read_text()))
 
 
 def adapted(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> nn.Module:
@@ -57,7 +75,18 @@ def start_from(model: nn.Module, job: Job, dtype: torch.dtype | None = None) -> 
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
     """Return the trainable parameters by their names in the job's file."""
-    return {job_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    wrapped = {
+        f"{name}.": module for name, module in model.named_modules() if isinstance(module, ParamWrapper)
+    }
+    named: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        wrapper, _, kind = name.partition("lora_")
+        if wrapper in wrapped:  # projections of experts are wrapped one around another
+            wrapper = wrapper.replace("base_layer.", "") + wrapped[wrapper].parameter_name + "."
+        named[job_name(f"{wrapper}lora_{kind}")] = parameter
+    return named
 
 
 def job_name(name: str) -> str:

@@ -102,7 +102,9 @@ def train(job: Job, meter: Meter) -> Answer:
         {
             "lora_dtype": str(next(iter(parameters.values())).dtype),
             "optimizer": OPTIMIZER,
-            "recomputed": Contender("qlora", job.flags).recomputed,
+            "recomputed": Contender("qlora", job.flags).recomputed(
+                any(".experts." in name for name in parameters)
+            ),
             "attention": str(attention) if job.warmup else "not recorded",
             "kernels": kernels,
         },
