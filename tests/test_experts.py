@@ -139,3 +139,21 @@ def test_a_pair_without_an_expert_adds_nothing(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-12, atol=1e-12)
     assert not found[2][none].any()
     torch.testing.assert_close(found[2][~none], wanted[2][~none], rtol=1e-12, atol=1e-12)
+
+
+def test_a_token_can_choose_an_expert_twice() -> None:
+    """The tables of some routers do, so an expert can have more pairs than there are tokens."""
+    layers = [adapted(stack, 0.0) for stack in stacks("nf4")]
+    (wide, up), (down, back) = (product(layer) for layer in layers)
+    experts = Experts(EXPERTS, wide, down, ConcatenatedGate(nn.SiLU()))
+    hidden, (choices, weights) = numbers(TOKENS, WIDTH, seed=3).requires_grad_(), routing()
+    choices[:9] = 1
+    trained = [hidden, *(parameter for layer in layers for parameter in (layer.lora_a, layer.lora_b))]
+    y = mixture(hidden, choices, weights, experts, (up, back))
+    expected = in_a_loop(hidden, choices, weights, layers, lambda x: F.silu(x[:INNER]) * x[INNER:])
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    probe = numbers(TOKENS, WIDTH, seed=4)
+    found = torch.autograd.grad((y * probe).sum(), trained)
+    wanted = torch.autograd.grad((expected * probe).sum(), trained)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.architectures import tiny
 from qlora.adapter import LoraSpec, adapt
 from qlora.data import Batch
 from qlora.errors import ModelError
@@ -52,6 +53,16 @@ def assert_head_known(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", SCALED)
 def test_scales_and_caps_of_the_logits_are_known(architecture: str) -> None:
     assert_head_known(architecture)
+
+
+@pytest.mark.parametrize("divisor", [4.0, 1.0])
+def test_the_divisor_of_inkling_is_known(divisor: float) -> None:
+    pytest.importorskip("transformers.models.inkling")
+    torch.manual_seed(0)
+    config = tiny.config("inkling_text", logits_mup_width_multiplier=divisor)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert head_of(model).logit_scale == 1 / divisor
+    check_head(model)
 
 
 @pytest.mark.slow

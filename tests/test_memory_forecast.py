@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from benchmarks.architectures import tiny
 from qlora.adapter.methods import METHODS as ADAPTERS
 from qlora.memory import forecast as forecasting
 from qlora.memory.architecture import architecture
@@ -243,6 +244,15 @@ def test_attention_with_extra_arguments_is_forecast_as_it_runs(
     assert architecture(made, cuda=False).padded
     workload = assumed(made)
     assert_right(foreseen(made, workload), measured(made, workload))
+
+
+def test_a_few_layers_do_not_represent_layers_that_run_in_a_loop(tmp_path: Path) -> None:
+    pytest.importorskip("transformers.models.hrm_text")
+    made = recipe(tmp_path, "llama")
+    assert architecture(made, cuda=False).layers_equal
+    tiny.config("hrm_text").save_pretrained(tmp_path)
+    found = architecture(made, cuda=False)
+    assert (found.layers, found.layers_equal) == (4, False), "four layers run sixteen times"
 
 
 def test_a_pattern_for_one_layer_is_counted(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora.runtime import patches
+from qlora.runtime.fake import is_fake
 
 Patch = Callable[[], AbstractContextManager[None]]
 
@@ -25,6 +26,10 @@ PATCHES: dict[str, tuple[Patch, Callable[[], Any]]] = {
     "kernels_hidden": (patches.kernels_hidden, lambda: sys.modules.get("kernels", "not imported")),
     "compilation_postponed": (patches.compilation_postponed, lambda: torch.compile),
     "parameters_on_meta": (patches.parameters_on_meta, lambda: nn.Module.register_parameter),
+    "fake_parameters_converted": (
+        lambda: patches.fake_parameters_converted(is_fake),
+        lambda: nn.Module._apply,
+    ),
     "rows_packed": (
         lambda: patches.rows_packed(packed=False),
         lambda: masking_utils.find_packed_sequence_indices,

@@ -42,6 +42,11 @@ def meta(name: str) -> Any:
         return AutoModelForCausalLM.from_config(small.config(name))
 
 
+def test_biases_of_experts_are_no_weights_that_are_not_quantized() -> None:
+    model = meta("gpt_oss")  # its biases have two dimensions
+    assert precision_of(model, [*nf4_layers(model), *nf4_experts(model)]).kept == {}
+
+
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [

@@ -79,3 +79,18 @@ def test_files_that_agree_already_keep_their_bytes(tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     write_prompt_files(tmp_path, Prompts(Data(source="-", format="messages"), tokenizer))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("model_type", "several"), [("llama", True), ("inkling_text", False), ("bananas", True)]
+)
+def test_a_config_that_takes_one_end_token_keeps_it(tmp_path: Path, model_type: str, several: bool) -> None:
+    pytest.importorskip("transformers.models.inkling")
+    tokenizer = byte_level(bos=True, chatml=True, chat_template=WITH_EOS)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "eos_token_id": 2}))
+    write_prompt_files(tmp_path, Prompts(Data(source="-", format="messages"), tokenizer))
+    ends = settings(tmp_path / "generation_config.json")["eos_token_id"]
+    assert isinstance(ends, list)
+    assert 2 in ends
+    assert settings(tmp_path / "config.json")["eos_token_id"] == (ends if several else 2)

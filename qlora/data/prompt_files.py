@@ -2,14 +2,15 @@
 
     chat_template.jinja      the template that the rows were written with
     tokenizer_config.json    eos_token: the token that closes an answer
-    config.json              eos_token_id: every token that ends an answer
-    generation_config.json   eos_token_id: the same
+    config.json              eos_token_id: every token that ends an answer, if the model's configuration takes several
+    generation_config.json   eos_token_id: every token that ends an answer
     system_prompt.txt        the system message that all training rows share, if they share one; only qlora reads it
 
 Servers differ in the file that they read, so all of them must agree.
 """
 
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,21 @@ def _end_generation(folder: Path, prompts: Prompts) -> None:
         end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None
     }
     ends = sorted(before | prompts.stop_ids)
-    for file, settings in ((folder / "config.json", config), (path, generation)):
+    files = [(folder / "config.json", config), (path, generation)]
+    for file, settings in files if len(ends) == 1 or _takes_several_ends(config) else files[1:]:
         if settings.get("eos_token_id") not in (ends, ends[0] if len(ends) == 1 else ends):
             write_object(file, {**settings, "eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
+def _takes_several_ends(config: dict[str, Any]) -> bool:
+    """Return False if transformers' class for this config.json accepts one end token only, as Inkling's does."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    known = model_type in CONFIG_MAPPING
+    kind = CONFIG_MAPPING[model_type] if known else None  # its `get` knows no class that is not loaded yet
+    own = fields(kind) if is_dataclass(kind) else ()
+    return all("list" in str(one.type) for one in own if one.name == "eos_token_id")
 
 
 def _with_old_eos(template: str | None, eos: str) -> str | None:

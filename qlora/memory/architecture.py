@@ -109,13 +109,18 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
     check_head_unquantized(model, quantized)
     precision = precision_of(model, quantized)
     check_precision(recipe.base, precision)
-    alike = _alike(model, config, quantized)
+    alike = _alike(model, config, quantized) and _can_be_shortened(model, config)
     apply_adapter(model, recipe)
     padded = not _takes_documents(recipe, config, model)
     model = use_fused_layers(model)
     if recipe.training.activation_checkpointing not in ("none", Checkpointing()):
         require_layers(model)
     return Architecture(config, model, alike and _alike(model, config), padded, precision)
+
+
+def _can_be_shortened(model: nn.Module, config: Any) -> bool:
+    """Return False if the configuration counts more layers than there are: some run in a loop, as HRM's."""
+    return (getattr(config.get_text_config(), "num_hidden_layers", None) or 0) <= len(decoder_layers(model))
 
 
 def shortened(config: Any, layers: int) -> Any:

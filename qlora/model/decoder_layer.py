@@ -98,7 +98,7 @@ class FusedLayer(nn.Module):
 
     @property
     def mlp_alone(self) -> bool:
-        """True if the MLP can be recomputed alone; experts keep their own code."""
+        """True if the MLP can be recomputed alone; experts are recomputed with their layer only."""
         return self.spec.is_gated(self.mlp)
 
     def repeated(self, part: Recompute) -> float:

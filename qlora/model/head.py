@@ -16,8 +16,8 @@ from qlora.quantization.nf4 import is_nf4
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """keys of configurations that multiply the logits: Cohere, Falcon-H1, Muse"""
-DIVISORS = ("logits_scaling",)
-"""keys that divide them: Granite"""
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""keys that divide them: Granite, Inkling"""
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """keys that cap them: Gemma 2 to 4, RecurrentGemma, xLSTM"""
 MULTIPLIED_BY_SCALING = ("hyperclovax",)

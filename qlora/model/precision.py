@@ -97,7 +97,7 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
             for own, weight in module.named_parameters(recurse=False):
                 if f"{name}.{own}" in (quantized or ()):
                     numbers[None] += weight.numel()
-                elif weight.ndim >= dimensions and min(weight.shape[-2:]) > 1:
+                elif weight.ndim >= dimensions and min(weight.shape[-2:]) > 1 and not own.endswith("bias"):
                     numbers[EXPERTS if experts else OTHERS] += weight.numel()
     in_nf4_count = numbers.pop(None, 0)
     return Precision(in_nf4_count, dict(numbers.most_common()))  # type: ignore[arg-type]

@@ -83,8 +83,7 @@ def mixture(
 
     Args:
         hidden: tokens [N, H].
-        choices: numbers of the experts [N, K], different ones for a token. A number from `experts.number` on chooses
-            none.
+        choices: numbers of the experts [N, K]. A number from `experts.number` on chooses none.
         weights: factors of the outputs [N, K].
         experts: constants of the experts.
         updates: of W_wide and of W_down.
@@ -155,10 +154,11 @@ class _Pairs:
         ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         self._chosen = ends[-1]
+        tokens = len(choices)  # an expert has more pairs only if a token chooses it twice
         self._slices = [
-            (expert, start, end)
+            (expert, first, min(first + tokens, end))
             for expert, (start, end) in enumerate(zip(starts, ends, strict=True))
-            if start < end
+            for first in range(start, end, tokens)
         ]
 
     def rows(self, width: int, like: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class _Pairs:
         return made
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Yield each expert that has tokens, with its part of the sorted pairs."""
+        """Yield each expert that has tokens, with its part of the sorted pairs, or several of at most N pairs."""
         return ((expert, slice(start, end)) for expert, start, end in self._slices)
 
 
@@ -240,7 +240,7 @@ def _narrow(
         output = room.rows(part)
         torch.mm(product[part], down.matrix(expert, hidden.dtype).T, out=output)
         _add_update(output, product[part], expert, down, update, masks.of(part))
-        # A token has an expert only once, so no sum depends on the order within an expert
+        # A token has an expert only once as a rule, so no sum depends on the order within an expert
         total.index_add_(0, pairs.tokens[part], room.widened(part).mul_(factors[pairs.order[part]]))
     return total.to(hidden.dtype)
 
@@ -357,10 +357,10 @@ def _update_gradients(
     assert d_update.b is not None
     assert update.a is not None
     dropped = _dropped(rows, mask)
-    d_update.a[expert] = low_gradient.T @ dropped
+    d_update.a[expert] += low_gradient.T @ dropped
     low = dropped @ update.a[expert].T
     # dL/dB transposed: on a CPU the product with few rows is several times faster than that with few columns
-    d_update.b[expert] = (low.T @ d_y).mul_(projection.factor).T
+    d_update.b[expert] += (low.T @ d_y).mul_(projection.factor).T
 
 
 def _gathered(source: Tensor, tokens: Tensor, room: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from qlora.runtime.patches import fake_parameters_converted
+
 LOG = logging.getLogger("torch._subclasses.fake_tensor")
 """torch's log of operations that fail on fake tensors: a traceback for each, also if the error is caught"""
 
@@ -33,7 +35,7 @@ class FakeTensors:
     @contextmanager
     def made(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Make all new tensors fake within the context; yield a function that makes a fake of a real tensor."""
-        with self._mode, representing_cuda(self._cuda):
+        with self._mode, representing_cuda(self._cuda), fake_parameters_converted(is_fake):
             yield self._mode.from_tensor
 
 
@@ -42,7 +44,7 @@ def real_values() -> AbstractContextManager[object]:
     return unset_fake_temporarily()
 
 
-def is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor | None) -> bool:
     """Return True if `tensor` is fake."""
     return isinstance(tensor, FakeTensor)
 

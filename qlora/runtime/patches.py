@@ -87,6 +87,37 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
+def fake_parameters_converted(is_fake: Callable[[Any], bool]) -> Iterator[None]:
+    """Let `module.to(dtype)` convert fake parameters, as the models do that keep a norm or a router in float32.
+
+    Args:
+        is_fake: returns True for a fake tensor.
+
+    Changes: `torch.nn.Module._apply`, which swaps the contents of fake tensors; here the parameters are replaced.
+    Needed by: torch 2.13. A fake tensor has a weak reference, and torch refuses to swap it.
+    Source: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py
+    Unnecessary once: torch converts the parameters of a module that is built under FakeTensorMode.
+    """
+    apply = nn.Module._apply
+
+    def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if not any(is_fake(parameter) for parameter in module._parameters.values()):
+            return apply(module, change, recurse)
+        for child in module.children() if recurse else ():
+            child._apply(change)
+        for name, parameter in module._parameters.items():
+            with torch.no_grad():
+                changed = None if parameter is None else change(parameter)
+            if parameter is not None and changed is not None and changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+        module._buffers.update({name: b if b is None else change(b) for name, b in module._buffers.items()})
+        return module
+
+    with _attribute(nn.Module, "_apply", convert):
+        yield
+
+
+@contextmanager
 def rows_packed(packed: bool) -> Iterator[None]:
     """Set whether transformers treats rows as packed; only for packed rows it makes an attention mask.
 

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama with a sliding window; Mixtral's experts keep their own code.
+"""Mistral (Jiang et al. 2023): Llama with a sliding window; Mixtral has experts for its MLP.
 
 Ministral has the window only in some layers.
 """
