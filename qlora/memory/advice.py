@@ -76,8 +76,11 @@ class Advisor:
         rows, tokens = self.workload.train.input_ids.shape
         return self._most(lambda rows: resized(self.workload, rows=rows, tokens=tokens), rows, LARGEST_ROWS)
 
-    def longest_rows(self) -> int:
-        """Return the longest row that fits, in tokens, with the recipe's micro-batch size; a multiple of 64."""
+    def longest_rows(self, micro_batch: int | None = None) -> int:
+        """Return the longest row that fits, in tokens, with the recipe's micro-batch size; a multiple of 64.
+
+        micro_batch: rows that fit at the current length, if known: about as many tokens fit in longer rows.
+        """
         rows, tokens = self.workload.train.input_ids.shape
         config = self.forecaster.arch.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or LARGEST_TOKENS
@@ -85,13 +88,14 @@ class Advisor:
             lambda blocks: resized(self.workload, rows=rows, tokens=64 * blocks),
             max(1, tokens // 64),
             max(1, min(limit, LARGEST_TOKENS) // 64),
+            None if micro_batch is None else micro_batch * tokens // rows // 64,
         )
 
-    def _most(self, load: Callable[[int], Workload], fits: int, limit: int) -> int:
+    def _most(self, load: Callable[[int], Workload], fits: int, limit: int, guess: int | None = None) -> int:
         """Return about the largest number up to `limit` whose load fits; `fits` is a number whose load does."""
         return about_largest(
             lambda number: needed(self.forecaster.forecast(self.recipe, load(number))),
-            self.capacity_bytes, fits, limit,
+            self.capacity_bytes, fits, limit, guess,
         )  # fmt: skip
 
     def _needed(self, recipe: Recipe) -> int:
@@ -101,17 +105,19 @@ class Advisor:
         return needed(forecaster.forecast(recipe, sized(recipe, self.workload)))
 
 
-def about_largest(size: Callable[[int], int], bound: int, fits: int, limit: int) -> int:
+def about_largest(
+    size: Callable[[int], int], bound: int, fits: int, limit: int, guess: int | None = None
+) -> int:
     """Return a number from `fits` to `limit` with `size(number) <= bound`, rarely over 2% below the largest.
 
     `size` grows with its argument, but not evenly: beyond some length a step computes in pieces. A straight line
     through two points predicts the answer. The next number is 1% above the prediction until one number is known not
     to fit, and 1% below it from then on, so that two numbers usually enclose the answer. Where the line misleads, the
-    interval is halved.
+    interval is halved. The search begins at `guess`, or at twice `fits`.
     """
     low, low_size = fits, size(fits)
     high, high_size = limit + 1, 0  # the smallest number known not to fit, if it is at most `limit`
-    number, sides = min(2 * fits, limit), [False, True]
+    number, sides = min(max(guess or 2 * fits, fits + 1), limit), [False, True]
     for _ in range(MOST_FORECASTS):
         if high - low <= max(1, low // 50):
             break

@@ -173,14 +173,16 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     if dataset is not None:
         workload = _of_run(recipe, dataset, arch)
     expected = forecaster.forecast(recipe, workload)
-    rows = tokens = None
+    rows: int | None = None
+    tokens: int | None = None
     changes: list[Change] = []
     if capacity_bytes is not None:
         advisor = Advisor(recipe, workload, forecaster, capacity_bytes)
         if progress is not None:
             progress("searching for settings that fit")
         if needed(expected) <= capacity_bytes:
-            rows, tokens = advisor.largest_micro_batch(), advisor.longest_rows()
+            rows = advisor.largest_micro_batch()
+            tokens = advisor.longest_rows(rows)
         else:
             changes = advisor.changes()
     memory = account(recipe, workload, expected, cuda=cuda, capacity_bytes=capacity_bytes)
