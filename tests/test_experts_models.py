@@ -22,10 +22,12 @@ from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.merge import merge_adapter
 from qlora.adapter.switch import Adapters
 from qlora.errors import ModelError, UsageError
+from qlora.memory.architecture import architecture
 from qlora.model.load import load_base
 from qlora.model.precision import precision_of
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import expert_stacks, quantize, stacked
+from qlora.quantization.transformers_loader import nf4_config
 from qlora.recipe import Base, Recipe
 from qlora.training.train import train
 
@@ -252,6 +254,26 @@ def test_a_damaged_adapter_of_experts_is_refused(checkpoint: Callable[[str], Pat
     save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "a" / TENSORS)
     with pytest.raises(ModelError, match=r"experts\.gate_up_proj\.lora_.\.weight is missing"):
         load_adapter(plain(folder), tmp_path / "a", any_base=True)
+
+
+@pytest.mark.parametrize("experts", ["in 4 bits", "in 16 bits"])
+def test_a_mixture_whose_checkpoint_is_in_nf4_is_refused_with_the_reason(
+    checkpoint: Callable[[str], Path], tmp_path: Path, experts: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "nf4"))
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        packed = "_proj." in name and (experts == "in 4 bits" or ".experts." not in name)
+        found = nf4.to_tensors(nf4.quantize(tensor)) if packed else {"": tensor}
+        tensors |= {name + suffix: value for suffix, value in found.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = nf4_config(Base(model="x"), torch.bfloat16).to_dict()
+    (folder / "config.json").write_text(json.dumps(fields))
+    recipe = Recipe.from_dict({"base": {"model": str(folder)}, "data": {"source": "someone/rows"}})
+    message = "a 4-bit matrix for each expert" if experts == "in 4 bits" else "itself in NF4, has in 16 bits"
+    with pytest.raises(ModelError, match=message):
+        architecture(recipe, cuda=False)
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """Finds the damaged file of a base, to name it when transformers cannot read them."""
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from qlora.errors import first_line
+from qlora.errors import ModelError, first_line
 from qlora.storage import regular_file
+from qlora.storage.safetensors_files import checkpoint_files, find_checkpoint, stored_tensors
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -16,6 +18,19 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 WEIGHT_FILES = ("model.safetensors.index.json",)
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+PACKED_EXPERT = re.compile(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__\w+$")
+"""statistic of a 4-bit matrix that belongs to a single expert"""
+
+
+def packed_experts(location: str, revision: str) -> bool:
+    """Return True if a checkpoint on this machine has a 4-bit matrix for each expert."""
+    try:
+        files = checkpoint_files(find_checkpoint(location, revision))
+        return any(PACKED_EXPERT.search(tensor.name) for file in files for tensor in stored_tensors(file))
+    except (ModelError, OSError, ValueError):
+        return False  # loading says what is wrong with it
 
 
 def damaged_config(folder: Path) -> str | None:

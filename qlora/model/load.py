@@ -32,7 +32,7 @@ from qlora.adapter.targets import is_conv1d
 from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError, first_line, listed
 from qlora.model import nf4_cache, random_init
-from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_weights
+from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_weights, packed_experts
 from qlora.model.load_problems import code_wanted, damage_named, load_problem
 from qlora.model.locate import locate
 from qlora.model.offload import HostEmbedding
@@ -189,6 +189,11 @@ def check_quantization(base: Base, config: Any) -> None:
     """Check that the recipe can use the checkpoint's own quantization, if it has one; see `require_nf4`."""
     if (stored := getattr(config, "quantization_config", None)) is not None:
         require_nf4(base, stored)
+        if packed_experts(locate(base), _revision(base)):
+            raise ModelError(
+                f"base.model: {base.model!r} has a 4-bit matrix for each expert, as transformers 4 wrote them, and "
+                "transformers 5 cannot read these. Use its 16-bit version; loading quantizes the experts too"
+            )
 
 
 def _require_16_bit(base: Base, config: Any, initial: InitialValues) -> None:

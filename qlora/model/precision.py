@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qlora.adapter.targets import features, heads, is_conv1d
 from qlora.errors import ModelError
-from qlora.quantization.expert_stack import ExpertStack
+from qlora.quantization.expert_stack import ExpertStack, is_experts
 from qlora.quantization.nf4 import is_nf4
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
@@ -25,6 +25,7 @@ ENOUGH = 0.5
 """smallest share of the linear weights in NF4 with which a run starts unasked"""
 
 EXPERTS = "experts without the interface of transformers' experts"
+STORED = "experts that the checkpoint, itself in NF4, has in 16 bits"
 OTHERS = "weights that are in no linear layer"
 SKIPPED = "layers that the model or its checkpoint excludes"
 ROUTERS = "routers of experts"
@@ -57,7 +58,9 @@ class Precision:
             return f"all {total} are in NF4"
         if not self.quantized:
             unusual = {
-                kind: number for kind, number in self.kept.items() if kind not in (SKIPPED, ROUTERS, READ)
+                kind: number
+                for kind, number in self.kept.items()
+                if kind not in (SKIPPED, STORED, ROUTERS, READ)
             }
             return f"none of the {total} are in NF4" + (f": {_listed(unusual)}" if unusual else "")
         return (
@@ -90,15 +93,17 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
             inputs, outputs = features(module)
             numbers[None if in_nf4 else _kind(name, module, routing, read)] += inputs * outputs
         elif isinstance(module, ExpertStack):
-            numbers[None if module.packed else EXPERTS] += module.numel()
+            numbers[None if module.packed else STORED] += module.numel()
         elif name not in routing and not isinstance(module, _ConvNd):
+            known = is_experts(module)
             experts = _among_experts(name) or "experts" in type(module).__name__.lower()
             dimensions = 2 if _among_experts(name) else 3
             for own, weight in module.named_parameters(recurse=False):
                 if f"{name}.{own}" in (quantized or ()):
                     numbers[None] += weight.numel()
                 elif weight.ndim >= dimensions and min(weight.shape[-2:]) > 1 and not own.endswith("bias"):
-                    numbers[EXPERTS if experts else OTHERS] += weight.numel()
+                    kind = STORED if known else EXPERTS if experts else OTHERS
+                    numbers[kind] += weight.numel()
     in_nf4_count = numbers.pop(None, 0)
     return Precision(in_nf4_count, dict(numbers.most_common()))  # type: ignore[arg-type]
 
