@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora.adapter.targets import is_conv1d, is_linear
 from qlora.quantization import nf4
@@ -102,8 +103,7 @@ def _replace_linears(
 def _replace_experts(model: PreTrainedModel, quantized: Callable[[Tensor], PackedStack]) -> None:
     """Give the experts' projections that loading quantizes their codes, one projection at a time."""
     for name in nf4_experts(model, getattr(model.config, "quantization_config", None)):
-        owner, _, own = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module, own = get_module_from_name(model, name)
         packed = quantized(module.get_parameter(own))
         setattr(module, own, as_parameter(packed))
 

@@ -131,10 +131,6 @@ class ExpertStack(nn.Module):
             values = self.weight.detach()[expert].to(dtype)
         return values.T if self.transposed else values
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return all matrices [E, out, in] in `dtype`."""
-        return torch.stack([self.matrix(expert, dtype) for expert in range(self.experts)])
-
     def numel(self) -> int:
         """Return the number of weights."""
         return self.experts * self.out_features * self.in_features

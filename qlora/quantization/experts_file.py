@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora.quantization.expert_stack import PackedStack, as_parameter, expert_parameters
 from qlora.quantization.transformers_loader import without_experts
@@ -53,13 +54,13 @@ def saved(model: PreTrainedModel, folder: Path) -> Iterator[None]:
     parameters = {name: model.get_parameter(name) for name in packed}
     try:
         for name in parameters:
-            owner, _, own = name.rpartition(".")
-            del model.get_submodule(owner)._parameters[own]
+            module, own = get_module_from_name(model, name)
+            del module._parameters[own]
         yield
     finally:
         for name, parameter in parameters.items():
-            owner, _, own = name.rpartition(".")
-            model.get_submodule(owner).register_parameter(own, parameter)
+            module, own = get_module_from_name(model, name)
+            module.register_parameter(own, parameter)
 
 
 @contextmanager
@@ -77,8 +78,7 @@ def loading(folder: Path, device: torch.device) -> Iterator[Callable[[PreTrained
 
         def add(model: PreTrainedModel) -> PreTrainedModel:
             for name, own in settings.items():
-                owner, _, projection = name.rpartition(".")
-                module = model.get_submodule(owner)
+                module, projection = get_module_from_name(model, name)
                 module.register_parameter(projection, _parameter(file, name, own))
             return model
 

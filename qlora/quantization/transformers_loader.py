@@ -13,7 +13,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from qlora.errors import ModelError, RecipeError
 from qlora.quantization import nf4
@@ -219,8 +219,7 @@ class _QuantizerWithoutExperts(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         for name, _ in list(expert_parameters(model)):
-            owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
+            module, own = get_module_from_name(model, name)
             del module._parameters[own]
             module._is_hf_initialized = True  # nothing is left that a model initialises
         super()._process_model_before_weight_loading(model, *args, **kwargs)
@@ -228,8 +227,8 @@ class _QuantizerWithoutExperts(Bnb4BitHfQuantizer):
 
 def _is_projection(model: nn.Module, parameter: str) -> bool:
     """Return True if this is the name of a projection in one of transformers' expert modules."""
-    owner, _, name = parameter.rpartition(".")
-    return name in PROJECTIONS and is_experts(model.get_submodule(owner))
+    module, name = get_module_from_name(model, parameter)
+    return name in PROJECTIONS and is_experts(module)
 
 
 class _Quantize(Bnb4bitQuantize):
