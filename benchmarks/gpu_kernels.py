@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels import FusedOp, cross_entropy, gate, norm, rotary
+from qlora.kernels import FusedOp, cross_entropy, gate, grouped, norm, rotary
 from qlora.quantization import nf4
 
 REPEATS = 3
@@ -40,9 +40,15 @@ class Shapes:
     vocabulary: int = 128256
     chunk: int = 1024
     """tokens of the loss at a time"""
+    experts: int = 10
+    """experts of a mixture whose products are computed at once"""
+    expert: int = 768
+    """features between the products of an expert"""
+    rank: int = 8
+    """of an expert's adapter"""
 
 
-TINY = Shapes(16, 64, 128, 2, 32, 300, 8)
+TINY = Shapes(16, 64, 128, 2, 32, 300, 8, 3, 24, 4)
 
 
 def passes(shapes: Shapes, device: str) -> dict[FusedOp, tuple[Any, ...]]:
@@ -60,6 +66,9 @@ def passes(shapes: Shapes, device: str) -> dict[FusedOp, tuple[Any, ...]]:
     packed = nf4.synthetic_weight(shapes.intermediate, shapes.hidden, device=device)
     state = packed.quant_state
     inner = state.state2
+    ends = tuple(shapes.tokens * (number + 1) // shapes.experts for number in range(shapes.experts))
+    spans = grouped.Spans(ends, torch.tensor(ends, device=device))
+    inner_rows, low = random(shapes.tokens, 2 * shapes.expert), random(shapes.tokens, shapes.rank)
     dense = torch.empty(shapes.intermediate, shapes.hidden, device=device, dtype=torch.bfloat16)
     return {
         gate.SILU_PRODUCT: tuple(wide[:3]),
@@ -69,6 +78,13 @@ def passes(shapes: Shapes, device: str) -> dict[FusedOp, tuple[Any, ...]]:
         rotary.ROTATE: (heads, angles, angles, 1, torch.empty_like(heads)),
         cross_entropy.LOSS: (
             logits, targets, None, 1.0, logits.to(torch.bfloat16), torch.empty(shapes.chunk, device=device)
+        ),
+        grouped.PRODUCT: (
+            rows[0], random(shapes.experts, 2 * shapes.expert, shapes.hidden).transpose(1, 2), spans, inner_rows,
+            False, 1.0,
+        ),
+        grouped.OUTER: (
+            low, rows[0], spans, random(shapes.experts, shapes.rank, shapes.hidden), 1.0
         ),
         nf4.DEQUANTIZE: (
             dense, packed.detach().view(-1), state.absmax, inner.absmax, inner.code, state.offset, state.code,

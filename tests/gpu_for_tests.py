@@ -25,7 +25,7 @@ from qlora.data.batches import collate
 from qlora.errors import OutOfMemoryError
 from qlora.inference.generate import answer
 from qlora.inference.load import load_trained
-from qlora.kernels import FusedOp, cross_entropy, gate, norm, rotary
+from qlora.kernels import FusedOp, cross_entropy, gate, grouped, norm, rotary
 from qlora.kernels.dispatch import numbers
 from qlora.model.load import load_base, load_tokenizer
 from qlora.model.varlen_attention import arguments, attend
@@ -42,7 +42,7 @@ from qlora.training.session import Session
 
 KERNELS: tuple[FusedOp, ...] = (
     gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
-    rotary.ROTATE, cross_entropy.LOSS, nf4.DEQUANTIZE,
+    rotary.ROTATE, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
 )  # fmt: skip
 RESUMED = 0.05
 """bound of the relative difference between the updates of a run on a GPU that was killed and of one that was not: flash

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from qlora.kernels import cross_entropy, gate, norm, rotary
+from qlora.kernels import cross_entropy, gate, grouped, norm, rotary
 from qlora.quantization import nf4
 
 POINTERS = {
@@ -75,7 +75,7 @@ def launch(dtype: torch.dtype) -> None:
     cpu = torch.device("cpu")
     passes = [
         gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
-        rotary.ROTATE, cross_entropy.LOSS, nf4.DEQUANTIZE,
+        rotary.ROTATE, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
     ]  # fmt: skip
     for work in passes:
         work.in_triton(*work.example(cpu, dtype))

@@ -497,7 +497,7 @@ def test_experts_keep_their_own_code_and_can_be_trained_in_any_way() -> None:
     assert not isinstance(gated, FusedLayer)
     with pytest.raises(
         RecipeError,
-        match=r"the experts of Qwen3MoeForCausalLM are recomputed with their layer only, so its MLPs",
+        match=r"the experts of Qwen3MoeForCausalLM have no pass of ours, so its MLPs",
     ):
         checkpoint_layers(model, 0, 1)
 

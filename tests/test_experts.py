@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from qlora.adapter.experts import ConcatenatedGate, OwnGate, product
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.lora_spec import LoraSpec
+from qlora.ops import sorted_pairs
 from qlora.ops.experts import Experts, mixture
+from qlora.ops.mlp import Forward
+from qlora.ops.sorted_pairs import SortedPairs
 from qlora.quantization.expert_stack import ExpertStack
 
 TOKENS, CHOICES, EXPERTS, WIDTH, INNER = 11, 2, 5, 24, 12
@@ -88,9 +91,18 @@ def in_a_loop(
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize(
+    ("group", "mode"),
+    [(1, Forward.SAVE), (1, Forward.RECOMPUTE_WIDE), (2, Forward.SAVE), (5, Forward.RECOMPUTE_WIDE)],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", ["dense", "transposed", "nf4", "nf4 once"])
-def test_outputs_and_gradients_are_those_of_a_plain_loop(kind: str, dropout: float) -> None:
+def test_outputs_and_gradients_are_those_of_a_plain_loop(
+    kind: str, dropout: float, group: int, mode: Forward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with several experts at once, in pieces that are smaller than a group, and with wide tensors not kept."""
+    monkeypatch.setattr(sorted_pairs, "LEAST_ROOM", 3)
+    monkeypatch.setattr(sorted_pairs, "SPREAD", 1)
     layers = [adapted(stack, dropout) for stack in stacks(kind)]
     own = OwnGate(Clamped()) if kind == "transposed" else ConcatenatedGate(nn.SiLU())
     plain = Clamped()._apply_gate if kind == "transposed" else lambda x: F.silu(x[:INNER]) * x[INNER:]
@@ -99,7 +111,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(kind: str, dropout: flo
     trained = [parameter for layer in layers for parameter in (layer.lora_a, layer.lora_b)]
 
     (wide, up), (down, back) = (product(layer) for layer in layers)
-    y = mixture(hidden, choices, weights, Experts(EXPERTS, wide, down, own), (up, back))
+    y = mixture(hidden, choices, weights, Experts(EXPERTS, wide, down, own, group), (up, back), mode)
     masks = None
     if dropout:
         assert wide.dropout is not None
@@ -157,3 +169,34 @@ def test_a_token_can_choose_an_expert_twice() -> None:
     wanted = torch.autograd.grad((expected * probe).sum(), trained)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", [Forward.SAVE, Forward.RECOMPUTE_WIDE])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_padded_products_in_16_bits_agree_with_float32(dropout: float, mode: Forward) -> None:
+    """On a CPU the rows of an expert are padded; memory without numbers and other experts' rows must not show."""
+    layers = [adapted(stack, dropout) for stack in stacks("nf4")]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)  # of the masks
+        (wide, up), (down, back) = (product(layer) for layer in layers)
+        hidden, (choices, weights) = numbers(TOKENS, WIDTH, seed=3).to(dtype), routing()
+        inputs = [hidden.requires_grad_(), weights.to(dtype).requires_grad_()]
+        experts = Experts(EXPERTS, wide, down, ConcatenatedGate(nn.SiLU()))
+        y = mixture(hidden, choices, inputs[1], experts, (up, back), mode)
+        trained = [parameter for layer in layers for parameter in (layer.lora_a, layer.lora_b)]
+        probe = numbers(TOKENS, WIDTH, seed=4).to(dtype)
+        found[dtype] = [y, *torch.autograd.grad((y * probe).sum(), [*inputs, *trained])]
+    for one, other in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error < 0.02
+
+
+def test_the_number_of_rows_of_products_in_16_bits_has_few_values() -> None:
+    """Otherwise oneDNN generates code for each of them, which takes most of a step and fills memory."""
+    choices = torch.randint(7, (300, 2), generator=torch.Generator().manual_seed(0))
+    pieces = [piece for group in SortedPairs(choices, 7, 1, torch.bfloat16) for piece in group.pieces]
+    assert sum(piece.size for piece in pieces) == choices.numel()
+    assert all(piece.rows % 16 == 0 and piece.rows - piece.size < 16 for piece in pieces)
+    exact = [piece for group in SortedPairs(choices, 7, 1, torch.float32) for piece in group.pieces]
+    assert all(piece.rows == piece.size for piece in exact)

@@ -23,6 +23,8 @@ from qlora.adapter.merge import merge_adapter
 from qlora.adapter.switch import Adapters
 from qlora.errors import ModelError, UsageError
 from qlora.memory.architecture import architecture
+from qlora.model.checkpointing import checkpoint_layers
+from qlora.model.decoder_layer import use_fused_layers
 from qlora.model.load import load_base
 from qlora.model.precision import precision_of
 from qlora.quantization import nf4
@@ -188,6 +190,31 @@ def test_an_adapter_on_all_layers_is_saved_loaded_and_merged(
     merged = merge_adapter(copy.deepcopy(loaded))
     assert not lora_layers(merged)
     assert (logits(merged) - live).abs().max() < 0.01 * (live - before).abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_recomputed_experts_give_the_same_bits(
+    checkpoint: Callable[[str], Path], architecture: str, dtype: str
+) -> None:
+    """With their layer or alone."""
+    model = load_base(Base(model=str(checkpoint(architecture)), compute_dtype=dtype))
+    spread(adapt(model, LoraSpec(rank=8, targets="all-linear", dropout=0.3)))
+    use_fused_layers(model.train())
+    found = {}
+    for layers, mlps in ((0, 0), (2, 0), (1, 1), (0, 2)):
+        checkpoint_layers(model, layers, mlps)
+        torch.manual_seed(3)
+        result = model(input_ids=IDS).logits
+        (result.float() ** 2).mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        found[layers, mlps] = result, gradients
+        assert len(gradients) == 2 * len(lora_layers(model))
+    kept, expected = found.pop((0, 0))
+    for result, gradients in found.values():
+        assert torch.equal(result, kept)
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -13,15 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qlora.kernels import cross_entropy, dispatch, gate, norm, rotary, triton_kernels
+from qlora.kernels import cross_entropy, dispatch, gate, grouped, norm, rotary, triton_kernels
 from qlora.kernels.dispatch import FusedOp
 from qlora.quantization import nf4
+from qlora.quantization.expert_stack import ExpertStack, quantize
 from qlora.runtime.fake import representing_cuda
 
 pytest.importorskip("triton", reason="no Triton for this platform")
@@ -35,10 +37,36 @@ PASSES = {
     "normalize_gradient": norm.NORMALIZE_GRADIENT,
     "rotate": rotary.ROTATE,
     "loss": cross_entropy.LOSS,
+    "grouped_product": grouped.PRODUCT,
+    "grouped_outer": grouped.OUTER,
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TARGETS = ("80", "86", "89", "90", "120")
 """compute capabilities: A100, RTX 30, RTX 40 and L4, H100 and H200, RTX 50"""
+
+
+def spans(*ends: int) -> grouped.Spans:
+    return grouped.Spans(ends, torch.tensor(ends, device=DEVICE))
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter multiply tiles in bfloat16: it keeps them as integers, and multiplies these."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(tile: Any) -> Any:
+        if tile.dtype.scalar != tl.bfloat16:
+            return tile
+        return TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *more: multiply(self, widened(a), widened(b), *more),
+    )
 
 
 @pytest.fixture
@@ -73,6 +101,12 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "loss": lambda dtype: (
         logits := random(dtype, 4, 9000) * 5, torch.tensor([0, 8999, 4096, 5], device=DEVICE), None, 1.0,
         logits, torch.empty(4, dtype=dtype, device=DEVICE),
+    ),
+    "grouped_product": lambda dtype: (  # one group, wide, of a matrix as it is stored
+        random(dtype, 5, 200), random(dtype, 1, 200, 300, seed=1), spans(5), random(dtype, 5, 300), False, 1.0
+    ),
+    "grouped_outer": lambda dtype: (
+        random(dtype, 200, 70), random(dtype, 200, 20, seed=1), spans(0, 200), random(dtype, 2, 70, 20), 1.0
     ),
 }  # fmt: skip
 
@@ -120,6 +154,23 @@ def test_one_launch_dequantizes_to_the_same_bits(
     torch.testing.assert_close(out, expected, rtol=2**-7 if cut else 0, atol=0)
 
 
+@pytest.mark.parametrize(("shape", "block_size"), [((24, 64), 64), ((8, 2112), 64), ((32, 64), 256)])
+def test_one_launch_dequantizes_the_matrices_of_several_experts(
+    shape: tuple[int, int], block_size: int
+) -> None:
+    """Each has its own statistics, whose blocks of 256 it does not fill."""
+    packed = quantize(random(torch.float32, 3, *shape), block_size)
+    stack = ExpertStack(packed)
+    out = torch.full((3, *shape), torch.nan, device=DEVICE)
+    assert packed.scales is not None
+    nf4.DEQUANTIZE.in_triton(
+        out, packed.codes, packed.absmax, packed.scales, stack.table, packed.offsets, stack.code, block_size,
+        nf4.STATISTICS_BLOCK_SIZE,
+    )  # fmt: skip
+    assert torch.equal(out, torch.stack([stack.matrix(expert, torch.float32) for expert in range(3)]))
+    assert torch.equal(out[1:], stack.matrices(slice(1, 3), torch.float32))
+
+
 @pytest.mark.parametrize(
     ("activation", "reference"),
     [(gate.SILU, F.silu), (gate.GELU_TANH, partial(F.gelu, approximate="tanh"))],
@@ -130,7 +181,8 @@ def test_gates_agree_with_autograd_in_fp64(
 ) -> None:
     a, b, c = (random(torch.float64, 5, 24, seed=s).requires_grad_() for s in range(3))
     product = reference(a) * b
-    torch.testing.assert_close(activation.product(a.detach(), b.detach()), product)
+    activation.product(a.detach(), b.detach(), found := torch.empty_like(a))
+    torch.testing.assert_close(found, product)
     expected = torch.autograd.grad(product, (a, b), c)
     d_gate, d_up = c.detach().clone(), torch.empty_like(c)
     activation.gradients(a.detach(), b.detach(), d_gate, d_up)
@@ -262,7 +314,7 @@ def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
     """Triton includes its compiler, so kernels that have not run on a GPU here at least compile for one."""
     lines = machine_code("90", cache=tmp_path)
     assert {name for name, *_ in lines} == kernels_of_the_package()
-    assert len(lines) == 8 + 5
+    assert len(lines) == 10 + 5
     assert all(int(size) > 1000 for *_, size in lines)
 
 
@@ -273,7 +325,7 @@ def test_every_kernel_compiles_for_every_gpu_and_dtype(tmp_path: Path) -> None:
     for target in TARGETS:
         assert {name for name, _, at, _ in lines if at == target} == kernels_of_the_package()
         assert {dtype for _, dtype, at, _ in lines if at == target} == {"bfloat16", "float16", "float32"}
-    assert len(lines) == len(TARGETS) * len(DTYPES) * (8 + 5)
+    assert len(lines) == len(TARGETS) * len(DTYPES) * (10 + 5)
     assert all(int(size) > 1000 for *_, size in lines)
 
 

@@ -44,7 +44,7 @@ REPEATED = {
     "gate and up": slice(4, 6),
 }
 """Recomputed part -> slice of a layer's linear layers q, k, v, o, gate, up, down; q, k, v include attention. A mixture
-has its router and its experts' gate and up in place of gate and up."""
+has its router and its experts' gate and up in place of gate and up; the router is repeated with the layer only."""
 
 
 def step_flops(
@@ -70,9 +70,8 @@ def step_flops(
     first_a = rank * sum(linear.inputs for linear in linears[:3])
     squares = sum(length**2 for length in lengths) * shape.heads * shape.head_dim * shape.layers
     repeated = REPEATED[recompute]
-    again = (
-        sum(2 * tokens * (_weights(one) + _low_rank(one, rank)) for one in linears[repeated]) * shape.layers
-    )
+    twice = [one for one in linears[repeated] if not (one.frozen and recompute == "gate and up")]
+    again = sum(2 * tokens * (_weights(one) + _low_rank(one, rank)) for one in twice) * shape.layers
     if linears[repeated][:3] == linears[:3]:
         again += 2 * squares
     return StepFlops(

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.kernels import FusedOp, cross_entropy, gate, norm, rotary
+from qlora.kernels import FusedOp, cross_entropy, gate, grouped, norm, rotary
 from qlora.kernels.dispatch import wanted
 from qlora.quantization import nf4
 
 KERNELS: tuple[FusedOp, ...] = (
     gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
-    rotary.ROTATE, cross_entropy.LOSS, nf4.DEQUANTIZE,
+    rotary.ROTATE, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
 )  # fmt: skip
 ATTENTION = ("attention", "_varlen_attn")
 """parts of the names of torch's attention operators"""

@@ -71,7 +71,7 @@ def main() -> None:
         job.rank,
         prepared.lengths[STEPS - 1],
         prepared.supervised[STEPS - 1],
-        Contender(OURS, flags).recomputed(shape.experts > 0),
+        Contender(OURS, flags).recomputed,
     )
     product_rate = rate(job)["both"]
     total = sum(groups.values())

@@ -125,7 +125,7 @@ def _score(comparison: Comparison, contender: Contender, answers: list[Answer]) 
     tokens = sum(prepared.tokens)
     shape = Shape.of(setting.preset.config)
     flops = [
-        step_flops(shape, setting.rank, lengths, supervised, contender.recomputed(shape.experts > 0))
+        step_flops(shape, setting.rank, lengths, supervised, contender.recomputed)
         for lengths, supervised in zip(prepared.lengths, prepared.supervised, strict=True)
     ]
     # Each round is divided by the machine's rate in the same round, which cancels slow phases of the machine

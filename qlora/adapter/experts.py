@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
-from qlora.adapter.lora_experts import LoRAExperts
+from qlora.adapter.lora_experts import LoRAExperts, projection_of
 from qlora.kernels import GELU_TANH, SILU, Activation
-from qlora.ops.experts import Experts, Projection, StackedUpdate, mixture
+from qlora.ops.expert_product import Projection, StackedUpdate
+from qlora.ops.experts import Experts, mixture
+from qlora.ops.mlp import Forward
 from qlora.quantization.expert_stack import ExpertStack, expert_stacks, is_experts
 from qlora.recipe.sizes import parameters_text
 from qlora.runtime.device import on_cuda
 
 ACTIVATIONS: dict[str, Activation] = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": GELU_TANH}
 """our activations by the name of torch's or transformers' class"""
+
+GROUP_BYTES = 2**26
+"""largest size of the dequantized W_wide of the experts that a GPU processes at once"""
 
 ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "top_k")
 """names in a config of the number of experts that a token passes through"""
@@ -35,6 +40,8 @@ class ExpertsModule(nn.Module):
     """
 
     original: Any
+    mode: Forward
+    """what the forward keeps for the backward"""
     down_proj: ExpertStack | LoRAExperts
 
     def __init__(self, original: nn.Module, active: int) -> None:
@@ -42,6 +49,7 @@ class ExpertsModule(nn.Module):
         # not a submodule: its parameters would be listed twice
         object.__setattr__(self, "original", original)
         self.gate = gate_of(original)
+        self.mode = Forward.SAVE
         self.wide_name = "gate_up_proj" if original.has_gate else "up_proj"
         for name in (self.wide_name, "down_proj"):
             bias = getattr(original, f"{name}_bias") if original.has_bias else None
@@ -56,22 +64,37 @@ class ExpertsModule(nn.Module):
         """The projection of the input: gate and up in one, or up alone."""
         return getattr(self, self.wide_name)
 
+    @property
+    def weights_of_a_token(self) -> tuple[int, int]:
+        """Number of weights that a token is multiplied with, of the projection of the input and of down_proj."""
+        stacks = _stack(self.wide), _stack(self.down_proj)
+        wide, down = (stack.active * stack.out_features * stack.in_features for stack in stacks)
+        return wide, down
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens [N, H] to [N, H] through the experts `top_k_index` [N, K], weighted by `top_k_weights` [N, K]."""
         (wide, wide_update), (down, down_update) = product(self.wide), product(self.down_proj)
-        experts = Experts(_stack(self.down_proj).experts, wide, down, self.gate)
-        return mixture(hidden_states, top_k_index, top_k_weights, experts, (wide_update, down_update))
+        group = _group(_stack(self.wide), hidden_states)
+        experts = Experts(_stack(self.down_proj).experts, wide, down, self.gate, group)
+        updates = wide_update, down_update
+        return mixture(hidden_states, top_k_index, top_k_weights, experts, updates, self.mode)
 
 
 def product(projection: Any) -> tuple[Projection, StackedUpdate]:
     """Return the arguments of `qlora.ops.experts` for a projection, adapted or not."""
     if isinstance(projection, LoRAExperts):
         return projection.product()
-    return Projection(projection.matrix, projection.out_features, projection.bias), StackedUpdate(None, None)
+    return projection_of(projection), StackedUpdate(None, None)
 
 
 def _stack(projection: Any) -> ExpertStack:
     return projection.base if isinstance(projection, LoRAExperts) else projection
+
+
+def _group(stack: ExpertStack, hidden: Tensor) -> int:
+    """Return how many experts are processed at once: on a GPU as many as GROUP_BYTES allow, elsewhere one."""
+    matrix = stack.out_features * stack.in_features * hidden.dtype.itemsize
+    return min(stack.experts, max(1, GROUP_BYTES // matrix)) if on_cuda(hidden) else 1
 
 
 class ConcatenatedGate:
@@ -80,22 +103,20 @@ class ConcatenatedGate:
     def __init__(self, act_fn: nn.Module) -> None:
         self._activation = ACTIVATIONS[type(act_fn).__name__]
 
-    def product(self, wide: Tensor) -> Tensor:
-        """Map [S, 2 I] to [S, I]."""
-        return self._activation.product(*_halves(wide))
-
-    def gradient(self, wide: Tensor, d_product: Tensor) -> Tensor:
-        """Return the gradient [S, 2 I] of `wide`; overwrites `d_product` [S, I]."""
+    def product(self, wide: Tensor, out: Tensor) -> None:
+        """Map [S, 2 I] to `out` [S, I]."""
         gate, up = _halves(wide)
-        if on_cuda(wide):
-            d_up = torch.empty_like(up)
-            self._activation.gradients(gate, up, d_product, d_up)
-            return torch.cat([d_product, d_up], dim=-1)
-        d_wide = torch.empty_like(wide)
-        d_gate, d_up = d_wide.chunk(2, dim=-1)
-        self._activation.gradients(gate, up, d_product, d_up)
+        self._activation.product(gate, up, out)
+
+    def gradient(self, wide: Tensor, d_product: Tensor, out: Tensor) -> None:
+        """Write the gradient of `wide` to `out` [S, 2 I]; overwrites `d_product` [S, I]."""
+        gate, up = _halves(wide)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        own = torch.empty_like(up) if on_cuda(wide) else d_up
+        self._activation.gradients(gate, up, d_product, own)
         d_gate.copy_(d_product)
-        return d_wide
+        if own is not d_up:
+            d_up.copy_(own)
 
 
 def _halves(wide: Tensor) -> list[Tensor]:
@@ -110,16 +131,15 @@ class OwnGate:
     def __init__(self, original: Any) -> None:
         self._apply = original._apply_gate if original.has_gate else original.act_fn
 
-    def product(self, wide: Tensor) -> Tensor:
-        """Map [S, wide] to [S, I]."""
-        result: Tensor = self._apply(wide)
-        return result
+    def product(self, wide: Tensor, out: Tensor) -> None:
+        """Map [S, wide] to `out` [S, I]."""
+        out.copy_(self._apply(wide))
 
-    def gradient(self, wide: Tensor, d_product: Tensor) -> Tensor:
-        """Return the gradient [S, wide] of `wide`."""
+    def gradient(self, wide: Tensor, d_product: Tensor, out: Tensor) -> None:
+        """Write the gradient of `wide` to `out` [S, wide]."""
         with torch.enable_grad():
             wide = wide.detach().requires_grad_()
-            return torch.autograd.grad(self._apply(wide), wide, d_product)[0]
+            out.copy_(torch.autograd.grad(self._apply(wide), wide, d_product)[0])
 
 
 def gate_of(original: Any) -> ConcatenatedGate | OwnGate:

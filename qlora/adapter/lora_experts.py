@@ -16,8 +16,13 @@ from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
-from qlora.ops.experts import Projection, StackedUpdate
+from qlora.ops.expert_product import Projection, StackedUpdate
 from qlora.quantization.expert_stack import ExpertStack
+
+
+def projection_of(stack: ExpertStack) -> Projection:
+    """Return the argument of `qlora.ops.experts` for a projection without an adapter."""
+    return Projection(stack.matrices, stack.out_features, stack.in_features, stack.bias)
 
 
 class LoRAExperts(LowRankLayer):
@@ -69,8 +74,8 @@ class LoRAExperts(LowRankLayer):
         base, experts = self.base, self.base.experts
         dropout = draw(self.dropout if self.training else 0.0, self.number)
         a = self.lora_a.view(experts, self.rank, -1)
-        b = self.lora_b.view(base.out_features, self.rank, experts).permute(2, 0, 1).contiguous()
-        projection = Projection(base.matrix, base.out_features, base.bias, self.scaling, dropout)
+        b = self.lora_b.view(base.out_features, self.rank, experts).permute(2, 1, 0).contiguous()
+        projection = projection_of(base)._replace(scaling=self.scaling, dropout=dropout)
         return projection, StackedUpdate(a, b)
 
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:

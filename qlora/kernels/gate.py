@@ -13,19 +13,17 @@ from qlora.runtime.device import on_cuda
 class Activation(NamedTuple):
     """The two operations of a gated MLP that depend on its activation."""
 
-    product: Callable[[Tensor, Tensor], Tensor]
-    """called with (gate, up): returns act(gate) * up; all [N, I], on CUDA contiguous"""
+    product: Callable[[Tensor, Tensor, Tensor], None]
+    """called with (gate, up, product): writes act(gate) * up to `product`; all [N, I], on CUDA contiguous"""
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     """called with (gate, up, grad, d_up): reads the product's gradient from `grad`, overwrites `grad` with the
     gradient of gate, and writes the gradient of up to `d_up`"""
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up; all [N, I], on CUDA contiguous."""
-    assert _readable(gate, up)
-    product = torch.empty_like(gate)
+def silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
+    """Write silu(gate) * up to `product`; all [N, I], on CUDA contiguous."""
+    assert _readable(gate, up, product)
     SILU_PRODUCT(gate, up, product)
-    return product
 
 
 def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:
@@ -37,9 +35,9 @@ def silu_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None
     SILU_GRADIENTS(gate, up, grad, d_up)
 
 
-def gelu_tanh_product(gate: Tensor, up: Tensor) -> Tensor:
-    """Return gelu(gate) * up with GELU's tanh approximation. Plain torch on every device; there is no kernel yet."""
-    return torch.ops.aten.gelu(gate, approximate="tanh").mul_(up)
+def gelu_tanh_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
+    """Like `silu_product`, for GELU's tanh approximation. Plain torch on every device; there is no kernel yet."""
+    torch.ops.aten.gelu.out(gate, approximate="tanh", out=product).mul_(up)
 
 
 def gelu_tanh_gradients(gate: Tensor, up: Tensor, grad: Tensor, d_up: Tensor) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 ELEMENTS = 1024
 """elements per program of an elementwise kernel"""
 VOCABULARY_BLOCK = 4096
+TILE_ROWS = 64
+"""rows of a tile in products by group"""
 
 
 def silu_product(gate: Tensor, up: Tensor, product: Tensor) -> None:
@@ -97,10 +99,10 @@ def dequantize(
     """Launch the kernel of `quantization.nf4.dequantize`.
 
     Args:
-        out: output [out, in].
+        out: output [out, in], or several matrices [G, out, in] that each have whole blocks.
         packed: 4-bit codes, two per byte.
         absmax: 8-bit absmax of each block, as codes of `table`.
-        scales, table, offset: scale of each block of absmax, values of their codes, and their mean.
+        scales, table, offset: scale of each block of absmax, values of their codes, and the mean of each matrix.
         code: the 16 NF4 values.
         block_size: values per absmax.
         statistics_block_size: absmax per scale.
@@ -108,9 +110,37 @@ def dequantize(
     with _on(out):
         _dequantize[(triton.cdiv(packed.numel(), ELEMENTS),)](
             out, packed, absmax, scales, table, offset, code, out.numel(),
+            absmax.numel() // offset.numel(), scales.numel() // offset.numel(),
             BLOCK_SIZE=block_size, STATISTICS=statistics_block_size, BYTES=ELEMENTS,
             enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds the offset
         )  # fmt: skip
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, spans: Any, out: Tensor, add: bool, alpha: float) -> None:
+    """Launch the kernel of `grouped.grouped_product`."""
+    groups, inner, columns = matrices.shape
+    layout = {"BM": TILE_ROWS, "BN": _side(columns, 128), "BK": _side(inner, 64)}
+    tiles = sum(triton.cdiv(here.stop - here.start, TILE_ROWS) for _, here in spans.rows())
+    with _on(rows):
+        _grouped_product[(tiles, triton.cdiv(columns, layout["BN"]))](
+            rows, matrices, out, spans.on_device, groups, inner, columns, *matrices.stride(), float(alpha),
+            ADD=add, **layout, num_warps=4,
+        )  # fmt: skip
+
+
+def grouped_outer(x: Tensor, y: Tensor, spans: Any, out: Tensor, alpha: float) -> None:
+    """Launch the kernel of `grouped.grouped_outer`."""
+    groups, height, width = out.shape
+    layout = {"BI": _side(height, 64), "BJ": _side(width, 128), "BM": TILE_ROWS}
+    with _on(x):
+        _grouped_outer[(groups, triton.cdiv(height, layout["BI"]), triton.cdiv(width, layout["BJ"]))](
+            x, y, out, spans.on_device, height, width, float(alpha), **layout, num_warps=4
+        )
+
+
+def _side(size: int, largest: int) -> int:
+    """Return the side of a tile for this size; a product of tiles needs at least 16."""
+    return min(largest, max(16, triton.next_power_of_2(size)))
 
 
 def _on(tensor: Tensor) -> Any:
@@ -250,7 +280,7 @@ def _loss(
 
 @triton.jit
 def _dequantize(
-    out, packed, absmax, scales, table, offset, code, count,
+    out, packed, absmax, scales, table, offset, code, count, blocks, inner_blocks,
     BLOCK_SIZE: tl.constexpr, STATISTICS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BYTES
@@ -258,9 +288,72 @@ def _dequantize(
     inside = at * 2 < count
     codes = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
     block = at // (BLOCK_SIZE // 2)
+    matrix = block // blocks
     level = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-    inner = tl.load(scales + block // STATISTICS, mask=inside, other=0.0)
-    scale = tl.load(table + level) * inner + tl.load(offset)
+    statistic = matrix * inner_blocks + block % blocks // STATISTICS
+    inner = tl.load(scales + statistic, mask=inside, other=0.0)
+    mean = tl.load(offset + matrix, mask=inside, other=0.0)
+    scale = tl.load(table + level) * inner + mean
     values = tl.interleave(tl.load(code + (codes >> 4)) * scale, tl.load(code + (codes & 15)) * scale)
     to = start * 2 + tl.arange(0, 2 * BYTES)
     tl.store(out + to, values, mask=to < count)
+
+
+@triton.jit
+def _grouped_product(
+    rows, matrices, out, ends, groups, inner, columns, by_group, by_inner, by_column, alpha,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    group, first, stop, begin, passed = 0, 0, 0, 0, 0
+    for g in range(groups):  # find the rows of this tile: no tile has rows of two groups
+        end = tl.load(ends + g).to(tl.int32)
+        tiles = tl.cdiv(end - begin, BM)
+        here = (tile >= passed) & (tile < passed + tiles)
+        group = tl.where(here, g, group)
+        first = tl.where(here, begin + (tile - passed) * BM, first)
+        stop = tl.where(here, end, stop)
+        passed += tiles
+        begin = end
+    row = (first + tl.arange(0, BM))[:, None].to(tl.int64)
+    column = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
+    matrices += tl.cast(group, tl.int64) * by_group
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, inner, BK):
+        along, down = (start + tl.arange(0, BK))[None, :], (start + tl.arange(0, BK))[:, None]
+        a = tl.load(rows + row * inner + along, mask=(row < stop) & (along < inner), other=0.0)
+        at = down.to(tl.int64) * by_inner + column.to(tl.int64) * by_column
+        b = tl.load(matrices + at, mask=(down < inner) & (column < columns), other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    total *= alpha
+    to, inside = out + row * columns + column, (row < stop) & (column < columns)
+    if ADD:
+        total += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to, total, mask=inside)
+
+
+@triton.jit
+def _grouped_outer(
+    x, y, out, ends, height, width, alpha, BI: tl.constexpr, BJ: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    stop = tl.load(ends + group).to(tl.int32)
+    begin = tl.load(ends + group - 1, mask=group > 0, other=0).to(tl.int32)
+    i, j = tl.program_id(1) * BI + tl.arange(0, BI), tl.program_id(2) * BJ + tl.arange(0, BJ)
+    total = tl.zeros((BI, BJ), dtype=tl.float32)
+    for start in range(begin, stop, BM):
+        row = (start + tl.arange(0, BM)).to(tl.int64)
+        a = tl.load(
+            x + row[None, :] * height + i[:, None],
+            mask=(row[None, :] < stop) & (i[:, None] < height),
+            other=0.0,
+        )
+        b = tl.load(
+            y + row[:, None] * width + j[None, :],
+            mask=(row[:, None] < stop) & (j[None, :] < width),
+            other=0.0,
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+    to = out + (group * height + i[:, None]) * width + j[None, :]
+    inside = (i[:, None] < height) & (j[None, :] < width)
+    tl.store(to, tl.load(to, mask=inside, other=0.0).to(tl.float32) + total * alpha, mask=inside)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.adapter.adapted_linear import AdaptedLinear
+from qlora.adapter.experts import ExpertsModule
 from qlora.adapter.methods.lora import LoRALinear
 from qlora.errors import listed
 from qlora.model.layer_spec import LayerSpec, Rotary
@@ -98,8 +99,14 @@ class FusedLayer(nn.Module):
 
     @property
     def mlp_alone(self) -> bool:
-        """True if the MLP can be recomputed alone; experts are recomputed with their layer only."""
-        return self.spec.is_gated(self.mlp)
+        """True if the MLP can be recomputed alone, which transformers' own experts cannot."""
+        return self.spec.is_gated(self.mlp) or self._experts is not None
+
+    @property
+    def _experts(self) -> ExpertsModule | None:
+        """The experts in place of the MLP, if our pass computes them."""
+        found = [module for module in self.mlp.modules() if isinstance(module, ExpertsModule)]
+        return found[0] if len(found) == 1 else None
 
     def repeated(self, part: Recompute) -> float:
         """Return the matrix products that recomputing this part repeats, as a share of a forward pass."""
@@ -107,7 +114,10 @@ class FusedLayer(nn.Module):
         if not self.mlp_alone:
             return 1.0
         others = sum(map(_weights, (*_named(attention, self.spec.qkv), attention.o_proj)))
-        wide, down = sum(map(_weights, _named(mlp, self.spec.gate_up))), _weights(mlp.down_proj)
+        if (experts := self._experts) is not None:
+            wide, down = experts.weights_of_a_token
+        else:
+            wide, down = sum(map(_weights, _named(mlp, self.spec.gate_up))), _weights(mlp.down_proj)
         of_mlp = wide if self.spec.after_mlp is None else wide + down
         again = {Recompute.NOTHING: 0, Recompute.MLP: of_mlp, Recompute.ALL: others + of_mlp}[part]
         return again / (others + wide + down)
@@ -154,6 +164,9 @@ class FusedLayer(nn.Module):
         spec, mlp = self.spec, self.mlp
         norm, post_norm = self._norm(spec.before_mlp), self._norm(spec.after_mlp)
         if not spec.is_gated(mlp):
+            if (experts := self._experts) is not None:
+                # a norm after the experts reads their output
+                experts.mode = Forward.RECOMPUTE_WIDE if mode is Forward.RECOMPUTE and post_norm else mode
             change = mlp(hidden if norm is None else rms_norm(hidden, norm))
             change = change[0] if isinstance(change, tuple) else change  # some add the router's logits
             change = change if post_norm is None else rms_norm(change, post_norm)
@@ -217,7 +230,7 @@ def why_mlp_not_alone(model: nn.Module, layer: nn.Module) -> str:
     """Say why the MLP of `layer`, a decoder layer of `model`, cannot be recomputed alone."""
     name = type(model).__name__
     if isinstance(layer, FusedLayer):
-        return f"the experts of {name} are recomputed with their layer only"
+        return f"the experts of {name} have no pass of ours"
     if type(layer).__name__ in LAYER_SPECS:
         if not _has_only_lora(layer):
             return (

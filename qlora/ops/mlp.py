@@ -154,7 +154,7 @@ def _gradients(
     if kept:
         gate, up, *lows = kept
         kept.clear()
-        product = block.activation.product(gate, up)
+        block.activation.product(gate, up, product := torch.empty_like(gate))
     else:
         gate, up, product, lows = _widen(rows, block, updates)
         if block.post_norm is not None:
@@ -193,7 +193,7 @@ def _widen(
     lows = to_ranks(normal, linears[:-1], updates[:-1])
     gate, up = project(normal, linears[:-1], updates[:-1], lows, fold=fold)
     del normal
-    product = block.activation.product(gate, up)
+    block.activation.product(gate, up, product := torch.empty_like(gate))
     return gate, up, product, lows + to_ranks(product, linears[-1:], updates[-1:])
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.quantization import nf4
+from qlora.runtime.device import on_cuda
 from qlora.runtime.fake import is_fake
+from qlora.runtime.phases import Allocation, announce
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """names of the parameters of transformers' experts, in the order in which the models declare them"""
@@ -131,6 +133,17 @@ class ExpertStack(nn.Module):
             values = self.weight.detach()[expert].to(dtype)
         return values.T if self.transposed else values
 
+    def matrices(self, experts: slice, dtype: torch.dtype) -> Tensor:
+        """Return the matrices [G, out, in] of consecutive experts in `dtype`, dequantized or a view."""
+        numbers = range(self.experts)[experts]
+        if not self.packed:
+            values = self.weight.detach()[experts].to(dtype)
+        elif len(numbers) == 1:
+            return self.matrix(numbers[0], dtype)[None]
+        else:
+            values = _dequantized(self.storage, experts, self.code, self.table, dtype)
+        return values.transpose(1, 2) if self.transposed else values
+
     def numel(self) -> int:
         """Return the number of weights."""
         return self.experts * self.out_features * self.in_features
@@ -173,6 +186,31 @@ class ExpertStack(nn.Module):
     def forward(self, *_: Any) -> Tensor:
         """Raise an error: the module is not called."""
         raise ModelError("the model calls the projection of experts by itself, which qlora does not support")
+
+
+def _dequantized(
+    packed: PackedStack, experts: slice, code: Tensor, table: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Dequantize the matrices [G, rows, columns] of consecutive experts; on a GPU with one kernel if they allow it."""
+    codes, scales, offsets = packed.codes[experts], packed.scales, packed.offsets
+    with announce(Allocation.DEQUANTIZATION):
+        out = torch.empty(len(codes), *packed.shape, dtype=dtype, device=codes.device)
+    whole_blocks = packed.shape[0] * packed.shape[1] % packed.block_size == 0
+    if (
+        scales is not None
+        and offsets is not None
+        and on_cuda(codes)
+        and dtype in nf4.KERNEL_DTYPES
+        and whole_blocks
+    ):
+        nf4.DEQUANTIZE(
+            out, codes, packed.absmax[experts], scales[experts], table, offsets[experts], code,
+            packed.block_size, nf4.STATISTICS_BLOCK_SIZE,
+        )  # fmt: skip
+        return out
+    for expert, matrix in zip(range(len(packed.codes))[experts], out, strict=True):
+        matrix.copy_(nf4.dequantize(packed.codes[expert], packed.state(expert, code, table), dtype))
+    return out
 
 
 def quantize(matrices: Tensor, block_size: int = 64, double_quant: bool = True) -> PackedStack:

@@ -333,11 +333,14 @@ def _dequantize_nested(
     block_size: int,
     statistics_block_size: int,
 ) -> None:
-    """Dequantize into `out` [out, in] on a GPU with bitsandbytes' kernels: three launches, via the fp32 absmax."""
-    values = _inner_absmax(absmax, scales, table, offset, statistics_block_size)
-    torch.ops.bitsandbytes.dequantize_4bit.out(
-        packed, values, block_size, "nf4", out.shape, out.dtype, out=out
-    )
+    """Dequantize into `out` on a GPU with bitsandbytes' kernels: three launches a matrix, via the fp32 absmax."""
+    matrices = offset.numel()
+    parts = (tensor.view(matrices, -1) for tensor in (packed, absmax, scales, offset))
+    for matrix, codes, levels, inner, mean in zip(out.view(matrices, -1), *parts, strict=True):
+        values = _inner_absmax(levels, inner, table, mean, statistics_block_size)
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            codes, values, block_size, "nf4", matrix.shape, matrix.dtype, out=matrix
+        )
 
 
 def _nested_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -28,16 +28,14 @@ class Contender:
         """Name in reports, such as `trl +ckpt +packing`."""
         return " +".join((self.program.rsplit("/")[-1].removesuffix(".py"), *self.flags))
 
-    def recomputed(self, mixture: bool = False) -> str:
-        """Return the part that is computed twice, a key of `flops.REPEATED`.
-
-        mixture: True for a mixture of experts, whose last product is in one operation with those before it.
-        """
+    @property
+    def recomputed(self) -> str:
+        """The part that is computed twice, a key of `flops.REPEATED`."""
         if "mlp" in self.flags:
             return "gate and up"
         if "ckpt" not in self.flags:
             return "nothing"
-        return "layers without down_proj" if self.program == OURS and not mixture else "layers"
+        return "layers without down_proj" if self.program == OURS else "layers"
 
     @property
     def command(self) -> list[str]:
@@ -54,8 +52,8 @@ def _of(program: str, *flags: str) -> list[Contender]:
 def field(device: str, real: bool, mixture: bool = False) -> list[Contender]:
     """Return all contenders for `device`, with real data or dense tokens.
 
-    PEFT's documentation turns checkpointing on, so `peft_documented` has no other form. Of a mixture of experts qlora
-    has no form that recomputes MLPs alone, and the file for Unsloth names linear layers only.
+    PEFT's documentation turns checkpointing on, so `peft_documented` has no other form. The file for Unsloth names
+    linear layers only, which leaves out the experts of a mixture.
     """
     contenders = _of("qlora", "ckpt", "mlp", "")
     contenders += _of("peft_documented", "ckpt")
@@ -72,7 +70,7 @@ def field(device: str, real: bool, mixture: bool = False) -> list[Contender]:
         contenders += _of("trl", "ckpt liger", "liger", "ckpt selective")
         contenders += _of("unsloth", "ckpt offload", "ckpt", "")
     if mixture:
-        contenders = [c for c in contenders if "mlp" not in c.flags and c.program != "unsloth"]
+        contenders = [c for c in contenders if c.program != "unsloth"]
     order = [OURS, "peft_documented", "peft_tuned", "peft_compiled", "trainer", "trl", "unsloth"]
     return sorted(contenders, key=lambda contender: order.index(contender.program))
 

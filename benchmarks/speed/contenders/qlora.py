@@ -102,9 +102,7 @@ def train(job: Job, meter: Meter) -> Answer:
         {
             "lora_dtype": str(next(iter(parameters.values())).dtype),
             "optimizer": OPTIMIZER,
-            "recomputed": Contender("qlora", job.flags).recomputed(
-                any(".experts." in name for name in parameters)
-            ),
+            "recomputed": Contender("qlora", job.flags).recomputed,
             "attention": str(attention) if job.warmup else "not recorded",
             "kernels": kernels,
         },
