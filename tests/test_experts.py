@@ -197,6 +197,9 @@ def test_the_number_of_rows_of_products_in_16_bits_has_few_values() -> None:
     choices = torch.randint(7, (300, 2), generator=torch.Generator().manual_seed(0))
     pieces = [piece for group in SortedPairs(choices, 7, 1, torch.bfloat16) for piece in group.pieces]
     assert sum(piece.size for piece in pieces) == choices.numel()
-    assert all(piece.rows % 16 == 0 and piece.rows - piece.size < 16 for piece in pieces)
+    assert {piece.rows for piece in pieces} == {128}
+    assert all(piece.rows - piece.size < 64 for piece in pieces)
+    few = [piece for group in SortedPairs(choices[:40], 7, 1, torch.bfloat16) for piece in group.pieces]
+    assert {piece.rows for piece in few} == {16, 32}
     exact = [piece for group in SortedPairs(choices, 7, 1, torch.float32) for piece in group.pieces]
     assert all(piece.rows == piece.size for piece in exact)

@@ -211,7 +211,7 @@ class _Pass:
 
     def _sum_of_choices(self, rows: Tensor) -> Tensor:
         """Add the rows [S, H] of each token, in the order of its choices; torch adds 16-bit numbers in fp32."""
-        return rows.view(len(self.hidden), -1, rows.shape[1]).sum(1)
+        return rows.view(*self.weights.shape, rows.shape[1]).sum(1)
 
 
 def _wide(piece: Piece, kept: Tensor | None, room: Tensor | None) -> Tensor:

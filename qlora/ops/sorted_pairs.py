@@ -22,9 +22,9 @@ LEAST_ROOM = 64
 SPREAD = 2
 """room of a piece, in pairs of a group when all experts have equally many"""
 
-TILE = 16
-"""rows; on a CPU, products in 16 bits have a multiple of it, because oneDNN generates machine code for each number of
-rows: 3 ms and 100 KB each, up to a thousand of them"""
+TILES = (16, 32, 64)
+"""rows; on a CPU, products in 16 bits have one of these numbers of rows, or a multiple of the last: oneDNN generates
+machine code for each number, which would take most of a step and fill memory"""
 
 
 class Piece(NamedTuple):
@@ -74,8 +74,8 @@ class SortedPairs:
 
     def __init__(self, choices: Tensor, experts: int, group: int, dtype: torch.dtype) -> None:
         self.count, self.choices_a_token = choices.numel(), choices.shape[1]
-        self.tile = TILE if not on_cuda(choices) and dtype.itemsize < 4 else 1
-        self.padded = self.count + self.tile - 1
+        self._tiles = TILES if not on_cuda(choices) and dtype.itemsize < 4 else (1,)
+        self.padded = self.count + self._tiles[-1] - 1
         average = -(self.count * group // -experts)
         self.room = self._rounded(min(self.count, max(LEAST_ROOM, SPREAD * average)))
         flat = choices.reshape(-1)
@@ -116,4 +116,5 @@ class SortedPairs:
         return Piece(slice(start, end), rows, Spans((*ends[:-1], rows), on_device))
 
     def _rounded(self, rows: int) -> int:
-        return -(rows // -self.tile) * self.tile
+        tile = next((tile for tile in self._tiles if rows <= tile), self._tiles[-1])
+        return -(rows // -tile) * tile
