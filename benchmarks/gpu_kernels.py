@@ -75,7 +75,7 @@ def passes(shapes: Shapes, device: str) -> dict[FusedOp, tuple[Any, ...]]:
         gate.SILU_GRADIENTS: tuple(wide),
         norm.NORMALIZE: (rows[0], weight, 1e-5, rows[1]),
         norm.NORMALIZE_GRADIENT: (rows[0], rows[1], weight, 1e-5, rows[2]),
-        rotary.ROTATE: (heads, angles, angles, 1, torch.empty_like(heads)),
+        rotary.ROTATE: (heads, angles, angles, 1, torch.empty_like(heads), False),
         cross_entropy.LOSS: (
             logits, targets, None, 1.0, logits.to(torch.bfloat16), torch.empty(shapes.chunk, device=device)
         ),

@@ -42,7 +42,7 @@ from qlora.training.session import Session
 
 KERNELS: tuple[FusedOp, ...] = (
     gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
-    rotary.ROTATE, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
+    rotary.ROTATE, rotary.ROTATE_PAIRS, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
 )  # fmt: skip
 RESUMED = 0.05
 """bound of the relative difference between the updates of a run on a GPU that was killed and of one that was not: flash

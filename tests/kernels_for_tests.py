@@ -75,7 +75,7 @@ def launch(dtype: torch.dtype) -> None:
     cpu = torch.device("cpu")
     passes = [
         gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
-        rotary.ROTATE, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
+        rotary.ROTATE, rotary.ROTATE_PAIRS, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
     ]  # fmt: skip
     for work in passes:
         work.in_triton(*work.example(cpu, dtype))
@@ -83,7 +83,7 @@ def launch(dtype: torch.dtype) -> None:
     norm.NORMALIZE.in_triton(rows, torch.empty(16384), 1e-5, rows)  # wide rows and an fp32 weight
     norm.NORMALIZE_GRADIENT.in_triton(rows, rows, torch.empty(16384), 1e-5, None)
     heads, angles = torch.empty(1, 64, 32, 128, dtype=dtype), torch.empty(1, 64, 128, dtype=dtype)
-    rotary.ROTATE.in_triton(heads, angles, angles, 1, heads)
+    rotary.ROTATE.in_triton(heads, angles, angles, 1, heads, False)
     logits, targets = torch.empty(2, 151936), torch.zeros(2, dtype=torch.int64)
     for gradient in (torch.empty(2, 151936, dtype=dtype), None):
         cross_entropy.LOSS.in_triton(logits, targets, None, 1.0, gradient, torch.empty(2))

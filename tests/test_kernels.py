@@ -36,6 +36,7 @@ PASSES = {
     "normalize late": norm.NORMALIZE_LATE,
     "normalize_gradient": norm.NORMALIZE_GRADIENT,
     "rotate": rotary.ROTATE,
+    "rotate pairs": rotary.ROTATE_PAIRS,
     "loss": cross_entropy.LOSS,
     "grouped_product": grouped.PRODUCT,
     "grouped_outer": grouped.OUTER,
@@ -80,7 +81,7 @@ def as_on_a_gpu() -> Iterator[None]:
 @pytest.mark.parametrize("name", PASSES)
 def test_a_kernel_gives_the_results_of_the_plain_form(name: str, dtype: torch.dtype) -> None:
     work = PASSES[name]
-    assert work.kernel == name.removesuffix(" late")
+    assert work.kernel == name.split()[0]
     assert work.difference(torch.device(DEVICE), dtype) is None
 
 
@@ -96,7 +97,12 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         random(dtype, 1, 4099), random(dtype, 1, 4099, seed=1), random(dtype, 4099, seed=2), 1e-6, None
     ),
     "rotate": lambda dtype: (
-        random(dtype, 3, 5, 6, 16), *angles(dtype, 1, 5, 16), 1, torch.empty(3, 5, 6, 16, dtype=dtype, device=DEVICE)
+        random(dtype, 3, 5, 6, 16), *angles(dtype, 1, 5, 16), 1, torch.empty(3, 5, 6, 16, dtype=dtype, device=DEVICE),
+        False,
+    ),
+    "rotate pairs": lambda dtype: (
+        random(dtype, 3, 5, 6, 16), *(x[..., [0, 8, 1, 9, 2, 10]] for x in angles(dtype, 1, 5, 16)), 1,
+        torch.empty(3, 5, 6, 16, dtype=dtype, device=DEVICE), True,
     ),
     "loss": lambda dtype: (
         logits := random(dtype, 4, 9000) * 5, torch.tensor([0, 8999, 4096, 5], device=DEVICE), None, 1.0,
@@ -314,7 +320,7 @@ def test_every_kernel_compiles_to_a_gpu_s_machine_code(tmp_path: Path) -> None:
     """Triton includes its compiler, so kernels that have not run on a GPU here at least compile for one."""
     lines = machine_code("90", cache=tmp_path)
     assert {name for name, *_ in lines} == kernels_of_the_package()
-    assert len(lines) == 10 + 5
+    assert len(lines) == 11 + 5
     assert all(int(size) > 1000 for *_, size in lines)
 
 
@@ -325,7 +331,7 @@ def test_every_kernel_compiles_for_every_gpu_and_dtype(tmp_path: Path) -> None:
     for target in TARGETS:
         assert {name for name, _, at, _ in lines if at == target} == kernels_of_the_package()
         assert {dtype for _, dtype, at, _ in lines if at == target} == {"bfloat16", "float16", "float32"}
-    assert len(lines) == len(TARGETS) * len(DTYPES) * (10 + 5)
+    assert len(lines) == len(TARGETS) * len(DTYPES) * (11 + 5)
     assert all(int(size) > 1000 for *_, size in lines)
 
 

@@ -14,7 +14,7 @@ from qlora.quantization import nf4
 
 KERNELS: tuple[FusedOp, ...] = (
     gate.SILU_PRODUCT, gate.SILU_GRADIENTS, norm.NORMALIZE, norm.NORMALIZE_LATE, norm.NORMALIZE_GRADIENT,
-    rotary.ROTATE, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
+    rotary.ROTATE, rotary.ROTATE_PAIRS, cross_entropy.LOSS, grouped.PRODUCT, grouped.OUTER, nf4.DEQUANTIZE,
 )  # fmt: skip
 ATTENTION = ("attention", "_varlen_attn")
 """parts of the names of torch's attention operators"""

@@ -57,13 +57,16 @@ def normalize_gradient(
         )  # fmt: skip
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor, in_pairs: bool) -> None:
     """Launch the kernel of `rotary.rotate`."""
     batch, length, heads, width = x.shape
+    rotated = cos.shape[-1]
+    rest = triton.next_power_of_2(width - rotated) if rotated < width else 0
     with _on(x):
         _rotate[(batch * length,)](
-            x, cos, sin, y, length, heads, width // 2, *x.stride(), float(direction), OWN_ANGLES=len(cos) > 1,
-            HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(width // 2), num_warps=4,
+            x, cos, sin, y, length, heads, rotated // 2, width, *x.stride(), float(direction),
+            OWN_ANGLES=len(cos) > 1, IN_PAIRS=in_pairs, HEADS=triton.next_power_of_2(heads),
+            HALF=triton.next_power_of_2(rotated // 2), REST=rest, num_warps=4,
         )  # fmt: skip
 
 
@@ -219,22 +222,30 @@ def _normalize_gradient(
 
 @triton.jit
 def _rotate(
-    x, cos, sin, y, length, heads, half, by_row, by_token, by_head, by_feature, direction,
-    OWN_ANGLES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    x, cos, sin, y, length, heads, half, width, by_row, by_token, by_head, by_feature, direction,
+    OWN_ANGLES: tl.constexpr, IN_PAIRS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)  # number among the tokens of all rows
     row, position = token // length, token % length
     head, pair = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
-    angle = (token if OWN_ANGLES else position) * 2 * half + pair
+    if IN_PAIRS:
+        feature, other = 2 * pair, 2 * pair + 1
+    else:
+        feature, other = pair, pair + half
+    angle = (token if OWN_ANGLES else position) * 2 * half + feature
     c = tl.load(cos + angle, mask=pair < half, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=pair < half, other=0.0).to(tl.float32) * direction
-    first = x + row * by_row + position * by_token + head * by_head + pair * by_feature
-    a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(first + half * by_feature, mask=inside, other=0.0).to(tl.float32)
-    to = y + (token * heads + head) * 2 * half + pair
-    tl.store(to, a * c - b * s, mask=inside)
-    tl.store(to + half, b * c + a * s, mask=inside)
+    x += row * by_row + position * by_token + head * by_head
+    y += (token * heads + head) * width
+    a = tl.load(x + feature * by_feature, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + other * by_feature, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + feature, a * c - b * s, mask=inside)
+    tl.store(y + other, b * c + a * s, mask=inside)
+    if REST > 0:  # features that are not rotated
+        rest = 2 * half + tl.arange(0, REST)[None, :]
+        kept = (head < heads) & (rest < width)
+        tl.store(y + rest, tl.load(x + rest * by_feature, mask=kept, other=0.0), mask=kept)
 
 
 @triton.jit
