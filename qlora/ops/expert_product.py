@@ -53,7 +53,7 @@ class ExpertProduct:
         by_pair: True if the input is a row for each pair, False if it is the row of the pair's token.
 
     Attributes:
-        gradients: of A and B, in the dtype of the products; filled by `backward`.
+        d_update: gradients of A and B, in the dtype of the products; `gradients` adds to them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ExpertProduct:
         by_pair: bool,
     ) -> None:
         self.projection, self._all, self._dtype = projection, update, like.dtype
-        self.gradients = StackedUpdate(None, None)
+        self.d_update = StackedUpdate(None, None)
         self._matrices: Tensor | None = None
         self._mask: Tensor | None = None
         if projection.dropout is not None:
@@ -81,11 +81,11 @@ class ExpertProduct:
         self._matrices = None  # frees the last ones before others are dequantized
         self._matrices = self.projection.matrices(experts, self._dtype)
         self._experts, self._update = experts, self._all.of(experts)
-        self._gradients = self.gradients.of(experts)
+        self._d_update = self.d_update.of(experts)
 
     def prepare_gradients(self) -> None:
         """Make the gradients of A and B, with zeros for experts without tokens."""
-        self.gradients = StackedUpdate(*(None if one is None else torch.zeros_like(one) for one in self._all))
+        self.d_update = StackedUpdate(*(None if one is None else torch.zeros_like(one) for one in self._all))
 
     def apply(self, x: Tensor, piece: Piece, out: Tensor) -> None:
         """Write the product of x [n, in] to `out` [n, out]."""
@@ -97,7 +97,7 @@ class ExpertProduct:
             low = self._low(_dropped(x, self._mask_of(piece)), a.transpose(1, 2), piece)
             grouped_product(low, b, piece.spans, out, add=True, alpha=self.projection.factor)
 
-    def backward(
+    def gradients(
         self, x: Tensor, d_y: Tensor, piece: Piece, d_x: Tensor | None, weights: Tensor | None = None
     ) -> None:
         """Write dL/dx to `d_x` [n, in] if given, and add to the gradients of A and B.
@@ -111,7 +111,7 @@ class ExpertProduct:
         """
         if d_x is not None:
             grouped_product(d_y, self._frozen, piece.spans, d_x)
-        (a, b), (d_a, d_b), factor = self._update, self._gradients, self.projection.factor
+        (a, b), (d_a, d_b), factor = self._update, self._d_update, self.projection.factor
         if a is None or b is None or d_a is None or d_b is None:
             return
         mask, d_low = self._mask_of(piece), self._low(d_y, b.transpose(1, 2), piece).mul_(factor)

@@ -97,7 +97,7 @@ class _Mixture(torch.autograd.Function):
             run = _Pass(hidden, choices, weights, experts, flat)
             if mode is Forward.SAVE:
                 kept = hidden.new_empty(run.pairs.padded, experts.wide.out_features)
-            y = run.forward(kept)
+            y = run.output(kept)
         if mode is not Forward.INFERENCE:
             ctx.save_for_backward(hidden, choices, weights, kept, *flat)
         return y
@@ -107,8 +107,8 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, choices, weights, kept, *flat = ctx.saved_tensors
         run = _Pass(hidden, choices, weights, ctx.experts, flat)
-        d_hidden, d_weights = run.backward(grad, kept, wants_input=ctx.needs_input_grad[0])
-        found = [*run.wide.gradients, *run.down.gradients]
+        d_hidden, d_weights = run.gradients(grad, kept, wants_input=ctx.needs_input_grad[0])
+        found = [*run.wide.d_update, *run.down.d_update]
         d_flat = (None if one is None else one.to(own.dtype) for one, own in zip(found, flat, strict=True))
         return d_hidden, None, d_weights, None, None, *d_flat
 
@@ -134,7 +134,7 @@ class _Pass:
         self.wide = ExpertProduct(experts.wide, StackedUpdate(*flat[:2]), pairs, hidden, by_pair=False)
         self.down = ExpertProduct(experts.down, StackedUpdate(*flat[2:]), pairs, hidden, by_pair=True)
 
-    def forward(self, kept: Tensor | None) -> Tensor:
+    def output(self, kept: Tensor | None) -> Tensor:
         """Return the output [N, H]. Write W_wide's output to `kept` [S + padding, wide], if given."""
         token, wide, inner = self._widths
         x_room, y_room, p_room = (self._room(width) for width in (token, token, inner))
@@ -149,7 +149,7 @@ class _Pass:
             self._scatter(y.mul_(self.factors[piece.padded]), piece, outputs)
         return self._sum_of_choices(outputs)
 
-    def backward(
+    def gradients(
         self, grad: Tensor, kept: Tensor | None, *, wants_input: bool
     ) -> tuple[Tensor | None, Tensor]:
         """Return dL/dhidden [N, H] and dL/dweights [N, K] from `grad`, dL/dy [N, H]; compute those of A and B."""
@@ -167,11 +167,11 @@ class _Pass:
             if kept is None:
                 self.wide.apply(x, piece, w)
             self.gate.product(w, p)
-            self.down.backward(p, d_y, piece, d_p, factors)
+            self.down.gradients(p, d_y, piece, d_p, factors)
             d_factors[piece.pairs] = self.down.along(p, d_p, d_y, piece, d_factors.dtype)[: piece.size]
             self.gate.gradient(w, d_p.mul_(factors), d_w)
             d_x = d_y if d_inputs is not None else None  # dL/dy is not read again
-            self.wide.backward(x, d_w, piece, d_x)
+            self.wide.gradients(x, d_w, piece, d_x)
             if d_x is not None and d_inputs is not None:
                 self._scatter(d_x, piece, d_inputs)
         d_weights = torch.empty_like(d_factors).index_copy_(0, self.pairs.order, d_factors)
