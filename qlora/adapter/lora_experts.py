@@ -1,8 +1,7 @@
 """LoRA on a projection of all experts of a layer: expert e computes W_e x + scaling * B_e A_e x.
 
-A and B have PEFT's layout for `target_parameters`: A [E * rank, in] holds the rows of A_e one expert after another, and
-B [out, rank * E] the columns of B_e side by side, so that column r * E + e is column r of B_e. Each expert starts from
-its own random A_e. Its rank is usually lower than that of other layers, see `LoraSpec.expert_rank`.
+A and B have PEFT's layout for `target_parameters`, see `peft_experts`. Each expert starts from its own random A_e. Its
+rank is usually lower than that of other layers, see `LoraSpec.expert_rank`.
 """
 
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
+from qlora.adapter.peft_experts import split
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
@@ -73,15 +73,14 @@ class LoRAExperts(LowRankLayer):
         """Return the arguments of `qlora.ops.experts`, with the next dropout mask if the layer is training."""
         base, experts = self.base, self.base.experts
         dropout = draw(self.dropout if self.training else 0.0, self.number)
-        a = self.lora_a.view(experts, self.rank, -1)
-        b = self.lora_b.view(base.out_features, self.rank, experts).permute(2, 1, 0).contiguous()
+        a, b = split(self.lora_a, self.lora_b, experts)
         projection = projection_of(base)._replace(scaling=self.scaling, dropout=dropout)
-        return projection, StackedUpdate(a, b)
+        return projection, StackedUpdate(a, b.mT.contiguous())
 
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return A_e [rank, in] and B_e [out, rank] of one expert, detached."""
-        rows = slice(expert * self.rank, (expert + 1) * self.rank)
-        return self.lora_a.detach()[rows], self.lora_b.detach()[:, expert :: self.base.experts]
+        a, b = split(self.lora_a.detach(), self.lora_b.detach(), self.base.experts)
+        return a[expert], b[expert]
 
     def merged_matrix(self, expert: int, matrix: Tensor) -> Tensor:
         """Return the dense matrix [out, in] of an expert plus its update, in fp32, or fp64 if an operand is fp64."""

@@ -7,18 +7,26 @@ wraps the wrapper, so the tensors of the first are one `base_layer` deeper:
     ...mlp.experts.lora_A.weight                of down_proj, or of the only one that is adapted
 
 The order is that in which the model declares the parameters. Here each projection is a layer of its own name.
+
+A [E * rank, in] holds the rows of A_e one expert after another, and B [out, rank * E] the columns of B_e side by side,
+so that column r * E + e is column r of B_e.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from qlora.quantization.expert_stack import PROJECTIONS
 
 FIELD = "target_parameters"
 """field of PEFT's config with the adapted parameters: names, or last parts of names"""
 INNER = ".base_layer"
+OF_ONE_EXPERT = re.compile(r"\.experts\.(\d+)\.\w+$")
+"""end of the name of a matrix of one expert, in checkpoints and in adapters for servers"""
 
 
 def stems(layers: Iterable[str]) -> dict[str, str]:
@@ -42,13 +50,25 @@ def layer_name(stem: str, targets: Sequence[str]) -> str:
     owner = stem
     while owner.endswith(INNER):
         owner = owner.removesuffix(INNER)
-    adapted = [
-        name
-        for name in PROJECTIONS
-        if any(f"{owner}.{name}" == entry or f"{owner}.{name}".endswith(f".{entry}") for entry in targets)
-    ]
+    adapted = [name for name in PROJECTIONS if is_projection(f"{owner}.{name}", targets)]
     depth = stem.count(INNER) - owner.count(INNER)
     return f"{owner}.{adapted[-1 - depth]}" if depth < len(adapted) else stem
+
+
+def is_projection(layer: str, targets: Iterable[str]) -> bool:
+    """Return True if `layer` is a projection of experts that `targets`, the config's `target_parameters`, match."""
+    known = layer.rpartition(".")[2] in PROJECTIONS
+    return known and any(layer == entry or layer.endswith(f".{entry}") for entry in targets)
+
+
+def split(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return A [E, rank, in] and B [E, out, rank] of tensors in the file's layout."""
+    return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def joined(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A [E, rank, in] and B [E, out, rank] in the file's layout."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 def targets_of(config: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ from qlora.adapter.initial import (
 )
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
-from qlora.adapter.peft_experts import targets_of
+from qlora.adapter.peft_experts import OF_ONE_EXPERT, targets_of
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
 from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
@@ -288,6 +288,11 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
         raise ModelError(
             f"{path}: no tensors for {len(missing)} of the targeted layers ({listed(missing)}). Restore the file, or "
             "load the adapter into a model without one"
+        )
+    if any(OF_ONE_EXPERT.search(name) for name in unexpected):
+        raise ModelError(
+            f"{path}: the adapter has A and B for each matrix of each expert ({listed(unexpected)}), as `qlora adapter "
+            "export` writes them for servers. Load the adapter that it was made from"
         )
     if unexpected:
         raise ModelError(

@@ -11,6 +11,7 @@ import typer
 
 from qlora.cli.arguments import Device, Json, TrustRemoteCode, show_device, startup_for
 from qlora.cli.base_weights import base_weights
+from qlora.cli.expert_layout import ExpertBase, Experts, with_experts
 from qlora.cli.layer_changes import print_changes
 from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
 from qlora.errors import UsageError
@@ -132,6 +133,8 @@ def export(
     adapter: AdapterArgument,
     to: To,
     dtype: DtypeOption = "float32",
+    experts: Experts = None,
+    base: ExpertBase = None,
     diffusers: Diffusers = None,
     per_layer: PerLayer = False,
     json_output: Json = False,
@@ -149,8 +152,8 @@ def export(
 
     check_absent(to)
     result, deviations = plain(tensors.read(adapter), dtype=tensors.DTYPES[dtype])
-    made = _made_by(result, "export", str(adapter))
-    _save(made, to, deviations, per_layer, json_output, diffusers=diffusers)
+    made = _made_by(with_experts(result, experts, base), "export", str(adapter))
+    _save(made, to, deviations, per_layer, json_output, diffusers=diffusers, exported=True)
 
 
 @app.command("extract")
@@ -322,6 +325,7 @@ def _save(
     not_captured: dict[str, float | None] | None = None,
     *,
     diffusers: str | None = None,
+    exported: bool = False,
 ) -> None:
     """Write the adapter, then print its ranks, its size and its error."""
     from qlora.adapter.algebra import plain, tensors
@@ -329,7 +333,8 @@ def _save(
     from qlora.adapter.config import CONFIG_FILE, read_config
 
     written_bytes = tensors.write(adapter, to, diffusers=diffusers)
-    note = "; ".join(filter(None, [adapter.note, plain.note(read_config(to / CONFIG_FILE), to)])) or None
+    advice = plain.note(read_config(to / CONFIG_FILE), to, exported=exported)
+    note = "; ".join(filter(None, [adapter.note, advice])) or None
     dtype = tensors.dtype_name(next(iter(adapter.layers.values())).a.dtype)
     total = relative_error(deviations.values())
     if json_output:
@@ -354,10 +359,10 @@ def _save(
     )
     if not_captured:
         _print_not_captured(not_captured, deviations, per_layer)
-    print(f"wrote  {to}  ({len(deviations)} layers, {written_bytes / MiB:.2f} MiB)")
+    print(f"wrote  {to}  ({len(adapter.layers)} layers, {written_bytes / MiB:.2f} MiB)")
     if note is not None:
         say(f"note   {note}")
-    if adapter.extra_files:
+    if adapter.extra_files and adapter.layers.keys() == deviations.keys():  # qlora reads experts stacked only
         print(f"\nTry it:  qlora eval {to}")
 
 

@@ -18,6 +18,7 @@ import torch
 from qlora.adapter.algebra.low_rank import LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
+from qlora.adapter.peft_experts import FIELD, targets_of
 from qlora.errors import ModelError, listed
 
 CANCELLED = 1e-5
@@ -95,6 +96,8 @@ def compose(
         layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype, alike[0])
         deviations[name] = ApproximationError.between(layers[name], exact)
     config = {**adapters[0].config, "target_modules": _targets(adapters)}
+    if projections := dict.fromkeys(entry for adapter in adapters for entry in targets_of(adapter.config)):
+        config[FIELD] = list(projections)
     notes = dict.fromkeys(adapter.note for adapter in adapters if adapter.note)
     if len(parts) > 1 and math.hypot(*(found.norm for found in deviations.values())) <= CANCELLED * most:
         notes["the updates cancel each other, so the new adapter changes nothing"] = None
@@ -163,9 +166,9 @@ def _check_shapes(name: str, terms: Sequence[LowRank], layers: Sequence[Layer]) 
         raise ModelError(
             f"{name} is {forms} in different adapters: their bases differ in architecture. Combine adapters of one base"
         )
-    shapes = list(dict.fromkeys((term.b.shape[0], term.a.shape[1]) for term in terms))
+    shapes = list(dict.fromkeys((*term.b.shape[:-1], term.a.shape[-1]) for term in terms))
     if len(shapes) > 1:
-        sizes = " and ".join(f"[{out}, {into}]" for out, into in shapes)
+        sizes = " and ".join(str(list(shape)) for shape in shapes)
         raise ModelError(
             f"{name} is {sizes} in different adapters: their bases differ in architecture. Combine adapters of one base"
         )
@@ -178,4 +181,5 @@ def _targets(adapters: Sequence[Adapter]) -> Any:
         return targets[0]
     if all(isinstance(entry, list) for entry in targets):
         return sorted({name for entry in targets for name in entry})
-    return "|".join(dict.fromkeys(re.escape(name) for adapter in adapters for name in adapter.layers))
+    names = (name for x in adapters for name, layer in x.layers.items() if not layer.has_experts)
+    return "|".join(dict.fromkeys(map(re.escape, names)))

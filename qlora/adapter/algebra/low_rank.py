@@ -4,6 +4,9 @@ B [out, rank] and A [rank, in] have thin QR factors B = Q_b R_b and A^T = Q_a R_
 The small matrix R_b R_a^T has the norm and the singular values of B A, and one product gives the singular vectors. No
 [out, in] matrix is formed. All arithmetic is float64, so errors are of the order of 1e-15 |B| |A|. Smaller singular
 values count as zero, for example in the difference of two equal updates.
+
+Factors with a further dimension in front hold a stack of matrices, such as one for each expert of a mixture. Each
+operation works on every matrix of the stack. They share one rank, so `norm` and `energy` are those of the whole stack.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix B A, stored as its factors.
+    """The matrix B A, or a stack of such matrices, stored as its factors.
 
     Examples:
         >>> mixed = 0.7 * first + -0.3 * second
@@ -34,9 +37,9 @@ class LowRank:
     """
 
     b: Tensor
-    """[out, rank], float64"""
+    """[out, rank] or [stack, out, rank], float64"""
     a: Tensor
-    """[rank, in], float64"""
+    """[rank, in] or [stack, rank, in], float64"""
 
     @classmethod
     def of(cls, b: Tensor, a: Tensor) -> "LowRank":
@@ -45,16 +48,16 @@ class LowRank:
 
     @classmethod
     def truncated(cls, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> "LowRank":
-        """Build the matrix from the first `rank` triples of U [out, k], s [k] in falling order and V^T [k, in].
+        """Build the matrix from the first `rank` triples of U [..., out, k], s [..., k] falling and V^T [..., k, in].
 
         Each factor gets the square root of the singular values, so that both have similar rounding errors.
         """
-        root = s[:rank].double().sqrt()
-        return cls(u[:, :rank].double() * root, root[:, None] * vh[:rank].double())
+        root = s[..., :rank].double().sqrt()
+        return cls(u[..., :rank].double() * root[..., None, :], root[..., None] * vh[..., :rank, :].double())
 
     def __add__(self, other: "LowRank") -> "LowRank":
         """Return the exact sum: the factors are concatenated, so the ranks add up."""
-        return LowRank(torch.cat([self.b, other.b], 1), torch.cat([self.a, other.a], 0))
+        return LowRank(torch.cat([self.b, other.b], -1), torch.cat([self.a, other.a], -2))
 
     def __rmul__(self, weight: float) -> "LowRank":
         return LowRank(weight * self.b, self.a)
@@ -65,23 +68,23 @@ class LowRank:
     @property
     def rank(self) -> int:
         """Columns of B; the rank of the matrix itself can be lower."""
-        return self.b.shape[1]
+        return self.b.shape[-1]
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U [out, k], singular values [k] in falling order and V^T [k, in], with k = min(rank, out, in)."""
+        """Return U [..., out, k], falling singular values [..., k] and V^T [..., k, in]; k = min(rank, out, in)."""
         q_b, r_b = torch.linalg.qr(self.b)
-        q_a, r_a = torch.linalg.qr(self.a.T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        return q_b @ u, _without_noise(s, r_b, r_a), vh @ q_a.T
+        q_a, r_a = torch.linalg.qr(self.a.mT)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        return q_b @ u, _without_noise(s, r_b, r_a), vh @ q_a.mT
 
     def singular_values(self) -> Tensor:
-        """Return only the singular values [k] of `svd`, at half its cost."""
+        """Return only the singular values [..., k] of `svd`, at half its cost."""
         r_b = torch.linalg.qr(self.b, mode="r").R
-        r_a = torch.linalg.qr(self.a.T, mode="r").R
-        return _without_noise(torch.linalg.svdvals(r_b @ r_a.T), r_b, r_a)
+        r_a = torch.linalg.qr(self.a.mT, mode="r").R
+        return _without_noise(torch.linalg.svdvals(r_b @ r_a.mT), r_b, r_a)
 
     def norm(self) -> float:
-        """Return the Frobenius norm of B A."""
+        """Return the Frobenius norm of B A, or of the whole stack."""
         return self.singular_values().norm().item()
 
     def nearest(self, rank: int | None = None, energy: float | None = None) -> "LowRank":
@@ -91,8 +94,8 @@ class LowRank:
 
         Args:
             rank: highest rank of the result.
-            energy: share of the squared singular values to keep (0-1); the result has the lowest such rank. Without
-                `rank` and `energy` the result keeps all of them.
+            energy: share of the squared singular values to keep (0-1), in a stack of all its matrices together; the
+                result has the lowest such rank. Without `rank` and `energy` the result keeps all of them.
         """
         u, s, vh = self.svd()
         return LowRank.truncated(u, s, vh, rank or enough(s, 1.0 if energy is None else energy))
@@ -127,13 +130,21 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def enough(singular_values: Tensor, energy: float) -> int:
-    """Return the least number of leading singular values [k] that hold `energy` (0-1) of all squares; at least 1."""
-    kept = singular_values.square().cumsum(0)
+    """Return the least number of leading singular values [..., k] that hold `energy` (0-1) of all squares; at least 1.
+
+    The matrices of a stack get the same number; together they hold `energy`.
+    """
+    kept = pooled(singular_values).square().cumsum(0)
     # slightly less than exact: rounding can put a partial sum below its share
     wanted = energy * kept[-1] * (1 - ROUNDING)
     return min(int((kept < wanted).sum()) + 1, len(kept))
 
 
+def pooled(singular_values: Tensor) -> Tensor:
+    """Return the singular values [k] of a matrix, or the root of the sum of squares of those [stack, k] of a stack."""
+    return singular_values if singular_values.ndim == 1 else torch.linalg.vector_norm(singular_values, dim=0)
+
+
 def _without_noise(singular_values: Tensor, r_b: Tensor, r_a: Tensor) -> Tensor:
-    floor = ROUNDING * r_b.norm() * r_a.norm()
-    return torch.where(singular_values > floor, singular_values, 0.0)
+    norms = torch.linalg.matrix_norm(r_b) * torch.linalg.matrix_norm(r_a)
+    return torch.where(singular_values > ROUNDING * norms[..., None], singular_values, 0.0)

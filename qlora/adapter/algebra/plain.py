@@ -32,8 +32,11 @@ def particulars(config: Mapping[str, Any]) -> str | None:
     return " and ".join(used) or None
 
 
-def note(config: Mapping[str, Any], folder: object) -> str | None:
-    """Return a note for the user about what other servers do not read in the adapter in `folder`; None if nothing."""
+def note(config: Mapping[str, Any], folder: object, *, exported: bool = False) -> str | None:
+    """Return a note for the user about what other servers do not read in the adapter in `folder`; None if nothing.
+
+    exported: True if `qlora adapter export` wrote it.
+    """
     method = method_for(config, Path(f"{folder}/{CONFIG_FILE}"))
     export, merge = f"qlora adapter export {folder} --to DIR", f"merge: qlora merge {folder} --to DIR"
     unread = f"vLLM and llama.cpp do not read adapters of {method.name}. For them"
@@ -44,8 +47,6 @@ def note(config: Mapping[str, Any], folder: object) -> str | None:
             "the adapter belongs to a base without its principal part (PiSSA), which qlora makes again; other programs "
             f"would add it to the unchanged base. For them: {export}"
         )
-    if experts_in(config):
-        return f"the adapter has matrices for experts, which PEFT and qlora read. For other programs, {merge}"
     if has_parts(config):
         beside = (
             "tokens or modules were trained beside the adapter: "
@@ -56,6 +57,11 @@ def note(config: Mapping[str, Any], folder: object) -> str | None:
         return beside if experts else f"{beside}. For them, {merge}"
     if config["peft_type"] != "LORA":
         return f"{unread}: {export}"
+    if experts_in(config) and not exported:
+        return (
+            "the adapter has the experts of a layer in one tensor, as PEFT and qlora read them. For vLLM and SGLang: "
+            f"{export}; for llama.cpp, {merge}"
+        )
     used = particulars(config)
     return used and (
         f"the adapter has {used}: PEFT and qlora read this, but vLLM and llama.cpp take one alpha and one rank for "

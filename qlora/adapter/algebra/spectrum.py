@@ -3,6 +3,9 @@
 The LoRA documents leave the rank open ("r = 8 typically sufficient, r = 64 nearly optimal"). The spectrum of a trained
 adapter is evidence: directions that hold no energy (squared singular values) were not needed. The spectrum cannot show
 what a higher rank would have learned.
+
+The experts of a layer share one rank, so a projection of theirs has one spectrum: each value is the root of the sum of
+squares over the experts. Its norm is that of all experts, and its energy what `compress` keeps of them.
 """
 
 import math
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qlora.adapter.algebra.low_rank import pooled
 from qlora.adapter.algebra.tensors import Adapter
 from qlora.storage.safetensors_files import ShardReader
 
@@ -88,7 +92,7 @@ def spectra(adapter: Adapter, base: ShardReader | None = None) -> dict[str, Spec
     return {
         name: Spectrum(
             layer.rank,
-            layer.update.singular_values().tolist(),
+            pooled(layer.update.singular_values()).tolist(),
             None if base is None else _base_norm(base, name),
         )
         for name, layer in adapter.layers.items()

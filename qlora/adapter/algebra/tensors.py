@@ -29,6 +29,8 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
+from qlora.adapter.peft_experts import is_projection, joined, split
+from qlora.adapter.peft_experts import targets_of as experts_in
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
 from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import fields_of_parts, part_names, without_parts
@@ -53,13 +55,14 @@ class Layer:
     """Tensors and scaling of one adapted layer; its update is scaling * B A.
 
     A convolution's update [out, in, *kernel] is the same product, with A as the matrix [rank, in * kernel]. An
-    embedding's update is the transpose of the product, so `in` is its vocabulary and `out` its width.
+    embedding's update is the transpose of the product, so `in` is its vocabulary and `out` its width. The layer of a
+    projection of experts has a pair of each expert, all of one rank.
     """
 
     a: Tensor
-    """[rank, in], in the stored dtype"""
+    """[rank, in], or [experts, rank, in], in the stored dtype"""
     b: Tensor
-    """[out, rank], in the stored dtype"""
+    """[out, rank], or [experts, out, rank], in the stored dtype"""
     alpha: float
     scaling: float
     kernel: tuple[int, ...] = ()
@@ -69,19 +72,26 @@ class Layer:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """A and B by suffix, in the shapes of the file."""
+        """A and B by suffix, in the shapes of the file; those of experts as in `peft_experts`."""
+        if self.has_experts:
+            return dict(zip(self.suffixes, joined(self.a, self.b), strict=True))
         a = self.a.unflatten(1, (-1, *self.kernel)) if self.kernel else self.a
         b = self.b.reshape(*self.b.shape, *(1 for _ in self.kernel))
         return dict(zip(self.suffixes, (a, b), strict=True))
 
     @property
+    def has_experts(self) -> bool:
+        """True if the layer is a projection of all experts of a mixture's layer."""
+        return self.a.ndim == 3
+
+    @property
     def rank(self) -> int:
         """Rank of the update: rows of A."""
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def update(self) -> LowRank:
-        """The update scaling * B A, in float64."""
+        """The update scaling * B A in float64, or the stack of those of all experts."""
         return self.scaling * LowRank.of(self.b, self.a)
 
     @classmethod
@@ -122,6 +132,11 @@ class Adapter:
     """tensors trained beside the adapter (rows of tokens, whole modules), by their names in the file"""
 
     @property
+    def experts(self) -> list[str]:
+        """Names of the layers that are projections of experts."""
+        return [name for name, layer in self.layers.items() if layer.has_experts]
+
+    @property
     def base(self) -> str | None:
         """Base that the config names, as `name` or `name@revision`; None if it names none."""
         name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
@@ -153,8 +168,11 @@ def read(path: str | Path) -> Adapter:
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
     check_expressions(config, pairs, folder / CONFIG_FILE)
-    _check_targets(config.get("target_modules"), pairs, folder / CONFIG_FILE)
-    layers = {name: _layer(config, name, pair, folder) for name, pair in pairs.items()}
+    experts = [name for name in pairs if is_projection(name, experts_in(config))]
+    others = [name for name in pairs if name not in experts]
+    _check_targets(config.get("target_modules"), others, folder / CONFIG_FILE)
+    layers = {name: _layer(config, name, pair, folder, name in experts) for name, pair in pairs.items()}
+    _check_experts({name: layers[name] for name in experts}, folder)
     beside = load_file(folder / TENSORS_FILE) if parts else {}
     adapter = replace(
         without_layers(folder, config), layers=layers, parts={name: beside[name] for name in parts}
@@ -212,7 +230,7 @@ def write(adapter: Adapter, path: str | Path, *, diffusers: str | None = None) -
         SaveError: a file cannot be written, or the tensors read back differ.
     """
     folder = Path(path)
-    tensors = named_tensors({name: layer.tensors for name, layer in adapter.layers.items()})
+    tensors = named_tensors({name: layer.tensors for name, layer in adapter.layers.items()}, adapter.experts)
     tensors |= finite(adapter.parts)
     fields = _config(adapter)
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
@@ -279,17 +297,34 @@ def _text(file: Path) -> str:
         raise ModelError(f"{file}: cannot be read: {error}; restore the file, or leave it out") from error
 
 
-def _layer(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], folder: Path) -> Layer:
+def _layer(
+    config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor], folder: Path, has_experts: bool
+) -> Layer:
     spec = spec_of_layer(config, name, folder / CONFIG_FILE)
     (suffix_a, a), (suffix_b, b) = pair.items()
+    count = max(1, len(a) // spec.rank) if has_experts else 1
     for tensor, suffix, dim in ((a, suffix_a, 0), (b, suffix_b, 1)):
-        if not 2 <= tensor.ndim == a.ndim or tensor.shape[dim] != spec.rank or not tensor.numel():
+        fits = tensor.ndim == 2 if has_experts else 2 <= tensor.ndim == a.ndim
+        if not fits or tensor.shape[dim] != count * spec.rank or not tensor.numel():
             raise ModelError(
                 f"{folder / TENSORS_FILE}: {name}{suffix} is {list(tensor.shape)}, but the rank in "
                 f"{CONFIG_FILE} is {spec.rank}. Restore both files from the same adapter"
             )
     kernel = tuple(a.shape[2:])
-    return Layer(a.flatten(1), b.flatten(1), spec.resolved_alpha, spec.factor, kernel, (suffix_a, suffix_b))
+    a, b = split(a, b, count) if has_experts else (a.flatten(1), b.flatten(1))
+    return Layer(a, b, spec.resolved_alpha, spec.factor, kernel, (suffix_a, suffix_b))
+
+
+def _check_experts(layers: Mapping[str, Layer], folder: Path) -> None:
+    """Raise ModelError if the projections of a module have different numbers of experts, as a wrong rank gives them."""
+    counts: dict[str, set[int]] = {}
+    for name, layer in layers.items():
+        counts.setdefault(name.rpartition(".")[0], set()).add(len(layer.a))
+    if different := [owner for owner, numbers in counts.items() if len(numbers) > 1]:
+        raise ModelError(
+            f"{folder / TENSORS_FILE}: by their ranks in {CONFIG_FILE}, the projections of {listed(different)} have "
+            "different numbers of experts. Restore both files from the same adapter"
+        )
 
 
 def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:
@@ -324,6 +359,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         **adapter.config,
         "alpha_pattern": {exactly(name): x.alpha for name, x in layers.items() if x.alpha != alpha},
         "inference_mode": True,
+        **({"lora_dropout": 0.0} if adapter.experts else {}),  # PEFT has none for experts
         "lora_alpha": alpha,
         "r": rank,
         "rank_pattern": {exactly(name): x.rank for name, x in layers.items() if x.rank != rank},

@@ -29,7 +29,6 @@ from qlora.adapter.low_rank_layer import LowRankLayer, initial_a
 from qlora.adapter.methods.course import Course
 from qlora.adapter.methods.method import AdapterMethod
 from qlora.adapter.patterns import fits
-from qlora.adapter.peft_experts import targets_of as experts_in
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, read_pairs
 from qlora.adapter.targets import features, select
 from qlora.adapter.wrap import wrap
@@ -162,11 +161,6 @@ class Lora(AdapterMethod):
     def as_lora(self, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """Read config and tensors."""
         config = read_config(folder / CONFIG_FILE)
-        if experts_in(config):
-            raise ModelError(
-                f"{folder}: an adapter with matrices for the experts of a mixture cannot be composed, compressed, "
-                "inspected or exported. Merge it into its base instead, with qlora merge"
-            )
         suffixes = [suffix for kind in self.layers for suffix in kind.SAVED]
         return config, read_pairs(folder, trained_parts.part_names(folder, config, suffixes))
 
