@@ -18,11 +18,12 @@ from qlora.adapter.lora_spec import MAX_ALPHA, SCALINGS, LoraSpec
 from qlora.adapter.patterns import exactly, pattern_value
 from qlora.adapter.peft_experts import FIELD, shortest
 from qlora.adapter.peft_experts import targets_of as experts_in
+from qlora.adapter.peft_parameters import is_parameter, key_of, parameter_of, taken_for_experts
 from qlora.adapter.peft_tensors import CONFIG_FILE as CONFIG_FILE
 from qlora.adapter.targets import is_linear, layer_names, list_layers
 from qlora.adapter.trained_parts import without_parts
 from qlora.errors import ModelError
-from qlora.quantization.expert_stack import expert_stacks
+from qlora.quantization.expert_stack import expert_parameters, expert_stacks
 
 INITIAL_FILE = "adapter_initial.safetensors"
 """A and B before the first step, see initial.py"""
@@ -122,6 +123,8 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
     """
     rank = commonest([layer.rank for layer in layers.values()])
     alpha = commonest([layer.alpha for layer in layers.values()])
+    targets = target_fields(model, layers)
+    keys = {name: exactly(key_of(name, experts_in(targets))) for name in layers}
     dropouts = {layer.dropout: name for name, layer in layers.items()}
     if len(dropouts) > 1:
         examples = ", ".join(f"{dropout} in {name}" for dropout, name in list(dropouts.items())[:3])
@@ -129,12 +132,10 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
             f"the layers have different dropout ({examples}), and PEFT's config holds only one. Train all layers with "
             "one adapter.dropout"
         )
-    projections = _projections(model)
-    experts = [name for name in projections if name in layers]
-    modules = layers.keys() - experts
     return {
+        **targets,
         "alpha_pattern": {
-            exactly(name): _plain(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha
+            keys[name]: _plain(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha
         },
         "auto_mapping": None,
         "base_model_name_or_path": base.name,
@@ -148,14 +149,12 @@ def config_of(model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
         "lora_bias": False,
-        "lora_dropout": 0.0 if experts else next(iter(layers.values())).dropout,  # PEFT has none for experts
+        "lora_dropout": 0.0 if experts_in(targets) else next(iter(dropouts)),  # PEFT has none for parameters
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "rank_pattern": {keys[name]: layer.rank for name, layer in layers.items() if layer.rank != rank},
         "revision": base.revision,
-        "target_modules": targets_of(model, modules) if modules else [],
-        **({FIELD: shortest(experts, projections)} if experts else {}),
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "use_dora": False,
         "use_rslora": is_rslora(layers),
@@ -238,8 +237,12 @@ def targets_in(
         chosen = {indices} if isinstance(indices, int) else set(indices)
         names = [name for name in names if _layer_index(name, patterns) in chosen]
     if parameters := experts_in(config):
-        chosen_experts = set(filter(_matcher(parameters), experts))
-        names = [name for name in known if name in chosen_experts or name in names]
+        is_chosen = _matcher(parameters)
+        chosen = {name for name in experts if is_chosen(name)}
+        chosen |= {
+            name for name in layers if is_parameter(name, parameters) and is_linear(model.get_submodule(name))
+        }
+        names = [name for name in known if name in chosen or name in names]
     if not names:
         raise ModelError(
             f"{path}: the adapter does not fit this model: its target_modules, {json.dumps(targets)}, match no "
@@ -251,8 +254,9 @@ def targets_in(
 
 def spec_of_layer(config: Mapping[str, Any], name: str, path: Path) -> LoraSpec:
     """Return the settings of the layer `name`, whose tensors are loaded next; missing fields have PEFT's defaults."""
-    rank = pattern_value(config.get("rank_pattern") or {}, name, _or(config.get("r"), 8))
-    alpha = pattern_value(config.get("alpha_pattern") or {}, name, _or(config.get("lora_alpha"), 8))
+    key = key_of(name, experts_in(config))
+    rank = pattern_value(config.get("rank_pattern") or {}, key, _or(config.get("r"), 8))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, key, _or(config.get("lora_alpha"), 8))
     if type(rank) is not int or rank < 1:
         raise ModelError(f"{path}: r of {name} must be a whole number of at least 1, not {rank!r}")
     if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
@@ -289,6 +293,21 @@ def is_rslora(layers: Mapping[str, LoraLayer]) -> bool:
     )
 
 
+def target_fields(model: nn.Module, layers: Collection[str]) -> dict[str, Any]:
+    """Return target_modules and, if PEFT needs it, target_parameters, which match exactly these layers in PEFT."""
+    projections = _projections(model)
+    experts = [name for name in projections if name in layers]
+    linears = [name.removesuffix(".base") for name, module in model.named_modules() if is_linear(module)]
+    weights = taken_for_experts(model, [name for name in layers if name not in experts])
+    parameters = [
+        *shortest(experts, projections),
+        *shortest(map(parameter_of, weights), map(parameter_of, linears)),
+    ]
+    modules = [name for name in layers if name not in experts and name not in weights]
+    fields: dict[str, Any] = {"target_modules": targets_of(model, modules) if modules else []}
+    return fields | ({FIELD: parameters} if parameters else {})
+
+
 def targets_of(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """Return target_modules that match exactly these layers in PEFT: last parts of names, names, or an expression."""
     experts = _projections(model)  # parameters in PEFT's model, which target_modules never match
@@ -301,8 +320,8 @@ def targets_of(model: nn.Module, layers: Collection[str]) -> list[str] | str:
 
 
 def _projections(model: nn.Module) -> list[str]:
-    """Return the names of all projections of experts, adapted or not."""
-    return [name.removesuffix(".base") for name in expert_stacks(model)]
+    """Return the names of all projections of experts, adapted or not, ours or transformers'."""
+    return [*(name.removesuffix(".base") for name in expert_stacks(model)), *dict(expert_parameters(model))]
 
 
 def _matcher(entries: str | list[str]) -> Callable[[str], bool]:

@@ -77,6 +77,11 @@ def targets_of(config: Mapping[str, Any]) -> list[str]:
     return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Return True if the `target_parameters` of a config name projections of experts."""
+    return any(entry.rpartition(".")[2] in PROJECTIONS for entry in targets_of(config))
+
+
 def targets_beside(file: Path) -> list[str]:
     """Return `target_parameters` of an adapter_config.json; empty if it cannot be read, which others report."""
     try:
@@ -87,7 +92,7 @@ def targets_beside(file: Path) -> list[str]:
 
 
 def shortest(layers: Iterable[str], all_layers: Iterable[str]) -> list[str]:
-    """Return `target_parameters` for these of all projections of experts: last parts of names, or whole names."""
+    """Return `target_parameters` for these of all parameters: last parts of their names, or the whole names."""
     chosen = set(layers)
     endings = {".".join(name.split(".")[-2:]) for name in chosen}
     if {name for name in all_layers if ".".join(name.split(".")[-2:]) in endings} == chosen:

@@ -41,7 +41,7 @@ from qlora.adapter.initial import (
 )
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
-from qlora.adapter.peft_experts import OF_ONE_EXPERT, targets_of
+from qlora.adapter.peft_experts import OF_ONE_EXPERT, has_experts, targets_of
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
 from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
@@ -132,7 +132,7 @@ def load_adapter(
 
     A model without an adapter is frozen and adapted as the config describes, with the dtype of the stored tensors.
     A model with an adapter keeps its layers and takes the stored tensors and settings; method, layers and shapes must
-    be the same. It keeps its dropout if the adapter has experts, for which PEFT's config has none. If the model is on
+    be the same. It keeps its dropout if the config names parameters, for which PEFT has none. If the model is on
     the meta device, only the adapter's tensors become real, on the CPU.
 
     Args:
@@ -199,7 +199,7 @@ def config_and_method(folder: Path, model: nn.Module) -> tuple[dict[str, Any], A
     check_expressions(config, (name for name, _ in model.named_modules()), file)
     method = method_for(config, file)
     method.check(without_parts(config, file), file)
-    if targets_of(config):
+    if has_experts(config):
         use_expert_stacks(model)
     return config, method
 

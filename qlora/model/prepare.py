@@ -19,7 +19,6 @@ from qlora.adapter.experts import expert_notes
 from qlora.adapter.identity import UNQUANTIZED, BaseIdentity, in_4_bits
 from qlora.adapter.initial import InitialValues, prepared_base
 from qlora.adapter.methods import METHODS
-from qlora.adapter.peft_drops import peft_drops
 from qlora.adapter.start import StartAdapter, find_adapter
 from qlora.adapter.targets import left_out
 from qlora.adapter.trained_parts import targets_beside, train_modules, whole_modules
@@ -169,14 +168,13 @@ def _keys_as_in_a_recipe() -> Iterator[None]:
 
 
 def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
-    """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it, PEFT."""
+    """Return remarks for the user about an adapted model: layers without an adapter, parts trained beside it."""
     return [
         *(left_out_notes(model, recipe.adapter.targets) if recipe.adapter.start_from is None else ()),
         *expert_notes(model),
         *unreached_notes(model),
         *part_notes(model, tokenizer),
         *layer_notes(model),
-        *peft_drops(model),
     ]
 
 

@@ -18,7 +18,8 @@ import torch
 from qlora.adapter.algebra.low_rank import LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
-from qlora.adapter.peft_experts import FIELD, targets_of
+from qlora.adapter.peft_experts import FIELD, is_projection, targets_of
+from qlora.adapter.peft_parameters import is_parameter
 from qlora.errors import ModelError, listed
 
 CANCELLED = 1e-5
@@ -95,9 +96,10 @@ def compose(
         full = rank is None and energy is None
         layers[name] = Layer.store(name, exact if full else exact.nearest(rank, energy), dtype, alike[0])
         deviations[name] = ApproximationError.between(layers[name], exact)
-    config = {**adapters[0].config, "target_modules": _targets(adapters)}
-    if projections := dict.fromkeys(entry for adapter in adapters for entry in targets_of(adapter.config)):
-        config[FIELD] = list(projections)
+    parameters = list(dict.fromkeys(entry for adapter in adapters for entry in targets_of(adapter.config)))
+    config = {**adapters[0].config, "target_modules": _targets(adapters, parameters)}
+    if parameters:
+        config[FIELD] = parameters
     notes = dict.fromkeys(adapter.note for adapter in adapters if adapter.note)
     if len(parts) > 1 and math.hypot(*(found.norm for found in deviations.values())) <= CANCELLED * most:
         notes["the updates cancel each other, so the new adapter changes nothing"] = None
@@ -174,12 +176,13 @@ def _check_shapes(name: str, terms: Sequence[LowRank], layers: Sequence[Layer]) 
         )
 
 
-def _targets(adapters: Sequence[Adapter]) -> Any:
-    """Return target_modules that match exactly the layers of all adapters in PEFT."""
+def _targets(adapters: Sequence[Adapter], parameters: Sequence[str]) -> Any:
+    """Return target_modules that match exactly the layers of all adapters in PEFT but those named as parameters."""
     targets: list[Any] = [adapter.config.get("target_modules") for adapter in adapters]
     if all(entry == targets[0] for entry in targets):
         return targets[0]
     if all(isinstance(entry, list) for entry in targets):
         return sorted({name for entry in targets for name in entry})
-    names = (name for x in adapters for name, layer in x.layers.items() if not layer.has_experts)
-    return "|".join(dict.fromkeys(map(re.escape, names)))
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
+    others = [x for x in names if not is_projection(x, parameters) and not is_parameter(x, parameters)]
+    return "|".join(map(re.escape, others))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.low_rank import OVERSAMPLING, ROUNDING, SMALL, LowRank, sketch
 from qlora.adapter.algebra.tensors import Adapter, Layer
-from qlora.adapter.config import targets_of
+from qlora.adapter.config import target_fields
 from qlora.adapter.methods.lora import layer_generator
 from qlora.adapter.targets import is_conv1d, select
 from qlora.errors import ModelError
@@ -164,7 +164,7 @@ def _config(model: nn.Module, layers: Mapping[str, Layer], base_model: str | Non
         "init_lora_weights": True,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "target_modules": targets_of(model, layers),  # only reads the layers' names
+        **target_fields(model, layers),  # only reads the layers' names
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     }
 

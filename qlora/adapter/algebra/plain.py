@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from qlora.adapter.algebra.compose import ApproximationError
 from qlora.adapter.algebra.tensors import Adapter, dtype_name
 from qlora.adapter.config import CONFIG_FILE, commonest
-from qlora.adapter.peft_experts import targets_of as experts_in
+from qlora.adapter.peft_experts import has_experts
 from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import has_parts
 from qlora.errors import ModelError
@@ -57,7 +57,7 @@ def note(config: Mapping[str, Any], folder: object, *, exported: bool = False) -
         return beside if experts else f"{beside}. For them, {merge}"
     if config["peft_type"] != "LORA":
         return f"{unread}: {export}"
-    if experts_in(config) and not exported:
+    if has_experts(config) and not exported:
         return (
             "the adapter has the experts of a layer in one tensor, as PEFT and qlora read them. For vLLM and SGLang: "
             f"{export}; for llama.cpp, {merge}"

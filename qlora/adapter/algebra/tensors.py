@@ -29,8 +29,8 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_experts import is_projection, joined, split
-from qlora.adapter.peft_experts import targets_of as experts_in
+from qlora.adapter.peft_experts import is_projection, joined, split, targets_of
+from qlora.adapter.peft_parameters import is_parameter, key_of
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
 from qlora.adapter.store import method_for
 from qlora.adapter.trained_parts import fields_of_parts, part_names, without_parts
@@ -168,8 +168,9 @@ def read(path: str | Path) -> Adapter:
             f"{folder / TENSORS_FILE}: holds no tensors; restore the file, or train the adapter again"
         )
     check_expressions(config, pairs, folder / CONFIG_FILE)
-    experts = [name for name in pairs if is_projection(name, experts_in(config))]
-    others = [name for name in pairs if name not in experts]
+    parameters = targets_of(config)
+    experts = [name for name in pairs if is_projection(name, parameters)]
+    others = [name for name in pairs if name not in experts and not is_parameter(name, parameters)]
     _check_targets(config.get("target_modules"), others, folder / CONFIG_FILE)
     layers = {name: _layer(config, name, pair, folder, name in experts) for name, pair in pairs.items()}
     _check_experts({name: layers[name] for name in experts}, folder)
@@ -351,17 +352,18 @@ def _targets(entry: str, name: str) -> bool:
 
 def _config(adapter: Adapter) -> dict[str, Any]:
     """Return the config with the commonest rank and alpha, and with patterns for the layers that differ."""
-    layers = adapter.layers
+    layers, parameters = adapter.layers, targets_of(adapter.config)
+    keys = {name: exactly(key_of(name, parameters)) for name in layers}
     rank = commonest([layer.rank for layer in layers.values()])
     # only layers of that rank count: if alpha = rank everywhere, both patterns then name the same layers
     alpha = commonest([layer.alpha for layer in layers.values() if layer.rank == rank])
     return {
         **adapter.config,
-        "alpha_pattern": {exactly(name): x.alpha for name, x in layers.items() if x.alpha != alpha},
+        "alpha_pattern": {keys[name]: x.alpha for name, x in layers.items() if x.alpha != alpha},
         "inference_mode": True,
-        **({"lora_dropout": 0.0} if adapter.experts else {}),  # PEFT has none for experts
+        **({"lora_dropout": 0.0} if parameters else {}),  # PEFT has none for parameters
         "lora_alpha": alpha,
         "r": rank,
-        "rank_pattern": {exactly(name): x.rank for name, x in layers.items() if x.rank != rank},
+        "rank_pattern": {keys[name]: x.rank for name, x in layers.items() if x.rank != rank},
         "use_rslora": is_rslora(layers),
     }

@@ -20,7 +20,9 @@ from qlora.adapter.identity import BaseIdentity
 from qlora.adapter.lora_spec import LoraSpec
 from qlora.adapter.methods.lora import Lora, LoRALinear, adapt, spec_of
 from qlora.adapter.methods.method import AdapterMethod
+from qlora.adapter.peft_parameters import taken_for_experts
 from qlora.adapter.targets import features
+from qlora.errors import listed
 from qlora.ops.dora_linear import dora_linear, row_norms, row_squares
 from qlora.ops.products import Linear, Update
 from qlora.quantization.nf4 import dense
@@ -138,6 +140,17 @@ class Dora(Lora):
     def config(self, model: nn.Module, layers: Mapping[str, Any], base: BaseIdentity) -> dict[str, Any]:
         """Return the fields of PEFT's LoraConfig, with use_dora."""
         return {**config_of(model, layers, base), "use_dora": True}
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """Return a remark on layers for which PEFT refuses the adapter."""
+        names = taken_for_experts(model, DoraLinear.of(model))
+        if not names:
+            return super().notes(model)
+        return [
+            *super().notes(model),
+            f"PEFT 0.21 refuses this adapter, because it takes {listed(names)} for experts, for which it has no DoRA; "
+            "merge the adapter for other programs",
+        ]
 
     as_lora = AdapterMethod.as_lora
 
