@@ -189,15 +189,22 @@ def test_the_experts_of_a_projection_share_the_least_rank_that_keeps_their_energ
         assert shown[name].rank_for(energy) == rank
 
 
-def test_inspect_has_a_line_for_each_projection(base: Callable[[str], Path], tmp_path: Path) -> None:
-    path = trained(base("qwen3_moe"), tmp_path / "a", rank=4)
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_inspect_has_a_line_for_each_projection(
+    base: Callable[[str], Path], tmp_path: Path, architecture: str
+) -> None:
+    folder = base(architecture)
+    path = trained(folder, tmp_path / "a", rank=4)
     done = qlora("adapter", "inspect", path, "--layers")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if ".experts." in line]
-    shown = {name: float(norm) for name, _, _, norm, *_ in lines}
     expected = {name: delta.norm().item() for name, delta in deltas(path).items() if delta.ndim == 3}
     assert len(expected) == len(lines) == 4
-    assert shown == pytest.approx(expected, rel=1e-2)
+    assert {name: float(norm) for name, _, _, norm, *_ in lines} == pytest.approx(expected, rel=1e-2)
+    weights = plain_model(folder).state_dict()
+    shares = {name: norm / weights[name].norm().item() for name, norm in expected.items()}
+    shown = {name: float(share.rstrip("%")) / 100 for name, _, _, _, share, *_ in lines}
+    assert shown == pytest.approx(shares, rel=1e-2)
 
 
 def per_expert(folder: Path) -> Deltas:
@@ -250,6 +257,8 @@ def test_an_export_has_the_update_of_each_matrix_of_each_expert(
         torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
     targets = json.loads((tmp_path / "served" / CONFIG).read_text())
     assert "target_parameters" not in targets
+    with pytest.raises(ModelError, match="Combine the adapters that were exported"):
+        compose([(read(path), 1.0), (read(tmp_path / "served"), 1.0)])
     assert qlora("adapter", "inspect", tmp_path / "served").returncode == 0
     if architecture != "gpt_oss":  # PEFT reads such files as adapters of transformers 4
         theirs = PeftModel.from_pretrained(plain_model(folder), tmp_path / "served")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qlora.cli.arguments import Device, Json, TrustRemoteCode, show_device, startup_for
-from qlora.cli.base_weights import base_weights
+from qlora.cli.base_weights import base_weights, expert_norms
 from qlora.cli.expert_layout import ExpertBase, Experts, with_experts
 from qlora.cli.layer_changes import print_changes
 from qlora.cli.tables import grouped, say, show_deviations, show_spectra, small
@@ -248,7 +248,8 @@ def inspect(
         print_changes(adapter, base, per_layer, json_output)
         return
     whole = tensors.read(adapter)
-    layers = spectra(whole, base_weights(whole, base))
+    weights = base_weights(whole, base)
+    layers = spectra(whole, weights, expert_norms(whole, weights))
     verdict = judge(layers)
     if picture is not None:
         spectrum_picture.draw(layers, picture, "/".join(adapter.parts[-2:]))

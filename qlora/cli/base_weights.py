@@ -33,3 +33,21 @@ def base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
             small = sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES
             return weights if small and used in (None, checkpoint_digest(weights.files)) else None
     return None
+
+
+def expert_norms(adapter: "Adapter", weights: "ShardReader | None") -> dict[str, float]:
+    """Return the norms of the base's matrices of all experts, by projection, for those that the adapter changes.
+
+    Empty without weights, and if transformers does not find the experts in them.
+    """
+    if weights is None or not adapter.experts:
+        return {}
+    from qlora.merging.expert_files import ExpertFiles
+    from qlora.model.load import load_architecture
+    from qlora.recipe import Base
+
+    with suppress(ModelError):
+        model = load_architecture(Base(model=str(weights.folder)))
+        files = ExpertFiles(model, adapter.experts, weights)
+        return {name: files.norm(name) for name in adapter.experts}
+    return {}

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -77,6 +78,10 @@ class ExpertFiles:
             projection
         ]
         return result
+
+    def norm(self, projection: str) -> float:
+        """Return the Frobenius norm of all matrices of a projection."""
+        return torch.linalg.vector_norm(self.read(projection), dtype=torch.float64).item()
 
     def stored(self, projection: str, matrices: Tensor) -> dict[str, Tensor]:
         """Return matrices [E, ...] of a projection as the tensors of the files, by their names."""

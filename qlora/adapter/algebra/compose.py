@@ -18,7 +18,7 @@ import torch
 from qlora.adapter.algebra.low_rank import LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
-from qlora.adapter.peft_experts import FIELD, is_projection, targets_of
+from qlora.adapter.peft_experts import FIELD, OF_ONE_EXPERT, is_projection, targets_of
 from qlora.adapter.peft_parameters import is_parameter
 from qlora.errors import ModelError, listed
 
@@ -78,13 +78,14 @@ def compose(
         The new adapter, and the error of each layer by name.
 
     Raises:
-        ModelError: the adapters were trained on different bases, a layer has different shapes in them, or one of
-            several has tokens or modules trained beside it.
+        ModelError: the adapters were trained on different bases, a layer has different shapes in them, their experts
+            have different layouts, or one of several has tokens or modules trained beside it.
     """
     adapters = [adapter for adapter, _ in parts]
     if not any_base:
         _check_bases(adapters)
     _check_parts(adapters)
+    _check_experts(adapters)
     layers, deviations = {}, {}
     most = 0.0  # norm of the sum if no term cancelled another
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
@@ -156,6 +157,16 @@ def _check_parts(adapters: Sequence[Adapter]) -> None:
         raise ModelError(
             f"an adapter has tokens or modules trained beside it ({listed(parts)}). They replace those of the base, "
             "so a weighted sum has no meaning; combine adapters without them, or merge this one into its base first"
+        )
+
+
+def _check_experts(adapters: Sequence[Adapter]) -> None:
+    """Raise ModelError if some adapters have A and B for all experts, and others for each."""
+    apart = any(OF_ONE_EXPERT.search(name) for adapter in adapters for name in adapter.layers)
+    if apart and any(adapter.experts for adapter in adapters):
+        raise ModelError(
+            "an adapter has A and B for each matrix of each expert, as `qlora adapter export` writes them, and another "
+            "one for all experts of a layer. Combine the adapters that were exported"
         )
 
 

@@ -87,13 +87,22 @@ class Spectrum:
         }
 
 
-def spectra(adapter: Adapter, base: ShardReader | None = None) -> dict[str, Spectrum]:
-    """Return the spectrum of every layer's update, with the norms of the weights if `base` is given."""
+def spectra(
+    adapter: Adapter, base: ShardReader | None = None, norms: Mapping[str, float] | None = None
+) -> dict[str, Spectrum]:
+    """Return the spectrum of every layer's update, with the norms of the base's weights if they are known.
+
+    Args:
+        adapter: the adapter.
+        base: the base's weights.
+        norms: the norms of further weights by the names of their layers, such as those of experts.
+    """
+    known = norms or {}
     return {
         name: Spectrum(
             layer.rank,
             pooled(layer.update.singular_values()).tolist(),
-            None if base is None else _base_norm(base, name),
+            known.get(name) or (None if base is None else _base_norm(base, name)),
         )
         for name, layer in adapter.layers.items()
     }
