@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.targets import features, heads, is_conv1d
 from qlora.errors import ModelError
 from qlora.quantization.expert_stack import ExpertStack, is_experts
@@ -94,7 +95,7 @@ def precision_of(model: nn.Module, quantized: Collection[str] | None = None) -> 
             numbers[None if in_nf4 else _kind(name, module, routing, read)] += inputs * outputs
         elif isinstance(module, ExpertStack):
             numbers[None if module.packed else STORED] += module.numel()
-        elif name not in routing and not isinstance(module, _ConvNd):
+        elif name not in routing and not isinstance(module, _ConvNd | AdaptedLayer):
             known = is_experts(module)
             experts = _among_experts(name) or "experts" in type(module).__name__.lower()
             dimensions = 2 if _among_experts(name) else 3
