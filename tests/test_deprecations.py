@@ -7,7 +7,7 @@ import pytest
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from qlora.model.load import quiet
+from qlora.model.quiet import quiet
 
 
 @pytest.mark.parametrize("again", [False, True])  # logged once a process, seen in every test

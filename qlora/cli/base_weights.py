@@ -42,12 +42,13 @@ def expert_norms(adapter: "Adapter", weights: "ShardReader | None") -> dict[str,
     """
     if weights is None or not adapter.experts:
         return {}
-    from qlora.merging.expert_files import ExpertFiles
     from qlora.model.load import load_architecture
+    from qlora.quantization.stored_parameters import StoredParameters
     from qlora.recipe import Base
 
     with suppress(ModelError):
         model = load_architecture(Base(model=str(weights.folder)))
-        files = ExpertFiles(model, adapter.experts, weights)
+        files = StoredParameters(model, adapter.experts, weights)
+        files.require(adapter.experts)
         return {name: files.norm(name) for name in adapter.experts}
     return {}

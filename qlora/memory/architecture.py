@@ -16,16 +16,11 @@ from qlora.model.checkpointing import decoder_layers, require_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
 from qlora.model.document_bounds import keeps_state
 from qlora.model.head import check_head_unquantized, decoder_of, head_of
-from qlora.model.load import (
-    check_quantization,
-    compute_dtype,
-    embedding_is_untied,
-    load_config,
-    meta_model,
-)
+from qlora.model.load import compute_dtype, embedding_is_untied, load_config, meta_model
 from qlora.model.load_problems import not_causal
 from qlora.model.precision import Precision, check_precision, precision_of
 from qlora.model.prepare import apply_adapter
+from qlora.model.prequantized import check_experts, check_quantization
 from qlora.model.varlen_attention import read_documents, reads_documents
 from qlora.objective.causal_lm import hidden_states
 from qlora.ops.cross_entropy import tokens_at_once
@@ -103,6 +98,7 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
     except (ValueError, KeyError) as error:
         reason = not_causal(error) or first_line(error)
         raise ModelError(f"base.model: {recipe.base.model!r} cannot be built: {reason}") from error
+    check_experts(recipe.base, config, model)
     in_nf4 = recipe.base.quantization == "nf4"
     stored = getattr(config, "quantization_config", None)
     quantized = frozenset((*nf4_layers(model, stored), *nf4_experts(model, stored)) if in_nf4 else ())

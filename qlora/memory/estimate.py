@@ -16,6 +16,7 @@ from qlora.memory.budget import available_bytes, held_by_others, resolve_budget
 from qlora.memory.forecast import Forecaster
 from qlora.memory.plan import Plan, needed, plan, sized
 from qlora.memory.workload import Workload, assumed, of_epoch, of_run
+from qlora.model.checkpoint_notes import quantized_notes
 from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.known_architectures import KNOWN_ARCHITECTURES
@@ -190,7 +191,12 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
         memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
         overruled_settings(recipe.base, arch.config), [] if dataset is None else remarks(dataset.counts),
         held_bytes,
-        [*config_notes(recipe, arch.config), *gpu_notes(recipe, arch.config, here), *layer_notes(arch.model)],
+        [
+            *config_notes(recipe, arch.config),
+            *quantized_notes(recipe.base, arch.config),
+            *gpu_notes(recipe, arch.config, here),
+            *layer_notes(arch.model),
+        ],
     )  # fmt: skip
 
 

@@ -36,12 +36,11 @@ from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import ModelError, listed
-from qlora.merging.expert_files import ExpertFiles
 from qlora.model import load as bases
 from qlora.quantization import nf4
-from qlora.quantization.expert_stack import rounded
 from qlora.quantization.mxfp4 import BLOCKS, is_packed
-from qlora.quantization.transformers_loader import nf4_config
+from qlora.quantization.stored_parameters import StoredParameters
+from qlora.quantization.transformers_loader import as_stored, nf4_config
 from qlora.recipe import Base
 from qlora.storage.folders import save_errors
 from qlora.storage.json_files import read_object, write_object
@@ -93,10 +92,11 @@ class MergeSource:
     def __init__(
         self, base: Base, adapter: Path, device: torch.device | str = "cpu", *, any_base: bool = False
     ) -> None:
-        self.base, self.device = base, torch.device(device)
+        self.device = torch.device(device)
         self.folder = bases.checkpoint_folder(base)
         self.reader = ShardReader(self.folder)
         meta_base = bases.meta_base(base)
+        self.base = as_stored(base, meta_base.model.config)
         self.prequantized, self.excluded = meta_base.prequantized, meta_base.excluded
         load_adapter(meta_base.model, adapter, any_base=any_base)
         if others := other_layers(meta_base.model):
@@ -110,19 +110,17 @@ class MergeSource:
         self._experts = LoRAExperts.of(meta_base.model)
         self._quantized_experts = meta_base.experts if base.quantization == "nf4" else frozenset()
         projections = self._experts.keys() | self._quantized_experts
-        self._expert_files = ExpertFiles(meta_base.model, projections, self.reader)
+        self._expert_files = StoredParameters(meta_base.model, projections, self.reader)
+        self._expert_files.require(projections)
+        self._packed = self._expert_files.packed
         self._projections = {key: name for name in projections for key in self._expert_files.keys(name)}
         self.biases = self._locate_biases(meta_base.model)
         self.parts = self._locate_parts(meta_base.model)
         self.vocabulary = max((rows.size for rows in TrainedRows.of(meta_base.model).values()), default=None)
         """rows of the merged embedding; None if no token was trained"""
-        # bitsandbytes stores the statistics of x.weight as x.weight.absmax and so on
-        statistics = {
-            key for key in self.reader if key.rpartition(".weight.")[0] + ".weight" in self.matrices
-        }
+        statistics = {name for own in self._packed.statistics.values() for name in own}
         self.keys = [key for key in self.reader if key not in statistics]
         """names of the tensors in the files, without the statistics of 4-bit weights"""
-        self._statistics = statistics
         sizes: Counter[str] = Counter()
         for key in self.keys:
             sizes[self.reader.stored[key].dtype] += self.reader.stored[key].elements
@@ -141,11 +139,12 @@ class MergeSource:
         total = 0.0
         for key in self.keys:
             elements = self.reader.stored[key].elements
+            if key in self._packed:  # two codes a byte
+                elements *= 2
             if is_packed(key):  # two codes a byte, and no exponents in 16 bits
                 total += elements * 4 if key.endswith(BLOCKS) else 0
-            elif key in self.matrices and self.matrices[key].quantized:
-                elements *= 2 if self.prequantized else 1  # two codes a byte
-                total += elements * (NF4_BYTES if onto == "nf4" else 2)
+            elif onto == "nf4" and key in self.matrices and self.matrices[key].quantized:
+                total += elements * NF4_BYTES
             else:
                 total += elements * 2
         return int(total)
@@ -165,23 +164,30 @@ class MergeSource:
                 tensor = self._dense(key)
                 if key in self.biases:
                     tensor = self.biases[key].merged_bias(tensor)
-                main = self.reader.stored[key].dtype == self._main_dtype
+                main = key in self._packed or self.reader.stored[key].dtype == self._main_dtype
                 yield {key: tensor.bfloat16() if main else tensor}
 
     def _expert_tensors(self, name: str, onto: Onto) -> dict[str, Tensor]:
         """Return the tensors of a projection of experts, in 16 bits: transformers has no experts in NF4."""
-        matrices, adapted = self._expert_files.read(name).to(self.device), self._experts.get(name)
+        files, adapted = self._expert_files, self._experts.get(name)
         if onto != "original" and name in self._quantized_experts:
             # In the dtype in which transformers hands it to the quantizer when it loads the base
-            matrices = matrices.to(bases.compute_dtype(self.base, self.device))
-            matrices = rounded(matrices, self.base.block_size, self.base.double_quant)
+            dtype = bases.compute_dtype(self.base, self.device)
+            own = self.base.block_size, self.base.double_quant
+            matrices = files.quantized(name, *own, dtype, self.device).dense(torch.float32)
+        else:
+            matrices = files.read(name).to(self.device)
         if adapted is not None:
             matrices = adapted.merged_weight(matrices)
         return self._expert_files.stored(name, matrices.bfloat16())
 
     def _dense(self, key: str) -> Tensor:
-        """Read a tensor that is not packed, as it was trained beside the adapter if it was."""
-        tensor = self.reader[key]
+        """Read a tensor, as it was trained beside the adapter if it was; dequantize it if it is packed."""
+        if key in self._packed:  # a router, from a time in which it was a linear layer
+            (weight,) = self._packed.read([key])
+            tensor = nf4.dequantize(weight, weight.quant_state, torch.float32)
+        else:
+            tensor = self.reader[key]
         return self.parts[key](tensor).to(tensor.dtype) if key in self.parts else tensor
 
     def _matrix(self, key: str, matrix: _Matrix, onto: Onto) -> dict[str, Tensor]:
@@ -201,9 +207,8 @@ class MergeSource:
         """Read a weight [out, in] in fp32, and its NF4 form if the adapter was trained with that (else None)."""
         if self.prequantized and matrix.quantized:
             assert key not in self.parts, f"{key} is packed, and packed weights are not trained"
-            names = [name for name in self._statistics if name.startswith(f"{key}.")]
-            parts = {name[len(key) :]: self.reader[name] for name in names}
-            packed = nf4.from_tensors({"": self.reader[key].to(self.device), **parts})
+            (packed,) = self._packed.read([key])
+            packed = packed.to(self.device)
         else:
             weight = self._dense(key).to(self.device)
             weight = weight.T if matrix.transposed else weight

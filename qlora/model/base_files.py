@@ -20,17 +20,19 @@ WEIGHT_FILES = ("model.safetensors.index.json",)
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-PACKED_EXPERT = re.compile(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__\w+$")
-"""statistic of a 4-bit matrix that belongs to a single expert"""
+PACKED_EXPERT = re.compile(r"\.experts\..*\.quant_state\.bitsandbytes__\w+$")
+"""statistic of 4-bit weights of experts"""
 
 
-def packed_experts(location: str, revision: str) -> bool:
-    """Return True if a checkpoint on this machine has a 4-bit matrix for each expert."""
+def packed_expert(location: str, revision: str) -> str | None:
+    """Return the name of the first 4-bit weight of experts in a checkpoint on this machine; None if there is none."""
     try:
         files = checkpoint_files(find_checkpoint(location, revision))
-        return any(PACKED_EXPERT.search(tensor.name) for file in files for tensor in stored_tensors(file))
+        names = (tensor.name for file in files for tensor in stored_tensors(file))
+        found = next((name for name in names if PACKED_EXPERT.search(name)), None)
     except (ModelError, OSError, ValueError):
-        return False  # loading says what is wrong with it
+        return None  # loading says what is wrong with it
+    return None if found is None else found.partition(".quant_state.")[0]
 
 
 def damaged_config(folder: Path) -> str | None:

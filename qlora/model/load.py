@@ -2,7 +2,7 @@
 
     pretrained   weights from the hub or a folder. They are quantized tensor by tensor while transformers reads them,
                  so the full-precision model is never in memory, and cached for the next start (see `nf4_cache`).
-                 Checkpoints in bitsandbytes NF4 load unchanged
+                 Checkpoints in bitsandbytes NF4 load unchanged (their experts: see `prequantized`)
     synthetic    the architecture of a config.json with random NF4 weights made directly on the device: to measure
                  memory and speed without a download
     random       the architecture freshly initialised: for training from scratch
@@ -11,8 +11,8 @@ Everything except the quantized linears (embeddings, norms, the output head) is 
 """
 
 import copy
-import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import logging as transformers_logging
 
 from qlora import bundled
 from qlora.adapter.architecture import architecture_of
@@ -31,21 +30,23 @@ from qlora.adapter.initial import InitialValues
 from qlora.adapter.targets import is_conv1d
 from qlora.adapter.trained_rows import plain
 from qlora.errors import ModelError, RecipeError, first_line, listed
-from qlora.model import nf4_cache, random_init
-from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_weights, packed_experts
+from qlora.model import nf4_cache, prequantized, random_init
+from qlora.model.base_files import damaged_config, damaged_tokenizer, damaged_weights
 from qlora.model.load_problems import code_wanted, damage_named, load_problem
 from qlora.model.locate import locate
 from qlora.model.offload import HostEmbedding
+from qlora.model.quiet import quiet
 from qlora.model.varlen_attention import use_capped_attention
 from qlora.quantization import nf4
-from qlora.quantization.mxfp4 import is_mxfp4, read_as_16_bits
+from qlora.quantization.mxfp4 import is_mxfp4
+from qlora.quantization.nf4_checkpoint import read_apart
 from qlora.quantization.transformers_loader import (
     OnWeight,
+    as_stored,
     block_size_applied,
     cast_dense,
     nf4_config,
     nf4_experts,
-    require_nf4,
 )
 from qlora.recipe import Base
 from qlora.runtime import gpu
@@ -83,7 +84,7 @@ def load_config(base: Base) -> Any:
             f"base.model: {base.model!r} is an encoder and a decoder ({config.model_type}; is_encoder_decoder is true "
             "in its config.json), and qlora trains causal language models only. Use one"
         )
-    return read_as_16_bits(config)
+    return prequantized.format_remembered(base, config)
 
 
 def load_architecture(base: Base) -> nn.Module:
@@ -159,7 +160,7 @@ def load_base(
     """
     device = torch.device(device)
     config = load_config(base) if config is None else config
-    check_quantization(base, config)
+    prequantized.check_quantization(base, config)
     if initial is not None and base.init != "synthetic":
         _require_16_bit(base, config, initial)
         initial.choose(meta_model(base, config, compute_dtype(base, device)))
@@ -183,17 +184,6 @@ def load_base(
     )
     model.config.use_cache = False
     return model.train()
-
-
-def check_quantization(base: Base, config: Any) -> None:
-    """Check that the recipe can use the checkpoint's own quantization, if it has one; see `require_nf4`."""
-    if (stored := getattr(config, "quantization_config", None)) is not None:
-        require_nf4(base, stored)
-        if packed_experts(locate(base), _revision(base)):
-            raise ModelError(
-                f"base.model: {base.model!r} has a 4-bit matrix for each expert, as transformers 4 wrote them, and "
-                "transformers 5 cannot read these. Use its 16-bit version; loading quantizes the experts too"
-            )
 
 
 def _require_16_bit(base: Base, config: Any, initial: InitialValues) -> None:
@@ -246,21 +236,37 @@ def _identity(base: Base, model: PreTrainedModel, seed: int) -> BaseIdentity:
 def _pretrained(
     base: Base, config: Any, device: torch.device, dtype: torch.dtype, on_weight: OnWeight | None = None
 ) -> PreTrainedModel:
-    prequantized = getattr(config, "quantization_config", None)
-    quantize = prequantized is None and base.quantization == "nf4"
+    if getattr(config, "quantization_config", None) is None:
+        quantize = base.quantization == "nf4"
+        read = partial(_read, base, config, device, dtype, quantize=quantize, on_weight=on_weight)
+    else:
+        meta = meta_model(base, config, dtype)
+        prequantized.check_experts(base, config, meta)
+        quantize = bool(prequantized.quantized_on_reading(base, config, meta))
+        read = partial(_read_nf4, base, config, device, dtype)
     # a cache key cannot cover foreign code, and the cache has no 16-bit weights to read
     if not quantize or base.trust_remote_code or on_weight is not None:
-        model = _read(base, config, device, dtype, quantize=quantize, on_weight=on_weight)
-        return model if prequantized is None else cast_dense(model, dtype)
+        return read()
+    settings = as_stored(base, config)
     return nf4_cache.quantized(
         locate(base),
         _revision(base),
-        block_size=base.block_size,
-        double_quant=base.double_quant,
+        block_size=settings.block_size,
+        double_quant=settings.double_quant,
         dtype=dtype,
         device=device,
-        make=lambda: _read(base, config, device, dtype, quantize=True),
+        make=read,
     )
+
+
+def _read_nf4(base: Base, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint that is in NF4: its linears and other weights with transformers, its experts without."""
+    settings = as_stored(base, config)
+    with read_apart(
+        checkpoint_folder(base), config.quantization_config, block_size=settings.block_size,
+        double_quant=settings.double_quant, dtype=dtype, device=device,
+    ) as add:  # fmt: skip
+        return cast_dense(add(_loaded(base, device, dtype)), dtype)
 
 
 def _read(
@@ -278,10 +284,16 @@ def _read(
         kwargs = {"quantization_config": Mxfp4Config(dequantize=True), **kwargs}
         if quantize:
             kwargs["config"] = copy.deepcopy(config)  # without the checkpoint's own quantization
-    with (
-        damage_named(base, damaged_weights, "config.json or generation_config.json"),
-        block_size_applied(on_weight, mxfp4=is_mxfp4(config)),
-    ):
+    with block_size_applied(on_weight, mxfp4=is_mxfp4(config)):
+        model = _loaded(base, device, dtype, **kwargs)
+    if quantize and device.type == "cpu":
+        _let_go_of_the_files(model)
+    return model
+
+
+def _loaded(base: Base, device: torch.device, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    """Load the checkpoint with transformers. Raises ModelError if files are damaged, or weights are missing."""
+    with damage_named(base, damaged_weights, "config.json or generation_config.json"):
         model, report = AutoModelForCausalLM.from_pretrained(
             locate(base),
             revision=_revision(base),
@@ -297,9 +309,7 @@ def _read(
             f"base.model: {base.model!r} has no weights for {listed(missing)}, which its config.json asks for: "
             "config.json or model.safetensors is damaged, or they do not belong together. Restore the folder"
         )
-    if quantize and device.type == "cpu":
-        _let_go_of_the_files(model)
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def _let_go_of_the_files(model: PreTrainedModel) -> None:
@@ -341,9 +351,10 @@ def meta_base(base: Base) -> MetaBase:
         ModelError: the configuration is missing, unknown, or quantized in another way.
     """
     config = load_config(base)
-    check_quantization(base, config)
+    prequantized.check_quantization(base, config)
     stored = getattr(config, "quantization_config", None)
     model = meta_model(base, config, torch.bfloat16)
+    prequantized.check_experts(base, config, model)
     with quiet(), block_size_applied():
         quantizer = AutoHfQuantizer.from_config(
             stored or nf4_config(base, torch.bfloat16), pre_quantized=stored is not None
@@ -383,18 +394,3 @@ def checkpoint_folder(base: Base) -> Path:
 
 def _revision(base: Base) -> str:
     return base.revision or "main"
-
-
-class quiet:
-    """Silence transformers' progress bars and load reports; qlora prints its own."""
-
-    def __enter__(self) -> None:
-        self._level = transformers_logging.get_verbosity()
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        transformers_logging.set_verbosity(self._level)
-        self._warnings.__exit__(*exc)  # type: ignore[arg-type]

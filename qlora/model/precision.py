@@ -26,7 +26,7 @@ ENOUGH = 0.5
 """smallest share of the linear weights in NF4 with which a run starts unasked"""
 
 EXPERTS = "experts without the interface of transformers' experts"
-STORED = "experts that the checkpoint, itself in NF4, has in 16 bits"
+STORED = "experts that the checkpoint excludes"
 OTHERS = "weights that are in no linear layer"
 SKIPPED = "layers that the model or its checkpoint excludes"
 ROUTERS = "routers of experts"

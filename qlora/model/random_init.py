@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora.adapter.targets import is_conv1d, is_linear
+from qlora.model.prequantized import has_packed_experts
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import PackedStack, as_parameter, quantize, synthetic_stack
 from qlora.quantization.transformers_loader import OnWeight, nf4_experts, nf4_layers
@@ -33,7 +34,7 @@ def random(
         )
     if base.quantization == "nf4":
         _replace_linears(model, quantized)
-        _replace_experts(model, lambda weight: quantize(weight, **settings))
+        _replace_experts(model, lambda weight, _: quantize(weight, **settings))
     return model
 
 
@@ -65,8 +66,9 @@ def synthetic(
         )
         _replace_experts(
             model,
-            lambda weight: synthetic_stack(
+            lambda weight, parts: synthetic_stack(
                 weight.shape,
+                parts=parts,
                 block_size=base.block_size,
                 double_quant=base.double_quant,
                 device=device,
@@ -100,11 +102,15 @@ def _replace_linears(
         model.set_submodule(name, nf4.NF4Linear(quantized(name, weight), bias))
 
 
-def _replace_experts(model: PreTrainedModel, quantized: Callable[[Tensor], PackedStack]) -> None:
-    """Give the experts' projections that loading quantizes their codes, one projection at a time."""
+def _replace_experts(model: PreTrainedModel, quantized: Callable[[Tensor, int], PackedStack]) -> None:
+    """Give the experts' projections that loading quantizes their codes, one projection at a time.
+
+    quantized: returns the NF4 form of the matrices [E, out, in] of a projection, for a number of matrices an expert.
+    """
     for name in nf4_experts(model, getattr(model.config, "quantization_config", None)):
         module, own = get_module_from_name(model, name)
-        packed = quantized(module.get_parameter(own))
+        parts = 2 if own == "gate_up_proj" and has_packed_experts(model.config) else 1
+        packed = quantized(module.get_parameter(own), parts)
         setattr(module, own, as_parameter(packed))
 
 

@@ -11,16 +11,13 @@ from typing import Any
 import torch
 
 from qlora.errors import listed
-from qlora.model.load import meta_model, quiet
+from qlora.model.load import meta_model
 from qlora.model.locate import locate
+from qlora.model.quiet import quiet
 from qlora.quantization.mxfp4 import is_mxfp4, is_packed
+from qlora.quantization.packed_weights import STATISTICS
 from qlora.recipe import Base
 from qlora.storage.safetensors_files import checkpoint_files, find_checkpoint, stored_tensors
-
-NF4_STATISTICS = re.compile(
-    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
-)
-"""tensors that belong to a quantized weight"""
 
 SENSES = re.compile(r"vision|visual|image|video|audio|speech|multi_?modal|(^|\.)mm_")
 """parts of a model that read something else than text"""
@@ -66,7 +63,7 @@ def unused_tensors(base: Base, config: Any) -> list[str]:
         empty = {
             name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
             for name, shape in stored.items()
-            if not NF4_STATISTICS.search(name) and not (is_mxfp4(config) and is_packed(name))
+            if not STATISTICS.search(name) and not (is_mxfp4(config) and is_packed(name))
         }
         model = meta_model(base, config, torch.bfloat16)
         with quiet():

@@ -20,38 +20,93 @@ from qlora.runtime.phases import Allocation, announce
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """names of the parameters of transformers' experts, in the order in which the models declare them"""
 
+STATISTICS = ("absmax", "scales", "offsets", "code", "table")
+"""what a stack in NF4 has in addition to its codes"""
+
 
 class PackedStack(NamedTuple):
-    """Matrices in NF4 with their statistics; the first dimension of each tensor numbers the experts."""
+    """M matrices in NF4 with their statistics.
+
+    An expert is one matrix, or `parts` matrices that were quantized apart and lie one below the other, as gate and up
+    in a checkpoint with a 4-bit matrix for each. Those of the first expert come first.
+    """
 
     codes: Tensor
-    """[E, ceil(rows * columns / 2)] uint8"""
+    """[M, ceil(rows * columns / 2)] uint8"""
     absmax: Tensor
-    """[E, blocks]; uint8 codes with double quantization, else fp32"""
+    """[M, blocks]; uint8 codes with double quantization, else fp32"""
     scales: Tensor | None
-    """[E, ceil(blocks / 256)] fp32: the absmax of the absmax; None without double quantization"""
+    """[M, ceil(blocks / 256)] fp32: the absmax of the absmax; None without double quantization"""
     offsets: Tensor | None
-    """[E] fp32: the mean of an expert's absmax; None without double quantization"""
+    """[M] fp32: the mean of a matrix's absmax; None without double quantization"""
+    code: Tensor
+    """[16] fp32: values of the codes"""
+    table: Tensor | None
+    """[256] fp32: values of the codes of the absmax; None without double quantization"""
     shape: tuple[int, int]
     """rows and columns of a matrix, as stored"""
     block_size: int
     dtype: torch.dtype
     """dtype that the matrices were quantized from"""
+    parts: int = 1
+    """matrices an expert"""
 
-    def state(self, expert: int, code: Tensor, table: Tensor | None) -> nf4.QuantState:
-        """Return the quant state of one matrix; `code` and `table` are the values of the codes."""
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return len(self.codes) // self.parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the codes and statistics by the names of their fields, without those that are None."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+
+    def copied(self, device: torch.device | str) -> Self:
+        """Return a stack with copies of the tensors on `device`, so that none is a view of a file."""
+        copies: Any = {name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
+        return self._replace(**copies)
+
+    def matrices(self, experts: slice, dtype: torch.dtype) -> Tensor:
+        """Return the dequantized matrices [G, parts * rows, columns] of consecutive experts.
+
+        On a GPU one kernel dequantizes them if they have whole blocks.
+        """
+        first, end, _ = experts.indices(self.experts)
+        own = slice(first * self.parts, end * self.parts)
+        codes, scales, offsets = self.codes[own], self.scales, self.offsets
+        if len(codes) == 1:
+            return nf4.dequantize(codes[0], self._state(own.start), dtype)[None]
+        with announce(Allocation.DEQUANTIZATION):
+            out = torch.empty(len(codes), *self.shape, dtype=dtype, device=codes.device)
+        whole_blocks = self.shape[0] * self.shape[1] % self.block_size == 0
+        kernel = on_cuda(codes) and dtype in nf4.KERNEL_DTYPES and whole_blocks
+        if kernel and scales is not None and offsets is not None:
+            nf4.DEQUANTIZE(
+                out, codes, self.absmax[own], scales[own], self.table, offsets[own], self.code,
+                self.block_size, nf4.STATISTICS_BLOCK_SIZE,
+            )  # fmt: skip
+        else:
+            for number, matrix in enumerate(out, own.start):
+                matrix.copy_(nf4.dequantize(self.codes[number], self._state(number), dtype))
+        return out.view(end - first, self.parts * self.shape[0], self.shape[1])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the dequantized matrices [E, parts * rows, columns] of all experts."""
+        return self.matrices(slice(None), dtype)
+
+    def _state(self, number: int) -> nf4.QuantState:
+        """Return the quant state of one matrix."""
         inner: dict[str, Any] = {}
         if self.scales is not None and self.offsets is not None:
             scales = nf4.QuantState(
-                absmax=self.scales[expert],
-                code=table,
+                absmax=self.scales[number],
+                code=self.table,
                 blocksize=nf4.STATISTICS_BLOCK_SIZE,
                 dtype=torch.float32,
             )
-            inner = {"offset": self.offsets[expert], "state2": scales}
+            inner = {"offset": self.offsets[number], "state2": scales}
         return nf4.QuantState(
-            absmax=self.absmax[expert],
-            code=code,
+            absmax=self.absmax[number],
+            code=self.code,
             shape=torch.Size(self.shape),
             dtype=self.dtype,
             blocksize=self.block_size,
@@ -95,17 +150,13 @@ class ExpertStack(nn.Module):
         self.packed = isinstance(weight, PackedStack)
         """True if the matrices are in NF4"""
         if isinstance(weight, PackedStack):
-            self._settings = weight._replace(codes=None, absmax=None, scales=None, offsets=None)  # type: ignore[arg-type]
-            rows, columns = weight.shape
-            self.experts = len(weight.codes)
+            nothing: Any = dict.fromkeys(weight.tensors())
+            self._settings = weight._replace(**nothing)
+            rows, columns = weight.parts * weight.shape[0], weight.shape[1]
+            self.experts = weight.experts
             self.weight = nn.Parameter(weight.codes, requires_grad=False)
-            device = weight.codes.device
-            self.register_buffer("absmax", weight.absmax)
-            self.register_buffer("scales", weight.scales)
-            self.register_buffer("offsets", weight.offsets)
-            self.register_buffer("code", torch.tensor(nf4.NF4_CODE, device=device))
-            table = None if weight.scales is None else torch.tensor(nf4.DYNAMIC_CODE, device=device)
-            self.register_buffer("table", table)
+            for name in STATISTICS:
+                self.register_buffer(name, getattr(weight, name))
         else:
             self.experts, rows, columns = weight.shape
             self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)
@@ -121,27 +172,19 @@ class ExpertStack(nn.Module):
         """The matrices in NF4 with their statistics."""
         assert self.packed, "the matrices are dense"
         return self._settings._replace(
-            codes=self.weight.data, absmax=self.absmax, scales=self.scales, offsets=self.offsets
-        )
+            codes=self.weight.data, absmax=self.absmax, scales=self.scales, offsets=self.offsets, code=self.code,
+            table=self.table,
+        )  # fmt: skip
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Return the matrix [out, in] of one expert in `dtype`, dequantized or a view."""
-        if self.packed:
-            packed = self.storage
-            values = nf4.dequantize(packed.codes[expert], packed.state(expert, self.code, self.table), dtype)
-        else:
-            values = self.weight.detach()[expert].to(dtype)
-        return values.T if self.transposed else values
+        return self.matrices(slice(expert, expert + 1), dtype)[0]
 
     def matrices(self, experts: slice, dtype: torch.dtype) -> Tensor:
         """Return the matrices [G, out, in] of consecutive experts in `dtype`, dequantized or a view."""
-        numbers = range(self.experts)[experts]
-        if not self.packed:
-            values = self.weight.detach()[experts].to(dtype)
-        elif len(numbers) == 1:
-            return self.matrix(numbers[0], dtype)[None]
-        else:
-            values = _dequantized(self.storage, experts, self.code, self.table, dtype)
+        values = (
+            self.storage.matrices(experts, dtype) if self.packed else self.weight.detach()[experts].to(dtype)
+        )
         return values.transpose(1, 2) if self.transposed else values
 
     def numel(self) -> int:
@@ -154,10 +197,7 @@ class ExpertStack(nn.Module):
 
     def statistics(self) -> list[Tensor]:
         """Return the tensors that NF4 needs in addition to the codes; empty for dense matrices."""
-        if not self.packed:
-            return []
-        tensors = (self.absmax, self.scales, self.offsets, self.code, self.table)
-        return [tensor for tensor in tensors if tensor is not None]
+        return [*self.buffers(recurse=False)] if self.packed else []
 
     def quantized(self, block_size: int, double_quant: bool) -> Self:
         """Return a stack with these matrices in NF4; a stack in NF4 returns itself."""
@@ -188,31 +228,6 @@ class ExpertStack(nn.Module):
         raise ModelError("the model calls the projection of experts by itself, which qlora does not support")
 
 
-def _dequantized(
-    packed: PackedStack, experts: slice, code: Tensor, table: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Dequantize the matrices [G, rows, columns] of consecutive experts; on a GPU with one kernel if they allow it."""
-    codes, scales, offsets = packed.codes[experts], packed.scales, packed.offsets
-    with announce(Allocation.DEQUANTIZATION):
-        out = torch.empty(len(codes), *packed.shape, dtype=dtype, device=codes.device)
-    whole_blocks = packed.shape[0] * packed.shape[1] % packed.block_size == 0
-    if (
-        scales is not None
-        and offsets is not None
-        and on_cuda(codes)
-        and dtype in nf4.KERNEL_DTYPES
-        and whole_blocks
-    ):
-        nf4.DEQUANTIZE(
-            out, codes, packed.absmax[experts], scales[experts], table, offsets[experts], code,
-            packed.block_size, nf4.STATISTICS_BLOCK_SIZE,
-        )  # fmt: skip
-        return out
-    for expert, matrix in zip(range(len(packed.codes))[experts], out, strict=True):
-        matrix.copy_(nf4.dequantize(packed.codes[expert], packed.state(expert, code, table), dtype))
-    return out
-
-
 def quantize(matrices: Tensor, block_size: int = 64, double_quant: bool = True) -> PackedStack:
     """Quantize matrices [E, rows, columns] to NF4 one by one, each to the bytes that `nf4.quantize` gives for it.
 
@@ -230,8 +245,8 @@ def rounded(matrices: Tensor, block_size: int = 64, double_quant: bool = True) -
     return torch.stack([nf4.rounded(matrix, block_size, double_quant) for matrix in matrices.detach()])
 
 
-def stacked(weights: Sequence[nf4.Params4bit]) -> PackedStack:
-    """Return equally large matrices in NF4 as one stack, without a change of their bytes."""
+def stacked(weights: Sequence[nf4.Params4bit], parts: int = 1) -> PackedStack:
+    """Return equally large matrices in NF4, `parts` an expert, as one stack, without a change of their bytes."""
     states = [weight.quant_state for weight in weights]
     first = states[0]
     nested = first.nested
@@ -241,29 +256,36 @@ def stacked(weights: Sequence[nf4.Params4bit]) -> PackedStack:
         absmax=torch.stack([state.absmax for state in states]),
         scales=torch.stack([state.state2.absmax for state in states]) if nested else None,
         offsets=torch.stack([state.offset for state in states]) if nested else None,
+        code=first.code,
+        table=first.state2.code if nested else None,
         shape=(rows, columns),
         block_size=first.blocksize,
         dtype=first.dtype,
+        parts=parts,
     )
 
 
 def synthetic_stack(
     shape: Sequence[int],
     *,
+    parts: int = 1,
     block_size: int = 64,
     double_quant: bool = True,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
     std: float = 0.02,
 ) -> PackedStack:
-    """Make random matrices [E, rows, columns] in NF4, as `nf4.synthetic_weight` makes one; works on fake tensors."""
-    experts, rows, columns = shape
+    """Make random matrices [E, rows, columns] in NF4, as `nf4.synthetic_weight` makes one; works on fake tensors.
+
+    parts: matrices an expert, which are quantized apart.
+    """
+    experts, rows, columns = shape[0] * parts, shape[1] // parts, shape[2]
     one = {"block_size": block_size, "double_quant": double_quant, "device": device, "std": std}
     if is_fake(torch.empty(0, device=device)):  # equal shapes: one matrix tells all
         first = nf4.synthetic_weight(rows, columns, generator=generator, **one)  # type: ignore[arg-type]
-        return stacked([first] * experts)
+        return stacked([first] * experts, parts)
     made = (nf4.synthetic_weight(rows, columns, generator=generator, **one) for _ in range(experts))  # type: ignore[arg-type]
-    return stacked(list(made))
+    return stacked(list(made), parts)
 
 
 def as_parameter(packed: PackedStack) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """Experts in NF4 in a file of their own, because no checkpoint of transformers can hold them.
 
-    experts.safetensors    <name of the projection>.codes, .absmax, .scales, .offsets
-                           metadata: for each projection its shape, block size and dtype as JSON
+    experts.safetensors    <name of the projection>.codes, .absmax, .scales, .offsets, .code, .table
+                           metadata: for each projection its shape, block size, dtype and parts as JSON
 
 The file belongs to a checkpoint of transformers with everything else, as in the cache of quantized bases.
 """
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qlora.quantization.expert_stack import PackedStack, as_parameter, expert_parameters
-from qlora.quantization.transformers_loader import without_experts
+from qlora.quantization.expert_stack import STATISTICS, PackedStack, as_parameter, expert_parameters
+from qlora.quantization.transformers_loader import leaving_out
 from qlora.storage import tensor_file
 
 FILE = "experts.safetensors"
+
+PARTS = ("codes", *STATISTICS)
 
 
 @contextmanager
@@ -41,15 +43,13 @@ def saved(model: PreTrainedModel, folder: Path) -> Iterator[None]:
     tensors: dict[str, Tensor] = {}
     settings = {}
     for name, stack in packed.items():
-        values = {
-            "codes": stack.codes,
-            "absmax": stack.absmax,
-            "scales": stack.scales,
-            "offsets": stack.offsets,
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stack.tensors().items()}
+        settings[name] = {
+            "shape": stack.shape,
+            "block_size": stack.block_size,
+            "dtype": str(stack.dtype).removeprefix("torch."),
+            "parts": stack.parts,
         }
-        tensors |= {f"{name}.{part}": tensor for part, tensor in values.items() if tensor is not None}
-        dtype = str(stack.dtype).removeprefix("torch.")
-        settings[name] = {"shape": stack.shape, "block_size": stack.block_size, "dtype": dtype}
     tensor_file.write(folder / FILE, tensors, {"projections": json.dumps(settings)})
     parameters = {name: model.get_parameter(name) for name in packed}
     try:
@@ -73,7 +73,7 @@ def loading(folder: Path, device: torch.device) -> Iterator[Callable[[PreTrained
     if not path.is_file():
         yield lambda model: model
         return
-    with safe_open(path, framework="pt", device=str(device)) as file, without_experts():
+    with safe_open(path, framework="pt", device=str(device)) as file:
         settings = json.loads(file.metadata()["projections"])
 
         def add(model: PreTrainedModel) -> PreTrainedModel:
@@ -82,23 +82,21 @@ def loading(folder: Path, device: torch.device) -> Iterator[Callable[[PreTrained
                 module.register_parameter(projection, _parameter(file, name, own))
             return model
 
-        yield add
+        with leaving_out(lambda model: settings):
+            yield add
 
 
 def _parameter(file: Any, name: str, own: dict[str, Any]) -> nn.Parameter:
     present = set(file.keys())
-
-    def part(suffix: str) -> Any:
-        return file.get_tensor(f"{name}.{suffix}") if f"{name}.{suffix}" in present else None
-
+    tensors: Any = {
+        part: file.get_tensor(f"{name}.{part}") if f"{name}.{part}" in present else None for part in PARTS
+    }
     rows, columns = own["shape"]
     stack = PackedStack(
-        codes=part("codes"),
-        absmax=part("absmax"),
-        scales=part("scales"),
-        offsets=part("offsets"),
+        **tensors,
         shape=(rows, columns),
         block_size=own["block_size"],
         dtype=getattr(torch, own["dtype"]),
+        parts=own["parts"],
     )
     return as_parameter(stack)

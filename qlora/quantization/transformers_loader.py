@@ -1,6 +1,6 @@
 """Adds our block size to transformers' bitsandbytes loader, leaves routers dense, and checks the loaded model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -65,9 +65,14 @@ def nf4_layers(model: PreTrainedModel, config: Any = None) -> list[str]:
 def nf4_experts(model: PreTrainedModel, config: Any = None) -> list[str]:
     """Return the names of the experts' projections that loading quantizes to NF4; arguments as in `nf4_layers`.
 
-    transformers quantizes none, so an NF4 checkpoint has them in 16 bits.
+    An NF4 checkpoint has them in NF4 or in 16 bits. Those that it lists as excluded stay in 16 bits.
     """
-    return [] if config is not None else [name for name, _ in expert_parameters(model)]
+    skipped = None if config is None else _settings(config).get("llm_int8_skip_modules")
+    return [
+        name
+        for name, _ in expert_parameters(model)
+        if all(should_convert_module(part, skipped) for part in (name, name.rpartition(".")[0]))
+    ]
 
 
 def skipped_modules(model: PreTrainedModel) -> list[str] | None:
@@ -209,16 +214,22 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
         return _ReadingQuantize(self) if self.on_weight is not None else _Quantize(self)
 
 
-def without_experts() -> AbstractContextManager[None]:
-    """Return a context in which `from_pretrained` builds an NF4 model without the parameters of its experts."""
-    return quantizer_replaced("bitsandbytes_4bit", _QuantizerWithoutExperts)
+def leaving_out(choose: Callable[[PreTrainedModel], Collection[str]]) -> AbstractContextManager[None]:
+    """Return a context in which `from_pretrained` builds an NF4 model without some of its parameters.
+
+    choose: called with the model on the meta device; returns the names of the parameters.
+    """
+    own = {"choose": staticmethod(choose)}
+    return quantizer_replaced("bitsandbytes_4bit", type("PartialQuantizer", (_PartialQuantizer,), own))
 
 
-class _QuantizerWithoutExperts(Bnb4BitHfQuantizer):
-    """transformers' 4-bit loader for a checkpoint whose experts are in another file."""
+class _PartialQuantizer(Bnb4BitHfQuantizer):
+    """transformers' 4-bit loader for a checkpoint of which a part is read elsewhere."""
+
+    choose: Callable[[PreTrainedModel], Collection[str]]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        for name, _ in list(expert_parameters(model)):
+        for name in list(self.choose(model)):
             module, own = get_module_from_name(model, name)
             del module._parameters[own]
             module._is_hf_initialized = True  # nothing is left that a model initialises

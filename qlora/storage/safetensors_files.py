@@ -189,6 +189,21 @@ class ShardReader(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.stored  # Mapping would read the tensor
 
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read several tensors, and open each file once; their memory is that of the files until all are gone.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.stored[name].file, []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, inside in by_file.items():
+            with _reading(file), safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in inside}
+        return tensors
+
     def layer_weight(self, layer: str) -> StoredTensor | None:
         """Return the weight of a linear layer; None if there is none.
 

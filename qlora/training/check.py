@@ -14,13 +14,13 @@ from qlora.memory.no_forecast import NoForecastError, failure_named
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
 from qlora.memory.workload import assumed
+from qlora.model.checkpoint_notes import checkpoint_notes
 from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config, load_tokenizer
 from qlora.model.prepare import check_continued
 from qlora.model.progress import is_on_hub
 from qlora.model.tokens import TrainedTokens
-from qlora.model.unused_tensors import unused_notes
 from qlora.quantization.transformers_loader import overruled_settings
 from qlora.recipe import Recipe
 from qlora.recipe.sizes import unit_for
@@ -119,7 +119,7 @@ def check(recipe: Recipe, startup: Startup | None = None) -> Checked:
             found.notes += [
                 *overruled_settings(recipe.base, config),
                 *config_notes(recipe, config),
-                *unused_notes(recipe.base, config),
+                *checkpoint_notes(recipe.base, config),
                 *gpu_notes(recipe, config, device),
             ]
     with startup.stage("reading the data"):

@@ -16,13 +16,13 @@ from qlora.formats import Row
 from qlora.kernels import compiled_for
 from qlora.memory.plan import changed
 from qlora.memory.run_memory import RunMemory, budgeted
+from qlora.model.checkpoint_notes import checkpoint_notes
 from qlora.model.config_notes import config_notes
 from qlora.model.gpu_notes import gpu_notes
 from qlora.model.load import load_config
 from qlora.model.prepare import build, continue_adapter, model_notes
 from qlora.model.progress import download, is_on_hub, tensors_counted
 from qlora.model.tokens import TrainedTokens
-from qlora.model.unused_tensors import unused_notes
 from qlora.objective import objective_of
 from qlora.objective.checks import check_model
 from qlora.optim import Optimizer
@@ -84,7 +84,7 @@ def prepare(
     if device.type == "cpu":
         keep_freed_memory()
     model, optimizer, found = _build(recipe, processes, tokenizer, startup, start)
-    notes += [*found, *unused_notes(recipe.base, config)]
+    notes += [*found, *checkpoint_notes(recipe.base, config)]
     _check_same_start(processes, model)
     with startup.stage(f"{_compiling(device)}checking the model"):
         _check_model(model, tokenizer, recipe, device)

@@ -1,0 +1,76 @@
+"""Weights in NF4 in a checkpoint's files, as bitsandbytes writes them.
+
+<name>.weight           codes, two to a byte
+<name>.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4        its statistics
+<name>.weight.nested_absmax, .nested_quant_map                          with double quantization
+"""
+
+import re
+from collections.abc import Sequence
+
+from qlora.errors import ModelError
+from qlora.quantization import nf4
+from qlora.storage.safetensors_files import ShardReader
+
+STATISTICS = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+)
+"""ends of the names of tensors that belong to a quantized weight"""
+
+
+class PackedWeights:
+    """The weights in NF4 of a checkpoint, by the names of their codes.
+
+    >>> packed = PackedWeights(ShardReader(folder))
+    >>> if "model.layers.0.mlp.up_proj.weight" in packed: ...
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+        self.statistics: dict[str, list[str]] = {}
+        """names of a weight's statistics, by the name of its codes"""
+        for key in reader:
+            if (found := STATISTICS.search(key)) is not None:
+                self.statistics.setdefault(key[: found.start()], []).append(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.statistics
+
+    def read(self, keys: Sequence[str]) -> list[nf4.Params4bit]:
+        """Read weights by the names of their codes, to the CPU.
+
+        Raises:
+            ModelError: a part is missing, or a file cannot be read.
+        """
+        parts = {key: self.statistics[key] for key in keys}
+        tensors = self._reader.read([name for key in keys for name in (key, *parts[key])])
+        return [
+            nf4.from_tensors({name.removeprefix(key): tensors[name] for name in (key, *parts[key])})
+            for key in keys
+        ]
+
+
+def require_alike(weights: Sequence[nf4.Params4bit], name: str) -> None:
+    """Check that weights have one shape and were quantized in one way.
+
+    Raises:
+        ModelError: they differ; `name` says which they are.
+    """
+    states = [weight.quant_state for weight in weights]
+    forms = {
+        (tuple(state.shape), state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
+        for state in states
+    }
+    first = states[0]
+    same = all(
+        state.code.equal(first.code) and (not first.nested or state.state2.code.equal(first.state2.code))
+        for state in states
+    ) if len(forms) == 1 else False  # fmt: skip
+    known = first.quant_type == "nf4" and (
+        not first.nested or first.state2.blocksize == nf4.STATISTICS_BLOCK_SIZE
+    )
+    if not (same and known):
+        raise ModelError(
+            f"{name}: its experts were quantized in different ways, which qlora does not read. Use the 16-bit version "
+            "of the model; loading quantizes the experts too"
+        )
