@@ -124,7 +124,7 @@ def nf4_mixtures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experts]
     return lambda experts: write_nf4_mixture(source, tmp_path_factory.mktemp("as"), experts)[0]
 
 
-@pytest.mark.parametrize("experts", ["in NF4", "in 16 bits"])
+@pytest.mark.parametrize("experts", ["in NF4", pytest.param("in 16 bits", marks=pytest.mark.slow)])
 def test_a_run_is_forecast_and_resumed_exactly(
     nf4_mixtures: Callable[[Experts], Path],
     experts: Experts,
@@ -190,3 +190,32 @@ def test_experts_in_another_form_of_nf4_are_refused(
     for read in (lambda: architecture(recipe, cuda=False), lambda: load_base(recipe.base)):
         with pytest.raises(ModelError, match="experts in 4 bits in a form that qlora does not read"):
             read()
+
+
+@pytest.mark.usefixtures("without_forecast")
+def test_a_run_that_an_earlier_version_began_with_experts_in_16_bits_is_not_resumed(
+    nf4_mixtures: Callable[[Experts], Path],
+    recipe_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe.load(
+        recipe_file(
+            base={"model": str(nf4_mixtures("in 16 bits"))},
+            adapter={"targets": "attention"},
+            training={"save_every": 1, "max_steps": 2},
+        )
+    )
+    linears = "nf4 in blocks of 64, double quantization"
+    with monkeypatch.context() as earlier:
+        earlier.setattr("qlora.adapter.identity.quantization_of", lambda model: linears)
+
+        def resume(recipe: Recipe) -> Path:
+            earlier.undo()
+            with pytest.raises(
+                ModelError, match=f"quantization: {linears} and {linears}; experts in"
+            ) as error:
+                train(recipe, resume=True, terminal=False)
+            assert "begun by an earlier version of qlora with experts in 16 bits" in str(error.value)
+            return Path(recipe.output)
+
+        killed_and_resumed(recipe, 1, earlier, resume)

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from qlora.adapter import LoraSpec, adapt, select
+from qlora.adapter.targets import left_out
 from qlora.errors import UsageError
+from qlora.model.prepare import left_out_notes
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = {**SMALL, "intermediate_size": 128}
@@ -140,6 +142,21 @@ def test_a_list_can_name_routers_that_are_linear_layers_and_no_others() -> None:
             f"model.layers.1.mlp.{gate} cannot get an adapter. Leave this entry out; train_modules=[{gate}] trains "
             "these routers as a whole"
         )
+
+
+def test_routers_that_a_list_matches_beside_linear_layers_are_named() -> None:
+    model = causal("qwen3_moe", **{**LLAMA, **EXPERTS, "moe_intermediate_size": 32, "mlp_only_layers": [1]})
+    entry = r".*mlp\..*gate.*"
+    adapt(model, LoraSpec(targets=[entry, "q_proj"]))
+    assert left_out(model, [entry, "q_proj"]) == ["model.layers.0.mlp.gate"]
+    assert not left_out(model, ["q_proj"])
+    assert not left_out(model, "all-linear"), "the word leaves routers out"
+    (note,) = left_out_notes(model, [entry, "q_proj"])
+    assert note.startswith("no adapter on model.layers.0.mlp.gate, which adapter.targets match")
+    model = nn.ModuleDict({"mlp": Routed()})
+    assert not left_out(adapt(model, LoraSpec(targets=[".*gate"])), [".*gate"]), (
+        "linear routers get an adapter"
+    )
 
 
 def test_routers_beside_no_module_of_experts_are_left_out_of_all_linear() -> None:

@@ -9,7 +9,7 @@ module has no files, so its fingerprint covers its weights in memory (base_diges
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -201,14 +201,22 @@ def quantization_of(model: nn.Module) -> str | None:
     states: list[Any] = [quant_state(module) for module in model.modules() if is_nf4(module)]
     if None in states:
         return None
-    kinds = {in_4_bits(state.quant_type, state.blocksize, double=bool(state.nested)) for state in states}
+    linears = {in_4_bits(state.quant_type, state.blocksize, double=bool(state.nested)) for state in states}
     packed = [stack.storage for stack in expert_stacks(model).values() if stack.packed]
-    kinds |= {in_4_bits("nf4", stack.block_size, double=stack.scales is not None) for stack in packed}
-    return "; ".join(sorted(kinds)) or UNQUANTIZED
+    experts = {in_4_bits("nf4", stack.block_size, double=stack.scales is not None) for stack in packed}
+    return quantization_text(linears, experts)
 
 
 UNQUANTIZED = "none"
 """`quantization` of a base without 4-bit linears"""
+
+EXPERTS_IN = "experts in "
+"""precedes the storage of experts in 4 bits in `quantization`; without it, experts are in 16 bits"""
+
+
+def quantization_text(linears: Iterable[str], experts: Iterable[str]) -> str:
+    """Return `quantization` of a base with linear layers, and experts, in these kinds of 4 bits (see `in_4_bits`)."""
+    return "; ".join([*sorted(linears), *(f"{EXPERTS_IN}{kind}" for kind in sorted(experts))]) or UNQUANTIZED
 
 
 def in_4_bits(kind: str, block_size: int, *, double: bool) -> str:

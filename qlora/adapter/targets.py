@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 from torch import nn
 
+from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.errors import ModelError, UsageError, listed
 from qlora.quantization.expert_stack import expert_stacks
 from qlora.quantization.nf4 import is_nf4
@@ -93,14 +94,28 @@ def select(
 
 
 def left_out(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Return the linear layers that `targets` match but `select` leaves out, because the model reads their weights."""
+    """Return the layers that `targets` match but `select` leaves out, because the model's code reads their weights.
+
+    A list can match such linear layers (see `read_layers`), and routers with code of their own.
+    """
     read = read_layers(model)
     if targets == "attention":
         return sorted(filter(_is_attention, read))
     if targets == "all-linear":
         return sorted(read - heads(model) - routers(model))
     entries = [targets] if isinstance(targets, str) else targets
-    return sorted(name for name in read if any(_fits(name, entry) for entry in entries))
+    own = read | set(_own_routers(model))
+    return sorted(name for name in own if any(_fits(name, entry) for entry in entries))
+
+
+def _own_routers(model: nn.Module) -> list[str]:
+    """Return the names of the routers that compute with a weight of their own, and so cannot get an adapter."""
+    found = {name: model.get_submodule(name) for name in sorted(routers(model))}
+    return [
+        name
+        for name, module in found.items()
+        if module._parameters and not (is_linear(module) or isinstance(module, AdaptedLayer))
+    ]
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -161,7 +176,7 @@ def _match(model: nn.Module, names: Sequence[str], entry: str) -> set[str]:
         raise UsageError(f'targets: "{entry}" is not a valid regular expression ({error})') from error
     matches = {name for name in names if _fits(name, entry)}
     if not matches:
-        _refuse_routers(model, sorted(name for name in routers(model) if _fits(name, entry)), entry)
+        _refuse_routers(model, [name for name in _own_routers(model) if _fits(name, entry)], entry)
         others = Counter(type(m).__name__ for name, m in model.named_modules() if name and _fits(name, entry))
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.items())
         why = f"matches {kinds}, but no layer that the method adapts" if others else "matches nothing"
@@ -169,9 +184,8 @@ def _match(model: nn.Module, names: Sequence[str], entry: str) -> set[str]:
     return matches
 
 
-def _refuse_routers(model: nn.Module, names: list[str], entry: str) -> None:
-    """Raise UsageError if routers that an entry names, none of them a plain linear layer, have weights of their own."""
-    own = [name for name in names if model.get_submodule(name)._parameters]
+def _refuse_routers(model: nn.Module, own: list[str], entry: str) -> None:
+    """Raise UsageError if an entry names routers with weights of their own."""
     if own:
         kind = type(model.get_submodule(own[0])).__name__
         raise UsageError(

@@ -190,14 +190,18 @@ def estimate(recipe: Recipe, capacity_bytes: int | None = None, progress: Progre
     return Estimate(
         memory, needed(expected), capacity_bytes, rows, tokens, changes, chosen, arch.precision,
         overruled_settings(recipe.base, arch.config), [] if dataset is None else remarks(dataset.counts),
-        held_bytes,
-        [
-            *config_notes(recipe, arch.config),
-            *quantized_notes(recipe.base, arch.config),
-            *gpu_notes(recipe, arch.config, here),
-            *layer_notes(arch.model),
-        ],
+        held_bytes, _notes(recipe, arch, here),
     )  # fmt: skip
+
+
+def _notes(recipe: Recipe, arch: Architecture, device: torch.device) -> list[str]:
+    """Return the remarks on the base and the device."""
+    return [
+        *config_notes(recipe, arch.config),
+        *quantized_notes(recipe.base, arch.config),
+        *gpu_notes(recipe, arch.config, device),
+        *layer_notes(arch.model),
+    ]
 
 
 def from_config_alone(recipe: Recipe) -> Recipe:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.adapted_linear import other_layers, trainable_parameters
 from qlora.adapter.experts import expert_notes
-from qlora.adapter.identity import UNQUANTIZED, BaseIdentity, in_4_bits
+from qlora.adapter.identity import UNQUANTIZED, BaseIdentity, in_4_bits, quantization_text
 from qlora.adapter.initial import InitialValues, prepared_base
 from qlora.adapter.methods import METHODS
 from qlora.adapter.start import StartAdapter, find_adapter
@@ -148,11 +148,10 @@ def _storage(base: Base, meta: MetaBase) -> str | None:
     """Return the quantization that the base will have; None if only its checkpoint knows."""
     if meta.prequantized:
         return None
-    return (
-        UNQUANTIZED
-        if base.quantization == "none"
-        else in_4_bits("nf4", base.block_size, double=base.double_quant)
-    )
+    if base.quantization == "none":
+        return UNQUANTIZED
+    kind = in_4_bits("nf4", base.block_size, double=base.double_quant)
+    return quantization_text([kind] if meta.quantized else [], [kind] if meta.experts else [])
 
 
 @contextmanager
@@ -201,8 +200,8 @@ def left_out_notes(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"no adapter on {listed(names)}, which adapter.targets match: the model reads the weights of these layers "
-        "without calling them"
+        f"no adapter on {listed(names)}, which adapter.targets match: the code of the model or of a router reads their "
+        "weights itself"
     ]
 
 

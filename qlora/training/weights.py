@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora.adapter.identity import BaseIdentity
+from qlora.adapter.identity import EXPERTS_IN, BaseIdentity
 from qlora.adapter.store import load_adapter, save_adapter
 from qlora.data.prompt_files import write_system
 from qlora.errors import ModelError
@@ -31,8 +31,11 @@ def read_weights(session: Session, folder: Path) -> None:
         return
     recorded = BaseIdentity.read(folder) or session.base_identity
     if (difference := recorded.difference(session.base_identity)) is not None:
+        remedy = "Restore the base"
+        if EXPERTS_IN in difference and EXPERTS_IN not in (recorded.quantization or ""):
+            remedy = "It was begun by an earlier version of qlora with experts in 16 bits: continue with that version"
         raise ModelError(
             f"{folder.parent}: the base differs from that of this checkpoint in {difference}, so the run cannot "
-            "be resumed exactly. Restore the base, or start again with --fresh"
+            f"be resumed exactly. {remedy}, or start again with --fresh"
         )
     load_adapter(session.model, folder, any_base=True)
