@@ -55,7 +55,8 @@ def write_nf4_mixture(
     for name, tensor in load_file(source / WEIGHTS).items():
         expert = ".experts." in name
         router = ".gate.weight" in name
-        if ("_proj." in name and not expert) or ((expert or router) and experts == "in NF4"):
+        linear = tensor.ndim == 2 and not any(part in name for part in ("embed_tokens", "lm_head"))
+        if (linear and not (expert or router)) or ((expert or router) and experts == "in NF4"):
             weight = nf4.quantize(tensor, block_size, double_quant)
             packed |= {name + suffix: value for suffix, value in nf4.to_tensors(weight).items()}
             plain[name] = nf4.dequantize(weight, weight.quant_state, torch.float32)

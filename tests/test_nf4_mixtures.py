@@ -54,6 +54,8 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_experts_in_nf4_load_as_they_are(mixture: Path, tmp_path: Path, double_quant: bool) -> None:
     folder, twin = write_nf4_mixture(mixture, tmp_path, "in NF4", double_quant=double_quant)
+    own = Base(model=str(folder))
+    assert not checkpoint_notes(own, load_config(own)), "all tensors are used, and none is quantized"
     model, reference = base(folder), plain(twin)
     assert precision_of(model).share == 1
     for name, stack in expert_stacks(model).items():
@@ -63,6 +65,17 @@ def test_experts_in_nf4_load_as_they_are(mixture: Path, tmp_path: Path, double_q
         if name.endswith("mlp.gate.weight"):
             assert torch.equal(model.get_parameter(name), parameter), "a router in NF4 is dequantized"
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-4)
+    forecast = base(folder, init="synthetic", double_quant=double_quant)
+    shapes = [
+        {name: [tensor.shape for tensor in stack.statistics()] for name, stack in expert_stacks(own).items()}
+        for own in (model, forecast)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_router_in_nf4_that_the_code_of_its_block_initialises_is_dequantized(tmp_path: Path) -> None:
+    folder, twin = write_nf4_mixture(write_mixture(tmp_path / "16", "qwen3_next"), tmp_path, "in NF4")
+    torch.testing.assert_close(logits(base(folder)), logits(plain(twin)), rtol=1e-5, atol=1e-4)
 
 
 def test_parts_of_an_expert_have_statistics_of_their_own() -> None:
@@ -160,7 +173,8 @@ def test_merges_are_read_again(
     recipe_file: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    recipe = Recipe.load(recipe_file(base={"model": str(nf4_mixtures(experts))}))
+    overruled = {"block_size": 128, "double_quant": False}
+    recipe = Recipe.load(recipe_file(base={"model": str(nf4_mixtures(experts)), **overruled}))
     run = finished_run(recipe, size=0.3)
     before, live = base(recipe.base.model), load_adapter(base(recipe.base.model), run / "adapter")
     effect = (logits(live) - logits(before)).abs().amax(-1).median()
@@ -169,8 +183,9 @@ def test_merges_are_read_again(
     assert error < 0.02 * effect
     merge(run, tmp_path / "nf4", onto="nf4", max_tokens=60)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", experts_implementation="eager")
-    again = base(tmp_path / "nf4")
+    again = base(tmp_path / "nf4", **overruled)
     assert precision_of(again).share == 1
+    assert {stack.storage.block_size for stack in expert_stacks(again).values()} == {64}
     for found in (theirs, again):
         error = (logits(found) - logits(live)).abs().amax(-1).median()
         assert error < 0.5 * effect
@@ -188,8 +203,14 @@ def test_experts_in_another_form_of_nf4_are_refused(
     save_file(load_file(folder / WEIGHTS) | own, folder / WEIGHTS, {"format": "pt"})
     recipe = Recipe.from_dict({"base": {"model": str(folder)}, "data": {"source": "someone/rows"}})
     for read in (lambda: architecture(recipe, cuda=False), lambda: load_base(recipe.base)):
-        with pytest.raises(ModelError, match="experts in 4 bits in a form that qlora does not read"):
+        with pytest.raises(ModelError, match="experts in a form of 4 bits that qlora does not read"):
             read()
+
+
+def test_experts_in_nf4_of_a_model_without_transformers_interface_are_refused(tmp_path: Path) -> None:
+    folder, _ = write_nf4_mixture(write_mixture(tmp_path / "16", "longcat_flash"), tmp_path, "in NF4")
+    with pytest.raises(ModelError, match="qlora does not know the experts of LongcatFlashForCausalLM"):
+        load_base(Base(model=str(folder)))
 
 
 @pytest.mark.usefixtures("without_forecast")

@@ -20,7 +20,7 @@ WEIGHT_FILES = ("model.safetensors.index.json",)
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-PACKED_EXPERT = re.compile(r"\.experts\..*\.quant_state\.bitsandbytes__\w+$")
+PACKED_EXPERT = re.compile(r"\.experts\.(\d+|\w+_projs?)\.(.*\.)?quant_state\.bitsandbytes__\w+$")
 """statistic of 4-bit weights of experts"""
 
 

@@ -46,21 +46,20 @@ def check_quantization(base: Base, config: Any) -> None:
         return
     require_nf4(base, stored)
     if has_packed_experts(config) and not EACH.search(config.packed_expert):
-        raise _unknown(base, config)
+        raise ModelError(
+            f"base.model: {base.model!r} has experts in a form of 4 bits that qlora does not read "
+            f"({config.packed_expert}); it reads a matrix for each expert, as transformers 4 wrote them. Use the "
+            "16-bit version of the model; loading quantizes the experts too"
+        )
 
 
 def check_experts(base: Base, config: Any, model: PreTrainedModel) -> None:
     """Check that experts that the files have in NF4 have a place in `model`. Raises ModelError if they do not."""
     if has_packed_experts(config) and not nf4_experts(model, config.quantization_config):
-        raise _unknown(base, config)
-
-
-def _unknown(base: Base, config: Any) -> ModelError:
-    return ModelError(
-        f"base.model: {base.model!r} has its experts in 4 bits in a form that qlora does not read "
-        f"({config.packed_expert}): it reads a matrix for each expert, as transformers 4 wrote them. Use the 16-bit "
-        "version of the model; loading quantizes the experts too"
-    )
+        raise ModelError(
+            f"base.model: {base.model!r} has experts in 4 bits ({config.packed_expert}), and qlora does not know the "
+            f"experts of {type(model).__name__}. Use the 16-bit version of the model, with its experts in 16 bits"
+        )
 
 
 def quantized_on_reading(base: Base, config: Any, model: PreTrainedModel) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora.quantization.expert_stack import STATISTICS, PackedStack, as_parameter, expert_parameters
-from qlora.quantization.transformers_loader import leaving_out
+from qlora.quantization.transformers_loader import add_left_out, leaving_out
 from qlora.storage import tensor_file
 
 FILE = "experts.safetensors"
@@ -78,8 +78,7 @@ def loading(folder: Path, device: torch.device) -> Iterator[Callable[[PreTrained
 
         def add(model: PreTrainedModel) -> PreTrainedModel:
             for name, own in settings.items():
-                module, projection = get_module_from_name(model, name)
-                module.register_parameter(projection, _parameter(file, name, own))
+                add_left_out(model, name, _parameter(file, name, own))
             return model
 
         with leaving_out(lambda model: settings):

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
-from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import as_parameter
 from qlora.quantization.stored_parameters import StoredParameters
-from qlora.quantization.transformers_loader import leaving_out, nf4_experts, nf4_layers
+from qlora.quantization.transformers_loader import add_left_out, leaving_out, nf4_experts, nf4_layers
 from qlora.storage.safetensors_files import ShardReader
 
 
@@ -65,11 +64,11 @@ def read_apart(
         files.require(experts)
         for name in logging.tqdm(experts, desc="Loading weights") if experts else ():
             packed = files.quantized(name, block_size, double_quant, dtype, device)
-            _register(model, name, as_parameter(packed))
+            add_left_out(model, name, as_parameter(packed))
         for name in dense:
             (weight,) = files.packed.read(files.keys(name))
             values = nf4.dequantize(weight, weight.quant_state, dtype).to(device)
-            _register(model, name, nn.Parameter(values))
+            add_left_out(model, name, nn.Parameter(values))
         # transformers undoes its conversions when it saves a model, and cannot undo this one
         model._weight_conversions = [
             change
@@ -101,8 +100,3 @@ def _dense_matrices(model: PreTrainedModel, config: Any, experts: list[str]) -> 
     return [
         name for name, parameter in model.named_parameters() if parameter.ndim == 2 and name not in packed
     ]
-
-
-def _register(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:
-    module, own = get_module_from_name(model, name)
-    module.register_parameter(own, parameter)

@@ -231,9 +231,17 @@ class _PartialQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         for name in list(self.choose(model)):
             module, own = get_module_from_name(model, name)
-            del module._parameters[own]
+            # a model's code can initialise it, so an attribute takes its place; it is no part of the state
+            module.__dict__[own] = module._parameters.pop(own)
             module._is_hf_initialized = True  # nothing is left that a model initialises
         super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+
+def add_left_out(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:
+    """Give a model a parameter that it was built without, see `leaving_out`."""
+    module, own = get_module_from_name(model, name)
+    module.__dict__.pop(own, None)
+    module.register_parameter(own, parameter)
 
 
 def _is_projection(model: nn.Module, parameter: str) -> bool:
