@@ -41,10 +41,10 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
     read = qlora.model.load._read
 
-    def logged(base: Base, *rest: Any, quantize: bool) -> Any:
+    def logged(base: Base, *rest: Any, quantize: bool, **settings: Any) -> Any:
         if quantize:
             log.append(base.model)
-        return read(base, *rest, quantize=quantize)
+        return read(base, *rest, quantize=quantize, **settings)
 
     monkeypatch.setattr(qlora.model.load, "_read", logged)
     return log
