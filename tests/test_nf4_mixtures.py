@@ -88,6 +88,18 @@ def test_parts_of_an_expert_have_statistics_of_their_own() -> None:
     assert torch.equal(packed.matrices(slice(1, 3), torch.float32), values.view(3, 20, 52)[1:])
 
 
+def test_experts_that_were_quantized_in_different_ways_are_refused(mixture: Path, tmp_path: Path) -> None:
+    folder, _ = write_nf4_mixture(mixture, tmp_path, "in NF4")
+    tensors, numbers = load_file(folder / WEIGHTS), load_file(mixture / WEIGHTS)
+    other = next(name for name in numbers if ".experts.3." in name)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(other)}
+    packed = nf4.to_tensors(nf4.quantize(numbers[other], 128))
+    tensors |= {other + suffix: tensor for suffix, tensor in packed.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match="its matrices were quantized in different ways"):
+        base(folder)
+
+
 @pytest.mark.parametrize("experts", ["in 16 bits", "in one tensor"])
 def test_experts_in_16_bits_are_quantized_as_they_are_read(
     mixture: Path, tmp_path: Path, experts: Experts, monkeypatch: pytest.MonkeyPatch

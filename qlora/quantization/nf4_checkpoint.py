@@ -36,12 +36,14 @@ def read_apart(
 ) -> Iterator[Callable[[PreTrainedModel], PreTrainedModel]]:
     """Let `from_pretrained` leave out the experts and routers that it cannot read; yield a function that adds them.
 
+    The routers are in fp32 until `cast_dense` casts them with all that is not quantized.
+
     Args:
         folder: the files.
         config: the checkpoint's own quantization config.
         block_size: number of weights that share an absmax, for experts in 16 bits.
         double_quant: True if the absmax of experts in 16 bits are quantized too.
-        dtype: dtype of what is not in NF4; experts in 16 bits are cast to it before they are quantized.
+        dtype: dtype to which experts in 16 bits are cast before they are quantized.
         device: device of the model.
 
     Raises:
@@ -57,7 +59,7 @@ def read_apart(
         experts[:] = nf4_experts(model, config)
         others = _dense_matrices(model, config, experts)
         files = StoredParameters(model, {*experts, *others}, reader)
-        dense[:] = [name for name in others if files.in_nf4(name)]
+        dense[:] = [name for name in others if files.in_nf4(name) and len(files.keys(name)) == 1]
         return [*experts, *dense]
 
     def add(model: PreTrainedModel) -> PreTrainedModel:
@@ -67,8 +69,8 @@ def read_apart(
             add_left_out(model, name, as_parameter(packed))
         for name in dense:
             (weight,) = files.packed.read(files.keys(name))
-            values = nf4.dequantize(weight, weight.quant_state, dtype).to(device)
-            add_left_out(model, name, nn.Parameter(values))
+            values = nf4.dequantize(weight, weight.quant_state, torch.float32)
+            add_left_out(model, name, nn.Parameter(values.to(device)))
         # transformers undoes its conversions when it saves a model, and cannot undo this one
         model._weight_conversions = [
             change

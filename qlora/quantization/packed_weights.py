@@ -7,6 +7,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qlora.errors import ModelError
 from qlora.quantization import nf4
@@ -57,20 +58,24 @@ def require_alike(weights: Sequence[nf4.Params4bit], name: str) -> None:
         ModelError: they differ; `name` says which they are.
     """
     states = [weight.quant_state for weight in weights]
-    forms = {
-        (tuple(state.shape), state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
-        for state in states
-    }
     first = states[0]
-    same = all(
-        state.code.equal(first.code) and (not first.nested or state.state2.code.equal(first.state2.code))
-        for state in states
-    ) if len(forms) == 1 else False  # fmt: skip
-    known = first.quant_type == "nf4" and (
-        not first.nested or first.state2.blocksize == nf4.STATISTICS_BLOCK_SIZE
-    )
-    if not (same and known):
+    if not all(_form(state) == _form(first) and _same_tables(state, first) for state in states):
         raise ModelError(
-            f"{name}: its experts were quantized in different ways, which qlora does not read. Use the 16-bit version "
+            f"{name}: its matrices were quantized in different ways, which qlora does not read. Use the 16-bit version "
             "of the model; loading quantizes the experts too"
         )
+    if first.quant_type != "nf4" or (first.nested and first.state2.blocksize != nf4.STATISTICS_BLOCK_SIZE):
+        raise ModelError(
+            f"{name}: it is in {first.quant_type}, or its statistics are in blocks of another size than "
+            f"{nf4.STATISTICS_BLOCK_SIZE}, which qlora does not read. Use the 16-bit version of the model; loading "
+            "quantizes the experts too"
+        )
+
+
+def _form(state: nf4.QuantState) -> tuple[Any, ...]:
+    return (*state.shape, state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
+
+
+def _same_tables(one: nf4.QuantState, other: nf4.QuantState) -> bool:
+    same: bool = one.code.equal(other.code)
+    return same and (not one.nested or one.state2.code.equal(other.state2.code))

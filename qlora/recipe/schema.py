@@ -54,7 +54,7 @@ class Base(Section):
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Weights per quantization constant (QLoRA, section 3: 64)."""
     allow_unquantized: bool = False
-    """Train an NF4 base although less than half of its linear weights can be quantized, as in many mixtures."""
+    """Train an NF4 base although less than half of its linear weights can be quantized, as in some mixtures."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the computation; auto: bfloat16 (QLoRA, section 3), but float32 on CPUs and GPUs that emulate it."""
     embedding: Literal["device", "host"] = "device"
