@@ -54,7 +54,7 @@ def write_nf4_mixture(
     plain: dict[str, Tensor] = {}
     for name, tensor in load_file(source / WEIGHTS).items():
         expert = ".experts." in name
-        router = ".gate.weight" in name
+        router = name.endswith((".gate.weight", ".router.weight"))
         linear = tensor.ndim == 2 and not any(part in name for part in ("embed_tokens", "lm_head"))
         if (linear and not (expert or router)) or ((expert or router) and experts == "in NF4"):
             weight = nf4.quantize(tensor, block_size, double_quant)
