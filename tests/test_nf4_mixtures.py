@@ -23,7 +23,9 @@ from qlora.model.load import load_base, load_config
 from qlora.model.precision import precision_of
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import expert_stacks, stacked
+from qlora.quantization.stored_parameters import StoredParameters
 from qlora.recipe import Base, Recipe
+from qlora.storage.safetensors_files import ShardReader
 from qlora.training.train import train
 
 IDS = torch.arange(24).view(2, 12) * 7
@@ -58,7 +60,9 @@ def test_experts_in_nf4_load_as_they_are(mixture: Path, tmp_path: Path, double_q
     assert not checkpoint_notes(own, load_config(own)), "all tensors are used, and none is quantized"
     model, reference = base(folder), plain(twin)
     assert precision_of(model).share == 1
+    files = StoredParameters(reference, [*expert_stacks(model)], ShardReader(folder))
     for name, stack in expert_stacks(model).items():
+        assert files.norm(name) == pytest.approx(reference.get_parameter(name).norm().item())
         for number, matrix in enumerate(reference.get_parameter(name)):
             assert torch.equal(stack.matrix(number, torch.float32), matrix)
     for name, parameter in reference.named_parameters():
