@@ -1,4 +1,4 @@
-"""Memory-bound operations between the matrix products, each in plain torch and as one launch of a Triton kernel.
+"""Memory-bound operations between the matrix products, and the products of experts, in plain torch and in Triton.
 
 An operation writes into tensors that it gets as arguments. A GPU uses the kernel after a check that it agrees there
 with the plain form (`dispatch`). Other devices use the plain form, as does a GPU with QLORA_KERNELS=off.
