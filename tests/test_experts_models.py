@@ -203,6 +203,19 @@ def test_recomputed_experts_give_the_same_bits(
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
+def test_a_call_beside_our_passes_reads_the_output_of_experts(checkpoint: Callable[[str], Path]) -> None:
+    """A recomputation leaves it out; a call with a cache takes transformers' own layers around the same experts."""
+    model = base(checkpoint("qwen3_moe"))
+    spread(adapt(model, LoraSpec(rank=8, targets="all-linear")))
+    expected = logits(model)
+    use_fused_layers(model.train())
+    checkpoint_layers(model)
+    model(input_ids=IDS).logits.sum().backward()
+    found = model(input_ids=IDS, use_cache=True).logits
+    assert found.requires_grad
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_two_adapters_of_experts_take_turns(
     checkpoint: Callable[[str], Path], tmp_path: Path, quantization: str

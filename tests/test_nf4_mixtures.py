@@ -252,7 +252,7 @@ def test_a_run_that_an_earlier_version_began_with_experts_in_16_bits_is_not_resu
                 ModelError, match=f"quantization: {linears} and {linears}; experts in"
             ) as error:
                 train(recipe, resume=True, terminal=False)
-            assert "An earlier version of qlora began it, which recorded no experts in 4 bits" in str(error.value)
+            assert "An earlier qlora began it, which recorded no experts in 4 bits" in str(error.value)
             return Path(recipe.output)
 
         killed_and_resumed(recipe, 1, earlier, resume)

@@ -5,7 +5,8 @@ replaces each such module; its projections become modules under the same names, 
 A module without the interface that `is_experts` knows keeps transformers' own code.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +41,6 @@ class ExpertsModule(nn.Module):
     """
 
     original: Any
-    mode: Forward
-    """what the forward keeps for the backward"""
     down_proj: ExpertStack | LoRAExperts
 
     def __init__(self, original: nn.Module, active: int) -> None:
@@ -49,7 +48,7 @@ class ExpertsModule(nn.Module):
         # not a submodule: its parameters would be listed twice
         object.__setattr__(self, "original", original)
         self.gate = gate_of(original)
-        self.mode = Forward.SAVE
+        self._mode = Forward.SAVE
         self.wide_name = "gate_up_proj" if original.has_gate else "up_proj"
         for name in (self.wide_name, "down_proj"):
             bias = getattr(original, f"{name}_bias") if original.has_bias else None
@@ -71,13 +70,22 @@ class ExpertsModule(nn.Module):
         wide, down = (stack.active * stack.out_features * stack.in_features for stack in stacks)
         return wide, down
 
+    @contextmanager
+    def in_mode(self, mode: Forward) -> Iterator[None]:
+        """Let the passes within the context keep what `mode` says; other passes save all that the backward reads."""
+        self._mode = mode
+        try:
+            yield
+        finally:
+            self._mode = Forward.SAVE
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens [N, H] to [N, H] through the experts `top_k_index` [N, K], weighted by `top_k_weights` [N, K]."""
         (wide, wide_update), (down, down_update) = product(self.wide), product(self.down_proj)
         group = _group(_stack(self.wide), hidden_states)
         experts = Experts(_stack(self.down_proj).experts, wide, down, self.gate, group)
         updates = wide_update, down_update
-        return mixture(hidden_states, top_k_index, top_k_weights, experts, updates, self.mode)
+        return mixture(hidden_states, top_k_index, top_k_weights, experts, updates, self._mode)
 
 
 def product(projection: Any) -> tuple[Projection, StackedUpdate]:

@@ -11,6 +11,7 @@ the layer.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from itertools import chain, repeat
@@ -164,10 +165,10 @@ class FusedLayer(nn.Module):
         spec, mlp = self.spec, self.mlp
         norm, post_norm = self._norm(spec.before_mlp), self._norm(spec.after_mlp)
         if not spec.is_gated(mlp):
-            if (experts := self._experts) is not None:
-                # a norm after the experts reads their output
-                experts.mode = Forward.RECOMPUTE_WIDE if mode is Forward.RECOMPUTE and post_norm else mode
-            change = mlp(hidden if norm is None else rms_norm(hidden, norm))
+            if mode is Forward.RECOMPUTE and post_norm is not None:  # which reads the output of the experts
+                mode = Forward.RECOMPUTE_WIDE
+            with nullcontext() if self._experts is None else self._experts.in_mode(mode):
+                change = mlp(hidden if norm is None else rms_norm(hidden, norm))
             change = change[0] if isinstance(change, tuple) else change  # some add the router's logits
             change = change if post_norm is None else rms_norm(change, post_norm)
             return torch.add(hidden, change, alpha=spec.scale_of(self.original))

@@ -33,7 +33,9 @@ def read_weights(session: Session, folder: Path) -> None:
     if (difference := recorded.difference(session.base_identity)) is not None:
         remedy = "Restore the base"
         if EXPERTS_IN in difference and EXPERTS_IN not in (recorded.quantization or ""):
-            remedy = "An earlier version of qlora began it, which recorded no experts in 4 bits: continue with that version"
+            remedy = (
+                "An earlier qlora began it, which recorded no experts in 4 bits: continue with that version"
+            )
         raise ModelError(
             f"{folder.parent}: the base differs from that of this checkpoint in {difference}, so the run cannot "
             f"be resumed exactly. {remedy}, or start again with --fresh"
