@@ -39,7 +39,9 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).paramet
 """flag for fewer heads in keys and values: torch 2.11 supports them without it, later versions require it"""
 
 
-DEFAULTS = (("use_cache", False), ("output_attentions", False), ("is_causal", True))
+DEFAULTS = (
+    ("use_cache", False), ("output_attentions", False), ("output_router_logits", False), ("is_causal", True),
+)  # fmt: skip
 """keyword values that ask for the default behaviour"""
 
 
