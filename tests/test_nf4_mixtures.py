@@ -1,6 +1,8 @@
 """Mixtures whose checkpoint is in NF4: experts in NF4 load as they are, experts in 16 bits are quantized."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,3 +258,85 @@ def test_a_run_that_an_earlier_version_began_with_experts_in_16_bits_is_not_resu
             return Path(recipe.output)
 
         killed_and_resumed(recipe, 1, earlier, resume)
+
+
+def damage(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Change the tensors of a checkpoint in its file."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def dropped(part: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        lost = [name for name in tensors if re.search(part, name)]
+        assert lost
+        for name in lost:
+            del tensors[name]
+
+    return change
+
+
+def cut(part: str, rows: int = 1) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        short = [name for name in tensors if re.search(part, name)]
+        assert short
+        tensors.update({name: tensors[name][:-rows].clone() for name in short})
+
+    return change
+
+
+ONE = r"layers\.0\..*experts\.1\."
+DOWN = r"layers\.0\..*experts\.1\.(down_proj|w2)\.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dropped(ONE), r"the files have \[3, "),
+        (dropped(DOWN), r"down_proj: the files have \[3, "),
+        (cut(r"q_proj\.weight$", 2), r"q_proj\.weight: the files have \[62, 64\]"),
+    ],
+    ids=["an expert", "its down projection", "rows of a linear"],
+)
+def test_a_16_bit_mixture_without_a_part_is_refused(
+    mixture: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
+    """Quantization hides shapes from transformers, and a router would send tokens to no expert."""
+    folder = damage(Path(shutil.copytree(mixture, tmp_path / "base")), change)
+    with pytest.raises(ModelError, match=said):
+        base(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("in NF4", dropped(ONE), r"gate_up_proj: the files have \[3, .* in 4 bits"),
+        ("in NF4", dropped(DOWN + r"\.nested_absmax"), "nested_absmax is missing"),
+        ("in NF4", dropped(DOWN + r"\."), r"in uint8, and the model needs"),
+        ("in NF4", cut(r"down_proj\.weight\.absmax|w2\.weight\.absmax", 30), "absmax where"),
+        ("in NF4", cut(r"q_proj\.weight\.absmax", 30), r"q_proj\.weight: .* absmax where"),
+        ("in 16 bits", dropped(ONE), r"gate_up_proj: the files have \[3, "),
+        ("in 16 bits", cut(DOWN), "down_proj: its matrices do not fit together"),
+        ("in one tensor", cut(r"layers\.0\..*down_proj"), r"down_proj: the files have \[3, "),
+    ],
+)
+def test_an_nf4_mixture_without_a_part_is_refused(
+    mixture: Path, tmp_path: Path, kind: Experts, change: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
+    folder, _ = write_nf4_mixture(mixture, tmp_path, kind)
+    with pytest.raises(ModelError, match=said):
+        base(damage(folder, change))
+
+
+def test_a_list_of_modules_in_16_bits_without_the_head_is_named(mixture: Path, tmp_path: Path) -> None:
+    """Without a list transformers leaves out the head; a list replaces its choice."""
+    folder, _ = write_nf4_mixture(mixture, tmp_path, "in 16 bits")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["llm_int8_skip_modules"] = ["experts"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ModelError, match=r"lm_head\.weight: the files have it in 16 bits, and llm_int8_skip_modules"
+    ):
+        base(folder, allow_unquantized=True)

@@ -29,5 +29,5 @@ def quantized_notes(base: Base, config: Any) -> list[str]:
     return [
         f"base.model: {which} in this NF4 checkpoint are in 16 bits; a run quantizes them to NF4 as it reads them, in "
         f"blocks of {settings.block_size}{double}. llm_int8_skip_modules in its config.json can list what is to stay "
-        "in 16 bits"
+        "in 16 bits, beside the head"
     ]

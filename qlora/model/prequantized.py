@@ -55,11 +55,17 @@ def check_quantization(base: Base, config: Any) -> None:
 
 def check_experts(base: Base, config: Any, model: PreTrainedModel) -> None:
     """Check that experts that the files have in NF4 have a place in `model`. Raises ModelError if they do not."""
-    if has_packed_experts(config) and not nf4_experts(model, config.quantization_config):
+    if not has_packed_experts(config) or nf4_experts(model, config.quantization_config):
+        return
+    if nf4_experts(model):
         raise ModelError(
-            f"base.model: {base.model!r} has experts in 4 bits ({config.packed_expert}), and qlora does not know the "
-            f"experts of {type(model).__name__}. Use the 16-bit version of the model, with its experts in 16 bits"
+            f"base.model: llm_int8_skip_modules in config.json of {base.model!r} leaves out the experts, and the files "
+            f"have them in 4 bits ({config.packed_expert}). Remove the experts from that list"
         )
+    raise ModelError(
+        f"base.model: {base.model!r} has experts in 4 bits ({config.packed_expert}), and qlora does not know the "
+        f"experts of {type(model).__name__}. Use the 16-bit version of the model, with its experts in 16 bits"
+    )
 
 
 def quantized_on_reading(base: Base, config: Any, model: PreTrainedModel) -> list[str]:

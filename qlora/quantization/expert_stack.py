@@ -118,7 +118,7 @@ class PackedStack(NamedTuple):
 class ExpertStack(nn.Module):
     """The frozen matrices of one projection for all experts of a layer.
 
-    It is no layer that is called; `qlora.ops.experts` multiplies with one matrix at a time.
+    It is no layer that is called; `qlora.ops.experts` multiplies with its matrices.
 
     Args:
         weight: dense [E, out, in], or [E, in, out] if `transposed`; or in NF4.
@@ -166,6 +166,12 @@ class ExpertStack(nn.Module):
             if bias is None or isinstance(bias, nn.Parameter)
             else nn.Parameter(bias, requires_grad=False)
         )
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of transformers' parameter: [E, out, in], or [E, in, out] if the matrices are transposed."""
+        sizes = self.out_features, self.in_features
+        return (self.experts, *(sizes[::-1] if self.transposed else sizes))
 
     @property
     def storage(self) -> PackedStack:

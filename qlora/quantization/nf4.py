@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from qlora.errors import ModelError, UsageError
 from qlora.kernels import FusedOp
+from qlora.quantization.stored_form import why_not_whole
 from qlora.runtime.bnb import Linear4bit, Params4bit, QuantState, create_dynamic_map, get_4bit_type
 from qlora.runtime.device import on_cuda
 from qlora.runtime.fake import is_fake
@@ -168,15 +169,17 @@ def to_tensors(weight: Params4bit) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Params4bit:
-    """Rebuild a weight from `to_tensors`, on the device of its packed bytes. Raises ModelError if a part is missing."""
+    """Rebuild a weight from `to_tensors`, on its device. Raises ModelError if a part is missing or of another size."""
     packed = tensors[""].contiguous().view(torch.uint8).reshape(-1, 1)  # the file can store them as bf16
     statistics = {name: tensor for name, tensor in tensors.items() if name}
     try:
         state = QuantState.from_dict(statistics, device=packed.device)
     except (KeyError, ValueError) as error:
         raise ModelError(
-            f"statistics of a 4-bit weight are missing or unknown: {error}. Download the model again"
+            f"its statistics are missing or unknown: {error}. Download the model again"
         ) from error
+    if problem := why_not_whole(packed, state):
+        raise ModelError(f"{problem}. Download the model again")
     return _parameter(packed, state)
 
 

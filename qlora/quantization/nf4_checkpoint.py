@@ -20,7 +20,13 @@ from transformers.utils import logging
 from qlora.quantization import nf4
 from qlora.quantization.expert_stack import as_parameter
 from qlora.quantization.stored_parameters import StoredParameters
-from qlora.quantization.transformers_loader import add_left_out, leaving_out, nf4_experts, nf4_layers
+from qlora.quantization.transformers_loader import (
+    add_left_out,
+    leaving_out,
+    nf4_experts,
+    nf4_layers,
+    require_whole,
+)
 from qlora.storage.safetensors_files import ShardReader
 
 
@@ -47,7 +53,7 @@ def read_apart(
         device: device of the model.
 
     Raises:
-        ModelError: the yielded function cannot read the files.
+        ModelError: the yielded function cannot read the files, or those that transformers read are damaged.
     """
     reader = ShardReader(folder)
     experts: list[str] = []
@@ -63,6 +69,7 @@ def read_apart(
         return [*experts, *dense]
 
     def add(model: PreTrainedModel) -> PreTrainedModel:
+        require_whole(model)
         files.require(experts)
         for name in logging.tqdm(experts, desc="Loading weights") if experts else ():
             packed = files.quantized(name, block_size, double_quant, dtype, device)

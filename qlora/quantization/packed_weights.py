@@ -45,10 +45,14 @@ class PackedWeights:
         """
         parts = {key: self.statistics[key] for key in keys}
         tensors = self._reader.read([name for key in keys for name in (key, *parts[key])])
-        return [
-            nf4.from_tensors({name.removeprefix(key): tensors[name] for name in (key, *parts[key])})
-            for key in keys
-        ]
+        weights = []
+        for key in keys:
+            own = {name.removeprefix(key): tensors[name] for name in (key, *parts[key])}
+            try:
+                weights.append(nf4.from_tensors(own))
+            except ModelError as error:
+                raise ModelError(f"{self._reader.folder}: {key}: {error}") from error
+        return weights
 
 
 def require_alike(weights: Sequence[nf4.Params4bit], name: str) -> None:

@@ -23,11 +23,12 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qlora.errors import ModelError, listed
+from qlora.errors import ModelError, first_line, listed
 from qlora.quantization import nf4
-from qlora.quantization.expert_stack import PackedStack, quantize, stacked
+from qlora.quantization.expert_stack import ExpertStack, PackedStack, quantize, stacked
 from qlora.quantization.mxfp4 import dequantize, is_packed, parameter_of
 from qlora.quantization.packed_weights import PackedWeights, require_alike
+from qlora.quantization.stored_form import why_another_weight
 from qlora.storage.safetensors_files import ShardReader
 
 
@@ -89,9 +90,14 @@ class StoredParameters:
         tensors = self._reader.read(self.keys(projection))
         for key, own in places:
             converter.add_tensor(projection, key, own, tensors[key])
-        result: Tensor = converter.convert(projection, model=self._model, config=self._model.config)[
-            projection
-        ]
+        try:
+            found = converter.convert(projection, model=self._model, config=self._model.config)
+        except (RuntimeError, ValueError) as error:  # matrices of different sizes or numbers
+            raise ModelError(
+                f"{self._reader.folder}: {projection}: its matrices do not fit together ({first_line(error)}). "
+                "Download the model again"
+            ) from error
+        result: Tensor = found[projection]
         return result
 
     def quantized(
@@ -105,21 +111,43 @@ class StoredParameters:
         """Return a projection in NF4 on `device`: as the files have it, or quantized from its numbers in `dtype`.
 
         Raises:
-            ModelError: the files have its experts in different forms of NF4, or in a layout that is not known.
+            ModelError: the files have its experts in different forms of NF4, or in a layout that is not known, or
+                other matrices than the model.
         """
+        shape = self._shape(projection)
         if not self.in_nf4(projection):
-            matrices = self.read(projection).to(device, dtype)
-            return quantize(matrices, block_size, double_quant)
+            matrices = self.read(projection)
+            self._require(why_another_weight(projection, matrices, shape))
+            return quantize(matrices.to(device, dtype), block_size, double_quant)
         keys, parts = self._by_expert(projection)
         found = [key for key in keys if key in self.packed]
         weights = dict(zip(found, self.packed.read(found), strict=True))
         like = weights[found[0]].quant_state
         for key in keys:
             if key not in weights:  # excluded when the checkpoint was made
-                weights[key] = nf4.quantize(self._reader[key].to(dtype), like.blocksize, like.nested)
+                matrix = self._reader[key]
+                self._require(why_another_weight(key, matrix, like.shape))
+                weights[key] = nf4.quantize(matrix.to(dtype), like.blocksize, like.nested)
         ordered = [weights[key] for key in keys]
         require_alike(ordered, f"{self._reader.folder}: {projection}")
-        return stacked(ordered, parts).copied(device)
+        packed = stacked(ordered, parts)
+        found_shape = packed.experts, parts * packed.shape[0], packed.shape[1]
+        if found_shape != shape:
+            self._require(
+                f"{projection}: the files have {list(found_shape)} in 4 bits, the model needs {list(shape)}"
+            )
+        return packed.copied(device)
+
+    def _shape(self, projection: str) -> tuple[int, ...]:
+        """Return the shape that a projection has in the model, adapted or not."""
+        owner, _, name = projection.rpartition(".")
+        held: Any = getattr(self._model.get_submodule(owner), name)
+        held = getattr(held, "base", held)
+        return held.stored_shape if isinstance(held, ExpertStack) else tuple(held.shape)
+
+    def _require(self, problem: str | None) -> None:
+        if problem is not None:
+            raise ModelError(f"{self._reader.folder}: {problem}. Download the model again")
 
     def norm(self, projection: str) -> float:
         """Return the Frobenius norm of all matrices of a projection."""

@@ -1,6 +1,6 @@
 """Adds our block size to transformers' bitsandbytes loader, leaves routers dense, and checks the loaded model."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from qlora.quantization.expert_stack import PROJECTIONS, as_parameter, expert_pa
 from qlora.quantization.mxfp4 import conversions
 from qlora.quantization.read_weights import read_layers
 from qlora.quantization.routers import routers
+from qlora.quantization.stored_form import why_another_weight, why_not_whole
 from qlora.recipe import Base
 from qlora.runtime.patches import quantizer_replaced
 
@@ -190,6 +191,17 @@ class _BlockSizedNF4Quantizer(Bnb4BitHfQuantizer):
     on_weight: OnWeight | None = None
     mxfp4: bool = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.problems: list[str] = []
+        """of weights that are not the model's"""
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.problems:
+            more = f" ({len(self.problems) - 1} more)" * (len(self.problems) > 1)
+            raise ModelError(f"{self.problems[0]}{more}. Restore the files, or download the model again")
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
     def get_weight_conversions(self) -> list[WeightConverter]:
         own: list[WeightConverter] = super().get_weight_conversions()
         return [*own, *conversions(self)] if self.mxfp4 else own
@@ -260,11 +272,49 @@ class _Quantize(Bnb4bitQuantize):
         linears, result = {}, {}
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
+            if (problem := _why_not(model, key, weight)) is not None:
+                self.hf_quantizer.problems.append(problem)
+                continue
             if not _is_projection(model, key):
                 linears[key] = weight
                 continue
             result[key] = as_parameter(quantize(weight, config.block_size, config.bnb_4bit_use_double_quant))
         return result | super().convert(linears, full_layer_name=full_layer_name, model=model, **kwargs)
+
+
+def require_whole(model: nn.Module) -> None:
+    """Check the 4-bit linears of a model from a checkpoint in NF4. Raises ModelError if one is damaged."""
+    if (problem := next(_damaged_linears(model), None)) is not None:
+        raise ModelError(f"{problem}. Restore the files, or download the model again")
+
+
+def _damaged_linears(model: nn.Module) -> Iterator[str]:
+    """Say of each 4-bit linear of a checkpoint in NF4 what is wrong with it."""
+    for name, module in model.named_modules():
+        if not nf4.is_nf4(module):
+            continue
+        state, shape = nf4.quant_state(module), (module.out_features, module.in_features)
+        if state is None:
+            yield (
+                f"{name}.weight: the files have it in 16 bits, and llm_int8_skip_modules in config.json does not list "
+                "it"
+            )
+        elif tuple(state.shape) != shape:
+            yield f"{name}.weight: the files have {list(state.shape)} in 4 bits, and the model needs {list(shape)}"
+        elif (problem := why_not_whole(module.weight, state)) is not None:
+            yield f"{name}.weight: {problem}"
+
+
+def _why_not(model: nn.Module, name: str, stored: Tensor) -> str | None:
+    """Say why a tensor of the files is not the parameter `name` of `model`; None if it is.
+
+    transformers compares the shapes of weights that it does not quantize only.
+    """
+    module, _ = get_module_from_name(model, name)
+    expected = tuple(model.get_parameter(name).shape)
+    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # stored as [in, out]
+        expected = expected[::-1]
+    return why_another_weight(name, stored, expected)
 
 
 class _ReadingQuantize(_Quantize):
