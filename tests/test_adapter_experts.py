@@ -257,7 +257,7 @@ def test_an_export_has_the_update_of_each_matrix_of_each_expert(
         torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
     targets = json.loads((tmp_path / "served" / CONFIG).read_text())
     assert "target_parameters" not in targets
-    with pytest.raises(ModelError, match="Combine the adapters that were exported"):
+    with pytest.raises(ModelError, match="Combine the adapters from which they were exported"):
         compose([(read(path), 1.0), (read(tmp_path / "served"), 1.0)])
     assert qlora("adapter", "inspect", tmp_path / "served").returncode == 0
     if architecture != "gpt_oss":  # PEFT reads such files as adapters of transformers 4
@@ -299,7 +299,50 @@ def test_an_export_needs_the_base_of_its_experts(base: Callable[[str], Path], tm
     plain = trained(base("qwen3_moe"), tmp_path / "c", rank=2, targets="attention")
     refused = qlora("adapter", "export", plain, "--to", tmp_path / "d", "--experts", "apart")
     assert refused.returncode == 2
-    assert "has no experts" in refused.stderr
+    assert "has no stacked experts" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["export", "RUN", "--to", "b", "--base", "bundled/base"], 4, "are not in LlamaForCausalLM"),
+        (["export", "RUN", "--to", "b", "--base", ""], 2, "--base: it is empty"),
+        (
+            ["export", "RUN", "--to", "b", "--experts", "stacked", "--base", "bundled/base"],
+            2,
+            "--base: not read",
+        ),
+        (["inspect", "RUN", "--base", "bundled/base"], 4, "are not in LlamaForCausalLM"),
+    ],
+)
+def test_another_base_of_experts_is_refused(
+    base: Callable[[str], Path], tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    path = trained(base("qwen3_moe"), tmp_path / "a", rank=2)
+    words = [{"RUN": str(path), "b": str(tmp_path / "b")}.get(word, word) for word in arguments]
+    done = qlora("adapter", *words)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_base_that_is_gone_is_named_with_the_option(base: Callable[[str], Path], tmp_path: Path) -> None:
+    path = trained(base("qwen3_moe"), tmp_path / "a", rank=2)
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
+    (path / "manifest.json").unlink(missing_ok=True)
+    assert "Give it with --base" in qlora("adapter", "export", path, "--to", tmp_path / "b").stderr
+
+
+def test_an_export_that_qlora_does_not_load_has_no_commands_to_try(
+    base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = trained(base("qwen3_moe"), tmp_path / "a", rank=2)
+    qlora("adapter", "export", path, "--to", tmp_path / "b")
+    for arguments in (
+        ["inspect", tmp_path / "b"],
+        ["compress", tmp_path / "b", "--rank", 1, "--to", tmp_path / "c"],
+    ):
+        assert "Try it" not in qlora("adapter", *arguments).stdout
 
 
 def test_a_run_of_a_mixture_and_its_sums_name_the_export(base: Callable[[str], Path], tmp_path: Path) -> None:

@@ -272,6 +272,13 @@ def test_experts_without_an_adapter_keep_transformers_code_and_can_be_trained_as
     assert weight.grad.abs().max() > 0
 
 
+def test_a_part_of_adapted_experts_cannot_be_trained_as_a_whole(checkpoint: Callable[[str], Path]) -> None:
+    """Our pass computes no gradient for the matrices."""
+    model = base(checkpoint("qwen3_moe"), quantization="none")
+    with pytest.raises(ModelError, match="is a part of experts of which another part has an adapter"):
+        adapt(model, LoraSpec(rank=4, targets=["experts.down_proj"]), train_modules=["experts.gate_up_proj"])
+
+
 def test_a_damaged_adapter_of_experts_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = checkpoint("qwen3_moe")
     save_adapter(spread(adapt(plain(folder), LoraSpec(rank=8, targets="experts"))), tmp_path / "a")

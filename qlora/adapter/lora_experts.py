@@ -18,10 +18,12 @@ from qlora.errors import ModelError
 from qlora.ops.dropout import draw
 from qlora.ops.expert_product import Projection, StackedUpdate
 from qlora.quantization.expert_stack import ExpertStack
+from qlora.quantization.nf4 import assert_frozen
 
 
 def projection_of(stack: ExpertStack) -> Projection:
     """Return the argument of `qlora.ops.experts` for a projection without an adapter."""
+    assert_frozen(stack.weight, stack.bias)
     return Projection(stack.matrices, stack.out_features, stack.in_features, stack.bias)
 
 

@@ -91,6 +91,11 @@ def targets_beside(file: Path) -> list[str]:
     return targets_of(config) if isinstance(config, dict) else []
 
 
+def has_experts_apart(layers: Iterable[str]) -> bool:
+    """Return True if one of these layers is a matrix of a single expert, as in a layout for other servers."""
+    return any(OF_ONE_EXPERT.search(name) for name in layers)
+
+
 def shortest(layers: Iterable[str], all_layers: Iterable[str]) -> list[str]:
     """Return `target_parameters` for these of all parameters: last parts of their names, or the whole names."""
     chosen = set(layers)

@@ -292,8 +292,8 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
     if any(OF_ONE_EXPERT.search(name) for name in unexpected):
         raise ModelError(
             f"{path}: the adapter has A and B for each matrix of each expert ({listed(unexpected)}), as `qlora adapter "
-            "export` and PEFT with transformers 4 write them. Load the adapter that was exported, or save this one "
-            "again with PEFT and transformers 5"
+            "export` and PEFT with transformers 4 write them. Load the adapter from which it was exported, or save "
+            "this one again with PEFT and transformers 5"
         )
     if unexpected:
         raise ModelError(

@@ -28,6 +28,7 @@ from qlora.adapter.trained_rows import (
     merge_rows,
 )
 from qlora.errors import ModelError, UsageError, listed
+from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import is_nf4
 from qlora.storage.safetensors_files import stored_tensors
 
@@ -288,6 +289,11 @@ def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
             raise ModelError(
                 f"train_modules: {name} is in NF4, and quantized weights cannot be trained. Make it a target of the "
                 "adapter, or set base.quantization=none"
+            )
+        if isinstance(module, ExpertStack):
+            raise ModelError(
+                f"train_modules: {name} is a part of experts of which another part has an adapter, and such a part "
+                "cannot be trained as a whole. Make it a target too, or train all of the experts and adapt none"
             )
     return chosen
 

@@ -249,7 +249,7 @@ def inspect(
         return
     whole = tensors.read(adapter)
     weights = base_weights(whole, base)
-    layers = spectra(whole, weights, expert_norms(whole, weights))
+    layers = spectra(whole, weights, expert_norms(whole, weights, given=base is not None))
     verdict = judge(layers)
     if picture is not None:
         spectrum_picture.draw(layers, picture, "/".join(adapter.parts[-2:]))
@@ -264,7 +264,7 @@ def inspect(
     say(f"\n{verdict.sentence} {LIMITS}")
     if whole.note is not None:
         say(f"note  {whole.note}")
-    if verdict.enough is not None:
+    if verdict.enough is not None and not whole.has_experts_apart:
         print(
             f"\nTry it:  qlora adapter compress {adapter} --rank {verdict.enough} --to DIR && qlora eval DIR"
         )
@@ -363,7 +363,7 @@ def _save(
     print(f"wrote  {to}  ({len(adapter.layers)} layers, {written_bytes / MiB:.2f} MiB)")
     if note is not None:
         say(f"note   {note}")
-    if adapter.extra_files and adapter.layers.keys() == deviations.keys():  # qlora reads experts stacked only
+    if adapter.extra_files and not adapter.has_experts_apart:  # which qlora does not load
         print(f"\nTry it:  qlora eval {to}")
 
 

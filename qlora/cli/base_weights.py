@@ -35,20 +35,33 @@ def base_weights(adapter: "Adapter", given: str | None) -> "ShardReader | None":
     return None
 
 
-def expert_norms(adapter: "Adapter", weights: "ShardReader | None") -> dict[str, float]:
+def expert_norms(adapter: "Adapter", weights: "ShardReader | None", *, given: bool) -> dict[str, float]:
     """Return the norms of the base's matrices of all experts, by projection, for those that the adapter changes.
 
-    Empty without weights, and if transformers does not find the experts in them.
+    Empty without weights.
+
+    Args:
+        adapter: the adapter.
+        weights: the base's weights.
+        given: True if the user gave them; if not, those without the adapter's experts give nothing.
+
+    Raises:
+        ModelError: the weights that the user gave do not have the adapter's experts.
     """
     if weights is None or not adapter.experts:
         return {}
+    from qlora.adapter.algebra.apart import check_experts
     from qlora.model.load import load_architecture
     from qlora.quantization.stored_parameters import StoredParameters
     from qlora.recipe import Base
 
-    with suppress(ModelError):
+    try:
         model = load_architecture(Base(model=str(weights.folder)))
+        check_experts(adapter, model)
         files = StoredParameters(model, adapter.experts, weights)
         files.require(adapter.experts)
         return {name: files.norm(name) for name in adapter.experts}
-    return {}
+    except ModelError:
+        if given:
+            raise
+        return {}

@@ -37,10 +37,13 @@ def with_experts(adapter: "Adapter", layout: Layout | None, base: str | None) ->
         ModelError: the base is needed, and its config.json cannot be read or is of another model.
     """
     if not adapter.experts:
-        if layout is not None:
-            raise UsageError("--experts: the adapter has no experts of a mixture; leave it out")
+        for option, value in (("--experts", layout), ("--base", base)):
+            if value is not None:
+                raise UsageError(f"{option}: the adapter has no stacked experts of a mixture; leave it out")
         return adapter
     if layout == "stacked":
+        if base is not None:
+            raise UsageError("--base: not read with --experts stacked; leave it out")
         return adapter
     from qlora.adapter.algebra.apart import apart, are_apart
 
@@ -56,9 +59,16 @@ def _architecture(adapter: "Adapter", given: str | None) -> "nn.Module":
     from qlora.model.load import load_architecture
     from qlora.recipe import Base
 
+    if given == "":
+        raise UsageError("--base: it is empty; give a folder or a hub id")
     if given is not None:
         return load_architecture(Base(model=given))
     name, revision = (adapter.config.get(key) for key in ("base_model_name_or_path", "revision"))
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise ModelError("the adapter records no base, whose config.json is needed: give it with --base")
-    return load_architecture(Base(model=name, revision=revision))
+    try:
+        return load_architecture(Base(model=name, revision=revision))
+    except ModelError as error:
+        raise ModelError(
+            f"the adapter's base {name!r}, whose config.json is needed, cannot be read: {error}. Give it with --base"
+        ) from error

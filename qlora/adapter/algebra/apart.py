@@ -34,7 +34,7 @@ def are_apart(adapter: Adapter, model: Any) -> bool:
     Raises:
         ModelError: the experts of the adapter are not in the model.
     """
-    _check(adapter, model)
+    check_experts(adapter, model)
     if model.config.model_type in STACKED:
         return False
     return all(_named(model, name, adapter.layers[name].b) is not None for name in adapter.experts)
@@ -53,7 +53,7 @@ def apart(adapter: Adapter, model: Any) -> Adapter:
     Raises:
         ModelError: the experts of the adapter are not in the model.
     """
-    _check(adapter, model)
+    check_experts(adapter, model)
     layers: dict[str, Layer] = {}
     for name, layer in adapter.layers.items():
         layers |= _matrices(model, name, layer) if layer.has_experts else {name: layer}
@@ -62,14 +62,14 @@ def apart(adapter: Adapter, model: Any) -> Adapter:
     return replace(adapter, config=config, layers=layers)
 
 
-def _check(adapter: Adapter, model: Any) -> None:
+def check_experts(adapter: Adapter, model: Any) -> None:
     """Raise ModelError if a projection of experts in the adapter is not one of the model, or has another shape."""
     modules = dict(model.named_modules())
     outside = []
     for name in adapter.experts:
         owner, _, projection = name.rpartition(".")
         module: Any = modules.get(owner)
-        weight = getattr(module, projection, None) if is_experts(module) else None
+        weight = getattr(module, projection, None) if module is not None and is_experts(module) else None
         layer = adapter.layers[name]
         shape = (len(layer.a), layer.b.shape[1], layer.a.shape[2])
         if weight is None or shape != tuple((weight.mT if module.is_transposed else weight).shape):

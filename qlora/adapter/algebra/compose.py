@@ -18,7 +18,7 @@ import torch
 from qlora.adapter.algebra.low_rank import LowRank
 from qlora.adapter.algebra.tensors import Adapter, Layer
 from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
-from qlora.adapter.peft_experts import FIELD, OF_ONE_EXPERT, is_projection, targets_of
+from qlora.adapter.peft_experts import FIELD, is_projection, targets_of
 from qlora.adapter.peft_parameters import is_parameter
 from qlora.errors import ModelError, listed
 
@@ -162,11 +162,11 @@ def _check_parts(adapters: Sequence[Adapter]) -> None:
 
 def _check_experts(adapters: Sequence[Adapter]) -> None:
     """Raise ModelError if some adapters have A and B for all experts, and others for each."""
-    apart = any(OF_ONE_EXPERT.search(name) for adapter in adapters for name in adapter.layers)
+    apart = any(adapter.has_experts_apart for adapter in adapters)
     if apart and any(adapter.experts for adapter in adapters):
         raise ModelError(
             "an adapter has A and B for each matrix of each expert, as `qlora adapter export` writes them, and another "
-            "one for all experts of a layer. Combine the adapters that were exported"
+            "one for all experts of a layer. Combine the adapters from which they were exported"
         )
 
 

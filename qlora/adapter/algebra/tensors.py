@@ -29,7 +29,7 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_experts import is_projection, joined, split, targets_of
+from qlora.adapter.peft_experts import has_experts_apart, is_projection, joined, split, targets_of
 from qlora.adapter.peft_parameters import is_parameter, key_of
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
 from qlora.adapter.store import method_for
@@ -135,6 +135,11 @@ class Adapter:
     def experts(self) -> list[str]:
         """Names of the layers that are projections of experts."""
         return [name for name, layer in self.layers.items() if layer.has_experts]
+
+    @property
+    def has_experts_apart(self) -> bool:
+        """True if it has A and B for each matrix of each expert, as other servers read them and qlora does not."""
+        return has_experts_apart(self.layers)
 
     @property
     def base(self) -> str | None:
