@@ -91,7 +91,12 @@ def train_modules(model: nn.Module, entries: Sequence[str]) -> nn.Module:
         ModelError: a module is quantized, a target of the adapter, shares its weight with another one, or has a name
             that would also name another one in the adapter file.
     """
-    for module in _choose(model, entries).values():
+    for name, module in _choose(model, entries).items():
+        if isinstance(module, ExpertStack):  # our pass computes no gradient of the matrices
+            raise ModelError(
+                f"train_modules: {name} is a part of experts of which another part has an adapter, and such a part "
+                "cannot be trained as a whole. Make it a target too, or train all of the experts and adapt none"
+            )
         module.requires_grad_(True)
         setattr(module, MARK, True)
     return model
@@ -289,11 +294,6 @@ def _match(model: nn.Module, entry: str) -> dict[str, nn.Module]:
             raise ModelError(
                 f"train_modules: {name} is in NF4, and quantized weights cannot be trained. Make it a target of the "
                 "adapter, or set base.quantization=none"
-            )
-        if isinstance(module, ExpertStack):
-            raise ModelError(
-                f"train_modules: {name} is a part of experts of which another part has an adapter, and such a part "
-                "cannot be trained as a whole. Make it a target too, or train all of the experts and adapt none"
             )
     return chosen
 
