@@ -166,11 +166,14 @@ APART: dict[str, dict[str, Any]] = {
 
 
 def config(architecture: str, **changes: Any) -> Any:
-    """Return the transformers configuration of a small model."""
+    """Return the transformers configuration of a small model; the kinds of its layers repeat in more layers."""
     own = ARCHITECTURES.get(architecture)
     if own is None:
         own = {"num_hidden_layers": 2} | (LEAKY | APART)[architecture]
-    return AutoConfig.for_model(architecture, **(_COMMON | {"num_hidden_layers": 4} | own | changes))
+    settings = _COMMON | {"num_hidden_layers": 4} | own | changes
+    if kinds := settings.get("layer_types"):
+        settings["layer_types"] = [kinds[i % len(kinds)] for i in range(settings["num_hidden_layers"])]
+    return AutoConfig.for_model(architecture, **settings)
 
 
 def recipe(folder: Path, architecture: str, *, layers: int = 4, **sections: dict[str, Any]) -> Recipe:

@@ -6,11 +6,13 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures_for_tests import ARCHITECTURES, config, recipe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import Gemma3Config
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from benchmarks.architectures import tiny
@@ -194,6 +196,7 @@ def test_forecast_and_measurement_agree_for_any_shape(
         ("llama", "full", False),
         ("qwen2", {"full": 4, "mlp": 3}, False),
         ("qwen3", {"full": 7, "mlp": 2}, True),
+        ("gemma2", "none", False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -203,6 +206,16 @@ def test_forecast_and_measurement_agree_for_any_shape(
                 ("llama", "full", True),
                 ("phi3", {"full": 8}, True),
                 ("olmo2", {"full": 4, "mlp": 3}, False),
+                ("gemma2", {"full": 4, "mlp": 3}, False),
+                ("gemma2", {"full": 9}, True),
+                ("deepseek_v3", {"full": 4}, False),
+                ("gemma3_text", "full", False),
+                ("olmo3", "none", False),
+                ("cohere2", "full", False),
+                ("gpt_oss", {"full": 4}, False),
+                ("qwen3_next", "none", False),
+                ("mixtral", "full", False),
+                ("jamba", "none", False),
             )
         ),
     ],
@@ -226,8 +239,8 @@ def test_a_few_layers_forecast_all_of_them(
         data={"held_out": 0},  # an evaluation is the same in every layer and is not scaled up
     )
     stretched = foreseen(made, assumed(made), cuda=offload)
-    monkeypatch.setattr(forecasting, "KEPT_LAYERS", 99)
-    monkeypatch.setattr(forecasting, "KEPT_OFFLOADED", 99)
+    monkeypatch.setattr(forecasting, "NEIGHBOURS", 99)
+    monkeypatch.setattr(forecasting, "NEIGHBOURS_OFFLOADED", 99)
     whole = foreseen(made, assumed(made), cuda=offload)
     assert stretched.trace.parts.shape == whole.trace.parts.shape
     assert (stretched.trace.parts == whole.trace.parts).all()
@@ -249,10 +262,42 @@ def test_attention_with_extra_arguments_is_forecast_as_it_runs(
 def test_a_few_layers_do_not_represent_layers_that_run_in_a_loop(tmp_path: Path) -> None:
     pytest.importorskip("transformers.models.hrm_text")
     made = recipe(tmp_path, "llama")
-    assert architecture(made, cuda=False).layers_equal
+    assert len(set(architecture(made, cuda=False).shapes.kinds())) == 1
     tiny.config("hrm_text").save_pretrained(tmp_path)
     found = architecture(made, cuda=False)
-    assert (found.layers, found.layers_equal) == (4, False), "four layers run sixteen times"
+    assert found.shapes.kinds() == (0, 1, 2, 3), "four layers run sixteen times"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("inkling2_text", {"layer_types": ["hybrid"] * 9, "mlp_layer_types": ["sparse"] * 9}),
+        ("inkling2_loop_text", {"layer_types": ["hybrid"] * 9, "mlp_layer_types": ["sparse"] * 9}),
+    ],
+)
+def test_a_few_layers_do_not_represent_layers_that_hand_on_more_than_hidden_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any]
+) -> None:
+    pytest.importorskip("transformers.models.inkling2")
+    made = recipe(tmp_path, "llama", data={"held_out": 0})
+    tiny.config(name, num_hidden_layers=9, **changes).save_pretrained(tmp_path)
+    found = foreseen(made, assumed(made))
+    monkeypatch.setattr(forecasting, "NEIGHBOURS", 99)
+    assert np.array_equal(found.trace.parts, foreseen(made, assumed(made)).trace.parts)
+
+
+def test_layers_of_a_vision_tower_are_no_layers_of_the_forecast(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "llama")
+    text = config("gemma3_text", num_hidden_layers=3)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28}
+    tower = {**sizes, "num_hidden_layers": 5, "vision_use_head": False}
+    whole = Gemma3Config(text_config=text.to_dict(), vision_config=tower)
+    whole.architectures = ["Gemma3ForConditionalGeneration"]
+    whole.save_pretrained(tmp_path)
+    arch = architecture(made, cuda=False)
+    assert any("vision_tower" in name for name, _ in arch.model.named_modules())
+    assert arch.layers == 3
 
 
 def test_a_pattern_for_one_layer_is_counted(tmp_path: Path) -> None:

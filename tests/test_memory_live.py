@@ -1,5 +1,6 @@
 """Live bytes are counted at allocation and release, and assigned to their part and phase."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +9,7 @@ from torch.profiler import record_function
 
 from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
 from qlora.memory.parts import PARTS
-from qlora.memory.repeat import repeat
+from qlora.memory.repeat import repeat, typical
 
 COLUMN = {part: index for index, part in enumerate(PARTS)}
 
@@ -120,7 +121,32 @@ def trace_of(layers: int, saved: int, scratch: int) -> Trace:
 
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 50))
 def test_repeating_a_layer_equals_that_many_layers(copies: int, saved: int, scratch: int) -> None:
-    stretched = repeat(trace_of(3, saved, scratch), 1, copies)
+    stretched = repeat(trace_of(3, saved, scratch), [0, *[1] * (copies + 1), 2])
     whole = trace_of(3 + copies, saved, scratch)
     assert (stretched.parts == whole.parts).all()
     assert stretched.marks == whole.marks
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=24), st.integers(1, 3))
+def test_typical_layers_have_the_neighbours_of_those_they_represent(
+    kinds: list[str], neighbours: int
+) -> None:
+    kept, places = typical(tuple(kinds), neighbours)
+    few = [kinds[number] for number in kept]
+
+    def around(layers: list[str], number: int) -> list[str]:
+        padded = [""] * neighbours + layers + [""] * neighbours
+        return padded[number : number + 2 * neighbours + 1]
+
+    assert [around(few, place) for place in places] == [around(kinds, n) for n in range(len(kinds))]
+    firsts = {kind: kinds.index(kind) for kind in kinds}
+    assert all(kept[places[number]] == number for number in firsts.values())
+    assert all(places.count(places[number]) == 1 for number in firsts.values())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "few"),
+    [("a" * 80, 3), ("ab" * 13, 6), ("d" + "e" * 46, 4), ("ddd" + "e" * 58, 6), ("aaaaab" * 8, 12)],
+)
+def test_a_pattern_of_many_layers_has_few_typical_ones(kinds: str, few: int) -> None:
+    assert len(typical(tuple(kinds), 1)[0]) <= few

@@ -1,16 +1,16 @@
 """Names, shapes and counts of a model, read from its configuration: the input of forecasts."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.data import Batch
 from qlora.errors import ModelError, first_line
+from qlora.memory.layer_kinds import Shapes, shapes, shortened
 from qlora.memory.no_forecast import failure_named, kind_of
 from qlora.model.checkpointing import decoder_layers, require_layers
 from qlora.model.decoder_layer import FusedLayer, Recompute, use_fused_layers
@@ -35,8 +35,8 @@ class Architecture:
     config: Any
     model: PreTrainedModel
     """on the meta device, with its adapter and our decoder layers"""
-    layers_equal: bool
-    """True if all decoder layers have the same parameters and the same attention"""
+    shapes: Shapes
+    """names, shapes and settings of the model and of each decoder layer"""
     padded: bool
     """True if the model also computes the padding of a batch, False if it reads the documents end to end"""
     precision: Precision
@@ -93,6 +93,21 @@ def architecture(recipe: Recipe, *, cuda: bool, config: Any = None) -> Architect
 
 def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
     """Build the architecture of a recipe's base from a configuration of its own."""
+    model, precision, plain = _adapted(recipe, config, cuda)
+    padded = not _takes_documents(recipe, config, model)
+    model = use_fused_layers(model)
+    if recipe.training.activation_checkpointing not in ("none", Checkpointing()):
+        require_layers(model)
+    return Architecture(config, model, plain.with_adapter(model), padded, precision)
+
+
+def _adapted(
+    recipe: Recipe, config: Any, cuda: bool, *, part: bool = False
+) -> tuple[PreTrainedModel, Precision, Shapes]:
+    """Return a model on the meta device with its adapter, and its precision and shapes before it had one.
+
+    part: True if the configuration has a part of the base's layers only.
+    """
     try:
         model = meta_model(recipe.base, config, dtype_on(recipe, cuda))
     except (ValueError, KeyError) as error:
@@ -104,30 +119,22 @@ def _architecture(recipe: Recipe, config: Any, cuda: bool) -> Architecture:
     quantized = frozenset((*nf4_layers(model, stored), *nf4_experts(model, stored)) if in_nf4 else ())
     check_head_unquantized(model, quantized)
     precision = precision_of(model, quantized)
-    check_precision(recipe.base, precision)
-    alike = _alike(model, config, quantized) and _can_be_shortened(model, config)
-    apply_adapter(model, recipe)
-    padded = not _takes_documents(recipe, config, model)
-    model = use_fused_layers(model)
-    if recipe.training.activation_checkpointing not in ("none", Checkpointing()):
-        require_layers(model)
-    return Architecture(config, model, alike and _alike(model, config), padded, precision)
+    if not part:
+        check_precision(recipe.base, precision)
+    plain = shapes(model, config, quantized)
+    apply_adapter(model, recipe, part=part)
+    return model, precision, plain
 
 
-def _can_be_shortened(model: nn.Module, config: Any) -> bool:
-    """Return False if the configuration counts more layers than there are: some run in a loop, as HRM's."""
-    return (getattr(config.get_text_config(), "num_hidden_layers", None) or 0) <= len(decoder_layers(model))
-
-
-def shortened(config: Any, layers: int) -> Any:
-    """Return a copy of the configuration with only its first `layers` layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    if layers < getattr(text, "num_hidden_layers", 0):
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-    return config
+def can_be_shortened(arch: Architecture, recipe: Recipe, layers: Sequence[int], *, cuda: bool) -> bool:
+    """Return True if a configuration can describe a model with only some of the layers, as they are in the whole."""
+    if len(layers) == arch.layers:
+        return True
+    try:
+        model, _, plain = _adapted(recipe, shortened(arch.config, layers), cuda, part=True)
+    except Exception:  # noqa: BLE001 - the model's code can fail in any way
+        return False
+    return plain.with_adapter(use_fused_layers(model)) == arch.shapes.of(layers)
 
 
 def dtype_on(recipe: Recipe, cuda: bool) -> torch.dtype:
@@ -142,7 +149,7 @@ def _takes_documents(recipe: Recipe, config: Any, model: PreTrainedModel) -> boo
         return False
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     # Experts without values multiply in bfloat16 only
-    few = meta_model(recipe.base, shortened(config, 2), torch.bfloat16)
+    few = meta_model(recipe.base, shortened(config, range(2)), torch.bfloat16)
     read_documents(few, longest)
     try:
         hidden_states(few, Batch(ids, ids, None, tokens=4, supervised=3, documents=((2, 2),)))
@@ -166,24 +173,3 @@ def _runs_with_mask(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     except Exception:  # noqa: BLE001 - the model's code can fail in any way
         return False
     return True
-
-
-def _alike(model: nn.Module, config: Any, quantized: Collection[str] = ()) -> bool:
-    """Return True if all decoder layers are alike, adapters and the layers that loading quantizes included."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    layers = decoder_layers(model)
-    names = {module: name for name, module in model.named_modules()}
-    looks = {
-        tuple(
-            (
-                name,
-                p.shape,
-                p.dtype,
-                p.requires_grad,
-                f"{names[layer]}.{name.removesuffix('.weight')}" in quantized,
-            )
-            for name, p in layer.named_parameters()
-        )
-        for layer in layers
-    }
-    return len(set(kinds)) <= 1 and len(looks) == 1

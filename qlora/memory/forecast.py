@@ -5,14 +5,13 @@ are counted as in a measurement (`live.py`). Of equal layers only a few run, and
 (`repeat.py`). Constants are added for memory that is not in tensors: the CUDA context and the allocator's slack.
 """
 
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
@@ -21,36 +20,35 @@ from qlora.adapter.methods import METHODS
 from qlora.adapter.trained_parts import whole_parameters
 from qlora.data import Batch
 from qlora.memory import inventory
-from qlora.memory.architecture import Architecture, dtype_on, shortened
+from qlora.memory.architecture import Architecture, can_be_shortened, dtype_on
 from qlora.memory.fake_tensors import MetaKernels, as_packed, faked, keep_all_layers
-from qlora.memory.layer_marks import layers_marked
-from qlora.memory.live import ROUNDING, LiveBytes, Mark, Trace
+from qlora.memory.inventory import Row, Rows, bytes_by_part
+from qlora.memory.layer_kinds import shortened
+from qlora.memory.layer_marks import Call, alike, layers_marked
+from qlora.memory.live import LiveBytes, Mark, Trace
 from qlora.memory.no_forecast import failure_named
 from qlora.memory.parts import PARTS
-from qlora.memory.repeat import repeat_all
+from qlora.memory.repeat import repeat, typical
+from qlora.memory.update_trace import trace_of_update
 from qlora.memory.workload import Workload
 from qlora.model.checkpointing import decoder_layers
 from qlora.model.head import embedding_of
-from qlora.model.prepare import apply_checkpointing, build, build_optimizer, checkpointed, lr_factors
+from qlora.model.prepare import apply_checkpointing, build, checkpointed
 from qlora.model.varlen_attention import read_documents
 from qlora.objective import objective_of
 from qlora.objective.step import accumulate, evaluate
 from qlora.optim import Optimizer
-from qlora.optim.flat import BLOCK_SIZE, CHUNK_SIZE
 from qlora.quantization.expert_stack import is_experts
 from qlora.recipe import Checkpointing, Recipe
 from qlora.runtime.fake import FakeTensors
 from qlora.runtime.phases import Phase, announce
 
-KEPT_LAYERS = 3
-"""layers that run of a group of equal layers: first and last have other neighbours, the middle one is typical"""
+NEIGHBOURS = 1
+"""layers before and after a layer that decide its part of the trace"""
 
-KEPT_OFFLOADED = 5
+NEIGHBOURS_OFFLOADED = 2
 """the same with offloaded inputs: an input goes to the host as the next layer begins, and the first input, the
 embeddings, also stays on the GPU"""
-
-FEW_CHUNKS = 3
-"""chunks of an optimizer update that run; all others are equal"""
 
 CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
 """torch gives cuBLAS 32 MiB on Hopper (8 MiB on older GPUs) for each of the two threads that multiply: forward and
@@ -76,14 +74,6 @@ _TEMPORARY = ("working_set", "logits_and_loss", "dequantization")
 
 Fake = Callable[[Tensor], Tensor]
 """real tensor -> fake tensor"""
-
-Row = NDArray[np.int64]
-"""[parts]"""
-Rows = NDArray[np.int64]
-"""[events, parts]"""
-
-_Kind = tuple[torch.dtype, bool, float]
-"""parameters that the optimizer lays end to end: dtype, True for matrices, factor of the learning rate"""
 
 _COLUMN = {part: index for index, part in enumerate(PARTS)}
 
@@ -128,6 +118,10 @@ def forecast(recipe: Recipe, workload: Workload, arch: Architecture, *, cuda: bo
     return Forecaster(arch, cuda=cuda).forecast(recipe, workload)
 
 
+class _LayersDifferError(Exception):
+    """Layers of a kind do not do the same, so one of them cannot represent another."""
+
+
 class Forecaster:
     """Makes forecasts for one architecture; caches the models and traces that forecasts share.
 
@@ -142,6 +136,8 @@ class Forecaster:
         self.arch, self.cuda = arch, cuda
         self._fakes = FakeTensors(cuda=cuda)
         self._models: dict[Hashable, tuple[nn.Module, Optimizer]] = {}
+        self._short: dict[Hashable, bool] = {}
+        self._all_layers = False
         self._traces: dict[Hashable, Trace] = {}
         self._updates: dict[Hashable, tuple[Row, Rows]] = {}
 
@@ -153,13 +149,12 @@ class Forecaster:
     def _forecast(self, recipe: Recipe, workload: Workload) -> Forecast:
         arch, cuda = self.arch, self.cuda
         whole, mlps = checkpointed(recipe, arch.layers)
-        few = KEPT_OFFLOADED if cuda and recipe.training.activation_offloading else KEPT_LAYERS
-        kept, copies = _kept(arch, (whole, mlps, arch.layers - whole - mlps), few)
-        small = _with_checkpointing(recipe, *kept[:2])
         with self._fakes.made() as fake, torch.random.fork_rng([]):
-            model, optimizer = self._few_layers(small, sum(kept))
-            batch, step, evaluation = self._passes(model, optimizer, workload, fake, small, copies)
-            frozen = _frozen(model, copies)
+            try:
+                frozen, batch, step, evaluation = self._traced(recipe, whole, mlps, workload, fake)
+            except _LayersDifferError:
+                self._all_layers = True
+                frozen, batch, step, evaluation = self._traced(recipe, whole, mlps, workload, fake)
             optimizer_state, update = self._update(recipe)
         trace = _joined(step, update, evaluation)
         rows = trace.parts + frozen + optimizer_state
@@ -181,14 +176,45 @@ class Forecaster:
             adapter_parameters=sum(p.numel() for p in trainable_parameters(adapted).values()),
         )
 
-    def _few_layers(self, recipe: Recipe, layers: int) -> tuple[nn.Module, Optimizer]:
-        """Return a model of `layers` layers with the recipe's checkpointing, and its optimizer.
+    def _traced(
+        self, recipe: Recipe, whole: int, mlps: int, workload: Workload, fake: Fake
+    ) -> tuple[Row, Batch, Trace, Trace | None]:
+        """Return the frozen bytes of the model and what `_passes` returns, from a few layers if these represent all."""
+        kept, copies = self._kept(recipe, whole, mlps)
+        full, mlp = (sum(n < end for n in kept) for end in (whole, whole + mlps))
+        small = _with_checkpointing(recipe, full, mlp - full)
+        model, optimizer = self._few_layers(small, kept)
+        return _frozen(model, copies), *self._passes(model, optimizer, workload, fake, small, kept, copies)
+
+    def _kept(self, recipe: Recipe, whole: int, mlps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the layers that run, and for each layer of the model the place of the one that represents it.
+
+        The first `whole` layers are recomputed as a whole, the next `mlps` in their MLP.
+        """
+        own = self.arch.shapes.kinds()
+        if self._all_layers:
+            return (tuple(range(len(own))),) * 2
+        offloaded = self.cuda and recipe.training.activation_offloading
+        neighbours = NEIGHBOURS_OFFLOADED if offloaded else NEIGHBOURS
+        kinds = tuple((kind, number < whole, number < whole + mlps) for number, kind in enumerate(own))
+        kept, copies = typical(kinds, neighbours)
+        if len(kept) == len(own):
+            return kept, kept
+        of_kept = tuple(own[layer] for layer in kept)
+        if of_kept not in self._short:
+            self._short[of_kept] = can_be_shortened(self.arch, recipe, kept, cuda=self.cuda)
+        return (kept, copies) if self._short[of_kept] else (tuple(range(len(own))),) * 2
+
+    def _few_layers(self, recipe: Recipe, layers: tuple[int, ...]) -> tuple[nn.Module, Optimizer]:
+        """Return a model of some of the layers with the recipe's checkpointing, and its optimizer.
 
         A model of which no layers are known, such as CTRL, is returned as a whole.
         """
         parts = recipe.base, recipe.adapter, recipe.optimizer
         training = recipe.training
-        key = layers, training.accumulates, training.router_loss, *(part.model_dump_json() for part in parts)
+        own = self.arch.shapes.kinds()
+        kinds = tuple(own[layer] for layer in layers)
+        key = kinds, training.accumulates, training.router_loss, *(part.model_dump_json() for part in parts)
         if key not in self._models:
             dtype = str(dtype_on(recipe, self.cuda)).removeprefix("torch.")
             stored = self.arch.stored(recipe.base)
@@ -209,15 +235,16 @@ class Forecaster:
         workload: Workload,
         fake: Fake,
         recipe: Recipe,
-        copies: list[tuple[int, int]],
+        kept: Sequence[int],
+        copies: Sequence[int],
     ) -> tuple[Batch, Trace, Trace | None]:
         """Return the micro-batch with the highest peak, the trace of its step and the trace of an evaluation.
 
-        The model has a few of the layers only; `copies` says how often each is repeated to stand for all of them
-        (see `repeat_all`). Weights, adapters, gradients and optimizer state are not part of the traces.
+        The model has the layers `kept`; `copies` says which of them represents each layer (see `repeat`). Weights,
+        adapters, gradients and optimizer state are not part of the traces.
         """
         objective = objective_of(recipe)
-        layers = len(decoder_layers(model))
+        kinds = self.arch.shapes.kinds()
         course = METHODS[recipe.adapter.method].course(model, recipe.adapter, 1)
 
         def step(batch: Batch) -> None:
@@ -233,15 +260,17 @@ class Forecaster:
 
         def trace(batch: Batch, run: Callable[[Batch], object]) -> Trace:
             # An evaluation keeps nothing of a layer, so it is the same however many layers are recomputed
-            recomputed = None if run is evaluation else (recipe.training.activation_checkpointing, layers)
+            recomputed = None if run is evaluation else (recipe.training.activation_checkpointing, id(model))
             rest = _with_checkpointing(recipe, 0, 0).model_dump_json()
             key = rest, recomputed, _shapes(batch), run.__name__
             if key not in self._traces:
-                self._traces[key] = _trace(model, optimizer, batch, run, fake)
+                self._traces[key], calls = _trace(model, optimizer, batch, run, fake)
+                if len(kept) < len(kinds) and run is step and not alike(calls, [kinds[n] for n in kept]):
+                    raise _LayersDifferError
             return self._traces[key]
 
         def whole(trace: Trace) -> Trace:
-            return repeat_all(trace, copies)
+            return repeat(trace, copies)
 
         batch, most = workload.train, whole(trace(workload.train, step))
         # The densest micro-batch has fewer tokens than the largest, so only its loss can need more memory: first trace
@@ -253,11 +282,11 @@ class Forecaster:
         return batch, most, None if evaluated is None else trace(evaluated, evaluation)
 
     def _update(self, recipe: Recipe) -> tuple[Row, Rows]:
-        """Return `_trace_of_update`, cached for each optimizer."""
+        """Return `trace_of_update`, cached for each optimizer."""
         training = recipe.training
         key = recipe.optimizer.model_dump_json(), training.max_grad_norm, training.accumulates
         if key not in self._updates:
-            self._updates[key] = _trace_of_update(self.arch, recipe)
+            self._updates[key] = trace_of_update(self.arch.model, recipe)
         return self._updates[key]
 
 
@@ -269,13 +298,13 @@ def _shapes(batch: Batch) -> Hashable:
 
 def _trace(
     model: nn.Module, optimizer: Optimizer, batch: Batch, run: Callable[[Batch], object], fake: Fake
-) -> Trace:
-    """Trace `run` on a fake of the batch, without the memory that is live before."""
+) -> tuple[Trace, list[Call]]:
+    """Trace `run` on a fake of the batch, without the memory that is live before; return the layers' calls too."""
     known = inventory.inventory(model, optimizer)
     kernels = MetaKernels() if any(map(is_experts, model.modules())) else nullcontext()
-    with LiveBytes(known) as live, layers_marked(model, live), kernels, as_packed(batch):
+    with LiveBytes(known) as live, layers_marked(model, live) as calls, kernels, as_packed(batch):
         run(faked(batch, fake))
-    return live.trace().from_first_phase().without(_row(known))
+    return live.trace().from_first_phase().without(bytes_by_part(known)), calls
 
 
 def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
@@ -287,55 +316,14 @@ def _joined(step: Trace, update: Rows, evaluation: Trace | None) -> Trace:
     return Trace(np.concatenate(rows), marks)
 
 
-def _trace_of_update(arch: Architecture, recipe: Recipe) -> tuple[Row, Rows]:
-    """Return the permanent bytes of optimizer and course over all trained parameters, and the trace of an update.
-
-    One parameter replaces all parameters of the same dtype, weight decay and learning rate, because the optimizer lays
-    them end to end anyway. It updates them in equal chunks, so a few chunks are enough.
-    """
-    sizes: dict[_Kind, int] = {}
-    factors = lr_factors(arch.model, recipe)
-    for name, parameter in trainable_parameters(arch.model).items():
-        kind = parameter.dtype, parameter.ndim >= 2, factors[name]  # only matrices have weight decay
-        sizes[kind] = sizes.get(kind, 0) - (-parameter.numel() // BLOCK_SIZE)
-    course = METHODS[recipe.adapter.method].course(arch.model, recipe.adapter, 1)
-    permanent = _row([*inventory.of_optimizer(_optimizer_over(sizes, recipe)), *inventory.of_course(course)])
-    few = {kind: min(blocks, FEW_CHUNKS * CHUNK_SIZE // BLOCK_SIZE) for kind, blocks in sizes.items()}
-    optimizer = _optimizer_over(few, recipe)
-    known = list(inventory.of_optimizer(optimizer))
-    with LiveBytes(known) as live:
-        optimizer.clip(recipe.training.max_grad_norm)
-        optimizer.step(recipe.optimizer.lr)
-    return permanent, live.trace().parts - _row(known)
-
-
-def _optimizer_over(sizes: Mapping[_Kind, int], recipe: Recipe) -> Optimizer:
-    """Build the recipe's optimizer over the given number of blocks of each kind."""
-    whole, factors = nn.Module(), {str(number): factor for number, (*_, factor) in enumerate(sizes)}
-    for number, ((dtype, is_matrix, _), blocks) in enumerate(sizes.items()):
-        shape = (blocks, BLOCK_SIZE) if is_matrix else (blocks * BLOCK_SIZE,)
-        whole.register_parameter(str(number), nn.Parameter(torch.empty(shape, dtype=dtype)))
-    return build_optimizer(whole, recipe, factors)
-
-
-def _frozen(model: nn.Module, copies: list[tuple[int, int]]) -> Row:
+def _frozen(model: nn.Module, copies: Sequence[int]) -> Row:
     """Return the bytes [parts] of the frozen model, including the layers that do not run."""
     layers = decoder_layers(model)
-    row = _row(inventory.of_model(model))
-    for layer, count in copies:
-        row = row + count * _row(inventory.of_layer(layers, layer))
-    return row
-
-
-def _row(tensors: Iterable[tuple[Tensor, str]]) -> Row:
-    """Return the bytes [parts] of the tensors' storages, each counted once."""
-    row = np.zeros(len(PARTS), dtype=np.int64)
-    seen = set()
-    for tensor, part in tensors:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            row[_COLUMN[part]] += -(-storage.nbytes() // ROUNDING) * ROUNDING
+    row = bytes_by_part(inventory.of_model(model))
+    times = Counter(copies)
+    for number in range(len(layers)):
+        if times[number] != 1:
+            row = row + (times[number] - 1) * bytes_by_part(inventory.of_layer(layers, number))
     return row
 
 
@@ -367,18 +355,6 @@ def _host_bytes(recipe: Recipe, batch: Batch, arch: Architecture, layers: int) -
         hidden = arch.config.get_text_config().hidden_size
         size += layers * (1 << (tokens * hidden * embedding.itemsize - 1).bit_length())
     return size
-
-
-def _kept(arch: Architecture, counts: Sequence[int], few: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return how many layers of each kind run, of `counts`, and (layer, number of further layers it represents)."""
-    if not arch.layers_equal:
-        return list(counts), []
-    kept = [min(count, few) for count in counts]
-    firsts = [0, *itertools.accumulate(kept)]
-    copies = [
-        (first + few // 2, count - run) for first, count, run in zip(firsts, counts, kept, strict=False)
-    ]
-    return kept, [(layer, missing) for layer, missing in copies if missing > 0]
 
 
 def _with_checkpointing(recipe: Recipe, layers: int, mlps: int) -> Recipe:

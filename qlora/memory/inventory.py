@@ -1,15 +1,25 @@
 """Tensors that stay in memory during the whole run, each with its memory category."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlora.adapter.methods import Course
+from qlora.memory.live import ROUNDING
+from qlora.memory.parts import PARTS
 from qlora.optim import Optimizer
 from qlora.optim.paged import is_paged
 from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import is_nf4, quant_state, statistics
 
+Row = NDArray[np.int64]
+"""[parts]"""
+Rows = NDArray[np.int64]
+"""[events, parts]"""
+
+_COLUMN = {part: index for index, part in enumerate(PARTS)}
 _KINDS = {
     "parameters": "adapters",
     "gradients": "gradients",
@@ -59,3 +69,15 @@ def inventory(
 ) -> list[tuple[Tensor, str]]:
     """Return (tensor, part) for all of them. A storage that several tensors share belongs to the first of them."""
     return [*of_optimizer(optimizer), *of_course(course or Course()), *of_model(model)]
+
+
+def bytes_by_part(tensors: Iterable[tuple[Tensor, str]]) -> Row:
+    """Return the bytes [parts] of the tensors' storages, each counted once."""
+    row = np.zeros(len(PARTS), dtype=np.int64)
+    seen = set()
+    for tensor, part in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            row[_COLUMN[part]] += -(-storage.nbytes() // ROUNDING) * ROUNDING
+    return row

@@ -1,69 +1,106 @@
-"""Extends a trace of a few decoder layers to many.
+"""Extends a trace of a few decoder layers to all layers of a model.
 
-The layers of a decoder are equal. In a step through three layers the middle one is typical, and a step through eighty
-repeats its part of the trace. In the forward pass each copy starts at the memory level where the previous one ended; in
-the backward pass the order is reversed. The result is exact for layers of equal shapes, as a test checks.
+A layer's part of the trace depends on its own kind and on those of its neighbours. So in a step through three equal
+layers the middle one is typical, and a step through eighty repeats its part of the trace; a pattern such as sliding,
+sliding, full needs a few layers more. In the forward pass each layer starts at the memory level where the previous one
+ended; in the backward pass the order is reversed. The result is exact, as a test checks against all layers.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora.memory.live import Mark, Trace
 from qlora.runtime.phases import Phase
 
 
-def repeat(trace: Trace, layer: int, copies: int) -> Trace:
-    """Return the trace of a model with `copies` more layers like `layer` after it.
+@cache
+def typical(kinds: tuple[Hashable, ...], neighbours: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Choose few layers that represent all.
 
-    The segments of `layer` are repeated after it in the phases forward and evaluation, before it in the phase
-    backward. Later layers get higher numbers.
+    A layer represents another one of its kind if their neighbours have the same kinds too. The first layer of a kind
+    represents only itself: it frees what all layers of the kind read, such as the angles of a rotary embedding.
+
+    Args:
+        kinds: the kind of each layer.
+        neighbours: number of layers before and after a layer that count; that there is none counts too.
+
+    Returns:
+        The numbers of the chosen layers, and for each layer the place among them of the one that represents it.
+
+    >>> typical(("dense", "experts", "experts", "experts", "experts", "experts"), 1)
+    ((0, 1, 2, 5), (0, 1, 2, 2, 2, 3))
     """
-    if copies == 0:
-        return trace
-    grow = _growth(trace, layer)
-    pieces = []
-    marks: list[Mark] = []
-    length = 0
-    lifted = 0  # number of copies whose saved activations are live
+    padded = (None,) * neighbours + kinds + (None,) * neighbours
+    around = [
+        (padded[number : number + 2 * neighbours + 1], kind in kinds[:number])
+        for number, kind in enumerate(kinds)
+    ]
+    kept = tuple(range(len(kinds)))
+    while (shorter := _cut(kept, around)) != kept:
+        kept = shorter
+    places = {around[number]: place for place, number in reversed(list(enumerate(kept)))}
+    return kept, tuple(places[one] for one in around)
 
-    def add(start: int, end: int, mark: Mark, number: int | None) -> None:
-        nonlocal length
-        pieces.append(trace.parts[start:end] + lifted * grow)
-        marks.append(Mark(length, mark.phase, number))
+
+def _cut(kept: tuple[int, ...], around: Sequence[tuple[Hashable, bool]]) -> tuple[int, ...]:
+    """Leave out the longest part of `kept` that others represent, if there is one.
+
+    The neighbours of its last layer are those of the layer before it, so all others keep their neighbours.
+
+    around: the kinds of each layer and its neighbours, and whether it is not the first of its kind.
+    """
+    counts = Counter(around[number] for number in kept)
+    size = len(kept)
+    for length in range(size - 1, 0, -1):
+        for first in range(1, size - length + 1):
+            if around[kept[first - 1]][0] != around[kept[first + length - 1]][0]:
+                continue
+            part = Counter(around[number] for number in kept[first : first + length])
+            if all(counts[one] > count for one, count in part.items()):
+                return kept[:first] + kept[first + length :]
+    return kept
+
+
+def repeat(trace: Trace, layers: Sequence[int]) -> Trace:
+    """Return the trace of a model with more layers.
+
+    Args:
+        trace: trace of a step of a few layers, numbered from 0.
+        layers: for each layer of the large model, the layer of `trace` that represents it.
+    """
+    if list(layers) == list(range(len(set(layers)))):
+        return trace
+    pieces: list[NDArray[np.int64]] = []
+    marks: list[Mark] = []
+    length, level = 0, 0 * trace.parts[0]
+
+    def add(start: int, end: int, mark: Mark) -> None:
+        nonlocal length, level
+        if end > start:
+            before = trace.parts[start - 1] if start else level
+            pieces.append(trace.parts[start:end] + (level - before))
+            level = pieces[-1][-1]
+        marks.append(Mark(length, mark.phase, mark.layer))
         length += end - start
 
     first = trace.marks[0].index if trace.marks else len(trace.parts)
-    pieces.append(trace.parts[:first])
-    length = first
-    for mark, end in trace.segments():
-        number = mark.layer + copies if mark.layer is not None and mark.layer > layer else mark.layer
-        if mark.layer != layer:
-            add(mark.index, end, mark, number)
-        elif mark.phase == Phase.BACKWARD:
-            for lifted in range(copies, -1, -1):
-                add(mark.index, end, mark, layer + lifted)
-        elif mark.phase == Phase.FORWARD:
-            for lifted in range(copies + 1):
-                add(mark.index, end, mark, layer + lifted)
-        else:
-            for copy in range(copies + 1):
-                add(mark.index, end, mark, layer + copy)
+    if first:
+        pieces.append(trace.parts[:first])
+        length, level = first, trace.parts[first - 1]
+    passes = itertools.groupby(trace.segments(), lambda part: (part[0].phase, part[0].layer is not None))
+    for (phase, in_layers), group in passes:
+        if not in_layers:
+            for mark, end in group:
+                add(mark.index, end, mark)
+            continue
+        of_layer = {mark.layer: (mark.index, end) for mark, end in group}
+        order = list(enumerate(layers))
+        for number, layer in reversed(order) if phase == Phase.BACKWARD else order:
+            if layer in of_layer:  # without an adapter below it, a layer has no backward pass
+                add(*of_layer[layer], Mark(0, phase, number))
     return Trace(np.concatenate(pieces), marks)
-
-
-def _growth(trace: Trace, layer: int) -> np.ndarray:
-    """Return the bytes [parts] that stay live after the forward pass through `layer`."""
-    (segment,) = [
-        (mark.index, end)
-        for mark, end in trace.segments()
-        if (mark.phase, mark.layer) == (Phase.FORWARD, layer)
-    ]
-    return trace.parts[segment[1] - 1] - trace.parts[segment[0] - 1]
-
-
-def repeat_all(trace: Trace, copies: Sequence[tuple[int, int]]) -> Trace:
-    """Apply `repeat` for several (layer, copies); layer numbers are those of `trace`."""
-    for layer, count in sorted(copies, reverse=True):
-        trace = repeat(trace, layer, count)
-    return trace

@@ -6,19 +6,25 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.errors import RecipeError
 from qlora.model.decoder_layer import FusedLayer, Recompute, why_mlp_not_alone
+from qlora.model.head import decoder_of
 from qlora.model.offload import ActivationOffloader
 from qlora.model.router_loss import keep_routing
 from qlora.ops.dropout import keep_row_positions
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer | FusedLayer]:
-    """Return the layers of the model that can be checkpointed, from first to last."""
+    """Return the layers of the text model that can be checkpointed, from first to last.
+
+    A model that also reads images or audio has further layers, which see no text.
+    """
     kinds = (GradientCheckpointingLayer, FusedLayer)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
+    return [module for module in decoder.modules() if isinstance(module, kinds)]
 
 
 def require_layers(model: nn.Module) -> None:

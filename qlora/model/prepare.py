@@ -179,8 +179,7 @@ def model_notes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> list[str]:
 
 def layer_notes(model: nn.Module) -> list[str]:
     """Return a remark on the decoder layers that no spec describes, so that they keep transformers' own code."""
-    inside = set(decoder_of(model).modules())
-    layers = [layer for layer in decoder_layers(model) if layer in inside]
+    layers = decoder_layers(model)
     found = [
         reason
         for layer in layers
