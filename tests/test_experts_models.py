@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from architectures_for_tests import config
 from mixtures_for_tests import write_mixture
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs_for_tests import killed_and_resumed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.lora_experts import LoRAExperts
@@ -31,8 +33,9 @@ from qlora.training.train import train
 
 IDS = torch.arange(24).view(2, 12) * 7
 TENSORS = "adapter_model.safetensors"
-MIXTURES = ["qwen3_moe", "gpt_oss", "mixtral"]
-"""one in the older layout with gate and up apart, one with biases and transposed matrices, one with old names"""
+MIXTURES = ["qwen3_moe", "gpt_oss", "mixtral", "llama4_text"]
+"""one in the older layout with gate and up apart, one with biases and transposed matrices, one with old names,
+one whose routing weights multiply inputs"""
 
 
 SIZES = {"qwen3_moe large": {"hidden_size": 128, "num_experts": 16, "moe_intermediate_size": 192}}
@@ -135,7 +138,7 @@ def test_an_adapter_of_peft_comes_with_its_logits_and_goes_back(
     folder = checkpoint(architecture)
     settings = LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", use_rslora=True,
-        target_parameters=[f"mlp.experts.{name}" for name in parameters],
+        target_parameters=[f"experts.{name}" for name in parameters],
         rank_pattern=dict.fromkeys(parameters, 2),
     )  # fmt: skip
     theirs = get_peft_model(plain(folder), settings)
@@ -333,3 +336,50 @@ def test_a_killed_run_of_a_mixture_ends_with_the_same_adapter(
     other = mixture_recipe.model_copy(update={"output": str(tmp_path / "killed")})
     resumed = killed_and_resumed(other, 3, monkeypatch) / "adapter" / TENSORS
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_routing_weights_of_the_input_are_exact(active: int) -> None:
+    """Llama 4's block in fp64 against transformers' own code with the update added to the matrices."""
+    torch.manual_seed(0)
+    small = config("llama4_text", num_experts_per_tok=active, num_local_experts=4)
+    block = Llama4TextMoe(small).double().requires_grad_(False)
+    for parameter in block.parameters():
+        parameter.normal_(0, 0.3)
+    reference = copy.deepcopy(block)
+    adapted = adapt(nn.ModuleDict({"feed_forward": block}), LoraSpec(rank=2, targets="experts"))
+    layers = LoRAExperts.of(adapted)
+    assert len(layers) == 2
+    updates = {}
+    for name, layer in layers.items():
+        for parameter in (layer.lora_a, layer.lora_b):
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+        a = layer.lora_a.view(4, layer.rank, -1)
+        b = layer.lora_b.view(layer.base.out_features, layer.rank, 4)
+        update = layer.scaling * torch.einsum("erj,kre->ejk", a, b)  # [E, in, out]
+        leaf = name.removeprefix("feed_forward.")
+        updates[leaf] = reference.get_parameter(leaf) + update
+    hidden = torch.randn(2, 9, small.hidden_size, dtype=torch.float64, requires_grad=True)
+    found, logits = adapted["feed_forward"](hidden)
+    wanted, same = torch.func.functional_call(reference, updates, (hidden,))
+    assert torch.equal(logits, same)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    trained = [hidden, *(one for layer in layers.values() for one in (layer.lora_a, layer.lora_b))]
+    probe = torch.randn_like(found)
+    for one, other in zip(
+        *(torch.autograd.grad((y * probe).sum(), trained) for y in (found, wanted)), strict=True
+    ):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_block_whose_experts_are_put_back_runs_transformers_code(checkpoint: Callable[[str], Path]) -> None:
+    model = plain(checkpoint("llama4_text"))
+    before = logits(model)
+    adapt(model, LoraSpec(rank=2, targets="experts"))
+    blocks = [module for module in model.modules() if isinstance(module, Llama4TextMoe)]
+    assert all("forward" in vars(block) for block in blocks)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    other = adapt(plain(checkpoint("llama4_text")), LoraSpec(rank=2, targets="attention"))
+    assert not any("forward" in vars(module) for module in other.modules())
+    assert torch.equal(logits(other), before)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.lora_experts import LoRAExperts, projection_of
+from qlora.adapter.weighted_inputs import give_all_tokens, give_choices
 from qlora.kernels import GELU_TANH, SILU, Activation
 from qlora.ops.expert_product import Projection, StackedUpdate
 from qlora.ops.experts import Experts, mixture
@@ -152,7 +153,8 @@ class OwnGate:
 
 def gate_of(original: Any) -> ConcatenatedGate | OwnGate:
     """Return the function between the two products of transformers' experts."""
-    default = original.has_gate and type(original)._apply_gate.__module__ == "transformers.integrations.moe"
+    own = getattr(type(original), "_apply_gate", None)
+    default = original.has_gate and (own is None or own.__module__ == "transformers.integrations.moe")
     if default and original.is_concatenated and type(original.act_fn).__name__ in ACTIVATIONS:
         return ConcatenatedGate(original.act_fn)
     return OwnGate(original)
@@ -163,7 +165,9 @@ def use_expert_stacks(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if is_experts(child):
-                setattr(parent, name, ExpertsModule(child, active_of(child.config)))
+                active = active_of(getattr(child, "config", parent))
+                setattr(parent, name, ExpertsModule(child, active))
+                give_choices(parent)
     return model
 
 
@@ -173,6 +177,7 @@ def restore_experts(model: nn.Module, kept: Collection[str]) -> None:
     for name, module in own.items():
         if not module.wide.packed and not any(layer.startswith(f"{name}.") for layer in kept):
             model.set_submodule(name, module.original)
+            give_all_tokens(model.get_submodule(name.rpartition(".")[0]))
 
 
 def expert_notes(model: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ in 16 bits. An `ExpertStack` holds the same numbers as a module. In NF4 each mat
 bytes that `nf4.quantize` gives for it, so no block and no statistic covers two experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -301,12 +301,21 @@ def as_parameter(packed: PackedStack) -> nn.Parameter:
     return codes
 
 
+LIKE_THE_INTERFACE: Mapping[str, Mapping[str, bool]] = {
+    "Llama4TextExperts": {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}
+}
+"""expert modules of transformers that do not follow its interface but could: class -> the flags of the interface"""
+
+
 def is_experts(module: Any) -> bool:
     """Return True if `module` is one of transformers' expert modules whose computation is known here.
 
     transformers 5 has one interface for the experts of its models (`use_experts_implementation`). It sets the flags on
-    the module, and calls it with tokens, choices and routing weights.
+    the module, and calls it with tokens, choices and routing weights. The classes of `LIKE_THE_INTERFACE` get the flags
+    here.
     """
+    for flag, value in LIKE_THE_INTERFACE.get(type(module).__name__, {}).items():
+        setattr(type(module), flag, value)
     own = [module._parameters[name] for name in PROJECTIONS if module._parameters.get(name) is not None]
     decorated = all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed"))
     known = len(own) == 2 and all(weight.ndim == 3 or hasattr(weight, "packed") for weight in own)
