@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 from qlora.adapter import LoraSpec, adapt, load_adapter, lora_layers, save_adapter
 from qlora.adapter.lora_experts import LoRAExperts
@@ -383,3 +384,34 @@ def test_a_block_whose_experts_are_put_back_runs_transformers_code(checkpoint: C
     other = adapt(plain(checkpoint("llama4_text")), LoraSpec(rank=2, targets="attention"))
     assert not any("forward" in vars(module) for module in other.modules())
     assert torch.equal(logits(other), before)
+
+
+def test_experts_that_return_their_input_are_exact() -> None:
+    """LongCat's experts in fp64 against transformers' own code; choices 4 and 5 are identities."""
+    torch.manual_seed(0)
+    experts = LongcatFlashExperts(config("longcat_flash")).double().requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_(0, 0.3)
+    reference = copy.deepcopy(experts)
+    adapted = adapt(nn.ModuleDict({"experts": experts}), LoraSpec(rank=2, targets="experts"))
+    layers, updates = LoRAExperts.of(adapted), {}
+    for name, layer in layers.items():
+        for parameter in (layer.lora_a, layer.lora_b):
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+        number, leaf = layer.base.experts, name.removeprefix("experts.")
+        a = layer.lora_a.view(number, layer.rank, -1)
+        b = layer.lora_b.view(layer.base.out_features, layer.rank, number)
+        updates[leaf] = reference.get_parameter(leaf) + layer.scaling * torch.einsum("erj,kre->ekj", a, b)
+    hidden = torch.randn(9, 64, dtype=torch.float64, requires_grad=True)
+    choices = torch.tensor([[n % 6, (n + 1 + n // 6) % 6] for n in range(9)])
+    weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
+    found = adapted["experts"](hidden, choices, weights)
+    wanted = torch.func.functional_call(reference, updates, (hidden, choices, weights))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    trained = [hidden, weights, *(one for layer in layers.values() for one in (layer.lora_a, layer.lora_b))]
+    probe = torch.randn_like(found)
+    for one, other in zip(
+        *(torch.autograd.grad((y * probe).sum(), trained) for y in (found, wanted)), strict=True
+    ):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

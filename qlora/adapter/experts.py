@@ -83,10 +83,22 @@ class ExpertsModule(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens [N, H] to [N, H] through the experts `top_k_index` [N, K], weighted by `top_k_weights` [N, K]."""
         (wide, wide_update), (down, down_update) = product(self.wide), product(self.down_proj)
-        group = _group(_stack(self.wide), hidden_states)
-        experts = Experts(_stack(self.down_proj).experts, wide, down, self.gate, group)
+        number = _stack(self.down_proj).experts
+        group = min(number, _group(_stack(self.wide), hidden_states))
+        experts = Experts(number, wide, down, self.gate, group)
         updates = wide_update, down_update
         return mixture(hidden_states, top_k_index, top_k_weights, experts, updates, self._mode)
+
+
+class ExpertsOrIdentity(ExpertsModule):
+    """Experts of which those with the highest numbers have no matrices and return their input, as LongCat's."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map tokens as an `ExpertsModule` does; choices above the last expert of `down_proj` are identities."""
+        chosen = top_k_index < _stack(self.down_proj).experts
+        same = top_k_weights.masked_fill(chosen, 0).sum(-1, keepdim=True)
+        result = super().forward(hidden_states, top_k_index, top_k_weights)
+        return result + hidden_states * same.to(hidden_states.dtype)
 
 
 def product(projection: Any) -> tuple[Projection, StackedUpdate]:
@@ -166,7 +178,8 @@ def use_expert_stacks(model: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if is_experts(child):
                 active = active_of(getattr(child, "config", parent))
-                setattr(parent, name, ExpertsModule(child, active))
+                kind = ExpertsOrIdentity if hasattr(child, "identity_expert") else ExpertsModule
+                setattr(parent, name, kind(child, active))
                 give_choices(parent)
     return model
 

@@ -220,7 +220,8 @@ class Forecaster:
             stored = self.arch.stored(recipe.base)
             base = stored.model_copy(update={"init": "synthetic", "compute_dtype": dtype})
             synthetic = recipe.model_copy(update={"base": base})
-            few = shortened(self.arch.config, layers) if self.arch.layers else self.arch.config
+            config = self.arch.config
+            few = shortened(config, layers) if len(layers) < self.arch.layers else config
             self._models[key] = build(synthetic, "cpu", config=few)
             if not self.arch.padded:
                 read_documents(self._models[key][0], recipe.data.max_length)

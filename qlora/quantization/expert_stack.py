@@ -302,7 +302,18 @@ def as_parameter(packed: PackedStack) -> nn.Parameter:
 
 
 LIKE_THE_INTERFACE: Mapping[str, Mapping[str, bool]] = {
-    "Llama4TextExperts": {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}
+    "Llama4TextExperts": {
+        "has_gate": True,
+        "has_bias": False,
+        "is_transposed": True,
+        "is_concatenated": True,
+    },
+    "LongcatFlashExperts": {
+        "has_gate": True,
+        "has_bias": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+    },
 }
 """expert modules of transformers that do not follow its interface but could: class -> the flags of the interface"""
 
