@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from benchmarks.architectures import tiny
 from qlora.adapter import LoRALinear, LoraSpec, adapt, lora_layers, save_adapter
 from qlora.data import Prompts, encode_prompt
-from qlora.errors import ModelError
+from qlora.errors import ModelError, UsageError
 from qlora.inference.load import load_trained
+from qlora.merging import merge as merging
 from qlora.merging.write import MergeSource, write_merged
 from qlora.model.load import load_base, meta_base
 from qlora.model.prepare import apply_adapter
@@ -267,6 +270,43 @@ def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / onto)
         assert (logits(plain) - logits(live)).abs().max() < tolerance, onto
     assert load_file(tmp_path / "original" / "model.safetensors").keys() == stored.keys()
+
+
+def test_layers_that_share_a_tensor_of_the_files_are_merged_into_it(tmp_path: Path) -> None:
+    """HRM's files hold gate and up in one tensor, and so the gate, queries, keys and values of attention."""
+    pytest.importorskip("transformers.models.hrm_text")
+    torch.manual_seed(0)
+    base = Base(model=str(tmp_path / "hrm"), compute_dtype="float32")
+    AutoModelForCausalLM.from_config(tiny.config("hrm_text"), dtype=torch.float32).save_pretrained(base.model)
+    stored = load_file(tmp_path / "hrm" / "model.safetensors")
+    key = "model.H_module.layers.0.attn.gqkv_proj.weight"
+    assert key in stored
+    byte_level().save_pretrained(base.model)
+    live = update(adapt(load_base(base), LoraSpec(rank=4)))
+    before = logits(load_base(base))
+    save_adapter(live, tmp_path / "adapter")
+    source = MergeSource(base, tmp_path / "adapter")
+    assert source.choices == ("original", "dequantized")
+    assert source.stacked in stored
+    prompts = Prompts(Data(source="-", format="completion"), byte_level())
+    for onto in source.choices:
+        write_merged(source, onto, tmp_path / onto, prompts)
+    files = load_file(tmp_path / "dequantized" / "model.safetensors")
+    assert {name: one.shape for name, one in files.items()} == {
+        name: one.shape for name, one in stored.items()
+    }
+    attention = live.get_submodule("model.H_module.layers.0.self_attn")
+    layers = [getattr(attention, f"{one}_proj") for one in ("gate", "q", "k", "v")]
+    with torch.no_grad():
+        expected = torch.cat([layer.merged_weight() for layer in layers])
+    assert torch.equal(files[key], expected.bfloat16())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dequantized", dtype=torch.float32)
+    effect = (logits(live) - before).abs().max()
+    assert (logits(plain) - logits(live)).abs().max() < 0.2 * effect
+    with pytest.raises(UsageError, match="hold several layers in one tensor, such as model"):
+        merging._sources(
+            SimpleNamespace(base=base), tmp_path / "adapter", "nf4", None, torch.device("cpu"), False
+        )
 
 
 def test_a_checkpoint_whose_names_are_older_than_the_model_keeps_them(recipe: Recipe, tmp_path: Path) -> None:

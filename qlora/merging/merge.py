@@ -199,6 +199,11 @@ def _sources(
             f"the base {base.model} is an NF4 checkpoint, which has no 16-bit weights: give them with "
             "--original MODEL, or use --onto dequantized"
         )
+    if onto == "nf4" and onto not in sources and source.stacked is not None:
+        raise UsageError(
+            f"the files of {base.model} hold several layers in one tensor, such as {source.stacked}, and NF4 has a "
+            "tensor for each layer: use --onto original or --onto dequantized"
+        )
     if onto == "nf4" and onto not in sources:
         raise UsageError(
             f"transformers has another class for the {source.replaced} of {base.model} in 4-bit models, so it could "

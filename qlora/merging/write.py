@@ -11,6 +11,7 @@ experts) are stored unchanged. Only one tensor and one shard are in memory at a 
 read.
 """
 
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +22,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
-from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -36,6 +35,7 @@ from qlora.adapter.trained_rows import TrainedRows
 from qlora.data import Prompts
 from qlora.data.prompt_files import write_prompt_files
 from qlora.errors import ModelError, listed
+from qlora.merging.parameter_names import ParameterNames
 from qlora.model import load as bases
 from qlora.quantization import nf4
 from qlora.quantization.mxfp4 import BLOCKS, is_packed
@@ -74,6 +74,8 @@ class _Matrix:
     """True if the base has it in NF4, or would if the base were quantized"""
     transposed: bool
     """True if stored as [in, out] where it is not packed, like GPT-2's Conv1D"""
+    rows: slice | None = None
+    """rows of the stored tensor, if it holds several matrices"""
 
 
 class MergeSource:
@@ -106,7 +108,7 @@ class MergeSource:
             )
         self.replaced = None if self.prequantized else _replaced_in_4_bits(meta_base.model)
         """class of modules for which transformers has another one in 4-bit models; None if there is none"""
-        self.matrices = self._locate(meta_base)
+        self.matrices, self._stacked = self._locate(meta_base)
         self._experts = LoRAExperts.of(meta_base.model)
         self._quantized_experts = meta_base.experts if base.quantization == "nf4" else frozenset()
         projections = self._experts.keys() | self._quantized_experts
@@ -131,8 +133,18 @@ class MergeSource:
         """Choices of weights that these files allow the adapter to be added to."""
         if self.prequantized:
             return ("dequantized", "nf4")
-        nf4: tuple[Onto, ...] = () if self.replaced else ("nf4",)
+        nf4: tuple[Onto, ...] = () if self.replaced or self.stacked else ("nf4",)
         return ("original", "dequantized", *nf4) if self.base.quantization == "nf4" else ("original", *nf4)
+
+    @property
+    def stacked(self) -> str | None:
+        """Name of a tensor with several layers that the base has in NF4; None if there is none.
+
+        In NF4 each layer has blocks of its own, so such a tensor has no NF4 form.
+        """
+        return next(
+            (key for key, found in self._stacked.items() if any(one.quantized for one in found)), None
+        )
 
     def bytes(self, onto: Onto) -> int:
         """Estimate the size of the merged model's files in bytes."""
@@ -160,6 +172,9 @@ class MergeSource:
                 yield self._expert_tensors(name, onto) if first else {}
             elif matrix is not None and (matrix.adapted is not None or matrix.quantized):
                 yield self._matrix(key, matrix, onto)
+            elif key in self._stacked:
+                parts = [self._matrix(key, part, onto)[key] for part in self._stacked[key]]
+                yield {key: torch.cat(parts)}
             else:
                 tensor = self._dense(key)
                 if key in self.biases:
@@ -211,6 +226,7 @@ class MergeSource:
             packed = packed.to(self.device)
         else:
             weight = self._dense(key).to(self.device)
+            weight = weight if matrix.rows is None else weight[matrix.rows]
             weight = weight.T if matrix.transposed else weight
             if not (as_trained and matrix.quantized and self.base.quantization == "nf4"):
                 return weight, None
@@ -225,21 +241,29 @@ class MergeSource:
             return nf4.quantize(weight, like.quant_state.blocksize, like.quant_state.nested)
         return nf4.quantize(weight, self.base.block_size, self.base.double_quant)
 
-    def _locate(self, meta_base: bases.MetaBase) -> dict[str, _Matrix]:
-        """Find the matrices in the files, by their names there."""
+    def _locate(self, meta_base: bases.MetaBase) -> tuple[dict[str, _Matrix], dict[str, list[_Matrix]]]:
+        """Find the matrices in the files, by their names there: a matrix alone, and several in a tensor."""
         modules = dict(meta_base.model.named_modules())
-        names, values = _ParameterNames(meta_base.model), InitialValues.of(meta_base.model)
+        names, values = ParameterNames(meta_base.model), InitialValues.of(meta_base.model)
         initial = values.layers if values else {}
         quantized = meta_base.quantized
-        matrices = {}
-        for key in self.reader:
-            if (name := names.module(key, ".weight")) is None:
-                continue
+
+        def matrix(name: str, rows: slice | None = None) -> _Matrix:
             module = modules[name]
             adapted = module if isinstance(module, AdaptedLayer) and module.changes_weight else None
             transposed = name in meta_base.transposed
-            matrices[key] = _Matrix(name, adapted, initial.get(name), name in quantized, transposed)
-        located = {matrix.name for matrix in matrices.values()}
+            return _Matrix(name, adapted, initial.get(name), name in quantized, transposed, rows)
+
+        matrices: dict[str, _Matrix] = {}
+        stacked: dict[str, list[_Matrix]] = {}
+        for key in self.reader:
+            if (name := names.module(key, ".weight")) is not None:
+                matrices[key] = matrix(name)
+            elif not meta_base.prequantized and (several := names.modules(key)):
+                ends = list(itertools.accumulate(modules[one].out_features for one in several))
+                slices = map(slice, [0, *ends], ends)
+                stacked[key] = [matrix(one, rows) for one, rows in zip(several, slices, strict=True)]
+        located = {one.name for one in itertools.chain(matrices.values(), *stacked.values())}
         layers = AdaptedLayer.of(meta_base.model).keys() - LoRAExperts.of(meta_base.model).keys()
         wanted = quantized | layers
         if missing := sorted(wanted - located):
@@ -247,12 +271,12 @@ class MergeSource:
                 f"{self.folder}: {len(missing)} of the model's layers ({listed(missing)}) have no weight of their own "
                 "in these files (tied, or stored under another name). Use base and adapter without merging"
             )
-        return matrices
+        return matrices, stacked
 
     def _locate_biases(self, model: nn.Module) -> dict[str, AdaptedLayer]:
         """Find the layers whose bias the adapter changes, by the names of the biases in the files."""
         wanted = {name: layer for name, layer in AdaptedLayer.of(model).items() if layer.changes_bias}
-        names = _ParameterNames(model)
+        names = ParameterNames(model)
         found = {key: names.module(key, ".bias") for key in self.reader} if wanted else {}
         biases = {key: wanted[name] for key, name in found.items() if name in wanted}
         if missing := sorted(wanted.keys() - set(found.values())):
@@ -264,7 +288,7 @@ class MergeSource:
 
     def _locate_parts(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
         """Find the tensors that were trained beside the adapter in the files; each gives the merged tensor."""
-        names = _ParameterNames(model)
+        names = ParameterNames(model)
         trained: dict[tuple[str, str], Tensor] = {}
         merge: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {}
         for name, rows in TrainedRows.of(model).items():
@@ -293,28 +317,6 @@ class MergeSource:
 
 def _replaced(trained: Tensor, _: Tensor) -> Tensor:
     return trained
-
-
-class _ParameterNames:
-    """Names of a model's parameters for the names in its files, which can be older (as those of Gemma 3 are)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = {name for name, _ in model.named_modules()}
-        self._prefix = f"{model.base_model_prefix}."
-        self._renamings = [
-            change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)
-        ]
-
-    def module(self, key: str, suffix: str) -> str | None:
-        """Return the module of the tensor `key`, with or without the decoder's prefix; None if there is none."""
-        if not key.endswith(suffix):
-            return None
-        renamed, _ = rename_source_key(key, self._renamings, [])
-        stems = [name.removesuffix(suffix) for name in (key, renamed)]
-        candidates = (
-            name for stem in stems for name in (stem, self._prefix + stem, stem.removeprefix(self._prefix))
-        )
-        return next((name for name in candidates if name in self._modules), None)
 
 
 def write_merged(
