@@ -41,10 +41,14 @@ EQUAL_EXPERTS = 5e-3
 """the same for a mixture of experts, whose router can turn a rounding into another choice"""
 FORECAST = 0.01
 """largest relative difference of the forecast and the measured peak"""
+FORECAST_EXPERTS = 0.06
+"""largest relative excess of the forecast for a mixture of experts, which lets one expert get all tokens at once"""
 MERGED = 0.005
 """largest relative change of the held-out loss by a merge, which rounds the weights to 16 bits"""
-OFF, ROUNDING = 0.1, 0.005
-"""largest difference of a merged model's logits: a part of the adapter's effect on them, and a part of their spread"""
+CLEAR = 0.1
+"""smallest effect of an adapter on the logits, as a part of their spread"""
+OFF = 0.03
+"""largest difference of a merged model's logits, as a part of the adapter's effect on them"""
 
 
 @dataclass
@@ -87,7 +91,7 @@ class Case:
                 "max_steps": 3, "micro_batch_size": 2, "global_batch_size": 4, "samples": 0, "device": "cpu",
                 "activation_checkpointing": "none",
             },
-            "optimizer": {"name": "adamw", "lr": 0.01},
+            "optimizer": {"name": "adamw", "lr": 0.05},
             "tracking": {"wandb": {"mode": "disabled"}},
             "output": str(self.work / "run"),
         }  # fmt: skip
@@ -148,7 +152,8 @@ def forecast(case: Case) -> str:
     memory = json.loads(file.read_text())
     expected, found = (memory[name]["total_bytes"] for name in ("forecast", "measured"))
     off = expected / found - 1
-    assert abs(off) <= FORECAST, f"forecast {expected:,} bytes, measured {found:,}: {off:+.1%}"
+    over = FORECAST if case.tolerance == EQUAL else FORECAST_EXPERTS
+    assert -FORECAST <= off <= over, f"forecast {expected:,} bytes, measured {found:,}: {off:+.1%}"
     return f"{off:+.2%}"
 
 
@@ -200,7 +205,7 @@ def adapter(case: Case) -> str:
     save_adapter(trained.model, case.work / "saved")
     base = load_base(case.recipe().base, "cpu")
     effect = _apart(_logits(base), live)
-    assert effect > 1e-3, f"the adapter changes the logits by {effect:.1e} of their spread only"
+    assert effect > CLEAR, f"the adapter changes the logits by {effect:.1e} of their spread only"
     again = _apart(_logits(load_adapter(base, case.work / "saved", any_base=True)), live)
     assert again <= 1e-3 * effect, (
         f"the loaded adapter's logits are off by {again / effect:.1e} of its effect"
@@ -242,7 +247,7 @@ def merged(case: Case) -> str:
     live_logits = _logits(trained.model)
     effect = _apart(_logits(load_base(case.recipe().base, "cpu")), live_logits)
     off = _apart(_logits(model), live_logits)
-    assert off <= OFF * effect + ROUNDING, (
+    assert off <= OFF * effect, (
         f"the merged model's logits are off by {off:.0e}, the adapter's effect {effect:.0e}"
     )
     return f"off by {off:.0e}, effect {effect:.0e}"
