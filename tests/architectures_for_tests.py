@@ -104,9 +104,6 @@ LEAKY: dict[str, dict[str, Any]] = {
     "xlstm": {"num_heads": 4, "num_blocks": 2, "embedding_dim": 64},
     "bloom": {"n_head": 4, "n_layer": 2},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
-    "xglm": {"d_model": 64, "ffn_dim": 128, "attention_heads": 4, "num_layers": 2},
-    "biogpt": {},
-    "gpt_oss": {**_HEAD, **_EXPERTS, **_WINDOW},
 }
 """Models in which a document in a row changes the next one, with transformers' own code on a CPU."""
 
@@ -159,9 +156,12 @@ APART: dict[str, dict[str, Any]] = {
     "vaultgemma": {**_HEAD, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "exaone_moe": {**_HEAD, **_SMALL_EXPERTS, "first_k_dense_replace": 1}, "hyperclovax": {"logits_scaling": 4.0},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "xglm": {"d_model": 64, "ffn_dim": 128, "attention_heads": 4, "num_layers": 2},
+    "biogpt": {},
+    "gpt_oss": {**_HEAD, **_EXPERTS, **_WINDOW},
     "afmoe": {**_HEAD, **_SMALL_EXPERTS, "num_dense_layers": 1},
 }
-"""Further models that keep the documents of a row apart, with position ids or with our attention."""
+"""Further models that keep the documents of a row apart, with position ids, our masks or our attention."""
 # fmt: on
 
 

@@ -13,14 +13,15 @@ from transformers.models.lfm2 import modeling_lfm2
 
 from qlora.data import Batch
 from qlora.errors import RecipeError
+from qlora.model import packed_masks
 from qlora.model.varlen_attention import NAME
 from qlora.objective.apart import check_packing, influence, read_documents_if_apart
 from qlora.objective.causal_lm import hidden_states
 
 DTYPES = [torch.float32, torch.bfloat16]
 BY_POSITION = ("llama", "mixtral", "gpt2")
-FEW = ("lfm2_moe", "falcon_h1", "bloom", "gpt_oss")
-"""one each of the convolutions, the state-space models, the linear biases and the masks without position ids"""
+FEW = ("lfm2_moe", "falcon_h1", "bloom")
+"""one each of the convolutions, the state-space models and the linear biases"""
 
 
 def build(architecture: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -61,6 +62,18 @@ def test_other_models_may_pack(architecture: str, dtype: torch.dtype) -> None:
     assert read_documents_if_apart(model)
     assert model.config._attn_implementation == NAME
     check_packing(model)
+
+
+@pytest.mark.parametrize("architecture", packed_masks.MODEL_TYPES)
+def test_a_model_that_makes_masks_without_position_ids_gets_them(
+    monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    model = build(architecture, torch.float32)
+    assert not read_documents_if_apart(model)
+    check_packing(model)
+    monkeypatch.setattr(packed_masks, "MODEL_TYPES", ())
+    with pytest.raises(RecipeError, match="see each other"):
+        check_packing(model)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qlora.data import IGNORE_INDEX, Batch
 from qlora.model import document_bounds, varlen_attention
 from qlora.model.head import decoder_of, embedding_of, head_of
+from qlora.model.packed_masks import packed_arguments
 from qlora.model.router_loss import logits_not_captured, router_loss_of, set_padding
 from qlora.objective.objective import Loss, Objective
 from qlora.ops.cross_entropy import linear_cross_entropy
@@ -77,7 +78,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         more = document_bounds.arguments(documents, device)
         starts = [0, *itertools.accumulate(lengths[:-1])]
     elif batch.position_ids is not None:
-        more = {"position_ids": batch.position_ids.to(device, non_blocking=True)}
+        positions = batch.position_ids.to(device, non_blocking=True)
+        more = packed_arguments(model, embedding.weight, positions)
     set_row_positions(starts, lengths, batch.input_ids.numel())
     set_padding(starts, lengths, batch.input_ids.numel(), device)
     ids = batch.input_ids.to(embedding.weight.device, non_blocking=True)
