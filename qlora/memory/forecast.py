@@ -44,7 +44,7 @@ from qlora.runtime.fake import FakeTensors
 from qlora.runtime.phases import Phase, announce
 
 NEIGHBOURS = 1
-"""layers before and after a layer that decide its part of the trace"""
+"""layers before and after a layer whose recomputation decides its part of the trace"""
 
 NEIGHBOURS_OFFLOADED = 2
 """the same with offloaded inputs: an input goes to the host as the next layer begins, and the first input, the
@@ -196,8 +196,8 @@ class Forecaster:
             return (tuple(range(len(own))),) * 2
         offloaded = self.cuda and recipe.training.activation_offloading
         neighbours = NEIGHBOURS_OFFLOADED if offloaded else NEIGHBOURS
-        kinds = tuple((kind, number < whole, number < whole + mlps) for number, kind in enumerate(own))
-        kept, copies = typical(kinds, neighbours)
+        modes = tuple((number < whole, number < whole + mlps) for number in range(len(own)))
+        kept, copies = typical(own, modes, neighbours)
         if len(kept) == len(own):
             return kept, kept
         of_kept = tuple(own[layer] for layer in kept)

@@ -1,9 +1,10 @@
 """Extends a trace of a few decoder layers to all layers of a model.
 
-A layer's part of the trace depends on its own kind and on those of its neighbours. So in a step through three equal
-layers the middle one is typical, and a step through eighty repeats its part of the trace; a pattern such as sliding,
-sliding, full needs a few layers more. In the forward pass each layer starts at the memory level where the previous one
-ended; in the backward pass the order is reversed. The result is exact, as a test checks against all layers.
+A layer's part of the trace depends on its own kind, and on what of it and of its neighbours is recomputed. So in a step
+through three equal layers the middle one is typical, and a step through eighty repeats its part of the trace; a pattern
+such as sliding, sliding, full needs one or two layers more. In the forward pass each layer starts at the memory level
+where the previous one ended; in the backward pass the order is reversed. The result is exact, as a test checks against
+all layers.
 """
 
 import itertools
@@ -19,26 +20,30 @@ from qlora.runtime.phases import Phase
 
 
 @cache
-def typical(kinds: tuple[Hashable, ...], neighbours: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def typical(
+    kinds: tuple[Hashable, ...], modes: tuple[Hashable, ...], neighbours: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Choose few layers that represent all.
 
-    A layer represents another one of its kind if their neighbours have the same kinds too. The first layer of a kind
-    represents only itself: it frees what all layers of the kind read, such as the angles of a rotary embedding.
+    A layer represents another one of its kind and mode if their neighbours have the same modes too. The first layer of
+    a kind and mode represents only itself: it frees what all of them read, such as the angles of a rotary embedding.
 
     Args:
-        kinds: the kind of each layer.
+        kinds: the kind of each layer, such as sliding or full attention.
+        modes: what of each layer is recomputed.
         neighbours: number of layers before and after a layer that count; that there is none counts too.
 
     Returns:
         The numbers of the chosen layers, and for each layer the place among them of the one that represents it.
 
-    >>> typical(("dense", "experts", "experts", "experts", "experts", "experts"), 1)
+    >>> typical(("dense", "experts", "experts", "experts", "experts", "experts"), ("none",) * 6, 1)
     ((0, 1, 2, 5), (0, 1, 2, 2, 2, 3))
     """
-    padded = (None,) * neighbours + kinds + (None,) * neighbours
+    padded = (None,) * neighbours + modes + (None,) * neighbours
+    pairs = tuple(zip(kinds, modes, strict=True))
     around = [
-        (padded[number : number + 2 * neighbours + 1], kind in kinds[:number])
-        for number, kind in enumerate(kinds)
+        (padded[number : number + 2 * neighbours + 1], (pair, pair in pairs[:number]))
+        for number, pair in enumerate(pairs)
     ]
     kept = tuple(range(len(kinds)))
     while (shorter := _cut(kept, around)) != kept:
@@ -47,12 +52,12 @@ def typical(kinds: tuple[Hashable, ...], neighbours: int) -> tuple[tuple[int, ..
     return kept, tuple(places[one] for one in around)
 
 
-def _cut(kept: tuple[int, ...], around: Sequence[tuple[Hashable, bool]]) -> tuple[int, ...]:
+def _cut(kept: tuple[int, ...], around: Sequence[tuple[Hashable, Hashable]]) -> tuple[int, ...]:
     """Leave out the longest part of `kept` that others represent, if there is one.
 
-    The neighbours of its last layer are those of the layer before it, so all others keep their neighbours.
+    Its last layer and the layer before it have neighbours of the same modes, so all others keep theirs.
 
-    around: the kinds of each layer and its neighbours, and whether it is not the first of its kind.
+    around: the modes of each layer and its neighbours; its kind, and whether it is not the first of it.
     """
     counts = Counter(around[number] for number in kept)
     size = len(kept)
