@@ -11,20 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from qlora.adapter.adapted_layer import AdaptedLayer
 from qlora.adapter.lora_experts import LoRAExperts, projection_of
 from qlora.adapter.weighted_inputs import give_all_tokens, give_choices
 from qlora.kernels import GELU_TANH, SILU, Activation
-from qlora.ops.expert_product import Projection, StackedUpdate
+from qlora.ops.expert_product import Projection
 from qlora.ops.experts import Experts, mixture
 from qlora.ops.mlp import Forward
+from qlora.ops.products import Update
 from qlora.quantization.expert_stack import ExpertStack, expert_stacks, is_experts
 from qlora.recipe.sizes import parameters_text
 from qlora.runtime.device import on_cuda
 
 ACTIVATIONS: dict[str, Activation] = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": GELU_TANH}
 """our activations by the name of torch's or transformers' class"""
+
+OWN_ROWS, OWN_ROWS_CUDA = 64, 1024
+"""rows for which a model's own function between the products is called at once"""
 
 GROUP_BYTES = 2**26
 """largest size of the dequantized W_wide of the experts that a GPU processes at once"""
@@ -101,11 +106,11 @@ class ExpertsOrIdentity(ExpertsModule):
         return result + hidden_states * same.to(hidden_states.dtype)
 
 
-def product(projection: Any) -> tuple[Projection, StackedUpdate]:
+def product(projection: Any) -> tuple[Projection, Update]:
     """Return the arguments of `qlora.ops.experts` for a projection, adapted or not."""
     if isinstance(projection, LoRAExperts):
         return projection.product()
-    return projection_of(projection), StackedUpdate(None, None)
+    return projection_of(projection), Update(None, None)
 
 
 def _stack(projection: Any) -> ExpertStack:
@@ -147,20 +152,33 @@ def _halves(wide: Tensor) -> list[Tensor]:
 
 
 class OwnGate:
-    """The model's own function of W_wide's output; torch differentiates it."""
+    """The model's own function of W_wide's output; torch differentiates it.
+
+    It is called with the same number of rows each time, so that its memory does not depend on the routing.
+    """
 
     def __init__(self, original: Any) -> None:
         self._apply = original._apply_gate if original.has_gate else original.act_fn
 
     def product(self, wide: Tensor, out: Tensor) -> None:
         """Map [S, wide] to `out` [S, I]."""
-        out.copy_(self._apply(wide))
+        for rows, to in _blocks(wide, out):
+            to.copy_(self._apply(rows)[: len(to)])
 
     def gradient(self, wide: Tensor, d_product: Tensor, out: Tensor) -> None:
         """Write the gradient of `wide` to `out` [S, wide]."""
-        with torch.enable_grad():
-            wide = wide.detach().requires_grad_()
-            out.copy_(torch.autograd.grad(self._apply(wide), wide, d_product)[0])
+        for rows, d_rows, to in _blocks(wide, d_product, out):
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                to.copy_(torch.autograd.grad(self._apply(rows), rows, d_rows)[0][: len(to)])
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield blocks of rows of all tensors, of equal size but for the last tensor, which has no padding."""
+    size = OWN_ROWS_CUDA if on_cuda(tensors[0]) else OWN_ROWS
+    *inputs, out = (tensor.split(size) for tensor in tensors)
+    for number, to in enumerate(out):
+        yield *(pad(parts[number], (0, 0, 0, size - len(to))) for parts in inputs), to
 
 
 def gate_of(original: Any) -> ConcatenatedGate | OwnGate:

@@ -16,7 +16,8 @@ from qlora.adapter.peft_experts import split
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B
 from qlora.errors import ModelError
 from qlora.ops.dropout import draw
-from qlora.ops.expert_product import Projection, StackedUpdate
+from qlora.ops.expert_product import Projection
+from qlora.ops.products import Update
 from qlora.quantization.expert_stack import ExpertStack
 from qlora.quantization.nf4 import assert_frozen
 
@@ -24,7 +25,7 @@ from qlora.quantization.nf4 import assert_frozen
 def projection_of(stack: ExpertStack) -> Projection:
     """Return the argument of `qlora.ops.experts` for a projection without an adapter."""
     assert_frozen(stack.weight, stack.bias)
-    return Projection(stack.matrices, stack.out_features, stack.in_features, stack.bias)
+    return Projection(stack.matrices, stack.experts, stack.out_features, stack.in_features, stack.bias)
 
 
 class LoRAExperts(LowRankLayer):
@@ -71,13 +72,11 @@ class LoRAExperts(LowRankLayer):
         width = spec.rank * stack.experts
         return {SUFFIX_A: (width, stack.in_features), SUFFIX_B: (stack.out_features, width)}
 
-    def product(self) -> tuple[Projection, StackedUpdate]:
+    def product(self) -> tuple[Projection, Update]:
         """Return the arguments of `qlora.ops.experts`, with the next dropout mask if the layer is training."""
-        base, experts = self.base, self.base.experts
         dropout = draw(self.dropout if self.training else 0.0, self.number)
-        a, b = split(self.lora_a, self.lora_b, experts)
-        projection = projection_of(base)._replace(scaling=self.scaling, dropout=dropout)
-        return projection, StackedUpdate(a, b.mT.contiguous())
+        projection = projection_of(self.base)._replace(scaling=self.scaling, dropout=dropout)
+        return projection, Update(self.lora_a, self.lora_b)
 
     def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return A_e [rank, in] and B_e [out, rank] of one expert, detached."""

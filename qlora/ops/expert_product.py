@@ -1,4 +1,8 @@
-"""The product of sorted pairs with one projection of the experts, x W_e^T + bias_e + factor * (x A_e^T) B_e."""
+"""The product of sorted pairs with one projection of the experts, x W_e^T + bias_e + factor * (x A_e^T) B_e^T.
+
+A and B of all experts have PEFT's layout: A [E * rank, in] has the rows of A_e one expert after another, and column
+r * E + e of B [out, rank * E] is column r of B_e. A pass takes them apart for itself, so that no copy is kept.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +21,8 @@ class Projection(NamedTuple):
 
     matrices: Callable[[slice, torch.dtype], Tensor]
     """called with the numbers of consecutive experts and a dtype: their frozen matrices [G, out, in]"""
+    experts: int
+    """number of matrices; those above the number of experts are not read"""
     out_features: int
     in_features: int
     bias: Tensor | None = None
@@ -40,6 +46,24 @@ class StackedUpdate(NamedTuple):
     def of(self, experts: slice) -> "StackedUpdate":
         """Return views of A and B of some experts."""
         return StackedUpdate(*(None if tensor is None else tensor[experts] for tensor in self))
+
+
+def stacked(a: Tensor | None, b: Tensor | None, experts: int, dtype: torch.dtype) -> StackedUpdate:
+    """Return A and B of all experts in PEFT's layout as stacks in `dtype`."""
+    if a is None or b is None:
+        return StackedUpdate(None, None)
+    rows = b.detach().view(len(b), -1, experts).permute(2, 1, 0)
+    return StackedUpdate(a.detach().view(experts, -1, a.shape[1]).to(dtype), rows.to(dtype).contiguous())
+
+
+def unstacked(
+    gradients: StackedUpdate, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of A and B in their layout and dtype."""
+    d_a, d_b = gradients
+    if a is None or b is None or d_a is None or d_b is None:
+        return None, None
+    return d_a.view(a.shape).to(a.dtype), d_b.permute(2, 1, 0).reshape(b.shape).to(b.dtype)
 
 
 class ExpertProduct:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from qlora.ops.expert_product import ExpertProduct, Projection, StackedUpdate
+from qlora.ops.expert_product import ExpertProduct, Projection, stacked, unstacked
 from qlora.ops.mlp import Forward
+from qlora.ops.products import Update
 from qlora.ops.sorted_pairs import Piece, SortedPairs
 from qlora.quantization.nf4 import autocast
 
@@ -56,7 +57,7 @@ def mixture(
     choices: Tensor,
     weights: Tensor,
     experts: Experts,
-    updates: tuple[StackedUpdate, StackedUpdate],
+    updates: tuple[Update, Update],
     mode: Forward = Forward.SAVE,
 ) -> Tensor:
     """Apply the chosen experts to each token and add their outputs, weighted.
@@ -66,7 +67,7 @@ def mixture(
         choices: numbers of the experts [N, K]. A number from `experts.number` on chooses none.
         weights: factors of the outputs [N, K].
         experts: constants of the experts.
-        updates: of W_wide and of W_down.
+        updates: A and B for W_wide and for W_down, in PEFT's layout (see `expert_product`).
         mode: what is kept for the backward, and whether the output is needed. Without gradients always INFERENCE.
 
     Returns:
@@ -108,9 +109,8 @@ class _Mixture(torch.autograd.Function):
         hidden, choices, weights, kept, *flat = ctx.saved_tensors
         run = _Pass(hidden, choices, weights, ctx.experts, flat)
         d_hidden, d_weights = run.gradients(grad, kept, wants_input=ctx.needs_input_grad[0])
-        found = [*run.wide.d_update, *run.down.d_update]
-        d_flat = (None if one is None else one.to(own.dtype) for one, own in zip(found, flat, strict=True))
-        return d_hidden, None, d_weights, None, None, *d_flat
+        d_wide, d_down = unstacked(run.wide.d_update, *flat[:2]), unstacked(run.down.d_update, *flat[2:])
+        return d_hidden, None, d_weights, None, None, *d_wide, *d_down
 
 
 class _Pass:
@@ -126,13 +126,13 @@ class _Pass:
     ) -> None:
         self.hidden, self.weights, self.gate = hidden, weights, experts.gate
         self.pairs = pairs = SortedPairs(choices, experts.number, experts.group, hidden.dtype)
-        factors = weights.reshape(-1, 1)[pairs.order].to(hidden.dtype)
+        factors = weights.reshape(-1, 1)[pairs.order].to(_sum_dtype(hidden.dtype))
         self.factors = pad(factors, (0, 0, 0, pairs.padded - pairs.count))  # [S + padding, 1]
-        flat = [
-            None if tensor is None else tensor.to(hidden.dtype) for tensor in flat
-        ]  # once for all experts
-        self.wide = ExpertProduct(experts.wide, StackedUpdate(*flat[:2]), pairs, hidden, by_pair=False)
-        self.down = ExpertProduct(experts.down, StackedUpdate(*flat[2:]), pairs, hidden, by_pair=True)
+        a_wide, b_wide, a_down, b_down = flat
+        wide = stacked(a_wide, b_wide, experts.wide.experts, hidden.dtype)
+        down = stacked(a_down, b_down, experts.down.experts, hidden.dtype)
+        self.wide = ExpertProduct(experts.wide, wide, pairs, hidden, by_pair=False)
+        self.down = ExpertProduct(experts.down, down, pairs, hidden, by_pair=True)
 
     def output(self, kept: Tensor | None) -> Tensor:
         """Return the output [N, H]. Write W_wide's output to `kept` [S + padding, wide], if given."""
