@@ -325,6 +325,19 @@ def test_another_base_of_experts_is_refused(
     assert not (tmp_path / "b").exists()
 
 
+def test_experts_that_the_config_does_not_list_are_named_with_its_field(
+    base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = trained(base("qwen3_moe"), tmp_path / "a", rank=2)
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps({**config, "target_parameters": []}))
+    (path / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="Add them to target_parameters"):
+        read(path)
+    with pytest.raises(ModelError, match="Add them to target_parameters in"):
+        load_adapter(plain_model(base("qwen3_moe")), path, any_base=True)
+
+
 def test_a_base_that_is_gone_is_named_with_the_option(base: Callable[[str], Path], tmp_path: Path) -> None:
     path = trained(base("qwen3_moe"), tmp_path / "a", rank=2)
     config = json.loads((path / CONFIG).read_text())

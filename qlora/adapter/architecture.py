@@ -6,8 +6,8 @@ from typing import Any
 
 IGNORED = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "label2id", "pad_token_id", "quantization_config", "torch_dtype", "transformers_version",
-    "use_cache", "vocab_size",
+    "initializer_range", "label2id", "packed_expert", "pad_token_id", "quantization_config", "torch_dtype",
+    "transformers_version", "use_cache", "vocab_size",
 }  # fmt: skip
 """keys that change nothing of what a loaded base computes, are compared elsewhere, or change when tokens are added"""
 

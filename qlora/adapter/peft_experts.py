@@ -91,6 +91,11 @@ def targets_beside(file: Path) -> list[str]:
     return targets_of(config) if isinstance(config, dict) else []
 
 
+def field_with(names: Iterable[str]) -> str:
+    """Return the field of the config that lacks layers of these names in the file: that of parameters for experts."""
+    return FIELD if any(name.endswith((".experts", INNER)) for name in names) else "target_modules"
+
+
 def has_experts_apart(layers: Iterable[str]) -> bool:
     """Return True if one of these layers is a matrix of a single expert, as in a layout for other servers."""
     return any(OF_ONE_EXPERT.search(name) for name in layers)

@@ -41,7 +41,7 @@ from qlora.adapter.initial import (
 )
 from qlora.adapter.lora_experts import LoRAExperts
 from qlora.adapter.methods import ADAPTERS, AdapterMethod
-from qlora.adapter.peft_experts import OF_ONE_EXPERT, has_experts, targets_of
+from qlora.adapter.peft_experts import OF_ONE_EXPERT, field_with, has_experts, targets_of
 from qlora.adapter.peft_tensors import TENSORS_FILE, finite, named_tensors, read_layers
 from qlora.adapter.stored_parts import StoredParts
 from qlora.adapter.trained_parts import part_fields, trained_parts, without_parts
@@ -298,7 +298,7 @@ def _check_names(names: list[str], stored: Mapping[str, Any], path: Path) -> Non
     if unexpected:
         raise ModelError(
             f"{path}: no target for {len(unexpected)} of the layers with tensors ({listed(unexpected)}). Add them to "
-            f"target_modules in {CONFIG_FILE}, or load the adapter into a model without one"
+            f"{field_with(unexpected)} in {CONFIG_FILE}, or load the adapter into a model without one"
         )
 
 

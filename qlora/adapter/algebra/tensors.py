@@ -29,7 +29,7 @@ from qlora.adapter.identity import IDENTITY_FILE, BaseIdentity
 from qlora.adapter.initial import InitialValues, stored_distances
 from qlora.adapter.methods import AdapterMethod
 from qlora.adapter.patterns import exactly
-from qlora.adapter.peft_experts import has_experts_apart, is_projection, joined, split, targets_of
+from qlora.adapter.peft_experts import field_with, has_experts_apart, is_projection, joined, split, targets_of
 from qlora.adapter.peft_parameters import is_parameter, key_of
 from qlora.adapter.peft_tensors import SUFFIX_A, SUFFIX_B, TENSORS_FILE, finite, named_tensors
 from qlora.adapter.store import method_for
@@ -346,8 +346,8 @@ def _check_targets(targets: Any, names: Iterable[str], path: Path) -> None:
         raise ModelError(f"{path}: target_modules is not a valid regular expression ({error})") from error
     if outside:
         raise ModelError(
-            f"{path}: target_modules matches no name of {len(outside)} layers with tensors ({listed(outside)}). "
-            "Add them to target_modules"
+            f"{path}: {(field := field_with(outside))} matches no name of {len(outside)} layers with tensors "
+            f"({listed(outside)}). Add them to {field}"
         )
 
 
