@@ -227,7 +227,7 @@ def test_experts_in_another_form_of_nf4_are_refused(
 
 def test_experts_in_nf4_of_a_model_without_transformers_interface_are_refused(tmp_path: Path) -> None:
     folder, _ = write_nf4_mixture(write_mixture(tmp_path / "16", "longcat_flash"), tmp_path, "in NF4")
-    with pytest.raises(ModelError, match="qlora does not know the experts of LongcatFlashForCausalLM"):
+    with pytest.raises(ModelError, match="qlora does not read these for LongcatFlashForCausalLM"):
         load_base(Base(model=str(folder)))
 
 

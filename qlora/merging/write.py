@@ -381,7 +381,8 @@ def _replaced_in_4_bits(model: nn.Module) -> str | None:
     The replacement has other tensors, such as one layer for each expert of Llama 4, so files of the original class
     cannot be read back.
     """
-    kinds = {type(module).__name__ for module in model.modules()}
+    # ours keep the module whose place they took
+    kinds = {type(getattr(module, "original", module)).__name__ for module in model.modules()}
     found = [
         name
         for name, patch in MODULES_TO_PATCH_FOR_QUANTIZATION.items()

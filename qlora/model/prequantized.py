@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qlora.errors import ModelError
 from qlora.model.base_files import packed_expert
 from qlora.model.locate import locate
+from qlora.quantization.expert_stack import LIKE_THE_INTERFACE
 from qlora.quantization.mxfp4 import read_as_16_bits
 from qlora.quantization.nf4_checkpoint import experts_in_16_bits
 from qlora.quantization.transformers_loader import nf4_experts, require_nf4
@@ -55,16 +56,17 @@ def check_quantization(base: Base, config: Any) -> None:
 
 def check_experts(base: Base, config: Any, model: PreTrainedModel) -> None:
     """Check that experts that the files have in NF4 have a place in `model`. Raises ModelError if they do not."""
-    if not has_packed_experts(config) or nf4_experts(model, config.quantization_config):
+    own_form = any(type(module).__name__ in LIKE_THE_INTERFACE for module in model.modules())
+    if not has_packed_experts(config) or (nf4_experts(model, config.quantization_config) and not own_form):
         return
-    if nf4_experts(model):
+    if nf4_experts(model) and not own_form:
         raise ModelError(
             f"base.model: llm_int8_skip_modules in config.json of {base.model!r} leaves out the experts, and the files "
             f"have them in 4 bits ({config.packed_expert}). Remove the experts from that list"
         )
     raise ModelError(
-        f"base.model: {base.model!r} has experts in 4 bits ({config.packed_expert}), and qlora does not know the "
-        f"experts of {type(model).__name__}. Use the 16-bit version of the model, with its experts in 16 bits"
+        f"base.model: {base.model!r} has experts in 4 bits ({config.packed_expert}), and qlora does not read "
+        f"these for {type(model).__name__}. Use the 16-bit version of the model, with its experts in 16 bits"
     )
 
 
