@@ -329,7 +329,8 @@ def _check_experts(layers: Mapping[str, Layer], folder: Path) -> None:
     if different := [owner for owner, numbers in counts.items() if len(numbers) > 1]:
         raise ModelError(
             f"{folder / TENSORS_FILE}: by their ranks in {CONFIG_FILE}, the projections of {listed(different)} have "
-            "different numbers of experts. Restore both files from the same adapter"
+            "different numbers of experts. Restore both files from the same adapter; adapters of LongCat, whose "
+            "projections differ in it, have no sums, spectra or exports"
         )
 
 
