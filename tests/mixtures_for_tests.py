@@ -8,15 +8,18 @@ from typing import Any, Literal
 import torch
 from architectures_for_tests import config
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora import bundled
+from qlora.model.load import load_base
 from qlora.quantization import nf4
 from qlora.quantization.transformers_loader import nf4_config
 from qlora.recipe import Base
 
 WEIGHTS = "model.safetensors"
+
+IDS = torch.arange(24).view(2, 12) * 7
 
 LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Mixtral's names"""
@@ -37,6 +40,25 @@ def write_mixture(folder: Path, architecture: str, **settings: Any) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled.path("bundled/base") / file, folder)
     return folder
+
+
+def plain(folder: Path) -> Any:
+    """Return transformers' model in fp32 with its own loop over experts."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+
+
+def base(folder: Path, **settings: Any) -> Any:
+    """Return our model in fp32."""
+    return load_base(Base(model=str(folder), compute_dtype="float32", **settings)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Return the logits of `IDS`."""
+    with torch.no_grad():
+        result: Tensor = model.eval()(input_ids=IDS).logits.float()
+    return result
 
 
 def write_nf4_mixture(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures_for_tests import config
+from mixtures_for_tests import logits
 from runs_for_tests import finished_run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
@@ -41,12 +42,6 @@ def test_nf4_is_no_choice_if_transformers_could_not_read_it(
     merged = merge(run, tmp_path / "best", max_tokens=60)
     assert {one.name for one in merged.judged} == {"original", "dequantized"}
     AutoModelForCausalLM.from_pretrained(tmp_path / "best")
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(input_ids=torch.arange(24).view(2, 12) * 7).logits.float()
-    return result
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss"])

@@ -5,14 +5,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mixtures_for_tests import WEIGHTS, Experts, write_mixture, write_nf4_mixture
+from mixtures_for_tests import WEIGHTS, Experts, base, logits, plain, write_mixture, write_nf4_mixture
 from runs_for_tests import fingerprint, finished_run, killed_and_resumed
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora.adapter import load_adapter
@@ -29,25 +28,6 @@ from qlora.quantization.stored_parameters import StoredParameters
 from qlora.recipe import Base, Recipe
 from qlora.storage.safetensors_files import ShardReader
 from qlora.training.train import train
-
-IDS = torch.arange(24).view(2, 12) * 7
-
-
-def plain(folder: Path) -> Any:
-    """Return transformers' model in fp32 with its own loop over experts."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    ).eval()
-
-
-def base(folder: Path, **settings: Any) -> Any:
-    return load_base(Base(model=str(folder), compute_dtype="float32", **settings)).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model.eval()(input_ids=IDS).logits.float()
-    return result
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
